@@ -1,0 +1,63 @@
+"""Batch: what the loader yields. Raw latents or pictures, captions or cached text, sizes, weights.
+
+Shapes: B samples of one bucket, H and W its pixels, T text tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.data.order import Place
+from library.models.text_encoders import EncodedText
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        place: where it stands in the run.
+        paths: the pictures' files, for messages.
+        captions: processed captions; still there when `text` is cached.
+        images: [B, 3, H, W], float32 in -1..1; None if latents are cached.
+        latents: raw latents, [B, 4, H/8, W/8], float32; None if not cached.
+        text: the encoders' outputs; None if not cached.
+        original_sizes, crop_top_lefts, target_sizes: [B, 2], int64: (height, width), (top, left), (height, width) in pixels.
+        weights: [B], float32: factor of each sample's loss; 0 in an idle batch.
+    """
+
+    place: Place
+    paths: tuple[str, ...]
+    captions: tuple[str, ...]
+    images: Tensor | None
+    latents: Tensor | None
+    text: EncodedText | None
+    original_sizes: Tensor
+    crop_top_lefts: Tensor
+    target_sizes: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on `device`."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from which it is copied to a card while the card computes (DataLoader calls it)."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = change(value)
+            elif isinstance(value, EncodedText):
+                changed[field.name] = EncodedText(*map(change, value))
+        return dataclasses.replace(self, **changed)

@@ -1,0 +1,141 @@
+"""Options of the data room. No torch here."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.data.size import INTERPOLATIONS, Size
+from library.errors import Mistake
+from library.options import OptionGroup, option
+
+_MULTIPLE = 32  # SDXL's bucket sides: three halvings of the latents, which are an eighth of the pixels, less one
+
+
+@dataclass(frozen=True)
+class DatasetOptions(OptionGroup):
+    """Dataset (values in --dataset_config win over these)"""
+
+    train_data_dir: Path | None = option(
+        None,
+        "folder whose sub-folders are named N_class: pictures shown N times, captioned by class unless they have a file",
+    )
+    dataset_config: Path | None = option(None, "dataset definition, .toml or .json; rules out --train_data_dir")
+    resolution: str | None = option(None, "training resolution in pixels: one number for a square, or width,height")
+    train_batch_size: int = option(1, "pictures per batch and process", at_least=1)
+    enable_bucket: bool = option(
+        False, "train each picture in the bucket nearest its aspect ratio, instead of all at --resolution"
+    )
+    min_bucket_reso: int = option(
+        256, "shortest bucket side in pixels; unused with --bucket_no_upscale", at_least=_MULTIPLE
+    )
+    max_bucket_reso: int = option(
+        1024, "longest bucket side in pixels; unused with --bucket_no_upscale", at_least=_MULTIPLE
+    )
+    bucket_reso_steps: int = option(
+        64, "bucket sides are multiples of this many pixels, itself a multiple of 32", at_least=_MULTIPLE
+    )
+    bucket_no_upscale: bool = option(False, "make each bucket from the picture's own size and never enlarge a picture")
+    resize_interpolation: str | None = option(
+        None, "filter of all resizes; unset: area where both sides shrink, else lanczos", choices=INTERPOLATIONS
+    )
+    flip_aug: bool = option(False, "mirror each sample with probability 0.5")
+    skip_bad_images: bool = option(
+        False, "go on without pictures that can't be read, instead of stopping with their list"
+    )
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.resolution is not None and parse_resolution(self.resolution) is None:
+            yield Mistake(
+                f"--resolution {self.resolution!r}: expected a size in pixels like 1024, or width,height like 832,1216",
+                ("resolution",),
+            )
+        if self.bucket_reso_steps % _MULTIPLE:
+            yield Mistake(
+                f"--bucket_reso_steps {self.bucket_reso_steps}: SDXL needs a multiple of {_MULTIPLE}",
+                ("bucket_reso_steps",),
+            )
+        if self.min_bucket_reso > self.max_bucket_reso:
+            yield Mistake(
+                f"--min_bucket_reso {self.min_bucket_reso} is above --max_bucket_reso {self.max_bucket_reso}",
+                ("min_bucket_reso", "max_bucket_reso"),
+            )
+
+
+def parse_resolution(text: str) -> Size | None:
+    """Size of "1024" or "832,1216"; None for anything else."""
+    match = re.fullmatch(r"\s*(\d+)\s*(?:,\s*(\d+)\s*)?", text)
+    if match is None or int(match[1]) < _MULTIPLE or (match[2] and int(match[2]) < _MULTIPLE):
+        return None
+    return Size(int(match[1]), int(match[2] or match[1]))
+
+
+@dataclass(frozen=True)
+class CaptionOptions(OptionGroup):
+    """Captions (values in --dataset_config win over these)"""
+
+    caption_extension: str = option(".caption", "ending of caption files; unset: .txt is taken where no .caption lies")
+    caption_extention: str | None = option(None, "old spelling of --caption_extension")
+    shuffle_caption: bool = option(
+        False, "shuffle a caption's tags for every sample; rules out --cache_text_encoder_outputs"
+    )
+    caption_separator: str = option(",", "text between two tags")
+    keep_tokens: int = option(0, "so many first tags stay in place under shuffling, dropout and warm-up", at_least=0)
+    keep_tokens_separator: str = option(
+        "", "mark in a caption: tags before the first one stay first, those behind a second one stay last"
+    )
+    secondary_separator: str | None = option(
+        None, "text that becomes the caption separator after shuffling, so that tags joined by it move together"
+    )
+    enable_wildcard: bool = option(
+        False, "{a|b|c} becomes one of its parts, and one line of a caption of several lines is drawn"
+    )
+    caption_prefix: str | None = option(None, "text before every caption")
+    caption_suffix: str | None = option(None, "text behind every caption")
+    caption_dropout_rate: float = option(
+        0.0, "probability of an empty caption; rules out --cache_text_encoder_outputs", at_least=0, at_most=1
+    )
+    caption_dropout_every_n_epochs: int = option(0, "all captions are empty in every Nth epoch", at_least=0)
+    caption_tag_dropout_rate: float = option(
+        0.0, "probability of leaving out each tag that isn't kept", at_least=0, at_most=1
+    )
+    token_warmup_min: int = option(1, "tags used at step 0 of the tag warm-up", at_least=1)
+    token_warmup_step: float = option(
+        0, "optimizer step at which all tags are in use; below 1 a share of all steps", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class CacheOptions(OptionGroup):
+    """Latent and text caches, and loading"""
+
+    cache_latents: bool = option(False, "encode each picture once, before training, and keep the latents in memory")
+    cache_latents_to_disk: bool = option(
+        False,
+        "keep them as NAME_WWWWxHHHH_sdxl.npz beside the pictures, and use those that lie there; implies --cache_latents",
+    )
+    vae_batch_size: int = option(1, "pictures the VAE encodes at once while caching", at_least=1)
+    cache_text_encoder_outputs: bool = option(
+        False,
+        "encode each caption once, before training; rules out training the text encoders and captions that change",
+    )
+    cache_text_encoder_outputs_to_disk: bool = option(
+        False,
+        "keep them as NAME_te_outputs.npz beside the pictures, and use those that lie there; implies --cache_text_encoder_outputs",
+    )
+    max_data_loader_n_workers: int = option(
+        8, "at most this many processes load pictures; 0: the main process does", at_least=0
+    )
+    persistent_data_loader_workers: bool = option(
+        False,
+        "keep the loading processes between epochs",
+        no_effect="they are always kept: one loader serves the whole run",
+    )
+
+    @property
+    def latents(self) -> bool:
+        return self.cache_latents or self.cache_latents_to_disk
+
+    @property
+    def text(self) -> bool:
+        return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk

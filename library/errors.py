@@ -1,0 +1,44 @@
+"""Errors that are the user's to mend, told without a traceback; and run(), which turns them into an exit status."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+class RunError(Exception):
+    """Something outside our code is wrong (a file, a disk, a number). Told without a traceback; exit status 1."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One thing to mend in the user's options; `about` names the options it speaks of."""
+
+    text: str
+    about: tuple[str, ...] = ()
+
+
+class OptionError(ValueError):
+    """The user's options or dataset can't work. Told without a traceback, all mistakes at once; exit status 2."""
+
+    def __init__(self, *mistakes: Mistake | str):
+        self.mistakes = [Mistake(m) if isinstance(m, str) else m for m in mistakes]
+        super().__init__("\n".join(m.text for m in self.mistakes))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call an entry script's main and turn the user's mistakes into words on stderr and an exit status.
+
+    Status: 0 done, 1 the run failed, 2 wrong options or dataset, 130 interrupted.
+    """
+    try:
+        main()
+    except OptionError as error:
+        for mistake in error.mistakes:
+            print(f"error: {mistake.text}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,82 @@
+"""Logging: lines on stderr (or in a file) from the main process; warnings from every process."""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.options import OptionGroup, Options, option
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+log = logging.getLogger("library")
+
+SECONDS_BETWEEN_LINES = 15.0  # of a progress bar that is written to a file
+
+
+@dataclass(frozen=True)
+class LogOptions(OptionGroup):
+    """Console"""
+
+    console_log_level: str | None = option(
+        None,
+        "least level of the records shown; INFO when unset",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    )
+    console_log_file: Path | None = option(
+        None, "write log records to this file, emptied at the start, in place of the console"
+    )
+    console_log_simple: bool = option(False, "plain lines on stdout, without time and level")
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks and saves, before accelerate is there to ask (torchrun's variables)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def start_logging(options: Options) -> None:
+    """Send our log records where the options say, and tell what was noticed while the options were read."""
+    chosen = options[LogOptions]
+    handler: logging.Handler
+    if chosen.console_log_file is not None:
+        handler = logging.FileHandler(chosen.console_log_file, mode="w", encoding="utf-8")
+    else:
+        handler = _ConsoleHandler(sys.stdout if chosen.console_log_simple else sys.stderr)
+    simple = chosen.console_log_simple and chosen.console_log_file is None
+    handler.setFormatter(
+        logging.Formatter("%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+    )
+    level = chosen.console_log_level or "INFO"
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(level if is_main_process() else max(logging.WARNING, logging.getLevelName(level)))
+    for notice in options.notices:
+        log.warning(notice)
+
+
+def progress_bar(what: str, total: int) -> "tqdm":
+    """A progress bar on stderr, of the main process; where stderr is no terminal, a line now and then."""
+    from tqdm import tqdm
+
+    is_terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=what,
+        disable=not is_main_process() or total == 0,
+        dynamic_ncols=is_terminal,
+        mininterval=0.1 if is_terminal else SECONDS_BETWEEN_LINES,
+    )
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Writes above a progress bar instead of through it, if a bar is running."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        bars = sys.modules.get("tqdm")
+        if bars is None:
+            super().emit(record)
+        else:
+            bars.tqdm.write(self.format(record), file=self.stream)

@@ -1,0 +1,192 @@
+"""SdxlModels: the live U-Net, VAE, text encoders and tokenizers of one checkpoint, each loaded when first asked for."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import RunError
+from library.models import conversion
+from library.models.attention import AttentionFunction, sdpa
+from library.models.checkpoint import Checkpoint, locate_vae, open_checkpoint, open_tensors
+from library.models.key_maps import FILE_PREFIXES
+from library.models.unet import UNet
+from library.precision import Precision
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    from library.models.text_encoders import EncodedText
+    from library.models.tokens import Tokenizer
+
+
+class SdxlModels:
+    """The modules of a checkpoint: frozen, in eval mode, in the run's dtypes, on `device`.
+
+    What no one asks for is never read: with complete caches that is everything but the U-Net.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        precision: Precision,
+        device: torch.device,
+        *,
+        vae: str | None = None,
+        tokenizer_folder: Path | None = None,
+        attention: AttentionFunction = sdpa,
+        gradient_checkpointing: bool = False,
+    ):
+        """Args: vae: a file, folder or hub id with another VAE. tokenizer_folder: --tokenizer_cache_dir."""
+        self.checkpoint = checkpoint
+        self.precision = precision
+        self.device = device
+        self._vae = vae
+        self._tokenizer_folder = tokenizer_folder
+        self._attention = attention
+        self._gradient_checkpointing = gradient_checkpointing
+
+    @cached_property
+    def unet(self) -> UNet:
+        with torch.device("meta"):
+            unet = UNet(self.checkpoint.unet, self._attention, gradient_checkpointing=self._gradient_checkpointing)
+        load_weights(
+            unet,
+            self.checkpoint.tensors("unet"),
+            self.precision.compute,
+            self.device,
+            what=f"{self.checkpoint.path}: U-Net",
+        )
+        return unet
+
+    @cached_property
+    def text_encoders(self) -> tuple["CLIPTextModel", "CLIPTextModelWithProjection"]:
+        one, two = (self._text_encoder(number) for number in (1, 2))
+        return one, two
+
+    def _text_encoder(self, number: int) -> Any:
+        from library.models.text_encoders import build_text_encoder, module_name
+
+        tensors = self.checkpoint.tensors(f"text_encoder_{number}")
+        if not tensors:
+            raise RunError(
+                f"{self.checkpoint.path}: {self.checkpoint.unet.family}: text encoder {number} is not in this checkpoint"
+            )
+        encoder: Any = build_text_encoder(tensors, number)
+        what = f"{self.checkpoint.path}: text encoder {number}"
+        load_weights(
+            encoder,
+            tensors,
+            self.precision.compute,
+            self.device,
+            what=what,
+            name_of=lambda name: module_name(encoder, name),
+        )
+        if self._gradient_checkpointing:
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        return encoder
+
+    @cached_property
+    def vae(self) -> "AutoencoderKL":
+        from library.models.vae import build_vae
+
+        tensors = self.checkpoint.tensors("vae") if self._vae is None else vae_tensors(self._vae)
+        vae = build_vae(tensors)
+        load_weights(vae, tensors, self.precision.vae, self.device, what=f"{self._vae or self.checkpoint.path}: VAE")
+        return vae
+
+    @cached_property
+    def tokenizers(self) -> tuple["Tokenizer", "Tokenizer"]:
+        from library.models.tokens import load_tokenizers
+
+        return load_tokenizers(self._tokenizer_folder, self.checkpoint.path if self.checkpoint.is_folder else None)
+
+    def encode_texts(self, texts: Sequence[str], num_tokens: int, *, weighted: bool = False) -> "EncodedText":
+        """Encode captions by both encoders, on their device and in their dtype; differentiable.
+
+        Args:
+            num_tokens: a multiple of 75, at which captions are cut.
+            weighted: read (word:1.2) as weights.
+        """
+        from library.models import text_encoders, tokens
+
+        one, two = (tokens.encode(tokenizer, texts, num_tokens, weighted=weighted) for tokenizer in self.tokenizers)
+        encoded = text_encoders.encode(one.ids.to(self.device), two.ids.to(self.device), *self.text_encoders)
+        return (
+            text_encoders.weigh(encoded, one.weights.to(self.device), two.weights.to(self.device))
+            if weighted
+            else encoded
+        )
+
+    def release(self, *names: str) -> None:
+        """Forget loaded modules ("vae", "text_encoders"): their memory is free, and asking again loads them again."""
+        for name in names:
+            self.__dict__.pop(name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def load_weights(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    what: str,
+    name_of: Callable[[str], str] = lambda name: name,
+) -> None:
+    """Give a module that was built on the meta device its weights, tensor by tensor, and freeze it in eval mode.
+
+    A tensor that needs neither cast nor move is used as it lies in its file's pages; on a device, casts happen there.
+
+    Args:
+        name_of: the name in `tensors` of one of the module's own names.
+
+    Raises RunError with counts and the first names if anything is missing, left over, or of another shape.
+    """
+    wanted = {name_of(name): (name, tuple(tensor.shape)) for name, tensor in module.state_dict().items()}
+    problems = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [name for name in tensors if name not in wanted],
+        "of another shape": [
+            name for name, (_, shape) in wanted.items() if name in tensors and tuple(tensors[name].shape) != shape
+        ],
+    }
+    if any(problems.values()):
+        told = "; ".join(
+            f"{len(names)} {kind} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+            for kind, names in problems.items()
+            if names
+        )
+        raise RunError(f"{what}: its tensors don't fit an SDXL model: {told}")
+    placed = {own: _placed(tensors[name], dtype, device) for name, (own, _) in wanted.items()}
+    module.load_state_dict(placed, assign=True)
+    for name, buffer in module.named_buffers():
+        assert name.endswith("position_ids") or not buffer.is_meta, f"{name} has no value"
+        if buffer.is_meta:  # the only buffer that isn't stored
+            owner = module.get_submodule(name.rpartition(".")[0])
+            owner.position_ids = torch.arange(buffer.shape[-1], device=device).expand(1, -1)
+    module.requires_grad_(False).eval()
+
+
+def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return tensor.to(dtype)
+    memory_format = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+    return tensor.to(device, non_blocking=True).to(dtype, memory_format=memory_format)
+
+
+def vae_tensors(name: str) -> dict[str, Tensor]:
+    """The module tensors of the VAE named by --vae: a VAE alone or a whole checkpoint, file, Diffusers folder or hub id."""
+    path = locate_vae(name)
+    if path.is_dir():
+        return open_checkpoint(name).tensors("vae")
+    file = open_tensors(path)
+    prefix = FILE_PREFIXES["vae"] if any(key.startswith(FILE_PREFIXES["vae"]) for key in file.shapes) else ""
+    kept = {key.removeprefix(prefix): file[key] for key in file.shapes if key.startswith(prefix)}
+    is_diffusers = any(key.startswith("encoder.down_blocks.") for key in kept)
+    return conversion.module_from_folder("vae", kept) if is_diffusers else conversion.module_from_file("vae", kept)

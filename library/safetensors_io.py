@@ -1,0 +1,294 @@
+"""Read (mapped into memory), write (atomically, one tensor at a time) and hash safetensors files with metadata.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}, "__metadata__": {str: str}},
+then the tensors' bytes without holes (huggingface/safetensors, README "Format"). Reading a header needs no torch, so a
+wrong or damaged file is told before anything heavy is imported.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from library.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_CHUNK = 1 << 24
+
+# Format name -> torch name, bytes per element; in the order in which the reference library sorts tensors, last first.
+_DTYPES = {
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1), "I16": ("int16", 2), "U16": ("uint16", 2), "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2), "I32": ("int32", 4), "U32": ("uint32", 4), "F32": ("float32", 4), "F64": ("float64", 8),
+    "I64": ("int64", 8), "U64": ("uint64", 8),
+}  # fmt: skip
+_ORDER = {name: rank for rank, name in enumerate(_DTYPES)}
+_FORMAT_NAMES = {torch_name: name for name, (torch_name, _) in _DTYPES.items()}
+
+
+class TensorInfo(NamedTuple):
+    """What a header says of one tensor; `start` and `end` are byte positions in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of one file: its tensors in file order, and its metadata."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, checked against the file's size. Raises RunError in one line if it is damaged."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                found = (
+                    "the file is empty"
+                    if size == 0
+                    else f"the header should have {length:,} bytes, the file has {size:,} in all"
+                )
+                raise RunError(f"{path}: not a whole safetensors file: {found}. {_GET_AGAIN}")
+            raw = file.read(length)
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file") from None
+    except OSError as error:
+        raise RunError(f"{path}: can't be read: {error.strerror}") from None
+    return _parse_header(path, raw, data_start=8 + length, size=size)
+
+
+_GET_AGAIN = "Copy or download it again"
+
+
+def _parse_header(path: Path, raw: bytes, data_start: int, size: int) -> Header:
+    try:
+        entries = json.loads(raw)
+        metadata = entries.pop("__metadata__", {})
+        tensors = {
+            name: TensorInfo(
+                e["dtype"], tuple(e["shape"]), data_start + e["data_offsets"][0], data_start + e["data_offsets"][1]
+            )
+            for name, e in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        raise RunError(
+            f"{path}: not a safetensors file: its header is no valid JSON of tensors. {_GET_AGAIN}"
+        ) from None
+    if not all(isinstance(key, str) and isinstance(value, str) for key, value in metadata.items()):
+        raise RunError(f"{path}: not a safetensors file: metadata must be text")
+    position = data_start
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+        if info.dtype not in _DTYPES:
+            raise RunError(f"{path}: tensor {name[:200]!r} has the unknown dtype {info.dtype!r}")
+        needed = math.prod(info.shape) * _DTYPES[info.dtype][1]
+        if info.start != position or info.end - info.start != needed:
+            raise RunError(
+                f"{path}: damaged header: the place of tensor {name[:200]!r} doesn't fit its shape. {_GET_AGAIN}"
+            )
+        position = info.end
+    if position != size:
+        missing = "cut short" if position > size else "followed by foreign bytes"
+        raise RunError(
+            f"{path}: {missing}: the header speaks of {position:,} bytes, the file has {size:,}. {_GET_AGAIN}"
+        )
+    return Header(path, tensors, metadata)
+
+
+class TensorFile:
+    """The tensors of one safetensors file, read when asked for.
+
+    With `mapped`, tensors share the file's pages (private: writing into one never reaches the file), so reading costs
+    no memory until a tensor is changed. The file is open from the start: replacing it on disk doesn't change what is
+    read here.
+    """
+
+    def __init__(self, path: Path, *, mapped: bool = True):
+        self.header = read_header(path)
+        self._file = open(path, "rb")  # noqa: SIM115 - lives as long as the object
+        self._map = (
+            mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY) if mapped and self.header.tensors else None
+        )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.header.shapes
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.header.metadata
+
+    def __getitem__(self, name: str) -> "Tensor":
+        """The tensor as stored: its dtype, its shape, in RAM."""
+        import torch
+
+        info = self.header.tensors[name]
+        torch_name, item_size = _DTYPES[info.dtype]
+        dtype = getattr(torch, torch_name)
+        if info.start == info.end:
+            return torch.empty(info.shape, dtype=dtype)
+        if self._map is not None and info.start % item_size == 0:
+            return torch.frombuffer(self._map, dtype=dtype, count=math.prod(info.shape), offset=info.start).view(
+                info.shape
+            )
+        raw = bytearray(info.end - info.start)
+        self._file.seek(info.start)
+        if self._file.readinto(raw) != len(raw):
+            raise RunError(f"{self.header.path}: was cut short while it was read")
+        return torch.frombuffer(raw, dtype=dtype).view(info.shape)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """All tensors of a small file, read into memory, and its metadata."""
+    file = TensorFile(path, mapped=False)
+    return {name: file[name] for name in file.header.tensors}, dict(file.header.metadata)
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+class _Planned(NamedTuple):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, "Tensor"],
+    metadata: Mapping[str, str],
+    *,
+    dtype_of: Callable[[str, "Tensor"], "str | None"] | None = None,
+) -> None:
+    """Write `tensors` so that `path` is at any moment either what it was or whole; one tensor in memory beside the model.
+
+    Args:
+        dtype_of: gives the torch dtype name in which a tensor is stored; None keeps the tensor's own.
+
+    The file is written beside its place under a temporary name, flushed to the disk, then moved. Raises RunError with
+    the path if the disk refuses; what was there before stays.
+    """
+    plan = _plan(tensors, dtype_of)
+    header = _encode_header(plan, metadata)
+    if len(header) > MAX_HEADER_BYTES:
+        raise RunError(f"{path}: the metadata take {len(header):,} bytes, safetensors allows {MAX_HEADER_BYTES:,}")
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for entry in plan:
+            file.write(_bytes(tensors[entry.name], entry.dtype))
+
+    write_atomically(path, write)
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call write(binary file) on a temporary file beside `path`, then move it there; the umask decides who may read it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        hint = " (is it open in another program?)" if sys.platform == "win32" else ""
+        raise RunError(f"{path}: can't be written: {error.strerror or error}{hint}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plan(tensors: Mapping[str, "Tensor"], dtype_of: Callable[[str, "Tensor"], "str | None"] | None) -> list[_Planned]:
+    """The tensors in the order of the reference library: wider dtypes first, then by name."""
+    plan = []
+    for name, tensor in tensors.items():
+        chosen = (dtype_of(name, tensor) if dtype_of else None) or str(tensor.dtype).removeprefix("torch.")
+        dtype = _FORMAT_NAMES[chosen]
+        plan.append(_Planned(name, dtype, tuple(tensor.shape), tensor.numel() * _DTYPES[dtype][1]))
+    return sorted(plan, key=lambda entry: (-_ORDER[entry.dtype], entry.name))
+
+
+def _encode_header(plan: list[_Planned], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for entry in plan:
+        entries[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": (position, position + entry.size),
+        }
+        position += entry.size
+    raw = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    return raw + b" " * (-len(raw) % 8)
+
+
+def _bytes(tensor: "Tensor", dtype: str) -> memoryview:
+    import torch
+
+    stored = tensor.detach().to(device="cpu", dtype=getattr(torch, _DTYPES[dtype][0])).contiguous()
+    return stored.reshape(-1).view(torch.uint8).numpy().data
+
+
+# ------------------------------------------------------------------------------------------------------------- hashes
+
+_LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
+
+
+def network_hashes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash` of a network file (contract: formats.md section 4, Hashes).
+
+    The first is the sha256 of all tensor bytes; the second the first 8 hex digits of the sha256 of 64 KiB at 1 MiB of the
+    file that would hold only the `ss_` metadata.
+    """
+    plan = _plan(tensors, None)
+    header = _encode_header(plan, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    whole, window = hashlib.sha256(), bytearray()
+    position = 0
+
+    def take(data: memoryview | bytes) -> None:
+        nonlocal position
+        start, end = max(_LEGACY_START - position, 0), _LEGACY_START + _LEGACY_LENGTH - position
+        if end > start:
+            window.extend(data[start:end])
+        position += len(data)
+
+    take(len(header).to_bytes(8, "little"))
+    take(header)
+    for entry in plan:
+        data = _bytes(tensors[entry.name], entry.dtype)
+        whole.update(data)
+        take(data)
+    return whole.hexdigest(), hashlib.sha256(window).hexdigest()[:8]
+
+
+def file_hashes(path: Path) -> tuple[str, str]:
+    """sha256 of the whole file, and the first 8 hex digits of the sha256 of 64 KiB at 1 MiB."""
+    whole = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(_LEGACY_START)
+        legacy = hashlib.sha256(file.read(_LEGACY_LENGTH)).hexdigest()[:8]
+        file.seek(0)
+        while chunk := file.read(_CHUNK):
+            whole.update(chunk)
+    return whole.hexdigest(), legacy

@@ -1,0 +1,132 @@
+"""Noise: from clean latents to the noisy ones that the U-Net sees, and the target that it should predict.
+
+Shapes: B samples, C = 4 latent channels, H and W of the latents. Every function is pure; its draws are arguments, and a
+sample's draws come from its own place (library/draws.py), where sd-scripts has one running stream for the batch.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library.draws import Draws
+from library.models.noise_schedule import NUM_TIMESTEPS, NoiseSchedule
+from library.training.options import NoiseOptions
+
+
+class Noisy(NamedTuple):
+    """A training pair: noisy scaled latents and what they are made of, [B, C, H, W] each; timesteps [B]."""
+
+    latents: Tensor
+    clean: Tensor
+    noise: Tensor
+    timesteps: Tensor
+
+
+def make_noisy(scaled: Tensor, draws: Draws, schedule: NoiseSchedule, options: NoiseOptions) -> Noisy:
+    """Add drawn noise to scaled latents [B, C, H, W] at drawn timesteps."""
+    noise = draw_noise(scaled, draws, options)
+    timesteps = draw_timesteps(draws, options.min_timestep, options.max_timestep).to(scaled.device)
+    added = noise
+    if options.ip_noise_gamma:
+        gamma = _strength(
+            options.ip_noise_gamma, options.ip_noise_gamma_random_strength, "ip noise strength", draws, scaled
+        )
+        added = noise + gamma * draws.normal("ip noise", scaled.shape[1:]).to(scaled)
+    return Noisy(add_noise(scaled, added, schedule.at(timesteps)), scaled, noise, timesteps)
+
+
+def draw_noise(scaled: Tensor, draws: Draws, options: NoiseOptions) -> Tensor:
+    """The noise of each sample, offset and pyramid included: shaped like the latents."""
+    noise = draws.normal("noise", scaled.shape[1:]).to(scaled)
+    if options.noise_offset:
+        strength = _strength(
+            options.noise_offset, options.noise_offset_random_strength, "offset strength", draws, scaled
+        )
+        drawn = draws.normal("offset", (scaled.shape[1], 1, 1)).to(scaled)
+        noise = offset_noise(noise, drawn, strength, latents=scaled, adaptive=options.adaptive_noise_scale)
+    if options.multires_noise_iterations:
+        pyramids = [_draw_pyramid(noise[i : i + 1], draws, i, options) for i in range(len(noise))]
+        noise = torch.cat(pyramids)
+    return noise
+
+
+def _strength(most: float, is_random: bool, purpose: str, draws: Draws, like: Tensor) -> Tensor | float:
+    return most * draws.uniform(purpose, (1, 1, 1)).to(like) if is_random else most
+
+
+def draw_timesteps(draws: Draws, low: int | None, high: int | None) -> Tensor:
+    """Uniform timesteps in low..high, high not included: [B], int64. All are `high` where that range is empty."""
+    low, high = low or 0, NUM_TIMESTEPS if high is None else high
+    if low >= high:
+        return torch.full((draws.count,), high)
+    return draws.integers("timestep", low, high)
+
+
+def offset_noise(
+    noise: Tensor, drawn: Tensor, strength: Tensor | float, *, latents: Tensor, adaptive: float | None
+) -> Tensor:
+    """Noise that also shifts whole channels, so that very dark and very bright pictures can be learnt.
+
+    Args:
+        drawn: standard normal, [B, C, 1, 1].
+        strength: of the shift; a number, or [B, 1, 1, 1].
+        adaptive: added to the strength times each channel's absolute mean; the sum is at least 0.
+
+    Source: Guttenberg 2023, "Diffusion with offset noise"; contract: training_math.md section 2.
+    """
+    if adaptive:
+        strength = (strength + adaptive * latents.mean(dim=(2, 3), keepdim=True).abs()).clamp(min=0)
+    return noise + strength * drawn
+
+
+def pyramid_noise(noise: Tensor, levels: Sequence[Tensor], discount: float) -> Tensor:
+    """Noise with coarser noise on top, level i times discount^i, brought back to a standard deviation of 1.
+
+    Args:
+        noise: [B, C, H, W]; the deviation is taken over all of it.
+        levels: standard normal, [B, C, h_i, w_i], finest first.
+
+    Source: Whitaker 2023, "Multi-resolution noise for diffusion model training"; contract: training_math.md section 2.
+    """
+    size = noise.shape[2:]
+    for i, level in enumerate(levels):
+        noise = noise + F.interpolate(level, size=size, mode="bilinear") * discount**i
+    return noise / noise.std()
+
+
+def pyramid_sizes(height: int, width: int, iterations: int, draws: Sequence[float]) -> list[tuple[int, int]]:
+    """The size of each pyramid level: sides divided by r^i, r drawn in 2..4 anew for each; ends with a side of 1.
+
+    Args: draws: numbers in 0..1, one per level.
+    """
+    sizes: list[tuple[int, int]] = []
+    for i in range(iterations):
+        ratio = (2 + 2 * draws[i]) ** i
+        sizes.append((max(1, int(height / ratio)), max(1, int(width / ratio))))
+        if 1 in sizes[-1]:
+            break
+    return sizes
+
+
+def _draw_pyramid(noise: Tensor, draws: Draws, i: int, options: NoiseOptions) -> Tensor:
+    """Pyramid noise of one sample, [1, C, H, W]."""
+    assert options.multires_noise_iterations
+    own = Draws(draws.seed, draws.epoch, draws.first + i, 1)
+    uniform = own.uniform("pyramid sizes", (options.multires_noise_iterations,))[0].tolist()
+    height, width = noise.shape[2:]
+    sizes = pyramid_sizes(height, width, options.multires_noise_iterations, uniform)
+    levels = [own.normal(f"pyramid {level}", (noise.shape[1], *size)).to(noise) for level, size in enumerate(sizes)]
+    return pyramid_noise(noise, levels, options.multires_noise_discount)
+
+
+def add_noise(scaled: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise. Source: Ho et al. 2020, arXiv:2006.11239, equation 4."""
+    return alpha_bar.sqrt() * scaled + (1 - alpha_bar).sqrt() * noise
+
+
+def velocity(scaled: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x. Source: Salimans & Ho 2022, arXiv:2202.00512, section 4."""
+    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * scaled

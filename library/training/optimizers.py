@@ -1,0 +1,129 @@
+"""Optimizers: by name, from the package that has them, with the user's arguments.
+
+Names are sd-scripts' (contract: training_math.md section 5), case-insensitive. Any other name is a class of torch.optim or,
+with dots, of any package. Packages are imported only when asked for.
+"""
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from library.errors import Mistake, OptionError
+from library.imports import import_transformers
+from library.option_values import did_you_mean
+from library.param_group import ParamGroup
+
+
+class _Known(NamedTuple):
+    module: str
+    name: str
+    package: str
+    defaults: Mapping[str, Any] = {}
+
+
+_KNOWN = {
+    "adamw": _Known("torch.optim", "AdamW", "torch"),
+    "adamw8bit": _Known("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
+    "pagedadamw": _Known("bitsandbytes.optim", "PagedAdamW", "bitsandbytes"),
+    "pagedadamw8bit": _Known("bitsandbytes.optim", "PagedAdamW8bit", "bitsandbytes"),
+    "pagedadamw32bit": _Known("bitsandbytes.optim", "PagedAdamW32bit", "bitsandbytes"),
+    "lion8bit": _Known("bitsandbytes.optim", "Lion8bit", "bitsandbytes"),
+    "pagedlion8bit": _Known("bitsandbytes.optim", "PagedLion8bit", "bitsandbytes"),
+    "sgdnesterov8bit": _Known("bitsandbytes.optim", "SGD8bit", "bitsandbytes", {"momentum": 0.9, "nesterov": True}),
+    "sgdnesterov": _Known("torch.optim", "SGD", "torch", {"momentum": 0.9, "nesterov": True}),
+    "lion": _Known("lion_pytorch", "Lion", "lion-pytorch"),
+    "prodigy": _Known("prodigyopt", "Prodigy", "prodigyopt"),
+    "adafactor": _Known("transformers.optimization", "Adafactor", "transformers"),
+    "dadaptation": _Known("dadaptation.experimental", "DAdaptAdamPreprint", "dadaptation"),
+    "dadaptadampreprint": _Known("dadaptation.experimental", "DAdaptAdamPreprint", "dadaptation"),
+    "dadaptadagrad": _Known("dadaptation", "DAdaptAdaGrad", "dadaptation"),
+    "dadaptadam": _Known("dadaptation", "DAdaptAdam", "dadaptation"),
+    "dadaptadan": _Known("dadaptation", "DAdaptAdan", "dadaptation"),
+    "dadaptadanip": _Known("dadaptation.experimental", "DAdaptAdanIP", "dadaptation"),
+    "dadaptlion": _Known("dadaptation", "DAdaptLion", "dadaptation"),
+    "dadaptsgd": _Known("dadaptation", "DAdaptSGD", "dadaptation"),
+    "adamwschedulefree": _Known("schedulefree", "AdamWScheduleFree", "schedulefree"),
+    "radamschedulefree": _Known("schedulefree", "RAdamScheduleFree", "schedulefree"),
+    "sgdschedulefree": _Known("schedulefree", "SGDScheduleFree", "schedulefree"),
+}
+
+
+def find_optimizer(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The class of that name, and arguments that the name implies. Raises OptionError if it can't be imported."""
+    known = _KNOWN.get(name.lower())
+    if known is None:
+        module, _, attribute = name.rpartition(".")
+        known = _Known(module or "torch.optim", attribute, module.split(".")[0] or "torch")
+    try:
+        if known.package == "transformers":
+            import_transformers()
+        return getattr(importlib.import_module(known.module), known.name), dict(known.defaults)
+    except ImportError as error:
+        raise OptionError(
+            Mistake(
+                f"--optimizer_type {name}: {known.package} can't be imported ({error}); pip install {known.package}",
+                ("optimizer_type",),
+            )
+        ) from None
+    except AttributeError:
+        names = [*(entry.name for entry in _KNOWN.values()), "AdamW", "SGD", "RMSprop", "Adam"]
+        raise OptionError(
+            Mistake(
+                f"--optimizer_type {name}: {known.module} has no {known.name}{did_you_mean(known.name, names)}",
+                ("optimizer_type",),
+            )
+        ) from None
+
+
+def is_adafactor_with_relative_step(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether Adafactor finds its own learning rate, which then isn't given to it."""
+    return name.lower() == "adafactor" and bool(arguments.get("relative_step", True) or arguments.get("warmup_init"))
+
+
+def make_optimizer(
+    name: str, arguments: Mapping[str, Any], groups: Sequence[ParamGroup], lr: float
+) -> torch.optim.Optimizer:
+    """The optimizer over the groups. Raises OptionError if it doesn't take the arguments."""
+    kind, implied = find_optimizer(name)
+    given = {**implied, **arguments}
+    if is_adafactor_with_relative_step(name, arguments):
+        given |= {"relative_step": True, "lr": None}
+        members: list[dict[str, Any]] = [{"params": list(group.parameters.values())} for group in groups]
+    else:
+        given["lr"] = lr
+        members = [{"params": list(group.parameters.values()), "lr": group.lr} for group in groups]
+    if kind in (torch.optim.AdamW, torch.optim.Adam) and not {"fused", "foreach"} & given.keys():
+        given["fused"] = True
+    try:
+        return kind(members, **given)
+    except (TypeError, ValueError) as error:
+        takes = ", ".join(
+            key for key in inspect.signature(kind.__init__).parameters if key not in ("self", "params", "lr")
+        )
+        raise OptionError(f"--optimizer_args: {kind.__name__} doesn't take them: {error}. It takes {takes}") from None
+
+
+def optimizer_in_words(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> str:
+    """`module.Class(key=value,…)`, the form of the metadata."""
+    kind = type(optimizer)
+    told = f"({','.join(f'{key}={value}' for key, value in arguments.items())})" if arguments else ""
+    return f"{kind.__module__}.{kind.__name__}{told}"
+
+
+def switch_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
+    """Put schedule-free optimizers into "train" or "eval": their parameters are other ones when used than when trained."""
+    if callable(switch := getattr(optimizer, mode, None)):
+        switch()
+
+
+def takes_scaled_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step divides gradients by `grad_scale` and skips itself on `found_inf`, both on the device."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

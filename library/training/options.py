@@ -1,0 +1,358 @@
+"""Options of the training room, and the contradictions between its groups and others. No torch here."""
+
+import ast
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.errors import Mistake
+from library.log import LogOptions
+from library.models.options import ModelOptions
+from library.options import OptionGroup, Options, option
+from networks.options import NetworkOptions, check_weights
+
+SCHEDULERS = (
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
+    "cosine_with_min_lr", "warmup_stable_decay",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunOptions(OptionGroup):
+    """Run"""
+
+    max_train_steps: int = option(1600, "optimizer steps in all", at_least=1)
+    max_train_epochs: int | None = option(None, "epochs in all; wins over --max_train_steps", at_least=0)
+    gradient_accumulation_steps: int = option(1, "batches per optimizer step and process", at_least=1)
+    seed: int | None = option(None, "seed of everything random; one is drawn and told when unset", at_least=0)
+    mixed_precision: str = option(
+        "no", "dtype of frozen weights and of arithmetic; what is trained stays float32", choices=("no", "fp16", "bf16")
+    )
+    gradient_checkpointing: bool = option(
+        False, "keep fewer activations and compute them again in backward: a third slower, far less memory"
+    )
+    ddp_timeout: int | None = option(None, "minutes after which a process that waits for another gives up", at_least=0)
+    ddp_gradient_as_bucket_view: bool = option(
+        False, "several processes: gradients are views of the buckets that are exchanged, which saves memory"
+    )
+    ddp_static_graph: bool = option(False, "several processes: promise that every step uses the same parameters")
+
+
+@dataclass(frozen=True)
+class SavingOptions(OptionGroup):
+    """Saving"""
+
+    output_dir: Path | None = option(None, "folder for everything that is written")
+    output_name: str | None = option(
+        None, "name of the saved files without their ending; unset: last, epoch-… and at-step…"
+    )
+    save_precision: str | None = option(
+        None, "dtype of saved weights; unset: that of the trained ones", choices=("float", "fp16", "bf16")
+    )
+    save_every_n_epochs: int | None = option(None, "save after every N epochs, the last one apart", at_least=0)
+    save_every_n_steps: int | None = option(None, "save after every N optimizer steps", at_least=0)
+    save_n_epoch_ratio: int | None = option(
+        None, "save about N times, after whole epochs; wins over --save_every_n_epochs", at_least=0
+    )
+    save_last_n_epochs: int | None = option(None, "keep only the newest N epoch saves", at_least=0)
+    save_last_n_steps: int | None = option(None, "remove step saves that are more than N steps old", at_least=0)
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.output_dir is None:
+            yield Mistake("--output_dir is missing: the folder to save in", ("output_dir",))
+        if self.output_name is not None and not is_plain_name(self.output_name):
+            yield Mistake(
+                f"--output_name {self.output_name!r}: expected a plain file name, without folders and without its ending",
+                ("output_name",),
+            )
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file name stays in its folder, on every system."""
+    return name not in ("", ".", "..") and not set(name) & set('/\\:*?"<>|\0') and len(name.encode()) <= 200
+
+
+@dataclass(frozen=True)
+class OptimizerOptions(OptionGroup):
+    """Optimizer"""
+
+    optimizer_type: str = option(
+        "", "AdamW when unset; AdamW8bit, Lion, Adafactor, Prodigy …, a class of torch.optim, or package.module.Class"
+    )
+    optimizer_args: tuple[str, ...] | None = option(
+        None, "arguments of the optimizer, as key=value with Python literals", metavar="KEY=VALUE"
+    )
+    use_8bit_adam: bool = option(False, "old name of --optimizer_type AdamW8bit")
+    use_lion_optimizer: bool = option(False, "old name of --optimizer_type Lion")
+    learning_rate: float = option(2e-6, "learning rate of what has none of its own", at_least=0)
+    max_grad_norm: float = option(
+        1.0, "gradients are scaled down to this norm over all parameters; 0: never", at_least=0
+    )
+
+    @property
+    def name(self) -> str:
+        """The optimizer asked for, old names resolved."""
+        return (
+            "AdamW8bit" if self.use_8bit_adam else "Lion" if self.use_lion_optimizer else self.optimizer_type or "AdamW"
+        )
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if (self.use_8bit_adam or self.use_lion_optimizer) and self.optimizer_type:
+            yield Mistake(
+                "--use_8bit_adam and --use_lion_optimizer are old ways to say --optimizer_type; give one of them",
+                ("optimizer_type",),
+            )
+        if self.use_8bit_adam and self.use_lion_optimizer:
+            yield Mistake("--use_8bit_adam and --use_lion_optimizer can't both be meant", ("use_8bit_adam",))
+        _, mistakes = read_arguments("--optimizer_args", self.optimizer_args)
+        yield from mistakes
+
+
+@dataclass(frozen=True)
+class ScheduleOptions(OptionGroup):
+    """Learning-rate schedule (counted in optimizer steps)"""
+
+    lr_scheduler: str = option(
+        "constant",
+        "how the learning rate changes over the run",
+        choices=(*SCHEDULERS, "piecewise_constant", "adafactor"),
+    )
+    lr_scheduler_type: str = option(
+        "", "a class of torch.optim.lr_scheduler, or package.module.Class; wins over --lr_scheduler"
+    )
+    lr_scheduler_args: tuple[str, ...] | None = option(
+        None, "arguments of the schedule, as key=value with Python literals", metavar="KEY=VALUE"
+    )
+    lr_warmup_steps: int | float = option(
+        0, "steps over which the learning rate rises from 0, or their share of all steps"
+    )
+    lr_decay_steps: int | float = option(0, "steps over which warmup_stable_decay falls, or their share of all steps")
+    lr_scheduler_num_cycles: int = option(
+        1, "restarts of cosine_with_restarts; half waves of cosine_with_min_lr and warmup_stable_decay", at_least=1
+    )
+    lr_scheduler_power: float = option(1, "exponent of polynomial", at_least=0)
+    lr_scheduler_timescale: int | None = option(
+        None, "time scale of inverse_sqrt in steps; unset: the warm-up's length", at_least=0
+    )
+    lr_scheduler_min_lr_ratio: float | None = option(
+        None, "share of the learning rate below which cosine_with_min_lr and warmup_stable_decay don't fall", at_least=0
+    )
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.lr_warmup_steps and (self.lr_scheduler == "constant" or self.lr_scheduler_type):
+            which = (
+                f"--lr_scheduler_type {self.lr_scheduler_type}" if self.lr_scheduler_type else "--lr_scheduler constant"
+            )
+            yield Mistake(
+                f"--lr_warmup_steps {self.lr_warmup_steps}: {which} has no warm-up; take --lr_scheduler constant_with_warmup or leave it out",
+                ("lr_warmup_steps", "lr_scheduler"),
+            )
+        if self.lr_scheduler == "cosine_with_min_lr" and self.lr_scheduler_min_lr_ratio is None:
+            yield Mistake(
+                "--lr_scheduler cosine_with_min_lr needs --lr_scheduler_min_lr_ratio, say 0.1",
+                ("lr_scheduler_min_lr_ratio",),
+            )
+        arguments, mistakes = read_arguments("--lr_scheduler_args", self.lr_scheduler_args)
+        yield from mistakes
+        if self.lr_scheduler == "piecewise_constant" and "step_rules" not in arguments and not mistakes:
+            yield Mistake(
+                "--lr_scheduler piecewise_constant needs --lr_scheduler_args step_rules='1:10,0.1:20,0.01'",
+                ("lr_scheduler_args",),
+            )
+        if arguments and not self.lr_scheduler_type and self.lr_scheduler != "piecewise_constant":
+            yield Mistake(
+                f"--lr_scheduler_args: --lr_scheduler {self.lr_scheduler} takes none; it has options of its own",
+                ("lr_scheduler_args",),
+            )
+
+
+def read_arguments(flag: str, pairs: Sequence[str] | None) -> tuple[dict[str, object], list[Mistake]]:
+    """The key=value pairs of `flag` with their values read as Python literals, and what is wrong with them."""
+    values: dict[str, object] = {}
+    mistakes = []
+    for pair in pairs or ():
+        key, equals, text = pair.partition("=")
+        try:
+            if not equals or "=" in text:
+                raise ValueError
+            values[key.strip()] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            hint = " (text needs quotes)" if equals else ""
+            mistakes.append(
+                Mistake(
+                    f"{flag} {pair!r}: expected key=value with a number, True, False, None, quoted text or a list{hint}",
+                    (flag[2:],),
+                )
+            )
+    return values, mistakes
+
+
+@dataclass(frozen=True)
+class NoiseOptions(OptionGroup):
+    """Noise"""
+
+    noise_offset: float | None = option(
+        None, "strength of a noise that shifts whole channels, for very dark and very bright pictures", at_least=0
+    )
+    noise_offset_random_strength: bool = option(False, "draw each sample's strength between 0 and --noise_offset")
+    adaptive_noise_scale: float | None = option(
+        None, "added to --noise_offset times each latent channel's absolute mean"
+    )
+    multires_noise_iterations: int | None = option(None, "levels of coarser noise laid over the noise", at_least=0)
+    multires_noise_discount: float = option(
+        0.3, "strength of each level of --multires_noise_iterations against the one before", at_least=0
+    )
+    ip_noise_gamma: float | None = option(None, "strength of noise that the U-Net sees but needn't predict", at_least=0)
+    ip_noise_gamma_random_strength: bool = option(False, "draw each sample's strength between 0 and --ip_noise_gamma")
+    min_timestep: int | None = option(None, "lowest timestep drawn; 0 when unset", at_least=0, at_most=999)
+    max_timestep: int | None = option(
+        None, "timesteps below this one are drawn; 1000 when unset", at_least=1, at_most=1000
+    )
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.adaptive_noise_scale is not None and not self.noise_offset:
+            yield Mistake("--adaptive_noise_scale needs --noise_offset, which it is added to", ("noise_offset",))
+
+
+@dataclass(frozen=True)
+class LossOptions(OptionGroup):
+    """Loss"""
+
+    loss_type: str = option("l2", "loss of each element", choices=("l2", "l1", "huber", "smooth_l1"))
+    huber_schedule: str = option(
+        "snr",
+        "how the threshold of huber and smooth_l1 depends on the timestep",
+        choices=("constant", "exponential", "snr"),
+    )
+    huber_c: float = option(0.1, "threshold between squared and absolute loss", above=0)
+    huber_scale: float = option(1.0, "factor of the threshold; not used by the schedule snr", above=0)
+    min_snr_gamma: float | None = option(
+        None, "cap each timestep's weight at this signal-to-noise ratio (5 is usual)", at_least=0
+    )
+    scale_v_pred_loss_like_noise_pred: bool = option(
+        False, "weigh the loss of a velocity model as that of a noise model"
+    )
+    v_pred_like_loss: float | None = option(None, "add this much of the loss weighed as a velocity model's", at_least=0)
+    debiased_estimation_loss: bool = option(False, "weigh the loss by 1 / sqrt(SNR); for velocity by 1 / (SNR + 1)")
+
+
+@dataclass(frozen=True)
+class TrackerOptions(OptionGroup):
+    """Trackers"""
+
+    logging_dir: Path | None = option(
+        None, "folder of the TensorBoard logs; given alone it means --log_with tensorboard"
+    )
+    log_with: str | None = option(None, "where losses and learning rates are sent", choices=("tensorboard",))
+    log_prefix: str | None = option(None, "start of the run folder's name")
+    log_tracker_name: str | None = option(None, "folder within the run folder; network_train when unset")
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.log_with is not None and self.logging_dir is None:
+            yield Mistake(f"--log_with {self.log_with} needs --logging_dir", ("logging_dir",))
+
+
+@dataclass(frozen=True)
+class MetadataOptions(OptionGroup):
+    """Metadata of the saved file (modelspec)"""
+
+    metadata_title: str | None = option(None, "title; unset: --output_name")
+    metadata_author: str | None = option(None, "author")
+    metadata_description: str | None = option(None, "description")
+    metadata_license: str | None = option(None, "licence")
+    metadata_tags: str | None = option(None, "tags, separated by commas")
+    metadata_usage_hint: str | None = option(None, "how to use it")
+    metadata_thumbnail: str | None = option(None, "a picture file, or a data: URL")
+    metadata_merged_from: str | None = option(None, "what it was merged from")
+    metadata_trigger_phrase: str | None = option(None, "words that call it up")
+    metadata_preprocessor: str | None = option(None, "preprocessor of control pictures")
+    metadata_is_negative_embedding: str | None = option(None, "whether it belongs in negative prompts")
+
+
+COMMON_TRAINING = (
+    ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, OptimizerOptions, ScheduleOptions, NoiseOptions, LossOptions,
+    SavingOptions, TrackerOptions, MetadataOptions, LogOptions,
+)  # fmt: skip
+
+_LATER = "can't be used yet in this version"
+
+# Options of sd-scripts that can't be used: why, and what to do instead.
+REFUSED = {
+    **dict.fromkeys(
+        ["save_state", "save_state_on_train_end", "save_last_n_epochs_state", "save_last_n_steps_state", "resume", "initial_epoch", "initial_step", "skip_until_initial_step"],
+        f"saving and resuming states {_LATER}; --save_every_n_steps with --network_weights goes on from saved weights",
+    ),
+    **dict.fromkeys(
+        ["huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token", "huggingface_repo_visibility", "save_state_to_huggingface", "resume_from_huggingface", "async_upload"],
+        f"uploading {_LATER}; upload the saved files with huggingface-cli",
+    ),
+    **dict.fromkeys(
+        ["sample_every_n_steps", "sample_at_first", "sample_every_n_epochs", "sample_prompts"],
+        f"samples during training {_LATER}; leave out --sample_prompts and --sample_every_n_…",
+    ),
+    **dict.fromkeys(
+        ["validation_split", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "validation_seed"],
+        f"validation {_LATER}; leave it out",
+    ),
+    **dict.fromkeys(["wandb_run_name", "wandb_api_key", "log_tracker_config", "log_config"], f"wandb and tracker settings {_LATER}; use --logging_dir"),
+    **dict.fromkeys(
+        ["deepspeed", "offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model", "fp16_master_weights_and_gradients"],
+        f"DeepSpeed {_LATER}; leave it out",
+    ),
+    **dict.fromkeys(["full_fp16", "full_bf16", "fp8_base", "fp8_base_unet"], f"it {_LATER}; take --mixed_precision bf16, which keeps trained weights in float32"),
+    "torch_compile": f"it {_LATER}; leave it out",
+    "fused_backward_pass": f"it {_LATER}; a network's gradients are small, so leave it out",
+    "cpu_offload_checkpointing": f"it {_LATER}; take --gradient_checkpointing alone",
+    **dict.fromkeys(["masked_loss", "conditioning_data_dir", "alpha_mask"], f"masks {_LATER}; leave them out"),
+    **dict.fromkeys(["reg_data_dir", "in_json", "cache_info", "dataset_class", "color_aug", "random_crop", "face_crop_aug_range", "debug_dataset", "skip_cache_check"], f"it {_LATER}; leave it out"),
+}  # fmt: skip
+
+# Options that only mean something beside a refused one. Config files carry them; they are told, not refused.
+UNUSED = {
+    "sample_sampler": "there are no samples during training yet",
+    "zero_stage": "there is no DeepSpeed yet",
+    "dynamo_backend": "there is no --torch_compile yet",
+    "dataset_repeats": "it is for --in_json, which can't be used yet",
+    "prior_loss_weight": "it is for --reg_data_dir, which can't be used yet",
+}
+
+
+def check_training(options: Options) -> Iterable[Mistake]:
+    """Contradictions between the groups that every training script has."""
+    model, loss, schedule, optimizer = (
+        options[ModelOptions],
+        options[LossOptions],
+        options[ScheduleOptions],
+        options[OptimizerOptions],
+    )
+    if loss.scale_v_pred_loss_like_noise_pred and loss.v_pred_like_loss:
+        yield Mistake(
+            "--scale_v_pred_loss_like_noise_pred is for velocity models, --v_pred_like_loss for noise models; leave one out",
+            ("v_pred_like_loss",),
+        )
+    if model.v_parameterization and loss.v_pred_like_loss:
+        yield Mistake(
+            "--v_pred_like_loss is for models that predict noise; it can't go with --v_parameterization",
+            ("v_pred_like_loss", "v_parameterization"),
+        )
+    if schedule.lr_scheduler == "adafactor" and optimizer.name.lower() != "adafactor":
+        yield Mistake(
+            "--lr_scheduler adafactor goes with --optimizer_type Adafactor only", ("lr_scheduler", "optimizer_type")
+        )
+
+
+def check_network(options: Options) -> Iterable[Mistake]:
+    """Contradictions between the network's options and others."""
+    network = options[NetworkOptions]
+    if options[CacheOptions].text and not network.network_train_unet_only:
+        yield Mistake(
+            "--cache_text_encoder_outputs: captions are encoded before training, so the text encoders can't be trained; give --network_train_unet_only too",
+            ("cache_text_encoder_outputs", "network_train_unet_only"),
+        )
+    if (
+        network.network_weights is not None
+        and network.network_weights.suffix == ".safetensors"
+        and network.network_weights.is_file()
+    ):
+        yield from check_weights(network.network_weights)

@@ -1,0 +1,93 @@
+"""Preflight: everything about a run that can be known before torch is imported. Wrong files are told in half a second."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from library.data.dataset_config import read_datasets
+from library.data.options import DatasetOptions
+from library.data.subsets import Dataset, scan
+from library.errors import Mistake, OptionError, RunError
+from library.log import log
+from library.models.checkpoint import Checkpoint, locate_vae, open_checkpoint
+from library.models.options import ModelOptions
+from library.options import Options
+from library.training.options import LossOptions, RunOptions
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found: the base model, opened; what it predicts and with which schedule; the pictures."""
+
+    checkpoint: Checkpoint
+    v_prediction: bool
+    zero_terminal_snr: bool
+    datasets: Sequence[Dataset]
+
+
+def look_before(options: Options) -> Preflight:
+    """Open the model and scan the datasets. Raises OptionError with what can't be used."""
+    checkpoint = _open(options[ModelOptions], prefer_fp16=options[RunOptions].mixed_precision == "fp16")
+    log.info(checkpoint.describe())
+    v_prediction = _settled(options, "v_parameterization", checkpoint.v_prediction, checkpoint)
+    zero_terminal_snr = _settled(options, "zero_terminal_snr", checkpoint.zero_terminal_snr, checkpoint)
+    if mistakes := list(
+        _against_the_model(
+            options[LossOptions], checkpoint, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr
+        )
+    ):
+        raise OptionError(*mistakes)
+    plans, notices = read_datasets(options)
+    for notice in notices:
+        log.warning(notice)
+    datasets = scan(plans, skip_bad_images=options[DatasetOptions].skip_bad_images)
+    return Preflight(checkpoint, v_prediction, zero_terminal_snr, datasets)
+
+
+def _open(model: ModelOptions, *, prefer_fp16: bool) -> Checkpoint:
+    """The opened checkpoint. Nothing runs yet, so a damaged file is told as a mistake in the options."""
+    assert model.pretrained_model_name_or_path is not None
+    try:
+        if model.vae is not None:
+            locate_vae(model.vae)
+        return open_checkpoint(
+            model.pretrained_model_name_or_path, mapped=not model.disable_mmap_load_safetensors, prefer_fp16=prefer_fp16
+        )
+    except RunError as error:
+        raise OptionError(str(error)) from None
+
+
+def _settled(options: Options, name: str, said: bool | None, checkpoint: Checkpoint) -> bool:
+    """What the option and the checkpoint say together; refused where they contradict each other."""
+    wanted = dict(options.items())[name]
+    if said and options.given(name) and not wanted:
+        raise OptionError(
+            f"{options.where(name)} = false, but {checkpoint.path.name} is such a model (by {checkpoint.said_by}); leave the option out"
+        )
+    if said and not wanted:
+        log.info("--%s is set by the checkpoint itself (%s)", name, checkpoint.said_by)
+    return bool(wanted or said)
+
+
+def _against_the_model(
+    loss: LossOptions, checkpoint: Checkpoint, *, v_prediction: bool, zero_terminal_snr: bool
+) -> list[Mistake]:
+    """Options that don't fit what the model predicts, and models that can't be trained yet."""
+    found = []
+    if loss.scale_v_pred_loss_like_noise_pred and not v_prediction:
+        found.append(
+            "--scale_v_pred_loss_like_noise_pred is for velocity models; give --v_parameterization if this is one"
+        )
+    if loss.v_pred_like_loss and v_prediction:
+        found.append(f"--v_pred_like_loss is for models that predict noise; {checkpoint.path.name} predicts velocity")
+    if (
+        zero_terminal_snr
+        and not v_prediction
+        and (loss.min_snr_gamma or loss.debiased_estimation_loss or loss.v_pred_like_loss)
+    ):
+        found.append(
+            "--zero_terminal_snr with a model that predicts noise makes the weights of --min_snr_gamma, --debiased_estimation_loss and "
+            "--v_pred_like_loss infinite at the last timestep; leave them out, or train velocity with --v_parameterization"
+        )
+    if checkpoint.unet.in_channels != 4 or "text_encoder_1" not in checkpoint.parts:
+        found.append(f"{checkpoint.path}: {checkpoint.unet.family} can't be trained yet in this version")
+    return [Mistake(text) for text in found]

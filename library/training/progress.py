@@ -1,0 +1,16 @@
+"""Progress: how far a run is."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """Attributes:
+    epoch: epochs finished.
+    step: optimizer steps done.
+    samples: pictures seen, repeats counted, over all processes.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    samples: int = 0

@@ -1,0 +1,265 @@
+"""Start: from options to everything that the loop touches: processes, models, caches, task, optimizer, saver."""
+
+import datetime
+import functools
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler, broadcast_object_list
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from library.data.batch import Batch
+from library.data.dataset import Batches, group_samples, load_batches
+from library.data.options import CacheOptions, DatasetOptions
+from library.data.order import Order
+from library.errors import OptionError
+from library.log import log
+from library.models import vae
+from library.models.attention import choose_attention
+from library.models.noise_schedule import NoiseSchedule
+from library.models.options import ModelOptions
+from library.models.sdxl import SdxlModels
+from library.options import Options
+from library.param_group import ParamGroup
+from library.precision import Precision
+from library.training.lr_schedules import make_scheduler
+from library.training.metadata import RunFacts, at_save, model_metadata, modelspec
+from library.training.optimizers import find_optimizer, make_optimizer, optimizer_in_words, switch_mode
+from library.training.options import (
+    LossOptions,
+    NoiseOptions,
+    OptimizerOptions,
+    RunOptions,
+    SavingOptions,
+    ScheduleOptions,
+    TrackerOptions,
+    read_arguments,
+)
+from library.training.preflight import Preflight
+from library.training.prepare import Prepared, prepare
+from library.training.report import Report, open_tracker
+from library.training.saving import Saver
+from library.training.step import Step
+from library.training.task import Objective, Task
+from library.training.update import Update
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the loop touches.
+
+    Attributes:
+        total_steps: optimizer steps of the whole run.
+    """
+
+    accelerator: Accelerator
+    update: Update
+    order: Order
+    batches: Batches
+    report: Report
+    saver: Saver
+    seed: int
+    total_steps: int
+    num_workers: int
+
+    def batches_from(self, step: int) -> Iterator[Batch]:
+        """This process's batches from an optimizer step on, without end."""
+        micro_batches = self.order.from_step(step, self.accelerator.process_index)
+        return load_batches(
+            self.batches, micro_batches, num_workers=self.num_workers, pin_memory=self.accelerator.device.type == "cuda"
+        )
+
+
+class Plan(NamedTuple):
+    """How much work there is."""
+
+    order: Order
+    total_steps: int
+    num_epochs: int
+
+
+def start(kind: type[Task], options: Options, found: Preflight) -> Run:
+    """Set a run up: fill its caches, load its models, build what it trains. Tells what is going to happen."""
+    find_optimizer(options[OptimizerOptions].name)  # a package that isn't there is told before hours of caching
+    accelerator = _start_accelerator(options[RunOptions])
+    seed = _shared_seed(options[RunOptions].seed)
+    models = _open_models(options, found, accelerator.device)
+    prepared = prepare(
+        found.datasets, models, options[CacheOptions], accelerator,
+        num_tokens=options[ModelOptions].num_tokens, skip_bad_images=options[DatasetOptions].skip_bad_images,
+    )  # fmt: skip
+    models.release(*(["vae"] if prepared.latents else []), *(["text_encoders"] if prepared.text else []))
+    plan = _plan(options[RunOptions], prepared, accelerator, seed)
+
+    torch.manual_seed(seed)
+    task = kind.from_options(models, options)
+    groups = [group for part in task.parts for group in part.groups()]
+    if not groups:
+        raise OptionError("nothing is trained: every learning rate is 0")
+    _tell(prepared, plan, groups, accelerator.num_processes)
+    update = _make_update(
+        _wrapped_step(task, models, options, found, accelerator), groups, options, plan.total_steps, accelerator
+    )
+    saver = _make_saver(task, options, found, prepared, plan, update, accelerator)
+    tracker = open_tracker(options[TrackerOptions], task.tracker_name) if accelerator.is_main_process else None
+    report = Report(
+        plan.total_steps,
+        plan.order.steps_per_epoch,
+        is_main=accelerator.is_main_process,
+        tracker=tracker,
+        log_file=saver.log_file,
+    )
+    batches = Batches(prepared.samples, prepared.latents, prepared.text, seed, plan.total_steps)
+    num_workers = min(options[CacheOptions].max_data_loader_n_workers, os.cpu_count() or 1)
+    return Run(accelerator, update, plan.order, batches, report, saver, seed, plan.total_steps, num_workers)
+
+
+def _start_accelerator(options: RunOptions) -> Accelerator:
+    """The processes of this run. accelerate's own mixed precision stays off: dtypes are Precision's business."""
+    handlers: list[KwargsHandler] = [
+        DistributedDataParallelKwargs(
+            gradient_as_bucket_view=options.ddp_gradient_as_bucket_view, static_graph=options.ddp_static_graph
+        )
+    ]
+    if options.ddp_timeout:
+        handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=options.ddp_timeout)))
+    return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+
+
+def _shared_seed(seed: int | None) -> int:
+    """The run's seed: the one given, or one drawn for all processes."""
+    if seed is not None:
+        return seed
+    drawn = [random.SystemRandom().randrange(2**32)]
+    broadcast_object_list(drawn)
+    log.info("--seed is not set; this run draws from seed %d", drawn[0])
+    return drawn[0]
+
+
+def _open_models(options: Options, found: Preflight, device: torch.device) -> SdxlModels:
+    model, run = options[ModelOptions], options[RunOptions]
+    return SdxlModels(
+        found.checkpoint,
+        Precision.decide(run.mixed_precision, options[SavingOptions].save_precision, no_half_vae=model.no_half_vae),
+        device,
+        vae=model.vae,
+        tokenizer_folder=model.tokenizer_cache_dir,
+        attention=choose_attention(mem_eff_attn=model.mem_eff_attn, use_xformers=model.xformers),
+        gradient_checkpointing=run.gradient_checkpointing,
+    )
+
+
+def _plan(options: RunOptions, prepared: Prepared, accelerator: Accelerator, seed: int) -> Plan:
+    groups = group_samples(prepared.datasets, prepared.samples)
+    order = Order(groups, seed, accelerator.num_processes, options.gradient_accumulation_steps)
+    total = options.max_train_epochs * order.steps_per_epoch if options.max_train_epochs else options.max_train_steps
+    return Plan(order, total, math.ceil(total / order.steps_per_epoch))
+
+
+def _tell(prepared: Prepared, plan: Plan, groups: Sequence[ParamGroup], processes: int) -> None:
+    """The arithmetic from pictures to steps, and what is trained at which learning rate."""
+    order = plan.order
+    shown = sum(dataset.num_samples for dataset in prepared.datasets)
+    log.info("%d pictures, %d with repeats, in %d buckets", len(prepared.samples), shown, len(order.groups))
+    batches = f"{order.batches_per_epoch} batches / ({processes} processes x {order.per_process} accumulated)"
+    log.info(
+        "%s = %d steps an epoch; %d steps in all, %d epochs",
+        batches,
+        order.steps_per_epoch,
+        plan.total_steps,
+        plan.num_epochs,
+    )
+    for group in groups:
+        count = sum(parameter.numel() for parameter in group.parameters.values())
+        log.info(
+            "training %s: %d tensors, %s numbers, learning rate %g",
+            group.name,
+            len(group.parameters),
+            f"{count:,}",
+            group.lr,
+        )
+
+
+def _wrapped_step(
+    task: Task, models: SdxlModels, options: Options, found: Preflight, accelerator: Accelerator
+) -> nn.Module:
+    """The Step, wrapped for several processes. Frozen weights are left out of what the wrapper keeps equal: all read one file."""
+    objective = Objective(NoiseSchedule.sdxl(zero_terminal_snr=found.zero_terminal_snr), found.v_prediction)
+    at_once = options[CacheOptions].vae_batch_size
+
+    def encode_images(images: Tensor, noise: Tensor) -> Tensor:
+        return torch.cat(
+            [vae.encode(models.vae, *part) for part in zip(images.split(at_once), noise.split(at_once), strict=True)]
+        )
+
+    step = Step(task, objective, options[NoiseOptions], options[LossOptions], encode_images).train()
+    frozen = [name for name, parameter in step.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, frozen)
+    return accelerator.prepare(step)
+
+
+def _make_update(
+    step: nn.Module, groups: Sequence[ParamGroup], options: Options, total_steps: int, accelerator: Accelerator
+) -> Update:
+    optimizing = options[OptimizerOptions]
+    arguments, _ = read_arguments("--optimizer_args", optimizing.optimizer_args)
+    optimizer = make_optimizer(optimizing.name, arguments, groups, optimizing.learning_rate)
+    switch_mode(optimizer, "train")
+    return Update(
+        step,
+        groups,
+        optimizer,
+        make_scheduler(optimizer, options[ScheduleOptions], total_steps, optimizing.learning_rate),
+        max_grad_norm=optimizing.max_grad_norm,
+        scales_loss=options[RunOptions].mixed_precision == "fp16",
+        processes=accelerator.num_processes,
+    )
+
+
+def _make_saver(
+    task: Task,
+    options: Options,
+    found: Preflight,
+    prepared: Prepared,
+    plan: Plan,
+    update: Update,
+    accelerator: Accelerator,
+) -> Saver:
+    model, optimizing = options[ModelOptions], options[OptimizerOptions]
+    arguments, _ = read_arguments("--optimizer_args", optimizing.optimizer_args)
+    facts = RunFacts(
+        datasets=prepared.datasets,
+        seed=plan.order.seed,
+        optimizer=optimizer_in_words(update.optimizer, arguments),
+        batches_per_epoch=math.ceil(plan.order.batches_per_epoch / accelerator.num_processes),
+        num_epochs=plan.num_epochs,
+        total_steps=plan.total_steps,
+        processes=accelerator.num_processes,
+        zero_terminal_snr=found.zero_terminal_snr,
+        base_model=_in_background(lambda: model_metadata(str(model.pretrained_model_name_or_path), model.vae)),
+    )
+    settled = functools.cache(lambda: task.metadata(options, facts))
+
+    def metadata(steps: int, epoch: int) -> dict[str, str]:
+        described = modelspec(
+            options, task.modelspec_kind, v_prediction=found.v_prediction, default_title=task.default_title
+        )
+        return {**settled(), **({} if task.is_terse else at_save(steps, epoch)), **described}
+
+    dtype = Precision.decide("no", options[SavingOptions].save_precision, no_half_vae=True).save
+    return Saver(
+        options[SavingOptions], task.parts, metadata, dtype, plan.num_epochs, is_main=accelerator.is_main_process
+    )
+
+
+def _in_background(function: Callable[[], Mapping[str, str]]) -> Callable[[], Mapping[str, str]]:
+    """Start it on a thread now; calling what is returned waits for the result."""
+    return ThreadPoolExecutor(1).submit(function).result

@@ -1,0 +1,59 @@
+"""Step: the one training forward. Everything that trains, validates or measures calls it, and it is what gets wrapped."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from library.data.batch import Batch
+from library.draws import Draws
+from library.errors import RunError
+from library.models.vae import PIXELS_PER_LATENT, scale_latents
+from library.training.loss import sample_losses
+from library.training.noise import make_noisy
+from library.training.options import LossOptions, NoiseOptions
+from library.training.task import Objective, Task
+
+EncodeImages = Callable[[Tensor, Tensor], Tensor]
+"""(images [B, 3, H, W] in -1..1, noise [B, 4, H/8, W/8]) -> raw latents"""
+
+
+class Step(nn.Module):
+    """From a batch to the loss of each of its samples."""
+
+    def __init__(
+        self, task: Task, objective: Objective, noise: NoiseOptions, loss: LossOptions, encode_images: EncodeImages
+    ):
+        super().__init__()
+        self.held = nn.ModuleList(task.modules())  # so that wrappers and optimizers see their parameters
+        self._task, self._objective, self._noise, self._loss = task, objective, noise, loss
+        self._encode_images = encode_images
+
+    def forward(self, batch: Batch, draws: Draws) -> Tensor:
+        """The weighted loss of each sample: [B], float32."""
+        task, objective = self._task, self._objective
+        latents = scale_latents(self._raw_latents(batch, draws))
+        text = task.encode_text(batch)
+        noisy = make_noisy(latents, draws, objective.schedule, self._noise)
+        prediction = task.predict(noisy, text, batch)
+        target = task.target(noisy, batch, objective)
+        losses = sample_losses(
+            prediction, target, noisy.timesteps, objective.schedule, self._loss, v_prediction=objective.v_prediction
+        )
+        return losses * batch.weights
+
+    @torch.no_grad()
+    def _raw_latents(self, batch: Batch, draws: Draws) -> Tensor:
+        """Cached latents, or a new posterior sample of the pictures: [B, 4, H/8, W/8], float32."""
+        if batch.latents is not None:
+            return batch.latents
+        assert batch.images is not None
+        height, width = batch.images.shape[2:]
+        noise = draws.normal("posterior", (4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
+        latents = self._encode_images(batch.images, noise)
+        if not latents.isfinite().all():
+            bad = [path for path, one in zip(batch.paths, latents, strict=True) if not one.isfinite().all()]
+            raise RunError(
+                f"the VAE gives latents that aren't finite, in float32 too, for {', '.join(bad)}; remove these pictures or give another --vae"
+            )
+        return latents

@@ -1,0 +1,92 @@
+"""Task: what one script trains, and how its forward differs from the others'. Part: one of the things that it trains."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library.data.batch import Batch
+from library.models.conditioning import conditioning_vector
+from library.models.noise_schedule import NoiseSchedule
+from library.models.sdxl import SdxlModels
+from library.models.text_encoders import EncodedText, TextConditioning
+from library.models.unet import UNet
+from library.options import Options
+from library.param_group import ParamGroup
+from library.training.metadata import RunFacts
+from library.training.noise import Noisy, velocity
+
+
+class Objective(NamedTuple):
+    """What the model learns to predict, and on which noise schedule."""
+
+    schedule: NoiseSchedule
+    v_prediction: bool
+
+
+class Part(Protocol):
+    """Something that is trained. Saves, states and checks go by the names that `tensors` gives."""
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Every parameter that a file of this part holds, trained or not, by its name there."""
+        ...
+
+    def groups(self) -> list[ParamGroup]:
+        """What is trained of it, by learning rate."""
+        ...
+
+    def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
+        """Write the file `stem` plus the part's ending; returns its path. dtype None: the tensors' own."""
+        ...
+
+
+class Task:
+    """The base of all tasks: text is encoded by the subclass; prediction and target have SDXL's defaults.
+
+    Attributes:
+        tracker_name: folder of the run's logs.
+        modelspec_kind: what its files are, behind the architecture: "/lora".
+        default_title: their title where no name is given.
+    """
+
+    tracker_name: str
+    modelspec_kind: str
+    default_title: str
+    is_terse: bool = False  # --no_metadata
+
+    parts: list[Part]
+    unet: UNet
+    compute_dtype: torch.dtype
+
+    @classmethod
+    def from_options(cls, models: SdxlModels, options: Options) -> "Task":
+        raise NotImplementedError
+
+    def metadata(self, options: Options, facts: RunFacts) -> dict[str, str]:
+        """The ss_ keys of the saved files that don't change during the run."""
+        raise NotImplementedError
+
+    def modules(self) -> list[nn.Module]:
+        """What the step holds: everything with parameters that the forward passes through."""
+        raise NotImplementedError
+
+    def encode_text(self, batch: Batch) -> TextConditioning:
+        raise NotImplementedError
+
+    def predict(self, noisy: Noisy, text: TextConditioning, batch: Batch) -> Tensor:
+        """What the U-Net makes of the noisy latents: [B, 4, H/8, W/8]."""
+        vector = conditioning_vector(text.pooled, batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
+        return self.unet(noisy.latents.to(self.compute_dtype), noisy.timesteps, text.context, vector)
+
+    def target(self, noisy: Noisy, batch: Batch, objective: Objective) -> Tensor:
+        """What it should make of them."""
+        if objective.v_prediction:
+            return velocity(noisy.clean, noisy.noise, objective.schedule.at(noisy.timesteps))
+        return noisy.noise
+
+
+def cached_text(text: EncodedText, dtype: torch.dtype) -> TextConditioning:
+    """The conditioning of a batch whose text outputs come from a cache."""
+    return TextConditioning.of(EncodedText(*(part.to(dtype) for part in text)))

@@ -1,0 +1,113 @@
+"""LoRA files: reading, checking against a network, and writing with metadata and hashes.
+
+Format: contract, formats.md section 4.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.errors import OptionError
+from library.log import log
+from library.models.key_maps import Renaming, unet_pairs_of_config
+from library.models.unet import UNet
+from library.safetensors_io import load_tensors, network_hashes, write_atomically, write_safetensors
+from networks.lora import UNET, LoraNetwork, Target, module_key
+from networks.options import LoraSettings
+
+_SHOWN = 5
+
+
+def read_lora(path: Path, unet: UNet) -> dict[str, Tensor]:
+    """The tensors of a LoRA file, U-Net names in Diffusers' spelling (lora_unet_down_blocks_…) turned into the original's."""
+    if path.suffix == ".safetensors":
+        tensors, _ = load_tensors(path)
+    else:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    respelt = _diffusers_names(unet)
+    return {
+        f"{respelt.get(module, module)}.{rest}": tensor
+        for (module, _, rest), tensor in ((key.partition("."), t) for key, t in tensors.items())
+    }
+
+
+def _diffusers_names(unet: UNet) -> dict[str, str]:
+    rename = Renaming(unet_pairs_of_config(unet.config))
+    paths = [path for path, _ in unet.named_modules() if path]
+    return {module_key(UNET, rename(path)): module_key(UNET, path) for path in paths}
+
+
+def ranks_in_file(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
+    """(rank, alpha) of each module in a file; a missing alpha means the rank."""
+    ranks = {}
+    for key, tensor in tensors.items():
+        name, _, rest = key.partition(".")
+        if rest == "lora_down.weight":
+            alpha = tensors.get(f"{name}.alpha")
+            ranks[name] = (len(tensor), float(len(tensor) if alpha is None else alpha))
+    return ranks
+
+
+def load_into(network: LoraNetwork, tensors: Mapping[str, Tensor], *, source: Path, allow_partial: bool) -> None:
+    """Copy a file's weights and alphas into a network.
+
+    Raises OptionError with counts and the first names if modules are missing, left over or of another shape, unless
+    `allow_partial`; and always if none fits.
+    """
+    wanted = dict(network.named_parameters())
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
+    fitting = [name for name in weights if name in wanted and weights[name].shape == wanted[name].shape]
+    problems = {
+        "are missing in it": [name for name in wanted if name not in weights],
+        "are not in this network": [name for name in weights if name not in wanted],
+        "have another shape": [
+            _shapes(name, weights, wanted) for name in weights if name in wanted and name not in fitting
+        ],
+    }
+    told = "; ".join(f"{len(names)} tensors {what} ({_some(names)})" for what, names in problems.items() if names)
+    if not fitting:
+        raise OptionError(f"--network_weights {source}: none of its {len(weights)} tensors fits this network: {told}")
+    if told and not allow_partial:
+        raise OptionError(
+            f"--network_weights {source}: {told}. Give the options it was trained with, --dim_from_weights, or --allow_partial to take what fits"
+        )
+    if told:
+        log.warning(
+            "--network_weights %s: %s; the rest, %d tensors, is taken (--allow_partial)", source, told, len(fitting)
+        )
+    with torch.no_grad():
+        for name in fitting:
+            wanted[name].copy_(weights[name])
+    for module, (_, alpha) in ranks_in_file(
+        {name: tensors[name] for name in tensors if name in fitting or name.endswith(".alpha")}
+    ).items():
+        network.lora(
+            module
+        ).alpha = alpha  # scale and file agree, where sd-scripts keeps the option's scale and the file's alpha
+
+
+def network_from_file(targets: Iterable[Target], tensors: Mapping[str, Tensor], settings: LoraSettings) -> LoraNetwork:
+    """A network with the modules, ranks and alphas of a file (--dim_from_weights); its weights are not copied yet."""
+    return LoraNetwork(targets, ranks_in_file(tensors), settings)
+
+
+def _shapes(name: str, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    return f"{name} {list(weights[name].shape)} instead of {list(wanted[name].shape)}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+
+
+def write_lora(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None
+) -> None:
+    """Write a network file in the format of its ending: safetensors with metadata and hashes, else a torch file of the bare tensors."""
+    stored = {name: tensor.to(device="cpu", dtype=dtype or tensor.dtype) for name, tensor in tensors.items()}
+    if path.suffix != ".safetensors":
+        write_atomically(path, lambda file: torch.save(stored, file))
+        return
+    model_hash, legacy_hash = network_hashes(stored, metadata)
+    write_safetensors(path, stored, {**metadata, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash})

@@ -1,0 +1,34 @@
+"""Train a network (LoRA) on SDXL: a small file beside the model that other programs load with it.
+
+accelerate launch sdxl_train_network.py --config_file run.toml
+"""
+
+from library.data.dataset_config import check_datasets
+from library.errors import run
+from library.log import start_logging
+from library.options import read_options
+from library.training.options import COMMON_TRAINING, REFUSED, UNUSED, check_network, check_training
+from networks.options import REFUSED_NETWORK, NetworkOptions
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = read_options(
+        __doc__,
+        [NetworkOptions, *COMMON_TRAINING],
+        argv,
+        checks=[check_training, check_datasets, check_network],
+        refused=REFUSED | REFUSED_NETWORK,
+        unused=UNUSED,
+    )
+    start_logging(options)
+    from library.training.preflight import look_before
+
+    found = look_before(options)
+    from library.training.loop import train
+    from library.training.tasks.network import NetworkTask
+
+    train(NetworkTask, options, found)
+
+
+if __name__ == "__main__":
+    run(main)

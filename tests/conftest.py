@@ -1,0 +1,80 @@
+"""Fixtures: the golden model, small pictures, and a clean slate for what trains in this process."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_fresh_processes():
+    """Numbers that don't depend on the machine's cores, and no accelerate state of the test before."""
+    import torch
+
+    torch.set_num_threads(1)
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def golden_model(tmp_path_factory) -> Path:
+    """The tiny SDXL that the golden numbers were recorded with, as a single file."""
+    from golden_model import write_golden_checkpoint
+
+    return write_golden_checkpoint(tmp_path_factory.mktemp("golden") / "tiny_sdxl.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_models(golden_model):
+    """The same, open: shared, so nothing may be changed in it."""
+    return open_models(golden_model)
+
+
+@pytest.fixture
+def own_models(golden_model):
+    """The same, for a test that attaches a network or changes weights."""
+    return open_models(golden_model)
+
+
+def open_models(path: Path, **settings):
+    import torch
+
+    from library.models.checkpoint import open_checkpoint
+    from library.models.sdxl import SdxlModels
+    from library.precision import Precision
+
+    precision = Precision.decide("no", None, no_half_vae=True)
+    return SdxlModels(open_checkpoint(str(path)), precision, torch.device("cpu"), **settings)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A train_data_dir with four small captioned pictures of four sizes, shown twice an epoch each."""
+    from tools.make_tiny_dataset import make_pictures
+
+    make_pictures(tmp_path / "pictures" / "2_shapes", 4)
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def golden_data(tmp_path) -> Path:
+    """A copy of the golden training pictures and their dataset files."""
+    import shutil
+
+    source = GOLDEN / "10_training"
+    shutil.copytree(source / "dataset", tmp_path, dirs_exist_ok=True)
+    for file in source.glob("*.toml"):
+        shutil.copy(file, tmp_path)
+    return tmp_path

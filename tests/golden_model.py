@@ -1,0 +1,48 @@
+"""The tiny SDXL of the golden numbers, rebuilt from its int8 core (golden/INDEX.md, "The tiny SDXL")."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from library.safetensors_io import load_tensors, write_safetensors
+
+GOLDEN = Path(__file__).parent / "golden"
+
+_EMBEDDINGS = {  # key -> width, salt
+    "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (64, 0),
+    "conditioner.embedders.1.model.token_embedding.weight": (128, 1_000_000_007),
+}
+_SHA256 = "b5112ef6a3b059f5115f4c47e2acf0458e54da67387ff4b2b8af1b156efee26c"
+
+
+def golden_checkpoint() -> dict[str, torch.Tensor]:
+    """The float32 tensors of the checkpoint, by single-file keys."""
+    core, metadata = load_tensors(GOLDEN / "00_tiny_core_int8.safetensors")
+    exponents = json.loads(metadata["exponents"])
+    tensors = {key: tensor.float() * 2.0 ** -exponents[key] for key, tensor in core.items()}
+    for key, (width, salt) in _EMBEDDINGS.items():
+        tensors[key] = torch.from_numpy(_hashed(49408 * width, salt)).view(49408, width)
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].contiguous().numpy().tobytes())
+    assert digest.hexdigest() == _SHA256, "the golden checkpoint wasn't rebuilt exactly"
+    return tensors
+
+
+def _hashed(count: int, salt: int) -> np.ndarray:
+    """An integer hash of 0.. as values in -1..1; unsigned 32-bit arithmetic that wraps around."""
+    n = (np.arange(count, dtype=np.uint64) + salt).astype(np.uint32)
+    n = n * np.uint32(747796405) + np.uint32(2891336453)
+    n = (n >> ((n >> np.uint32(28)) + np.uint32(4))) ^ n
+    n = n * np.uint32(277803737)
+    n = (n >> np.uint32(22)) ^ n
+    return (((n >> np.uint32(16)).astype(np.float64) - 32767.5) / 32768).astype(np.float32)
+
+
+def write_golden_checkpoint(path: Path) -> Path:
+    write_safetensors(path, golden_checkpoint(), {"format": "pt"})
+    return path

@@ -1,0 +1,63 @@
+"""Running the scripts: in this process (fast), or as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from library.safetensors_io import load_tensors
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A LoRA run of a second or two on the golden model: six pictures at 64 pixels, everything cached.
+QUICK = [
+    "--network_module", "networks.lora", "--network_dim", "2", "--network_train_unet_only", "--resolution", "64", "--enable_bucket",
+    "--min_bucket_reso", "32", "--max_bucket_reso", "128", "--bucket_reso_steps", "32", "--cache_latents",
+    "--cache_text_encoder_outputs", "--max_data_loader_n_workers", "0", "--learning_rate", "1e-3", "--seed", "7",
+]  # fmt: skip
+
+
+def train_network(model: Path, pictures: Path, output: Path, *extra: object, quick: bool = True) -> Path:
+    """Train in this process; returns the final file."""
+    import sdxl_train_network
+
+    arguments = [
+        "--pretrained_model_name_or_path",
+        model,
+        "--train_data_dir",
+        pictures,
+        "--output_dir",
+        output,
+        "--output_name",
+        "lora",
+    ]
+    sdxl_train_network.main([str(a) for a in [*(QUICK if quick else []), *arguments, *extra]])
+    return output / "lora.safetensors"
+
+
+def losses_of(output: Path) -> list[float]:
+    lines = (output / "lora-log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss/current"] for line in lines]
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(path)[0]
+
+
+def assert_bit_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    different = [name for name in one if not torch.equal(one[name], two[name])]
+    assert not different, f"{len(different)} tensors differ, among them {different[:3]}"
+
+
+def script(
+    *words: object, env: dict[str, str] | None = None, timeout: int = 180, cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
+    """Run `python WORDS` in a new process."""
+    whole = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, env=whole, timeout=timeout, cwd=cwd
+    )

@@ -1,0 +1,341 @@
+"""Checkpoints: identified by name, read from every layout, saved both ways, byte for byte."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import open_models
+
+from library.errors import OptionError, RunError
+from library.models.checkpoint import choose_weights, locate_vae, open_checkpoint
+from library.models.conditioning import conditioning_vector
+from library.models.key_maps import PARTS
+from library.models.save_checkpoint import module_tensors, save_diffusers, save_single_file
+from library.models.sdxl import vae_tensors
+from library.safetensors_io import load_tensors, read_header, write_safetensors
+
+
+@pytest.fixture(scope="module")
+def folder(golden_models, tmp_path_factory) -> Path:
+    """The golden model as a Diffusers folder."""
+    path = tmp_path_factory.mktemp("diffusers")
+    save_diffusers(path, golden_models.checkpoint, {}, golden_models.tokenizers)
+    return path
+
+
+def small_file(path: Path, *names: str) -> str:
+    write_safetensors(path, {name: torch.zeros(2, 2) for name in names}, {})
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- identify
+
+
+def test_the_model_is_named_in_one_line(golden_models):
+    assert (
+        golden_models.checkpoint.describe()
+        == "tiny_sdxl.safetensors: tiny SDXL (for tests), single file, noise prediction unless told"
+    )
+    assert golden_models.checkpoint.parts == list(PARTS)
+
+
+@pytest.mark.parametrize(
+    "keys, name",
+    [
+        (
+            ["cond_stage_model.transformer.text_model.x", "model.diffusion_model.input_blocks.0.0.weight"],
+            "an SD 1.x checkpoint",
+        ),
+        (
+            ["cond_stage_model.model.transformer.x", "model.diffusion_model.input_blocks.0.0.weight"],
+            "an SD 2.x checkpoint",
+        ),
+        (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "a Flux checkpoint"),
+        (["double_blocks.0.img_attn.qkv.weight"], "a Flux checkpoint"),
+        (["model.diffusion_model.joint_blocks.0.x"], "an SD 3 checkpoint"),
+        (["lora_unet_input_blocks_4_1_proj_in.lora_down.weight"], "a LoRA"),
+        (["unet.down_blocks.1.attentions.0.to_q.lora_A.weight"], "a LoRA"),
+        (["lllite_unet_input_blocks_4_1.down.0.weight"], "a ControlNet-LLLite"),
+        (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
+        (["clip_g", "clip_l"], "a Textual Inversion embedding"),
+        (["first_stage_model.decoder.conv_in.weight"], "a VAE"),
+        (["down_blocks.0.resnets.0.conv1.weight"], "a Diffusers U-Net file"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "a U-Net alone"),
+        (["something.else"], "no checkpoint that is known here"),
+    ],
+)
+def test_fault_20_a_wrong_family_is_refused_by_name_in_one_line(keys, name, tmp_path):
+    with pytest.raises(OptionError) as error:
+        open_checkpoint(small_file(tmp_path / "wrong.safetensors", *keys))
+    assert f"this is {name}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_fault_20_a_diffusers_folder_of_another_family_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(OptionError, match="holds StableDiffusionPipeline; a StableDiffusionXL pipeline is needed"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_a_missing_file_is_not_looked_for_on_the_hub():
+    for name in ("models/none.safetensors", "/none", "C:\\none", "none"):
+        with pytest.raises(OptionError, match="no such file or folder"):
+            open_checkpoint(name)
+
+
+def test_the_keys_v_pred_and_ztsnr_are_read_and_told(golden_model, tmp_path):
+    tensors, metadata = load_tensors(golden_model)
+    write_safetensors(
+        tmp_path / "v.safetensors", {**tensors, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, metadata
+    )
+    found = open_checkpoint(str(tmp_path / "v.safetensors"))
+    assert found.v_prediction and found.zero_terminal_snr
+    assert "v-prediction (by its key v_pred and its key ztsnr), zero terminal SNR" in found.describe()
+
+
+# ----------------------------------------------------------------------------------------------------------- both ways
+
+
+def test_saving_what_was_not_trained_gives_the_same_bytes(golden_model, tmp_path):
+    checkpoint = open_checkpoint(str(golden_model))
+    save_single_file(tmp_path / "again.safetensors", checkpoint, {}, {"format": "pt"})
+    assert (tmp_path / "again.safetensors").read_bytes() == golden_model.read_bytes()
+
+
+def test_saving_the_live_modules_gives_the_same_bytes(golden_model, golden_models, tmp_path):
+    live = {"unet": golden_models.unet, "vae": golden_models.vae}
+    live |= {f"text_encoder_{n}": encoder for n, encoder in enumerate(golden_models.text_encoders, 1)}
+    changed = {part: module_tensors(module, part) for part, module in live.items()}
+    save_single_file(tmp_path / "live.safetensors", golden_models.checkpoint, changed, {"format": "pt"})
+    assert (tmp_path / "live.safetensors").read_bytes() == golden_model.read_bytes()
+
+
+def test_a_diffusers_folder_and_back_gives_the_same_tensors(golden_model, folder, tmp_path):
+    save_single_file(tmp_path / "back.safetensors", open_checkpoint(str(folder)), {}, {"format": "pt"})
+    back, original = load_tensors(tmp_path / "back.safetensors")[0], load_tensors(golden_model)[0]
+    assert original.keys() - back.keys() == {
+        "conditioner.embedders.1.model.logit_scale"
+    }  # written only if the source had it
+    assert all(torch.equal(back[name], original[name]) for name in back)
+
+
+def test_position_ids_are_dropped(golden_model, tmp_path):
+    tensors, _ = load_tensors(golden_model)
+    key = "conditioner.embedders.0.transformer.text_model.embeddings.position_ids"
+    write_safetensors(tmp_path / "old.safetensors", {**tensors, key: torch.arange(77)[None]}, {})
+    models = open_models(tmp_path / "old.safetensors")
+    assert models.text_encoders[0] is not None
+    save_single_file(tmp_path / "new.safetensors", models.checkpoint, {}, {})
+    assert key not in read_header(tmp_path / "new.safetensors").tensors
+
+
+def test_only_what_was_trained_changes_and_precision_is_of_all(golden_model, golden_models, tmp_path):
+    changed = module_tensors(golden_models.unet, "unet")
+    changed["out.2.bias"] = changed["out.2.bias"] + 1
+    save_single_file(tmp_path / "x.safetensors", golden_models.checkpoint, {"unet": changed}, {}, v_prediction=True)
+    saved, original = load_tensors(tmp_path / "x.safetensors")[0], load_tensors(golden_model)[0]
+    assert [name for name in original if not torch.equal(saved[name], original[name])] == [
+        "model.diffusion_model.out.2.bias"
+    ]
+    assert "v_pred" in saved and "ztsnr" not in saved
+    save_single_file(tmp_path / "half.safetensors", golden_models.checkpoint, {}, {}, dtype=torch.float16)
+    assert {info.dtype for info in read_header(tmp_path / "half.safetensors").tensors.values()} == {"F16"}
+
+
+def test_replacing_the_source_on_disk_cant_spoil_a_save(golden_model, tmp_path):
+    source = tmp_path / "source.safetensors"
+    shutil.copy(golden_model, source)
+    checkpoint = open_checkpoint(str(source))
+    save_single_file(tmp_path / "other.safetensors", checkpoint, {}, {"format": "pt"}, dtype=torch.bfloat16)
+    os.replace(tmp_path / "other.safetensors", source)
+    save_single_file(source, checkpoint, {}, {"format": "pt"})  # over itself, too
+    assert source.read_bytes() == golden_model.read_bytes()
+
+
+def test_ckpt_files_are_read_and_written(golden_model, tmp_path):
+    checkpoint = open_checkpoint(str(golden_model))
+    save_single_file(tmp_path / "x.ckpt", checkpoint, {}, {})
+    again = open_checkpoint(str(tmp_path / "x.ckpt"))
+    assert again.unet == checkpoint.unet
+    for part in PARTS:
+        one, two = again.tensors(part), checkpoint.tensors(part)
+        assert all(torch.equal(one[name], two[name]) for name in two)
+    torch.save(
+        {"state_dict": load_tensors(golden_model)[0]}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False
+    )
+    assert open_checkpoint(str(tmp_path / "old.ckpt")).unet == checkpoint.unet
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EVIL_FOLDER"],)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_fault_17_a_pickle_that_runs_code_is_refused_and_doesnt_run(is_zip, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "evil"))
+    torch.save({"state_dict": _Evil()}, tmp_path / "model.ckpt", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(RunError, match="could run code"):
+        open_checkpoint(str(tmp_path / "model.ckpt"))
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model at all", b"PK\x03\x04 torn zip", b"\x80\x02 torn pickle"])
+def test_fault_15_a_damaged_ckpt_is_one_line(content, tmp_path):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(RunError) as error:
+        open_checkpoint(str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_fault_21_checkpoints_of_every_dtype_load(dtype, golden_model, tmp_path):
+    tensors, _ = load_tensors(golden_model)
+    write_safetensors(tmp_path / "x.safetensors", {name: tensor.to(dtype) for name, tensor in tensors.items()}, {})
+    models = open_models(tmp_path / "x.safetensors")
+    assert {p.dtype for module in (models.unet, models.vae, *models.text_encoders) for p in module.parameters()} == {
+        torch.float32
+    }
+    key = "model.diffusion_model.middle_block.1.proj_in.weight"
+    assert torch.equal(models.unet.middle_block[1].proj_in.weight, tensors[key].to(dtype).float())
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_counted_and_named(golden_model, tmp_path):
+    tensors, _ = load_tensors(golden_model)
+    prefix = "model.diffusion_model."
+    del tensors[prefix + "out.0.bias"]
+    tensors[prefix + "out.9.bias"] = torch.zeros(1)
+    tensors[prefix + "middle_block.0.in_layers.0.bias"] = torch.zeros(7)
+    write_safetensors(tmp_path / "x.safetensors", tensors, {})
+    with pytest.raises(
+        RunError, match=r"1 missing \(out.0.bias\); 1 unexpected \(out.9.bias\); 1 of another shape \(middle_block"
+    ):
+        _ = open_models(tmp_path / "x.safetensors").unet
+
+
+# ----------------------------------------------------------------------------------------------------------- Diffusers
+
+
+def test_the_folder_loads_in_diffusers_and_gives_the_same_numbers(folder, golden_models):
+    from library.imports import import_diffusers
+
+    pipeline = import_diffusers().StableDiffusionXLPipeline.from_pretrained(folder)
+    torch.manual_seed(0)
+    latents, context, pooled = torch.randn(2, 4, 16, 24), torch.randn(2, 77, 192), torch.randn(2, 128)
+    timesteps, sizes = torch.tensor([3, 700]), torch.tensor([[200.0, 300, 0, 16, 128, 192]] * 2)
+    with torch.no_grad():
+        theirs = pipeline.unet(
+            latents, timesteps, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
+        ).sample
+        vector = conditioning_vector(pooled, sizes[:, :2], sizes[:, 2:4], sizes[:, 4:])
+        ours = golden_models.unet(latents, timesteps, context, vector)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        # Without "!", which Diffusers' second tokenizer takes for a pad token.
+        prompt = "a cat, don't (look), " + "very long " * 60
+        context, _, pooled, _ = pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+        text = golden_models.encode_texts([prompt], 75)
+        torch.testing.assert_close(torch.cat([text.hidden_1, text.hidden_2], -1), context, rtol=0, atol=1e-5)
+        torch.testing.assert_close(text.pooled, pooled, rtol=0, atol=1e-5)
+
+
+def test_shards_variants_and_pickles_are_found():
+    names = ["config.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"]
+    shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert (
+        choose_weights([*names, *shards, "diffusion_pytorch_model.safetensors.index.json"], prefer_fp16=False) == shards
+    )
+    assert choose_weights([*names, *shards], prefer_fp16=True) == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert choose_weights(names, prefer_fp16=False) == ["diffusion_pytorch_model.bin"]
+    assert choose_weights(["model.fp16.safetensors"], prefer_fp16=False) == ["model.fp16.safetensors"]
+    assert choose_weights(["config.json"], prefer_fp16=False) == []
+
+
+def test_a_folder_of_shards_is_read_whole(folder, golden_models, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    whole, _ = load_tensors(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    names = sorted(whole)
+    for i, part in enumerate((names[:300], names[300:]), 1):
+        write_safetensors(
+            tmp_path / "unet" / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors", {n: whole[n] for n in part}, {}
+        )
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    tensors = open_checkpoint(str(tmp_path)).tensors("unet")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in golden_models.checkpoint.tensors("unet").items())
+
+
+def test_a_folders_scheduler_says_what_the_model_predicts(golden_models, tmp_path):
+    save_diffusers(
+        tmp_path, golden_models.checkpoint, {}, golden_models.tokenizers, v_prediction=True, zero_terminal_snr=True
+    )
+    found = open_checkpoint(str(tmp_path))
+    assert found.v_prediction and found.zero_terminal_snr
+
+
+def test_hub_ids_get_one_variant_of_each_component(folder, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    class Api:
+        def list_repo_files(self, repo_id):
+            asked["listed"] = repo_id
+            files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            return files + [
+                name.replace(".safetensors", ".fp16.safetensors") for name in files if name.endswith(".safetensors")
+            ]
+
+    def snapshot_download(repo_id, allow_patterns=None):
+        asked["patterns"] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert open_checkpoint("someone/some-model", prefer_fp16=True).is_folder
+    weights = [name for name in asked["patterns"] if name.endswith(".safetensors")]
+    assert len(weights) == 4 and all(".fp16." in name for name in weights)
+
+
+def test_a_hub_that_cant_be_reached_is_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OptionError, match=r"^nobody/nothing: no such file or folder here, and the hub says: "):
+        open_checkpoint("nobody/nothing")
+
+
+# ----------------------------------------------------------------------------------------------------------------- VAE
+
+
+def test_another_vae_is_taken_from_every_layout(golden_model, golden_models, folder, tmp_path):
+    expected = golden_models.checkpoint.tensors("vae")
+    alone = {
+        name.removeprefix("first_stage_model."): t
+        for name, t in load_tensors(golden_model)[0].items()
+        if name.startswith("first_stage_model.")
+    }
+    write_safetensors(tmp_path / "vae.safetensors", alone, {})
+    torch.save({"state_dict": alone}, tmp_path / "vae.pt")
+    for source in (golden_model, tmp_path / "vae.safetensors", tmp_path / "vae.pt", folder, folder / "vae"):
+        found = vae_tensors(str(source))
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(OptionError, match=r"--vae none\.safetensors: no such file"):
+        locate_vae("none.safetensors")
+
+
+def test_old_attention_names_of_diffusers_vaes_are_known(golden_models, folder, tmp_path):
+    tensors, _ = load_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in tensors.items():
+        for new, before in old.items():
+            if f"mid_block.attentions.0.{new}." in name:
+                name = name.replace(f".{new}.", f".{before}.")
+        renamed[name] = tensor
+    write_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", renamed, {})
+    assert vae_tensors(str(tmp_path)).keys() == golden_models.checkpoint.tensors("vae").keys()
+
+
+def test_mapping_can_be_turned_off(golden_model):
+    mapped, read = (open_checkpoint(str(golden_model), mapped=flag).tensors("unet") for flag in (True, False))
+    assert all(torch.equal(mapped[name], read[name]) for name in mapped)

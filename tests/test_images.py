@@ -1,0 +1,123 @@
+"""Pictures: header sizes, EXIF, odd modes, damage, resizing."""
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from library.data.images import BadImage, center_crop, load_rgb, normalised, read_size, resize
+from library.data.size import Size
+
+
+@pytest.fixture
+def noise() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".bmp", ".avif"])
+def test_every_format_gives_its_size_and_pixels(noise, ending, tmp_path):
+    path = tmp_path / f"x{ending}"
+    Image.fromarray(noise).save(path, **({"lossless": True} if ending == ".webp" else {}))
+    assert read_size(path) == Size(80, 40)
+    pixels = load_rgb(path)
+    assert pixels.shape == (40, 80, 3)
+    if ending in (".png", ".bmp", ".webp"):
+        assert np.array_equal(pixels, noise)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", [".jpg", ".png"])
+def test_fault_29_exif_orientation_is_applied_to_size_and_pixels(noise, orientation, ending, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(noise).save(tmp_path / f"x{ending}", exif=exif)
+    size = read_size(tmp_path / f"x{ending}")
+    assert size == (Size(40, 80) if orientation >= 5 else Size(80, 40))
+    assert load_rgb(tmp_path / f"x{ending}").shape == (size.height, size.width, 3)
+    if ending == ".png" and orientation == 6:
+        assert np.array_equal(load_rgb(tmp_path / "x.png"), np.rot90(noise, -1))
+
+
+def test_fault_27_sixteen_bit_pictures_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.full((4, 4), 30_000, dtype=np.uint16)).save(tmp_path / "x.png")
+    assert load_rgb(tmp_path / "x.png").mean() == round(30_000 / 257)
+
+
+@pytest.mark.parametrize(
+    "mode, colour, expected",
+    [
+        ("RGBA", (200, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (200, 0, 0, 255), (200, 0, 0)),
+        ("LA", (10, 0), (255, 255, 255)),
+        ("L", 10, (10, 10, 10)),
+        ("1", 1, (255, 255, 255)),
+        ("P", 0, (0, 0, 0)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+    ],
+)
+def test_fault_28_other_modes_become_rgb_and_what_is_transparent_white(mode, colour, expected, tmp_path):
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    Image.new(mode, (8, 8), colour).save(path)
+    assert np.abs(load_rgb(path).reshape(-1, 3).astype(int) - expected).max() <= 2
+
+
+def damaged() -> dict[str, bytes]:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "png")
+    png = buffer.getvalue()
+    return {
+        "empty": b"",
+        "text": b"this is no picture",
+        "cut": png[: len(png) // 2],
+        "zero tail": png[: len(png) // 2] + b"\0" * (len(png) // 2),
+    }
+
+
+@pytest.mark.parametrize("kind", list(damaged()))
+def test_fault_25_a_damaged_picture_is_told_with_a_reason(kind, tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(damaged()[kind])
+    with pytest.raises(BadImage, match=r"damaged|no picture"):
+        load_rgb(path)
+
+
+def test_resizing_is_opencvs_area_when_both_sides_shrink_else_pillows_lanczos(noise):
+    assert np.array_equal(resize(noise, Size(30, 20)), cv2.resize(noise, (30, 20), interpolation=cv2.INTER_AREA))
+    assert np.array_equal(
+        resize(noise, Size(90, 20)), np.asarray(Image.fromarray(noise).resize((90, 20), Image.Resampling.LANCZOS))
+    )
+    assert resize(noise, Size(80, 40)) is noise
+
+
+def test_area_resizing_is_the_mean_of_the_covered_area(noise):
+    """By hand, with one matrix of covered shares per axis (contract: at most 1 level off in 2 % of the values)."""
+
+    def shares(size: int, target: int) -> np.ndarray:
+        edges = np.arange(target + 1) * size / target
+        low, high = np.arange(size), np.arange(1, size + 1)
+        covered = np.minimum(high, edges[1:, None]) - np.maximum(low, edges[:-1, None])
+        return np.clip(covered, 0, None) * target / size
+
+    expected = np.einsum("ah,hwc,bw->abc", shares(40, 17), noise.astype(float), shares(80, 33))
+    found = resize(noise, Size(33, 17))
+    assert np.abs(found - expected).max() <= 1.01 and (np.abs(found - expected.round()) > 0).mean() <= 0.02
+
+
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box", "lanczos"])
+def test_every_interpolation_keeps_a_flat_picture_flat(name):
+    flat = np.full((20, 30, 3), 77, dtype=np.uint8)
+    assert np.array_equal(resize(flat, Size(41, 13), name), np.full((13, 41, 3), 77))
+
+
+def test_crop_and_normalise(noise):
+    cropped = center_crop(noise, Size(40, 30))
+    assert np.array_equal(cropped, noise[5:35, 20:60])
+    values = normalised(np.array([[[0, 255, 51]]], dtype=np.uint8))
+    np.testing.assert_allclose(values[:, 0, 0], [-1.0, 1.0, -0.6], atol=1e-6)
+
+
+def test_conditioning_pictures_of_the_golden_run_are_read(golden_data: Path):
+    assert read_size(golden_data / "data" / "img1.png") == Size(192, 256)

@@ -1,0 +1,141 @@
+"""Tokens and text encoders against golden 03, and the projection that single files store the other way round."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.models import text_encoders, tokens
+from library.models.tokens import BEGIN, END, load_tokenizers, parse_weights, save_tokenizer
+from library.safetensors_io import load_tensors
+
+GOLDEN = Path(__file__).parent / "golden"
+TEXT = json.loads((GOLDEN / "03_text.json").read_text(encoding="utf-8"))
+CASES = TEXT["cases"]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_tensors(GOLDEN / "03_text.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return load_tokenizers(None, None)
+
+
+def test_golden_03_every_text_gives_the_same_ids(tokenizers):
+    for row in TEXT["tokenize_raw"]:
+        for tokenizer in tokenizers:
+            assert [BEGIN, *tokenizer.ids(row["text"]), END] == row["ids"], row["text"]
+
+
+def test_an_exclamation_mark_is_no_pad_token(tokenizers):
+    assert [tokenizer.ids("cat!") for tokenizer in tokenizers] == [[2368, 256]] * 2
+
+
+def test_fault_39_curly_quotes_give_the_ids_of_the_original_tokenizer(tokenizers):
+    assert tokenizers[0].ids("don’t") == tokenizers[0].ids("don't")
+
+
+@pytest.mark.parametrize("row", TEXT["parse_weights"], ids=lambda row: repr(row["text"])[:40])
+def test_golden_03_weights_of_brackets(row):
+    found = parse_weights(row["text"])
+    assert [text for text, _ in found] == [text for text, _ in row["result"]]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in row["result"]])
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_golden_03_ids_states_and_pool(name, golden, golden_models):
+    case = CASES[name]
+    texts = [TEXT["prompts"][i] for i in case["prompt_index"]]
+    length = case["max_token_length"] or 75
+    one, two = (tokens.encode(t, texts, length, weighted=case["weighted"]) for t in golden_models.tokenizers)
+    assert torch.equal(one.ids, golden[f"{name}.input_ids1"]) and torch.equal(two.ids, golden[f"{name}.input_ids2"])
+    with torch.no_grad():
+        found = golden_models.encode_texts(texts, length, weighted=case["weighted"])
+    for part, expected in zip(found, ("hidden1", "hidden2", "pool"), strict=True):
+        torch.testing.assert_close(part, golden[f"{name}.{expected}"], rtol=0, atol=1e-5)
+
+
+def test_golden_03_single_files_store_the_projection_for_x_at_p(golden, golden_models):
+    """sgm_pool is the original's and Diffusers' answer; peer_pool what sd-scripts makes of the same file."""
+    stored = golden_models.checkpoint.file_tensors("text_encoder_2") | {
+        "text_projection": golden["projection.checkpoint_tensor"]
+    }
+    from library.models.conversion import file_from_module, module_from_file
+
+    loaded = module_from_file("text_encoder_2", stored)
+    one, two = (tokens.encode(t, TEXT["prompts"]).ids for t in golden_models.tokenizers)
+    encoder_1, encoder_2 = golden_models.text_encoders
+    kept = encoder_2.text_projection.weight.data
+    try:
+        encoder_2.text_projection.weight.data = loaded["text_projection.weight"]
+        with torch.no_grad():
+            pooled = text_encoders.encode(one, two, encoder_1, encoder_2).pooled
+    finally:
+        encoder_2.text_projection.weight.data = kept
+    torch.testing.assert_close(pooled, golden["projection.sgm_pool"], rtol=0, atol=1e-5)
+    assert (pooled - golden["projection.peer_pool"]).abs().max() > 1
+    assert torch.equal(
+        file_from_module("text_encoder_2", loaded)["text_projection"], golden["projection.checkpoint_tensor"]
+    )
+
+
+def test_gradients_pass_through_long_and_checkpointed_prompts(golden_model):
+    from conftest import open_models
+
+    gradients = []
+    for checkpointing in (False, True):
+        models = open_models(golden_model, gradient_checkpointing=checkpointing)
+        for encoder in models.text_encoders:
+            encoder.train()
+        weight = models.text_encoders[0].get_parameter("encoder.layers.0.mlp.fc1.weight").requires_grad_()
+        encoded = models.encode_texts([TEXT["prompts"][5]], 150)
+        sum(part.square().sum() for part in encoded).backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert gradients[0].norm() > 0
+
+
+def test_fault_22_encoder_names_keep_text_model_whatever_transformers_calls_them(golden_models):
+    from library.models.save_checkpoint import module_tensors
+
+    for number, encoder in enumerate(golden_models.text_encoders, 1):
+        part = f"text_encoder_{number}"
+        names = set(module_tensors(encoder, part))
+        assert names == set(golden_models.checkpoint.tensors(part))
+        assert all(name.startswith("text_model.") or name == "text_projection.weight" for name in names)
+
+
+def test_the_tokenizer_cache_folder_is_filled_once_and_read_back(tmp_path):
+    load_tokenizers(tmp_path, None)
+    folders = {path.name for path in tmp_path.iterdir()}
+    assert folders == {"openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"}
+    again = load_tokenizers(tmp_path, None)
+    for row in TEXT["tokenize_raw"]:
+        assert [BEGIN, *again[1].ids(row["text"]), END] == row["ids"]
+    assert [tokenizer.pad for tokenizer in again] == [END, 0]
+
+
+def test_a_diffusers_folders_tokenizers_are_honoured(tmp_path, tokenizers):
+    """Here with a token of their own, and "!" named as pad token, as SDXL's second tokenizer has it."""
+    for tokenizer, name in zip(load_tokenizers(None, None), ("tokenizer", "tokenizer_2"), strict=True):
+        tokenizer.clip.add_tokens(["<mine>"])
+        save_tokenizer(tokenizer, tmp_path / name)
+    assert json.loads((tmp_path / "tokenizer_2" / "tokenizer_config.json").read_text())["pad_token"] == "!"
+    for tokenizer in load_tokenizers(None, tmp_path):
+        assert tokenizer.ids("a <mine> cat!") == [320, 49408, 2368, 256]
+
+
+def test_a_damaged_vocabulary_is_told(monkeypatch, tmp_path):
+    import gzip
+
+    damaged = tmp_path / "vocabulary.gz"
+    damaged.write_bytes(gzip.compress(b"x"))
+    monkeypatch.setattr(tokens, "_VOCABULARY", damaged)
+    tokens._vocabulary.cache_clear()
+    with pytest.raises(Exception, match="checksum"):
+        load_tokenizers(None, None)
+    tokens._vocabulary.cache_clear()

@@ -1,0 +1,90 @@
+"""The U-Net: golden 02 and 06, Diffusers' U-Net, and every family by its shapes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.models.attention import chunked, sdpa
+from library.models.unet import UNet, block_of
+from library.models.unet_config import UNetConfig
+from library.safetensors_io import load_tensors
+from tools.tiny_models import INPAINTING, REFINER, SDXL_BASE, SSD_1B, TINY, VEGA
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# At level 0 a group norm has one channel a group, so what only shifts a channel has a gradient that is rounding noise.
+NOISE = [f"{block}.{name}" for block in ("input_blocks.1.0", "input_blocks.2.0", "output_blocks.6.0", "output_blocks.7.0", "output_blocks.8.0")
+         for name in ("in_layers.2.bias", "emb_layers.1.weight", "emb_layers.1.bias")]  # fmt: skip
+NOISE += ["output_blocks.8.0.out_layers.3.bias", "output_blocks.8.0.skip_connection.bias"]
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("attention", [sdpa, chunked])
+def test_golden_02_output_and_every_gradient(case, gradient_checkpointing, attention, golden_models):
+    golden, _ = load_tensors(GOLDEN / "02_unet.safetensors")
+    expected = json.loads((GOLDEN / "02_unet.json").read_text())[case]
+    unet = UNet(golden_models.checkpoint.unet, attention, gradient_checkpointing=gradient_checkpointing)
+    unet.load_state_dict(golden_models.checkpoint.tensors("unet"))
+    latents, context = (golden[f"{case}.{name}"].requires_grad_() for name in ("latents", "context"))
+    output = unet(latents, golden[f"{case}.timesteps"], context, golden[f"{case}.y"])
+    torch.testing.assert_close(output, golden[f"{case}.output"], rtol=0, atol=1e-5)
+    loss = torch.nn.functional.mse_loss(output, golden[f"{case}.target"])
+    loss.backward()
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
+    torch.testing.assert_close(latents.grad, golden[f"{case}.grad_latents"], rtol=1e-4, atol=1e-8)
+    for name, parameter in unet.named_parameters():
+        tolerance = {"abs": 1e-7} if name in NOISE else {"rel": 1e-4}
+        assert parameter.grad.norm().item() == pytest.approx(expected["grad_norms"][name], **tolerance), name
+
+
+def test_golden_06_names_order_and_learning_rate_blocks():
+    golden = json.loads((GOLDEN / "06_block_lr_index.json").read_text())
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_shapes({name: tuple(shape) for name, shape in golden["shapes"].items()}))
+    assert [name for name, _ in unet.named_parameters()] == list(golden["names"])
+    assert {name: block_of(name) for name in golden["names"]} == golden["names"]
+    assert {name: list(p.shape) for name, p in unet.named_parameters()} == golden["shapes"]
+    assert block_of("middle_block_1_proj_in") == 11
+
+
+@pytest.mark.parametrize(
+    "config, family, millions",
+    [
+        (SDXL_BASE, "SDXL base", 2567.5),
+        (SSD_1B, "SSD-1B", 1330.9),
+        (VEGA, "Segmind Vega", 745.1),
+        (REFINER, "SDXL refiner", 2299.7),
+        (INPAINTING, "SDXL base, inpainting (9 channels)", 2567.5),
+        (TINY.unet, "tiny SDXL (for tests)", 8.67),
+    ],
+)
+def test_every_family_is_read_off_its_shapes(config, family, millions):
+    with torch.device("meta"):
+        unet = UNet(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
+    assert UNetConfig.from_shapes(shapes) == config
+    assert config.family == family
+    assert sum(parameter.numel() for parameter in unet.parameters()) / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+def test_a_bf16_forward_stays_bf16_and_near_float32(golden_models):
+    golden, _ = load_tensors(GOLDEN / "02_unet.safetensors")
+    inputs = [golden[f"a.{name}"] for name in ("timesteps", "context", "y")]
+    unet = UNet(golden_models.checkpoint.unet)
+    unet.load_state_dict(golden_models.checkpoint.tensors("unet"))
+    with torch.no_grad():
+        by_casting = unet(golden["a.latents"].bfloat16(), *inputs)  # float32 weights, cast inside their layers
+        in_bf16 = unet.bfloat16()(golden["a.latents"].bfloat16(), *inputs)
+    assert by_casting.dtype == in_bf16.dtype == torch.bfloat16
+    torch.testing.assert_close(by_casting, in_bf16, rtol=0, atol=0)
+    difference = (in_bf16.float() - golden["a.output"]).norm() / golden["a.output"].norm()
+    assert difference < 0.03
+
+
+def test_chunked_attention_equals_sdpa():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 64) for n in (2500, 77, 77))
+    torch.testing.assert_close(chunked(q, k, v), sdpa(q, k, v))

@@ -1,0 +1,97 @@
+"""Draw one prompt without and with a LoRA, from the same noise, side by side: does the LoRA do anything?
+
+python tools/before_after.py --ckpt model.safetensors --network_weights lora.safetensors --prompt "a cat" --output both.png
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from library.errors import Mistake, run
+from library.options import OptionGroup, option, read_options
+
+
+@dataclass(frozen=True)
+class BeforeAfterOptions(OptionGroup):
+    """The picture"""
+
+    ckpt: str | None = option(None, "base model: a file, a Diffusers folder, or a hub id")
+    network_weights: Path | None = option(None, "LoRA file")
+    network_mul: float = option(1.0, "strength of the LoRA")
+    prompt: str = option("", "what to draw")
+    negative_prompt: str = option("", "what not to draw")
+    output: Path = option(Path("before_after.png"), "picture file to write")
+    width: int = option(1024, "width of each picture in pixels, a multiple of 32", at_least=32)
+    height: int = option(1024, "height in pixels, a multiple of 32", at_least=32)
+    steps: int = option(30, "denoising steps", at_least=1)
+    scale: float = option(7.0, "how strongly the prompt counts")
+    seed: int = option(0, "seed of the first noise")
+    bf16: bool = option(False, "compute in bfloat16 instead of float32")
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.ckpt is None:
+            yield Mistake("--ckpt is missing: the base model")
+        if self.network_weights is None:
+            yield Mistake("--network_weights is missing: the LoRA file")
+        if self.width % 32 or self.height % 32:
+            yield Mistake(f"--width {self.width} --height {self.height}: both must be multiples of 32")
+
+
+def main(argv: list[str] | None = None) -> None:
+    chosen = read_options(__doc__, [BeforeAfterOptions], argv)[BeforeAfterOptions]
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from library.models import vae
+    from library.models.checkpoint import open_checkpoint
+    from library.models.sdxl import SdxlModels
+    from library.models.text_encoders import TextConditioning
+    from library.precision import Precision
+    from library.sampling.denoise import denoise
+    from library.sampling.samplers import make_sampler
+    from networks.lora import text_encoder_targets, unet_targets
+    from networks.lora_file import load_into, network_from_file, read_lora
+    from networks.options import LoraSettings
+
+    assert chosen.ckpt is not None and chosen.network_weights is not None
+    checkpoint = open_checkpoint(chosen.ckpt)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = Precision.decide("bf16" if chosen.bf16 else "no", None, no_half_vae=True)
+    models = SdxlModels(checkpoint, precision, device)
+    targets = [t for n, encoder in enumerate(models.text_encoders, 1) for t in text_encoder_targets(encoder, n)]
+    targets += unet_targets(models.unet)
+    tensors = read_lora(chosen.network_weights, models.unet)
+    network = network_from_file(targets, tensors, LoraSettings())
+    load_into(network, tensors, source=chosen.network_weights, allow_partial=False)
+    network.to(device, precision.compute).eval()
+    network.attach()
+
+    shape = (1, 4, chosen.height // 8, chosen.width // 8)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(chosen.seed)).to(device, precision.compute)
+    pictures = []
+    for multiplier in (0.0, chosen.network_mul):
+        network.set_multiplier(multiplier)
+        with torch.no_grad():
+            prompt, negative = (
+                TextConditioning.of(models.encode_texts([t], 75)) for t in (chosen.prompt, chosen.negative_prompt)
+            )
+        sampler = make_sampler(
+            "euler", v_prediction=bool(checkpoint.v_prediction), zero_terminal_snr=bool(checkpoint.zero_terminal_snr)
+        )
+        latents = denoise(models.unet, sampler, noise, prompt, negative, steps=chosen.steps, scale=chosen.scale)
+        pixels = vae.decode(models.vae, vae.unscale_latents(latents))[0].clamp(-1, 1).add(1).mul(127.5).round()
+        pictures.append(pixels.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(pictures, axis=1)).save(chosen.output)
+    change = np.abs(pictures[0].astype(int) - pictures[1]).mean()
+    print(
+        f"{chosen.output}: without (left) and with the LoRA (right); they differ by {change:.1f} of 255 levels on average"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
