@@ -14,6 +14,7 @@ from torch import nn
 
 from library.errors import Mistake, OptionError
 from library.imports import import_transformers
+from library.log import log
 from library.option_values import did_you_mean
 from library.param_group import ParamGroup
 
@@ -50,6 +51,9 @@ _KNOWN = {
     "radamschedulefree": _Known("schedulefree", "RAdamScheduleFree", "schedulefree"),
     "sgdschedulefree": _Known("schedulefree", "SGDScheduleFree", "schedulefree"),
 }
+
+_FIND_THEIR_RATE = ("prodigy", "dadapt")
+_LOW_FACTOR = 0.1
 
 
 def find_optimizer(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -89,6 +93,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer over the groups. Raises OptionError if it doesn't take the arguments."""
     kind, implied = find_optimizer(name)
+    if name.lower().startswith(_FIND_THEIR_RATE):
+        _check_own_rate(name, groups)
     given = {**implied, **arguments}
     if is_adafactor_with_relative_step(name, arguments):
         given |= {"relative_step": True, "lr": None}
@@ -105,6 +111,20 @@ def make_optimizer(
             key for key in inspect.signature(kind.__init__).parameters if key not in ("self", "params", "lr")
         )
         raise OptionError(f"--optimizer_args: {kind.__name__} doesn't take them: {error}. It takes {takes}") from None
+
+
+def _check_own_rate(name: str, groups: Sequence[ParamGroup]) -> None:
+    """Optimizers that find their rate take the learning rate as a factor of it, the same for all."""
+    rates = {group.lr for group in groups}
+    if len(rates) > 1:
+        told = ", ".join(f"{group.name} {group.lr:g}" for group in groups)
+        raise OptionError(f"--optimizer_type {name} takes one learning rate for everything, usually 1; got {told}")
+    if max(rates) <= _LOW_FACTOR:
+        log.warning(
+            "--optimizer_type %s finds the learning rate itself and takes --learning_rate as a factor, usually 1; it is %g",
+            name,
+            max(rates),
+        )
 
 
 def optimizer_in_words(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> str:

@@ -3,12 +3,13 @@
 Names and retention: contract, formats.md section 6. E is the 1-based epoch, S the optimizer step.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from library.errors import RunError
+from library.errors import OptionError
 from library.log import log
 from library.training.options import SavingOptions
 from library.training.progress import Progress
@@ -16,6 +17,17 @@ from library.training.task import Part
 
 MakeMetadata = Callable[[int, int], Mapping[str, str]]
 """(steps done, epoch to record) -> the file's metadata"""
+
+
+def make_output_folder(folder: Path) -> None:
+    """Make the folder and write in it, so that hours of caching don't come before the first failure."""
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OptionError(f"--output_dir {folder}: can't be made or written in: {error.strerror}") from None
 
 
 class Saver:
@@ -38,19 +50,11 @@ class Saver:
         if options.save_n_epoch_ratio:
             self._every_epochs = num_epochs // options.save_n_epoch_ratio or 1
         self._saved: dict[str, list[Path]] = {}
-        if is_main:
-            self._make_folder()
 
     @property
     def log_file(self) -> Path:
         """Where the run's step log goes: one JSON object a line."""
         return self._folder / f"{self._options.output_name or 'last'}-log.jsonl"
-
-    def _make_folder(self) -> None:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"--output_dir {self._folder}: can't be made: {error.strerror}") from None
 
     def step_is_due(self, step: int) -> bool:
         return bool(self._options.save_every_n_steps) and step % (self._options.save_every_n_steps or 1) == 0

@@ -46,7 +46,7 @@ from library.training.options import (
 from library.training.preflight import Preflight
 from library.training.prepare import Prepared, prepare
 from library.training.report import Report, open_tracker
-from library.training.saving import Saver
+from library.training.saving import Saver, make_output_folder
 from library.training.step import Step
 from library.training.task import Objective, Task
 from library.training.update import Update
@@ -90,6 +90,10 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     """Set a run up: fill its caches, load its models, build what it trains. Tells what is going to happen."""
     find_optimizer(options[OptimizerOptions].name)  # a package that isn't there is told before hours of caching
     accelerator = _start_accelerator(options[RunOptions])
+    folder = options[SavingOptions].output_dir
+    assert folder is not None
+    if accelerator.is_main_process:
+        make_output_folder(folder)
     seed = _shared_seed(options[RunOptions].seed)
     models = _open_models(options, found, accelerator.device)
     prepared = prepare(

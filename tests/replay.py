@@ -1,0 +1,131 @@
+"""Replaying a golden training run: its batches and draws go through our step, update and network."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from library.data.batch import Batch
+from library.data.order import Place
+from library.draws import Draws
+from library.models.noise_schedule import NoiseSchedule
+from library.models.text_encoders import EncodedText
+from library.models.vae import LATENT_SCALE
+from library.safetensors_io import load_tensors
+from library.training.lr_schedules import make_scheduler
+from library.training.optimizers import make_optimizer
+from library.training.options import LossOptions, NoiseOptions, ScheduleOptions
+from library.training.step import Step
+from library.training.task import Objective
+from library.training.update import Update
+
+GOLDEN = Path(__file__).parent / "golden" / "10_training"
+
+
+class Golden:
+    """One recorded run."""
+
+    def __init__(self, name: str):
+        self.facts = json.loads((GOLDEN / f"{name}.json").read_text())
+        self.trace, _ = load_tensors(GOLDEN / f"{name}.trace.safetensors")
+        self.output, _ = load_tensors(GOLDEN / f"{name}.out.safetensors")
+
+    def batch(self, i: int, *, accumulation: int, text: EncodedText | None) -> Batch:
+        facts = self.facts["batches"][i]
+        count = len(facts["images"])
+        closes = (i + 1) % accumulation == 0
+        window = sum(
+            len(b["images"]) for b in self.facts["batches"][i - i % accumulation : i - i % accumulation + accumulation]
+        )
+        return Batch(
+            place=Place(0, i // accumulation, i, 0, window, closes, False),
+            paths=tuple(facts["images"]),
+            captions=tuple(facts["captions"]),
+            images=None,
+            latents=self.trace[f"step{i}.latents"] / LATENT_SCALE,
+            text=text,
+            original_sizes=torch.tensor(facts["original_sizes_hw"]),
+            crop_top_lefts=torch.tensor(facts["crop_top_lefts"]),
+            target_sizes=torch.tensor(facts["target_sizes_hw"]),
+            weights=torch.ones(count),
+        )
+
+    def draws(self, i: int) -> "Recorded":
+        return Recorded(self.trace[f"step{i}.noise"], self.trace[f"step{i}.timesteps"])
+
+
+class Recorded(Draws):
+    """The noise and timesteps of one recorded step; nothing else is drawn."""
+
+    def __init__(self, noise: torch.Tensor, timesteps: torch.Tensor):
+        super().__init__(0, 0, 0, len(noise))
+        object.__setattr__(self, "_noise", noise)
+        object.__setattr__(self, "_timesteps", timesteps)
+
+    def normal(self, purpose, shape):
+        assert purpose == "noise" and shape == self._noise.shape[1:]
+        return self._noise
+
+    def integers(self, purpose, low, high):
+        return self._timesteps
+
+
+def replay(
+    golden: Golden,
+    models,
+    task,
+    *,
+    optimizer_args: dict,
+    schedule: ScheduleOptions,
+    loss: LossOptions,
+    lr: float,
+    accumulation: int,
+    cached_text: bool,
+):
+    """Run the whole trace, asserting context, y, prediction, loss, norm and learning rates as they come."""
+    network = task.parts[0].tensors()
+    with torch.no_grad():
+        for name, tensor in golden.trace.items():
+            if name.startswith("init."):
+                network[name.removeprefix("init.")].copy_(tensor)
+    groups = task.parts[0].groups()
+    optimizer = make_optimizer("AdamW", optimizer_args, groups, lr)
+    total = len(golden.facts["lr_per_step"])
+    step = Step(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), loss, None).train()
+    update = Update(
+        step, groups, optimizer, make_scheduler(optimizer, schedule, total, lr), max_grad_norm=1.0, scales_loss=False, processes=1
+    )  # fmt: skip
+    seen = _watch(models.unet)
+    for i, expected in enumerate(golden.facts["losses"]):
+        text = None
+        if cached_text:
+            with torch.no_grad():
+                text = models.encode_texts(golden.facts["batches"][i]["captions"], 75)
+        batch = golden.batch(i, accumulation=accumulation, text=text)
+        losses = step(batch, golden.draws(i))
+        update.backward(losses, batch.place)
+        context, vector, prediction = seen
+        if i == 0:
+            torch.testing.assert_close(context, golden.trace["step0.context"], rtol=0, atol=1e-5)
+        assert abs(context.norm().item() - golden.facts["context_norm"][i]) < 1e-3
+        torch.testing.assert_close(vector, golden.trace[f"step{i}.y"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(prediction, golden.trace[f"step{i}.unet_out"], rtol=0, atol=1e-4)
+        assert abs(losses.mean().item() - expected) < 1e-5, f"loss of step {i}"
+        if batch.place.closes_window:
+            number = i // accumulation
+            rates = list(update.learning_rates().values())
+            updated = update.step()
+            norm = golden.facts["grad_norm_before_clip"][number]
+            assert abs(updated.grad_norm.item() - norm) < 1e-3 * norm, f"gradient norm of step {number}"
+            yield number, rates
+
+
+def _watch(unet) -> list:
+    """Fills itself with context, vector and output of the last U-Net call."""
+    seen = [None] * 3
+
+    def note(module, inputs, output):
+        seen[:] = [inputs[2].detach(), inputs[3].detach(), output.detach()]
+
+    unet.register_forward_hook(note)
+    return seen

@@ -1,0 +1,235 @@
+"""Caches: the contract's files, validity by shape, damage, and filling them."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from library.data.cache import Latents, LatentsInMemory, LatentsOnDisk, TextInMemory, TextOnDisk
+from library.data.dataset_config import read_datasets
+from library.data.fill_cache import audit, fill_latents, fill_text, load_pixels, refuse_or_skip
+from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.data.subsets import scan
+from library.errors import RunError
+from library.models import vae
+from library.models.text_encoders import EncodedText
+from library.options import read_options
+
+GOLDEN = Path(__file__).parent / "golden" / "10_training"
+
+
+def scanned(folder: Path, *argv: object):
+    words = [
+        "--train_data_dir",
+        folder,
+        "--resolution",
+        128,
+        "--enable_bucket",
+        "--bucket_reso_steps",
+        32,
+        "--min_bucket_reso",
+        64,
+    ]
+    options = read_options(
+        "t", [DatasetOptions, CaptionOptions, CacheOptions], [str(w) for w in [*words, "--max_bucket_reso", 256, *argv]]
+    )
+    return [sample for dataset in scan(read_datasets(options)[0], skip_bad_images=False) for sample in dataset.samples]
+
+
+def stub_vae(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Latents that tell what went in: the mean of each 8x8 patch, and the noise."""
+    means = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 8)
+    return means.expand(-1, 4, -1, -1) + 0.01 * noise
+
+
+def stub_text(captions) -> EncodedText:
+    lengths = torch.tensor([[float(len(caption))] for caption in captions])
+    return EncodedText(
+        lengths[..., None].expand(-1, 77, 8), lengths[..., None].expand(-1, 77, 16), lengths.expand(-1, 16)
+    )
+
+
+@pytest.fixture
+def samples(pictures):
+    return scanned(pictures)
+
+
+# ------------------------------------------------------------------------------------------------------- the golden files
+
+
+def test_golden_10_caches_of_the_reference_are_valid_and_read(golden_data):
+    samples = scanned(golden_data / "data")
+    for file in (GOLDEN / "caches").iterdir():
+        (golden_data / "data" / file.name).write_bytes(file.read_bytes())
+    latents, text = LatentsOnDisk(), TextOnDisk(77)
+    for sample in samples:
+        assert latents.problem(sample) is None
+        assert latents.read(sample).plain.shape == (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
+    assert [text.problem(sample) for sample in samples[:3]] == [None, None, "not there"]
+
+
+def test_golden_10_our_caches_hold_what_the_references_hold(golden_data, golden_models):
+    """Latents within the posterior (it is one random sample); sizes and crop exact; text to 1e-5."""
+    samples = scanned(golden_data / "data")
+    latents, text = LatentsOnDisk(), TextOnDisk(77)
+    assert fill_latents(samples, latents, lambda *inputs: vae.encode(golden_models.vae, *inputs), 2) == []
+    with torch.no_grad():
+        fill_text(samples[:2], text, lambda captions: golden_models.encode_texts(captions, 75))
+    for sample in samples:
+        ours, golden = np.load(sample.latents_file), np.load(GOLDEN / "caches" / sample.latents_file.name)
+        assert {name: ours[name].dtype for name in ours} == {name: golden[name].dtype for name in golden}
+        assert np.array_equal(ours["original_size"], golden["original_size"])
+        assert np.array_equal(ours["crop_ltrb"], golden["crop_ltrb"])
+        image = torch.from_numpy(load_pixels(sample).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        posterior = golden_models.vae.encode(image).latent_dist
+        for z in (ours["latents"], golden["latents"]):
+            assert ((torch.from_numpy(z) - posterior.mean[0]) / posterior.std[0]).abs().max() < 6
+    for sample in samples[:2]:
+        ours, golden = np.load(sample.text_file), np.load(GOLDEN / "caches" / sample.text_file.name)
+        assert set(ours) == set(golden)
+        for name in ours:
+            np.testing.assert_allclose(ours[name], golden[name], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- validity
+
+
+def test_what_was_written_is_read_back(samples):
+    cache = LatentsOnDisk()
+    latents = torch.randn(4, samples[0].fit.bucket.height // 8, samples[0].fit.bucket.width // 8)
+    assert cache.problem(samples[0]) == "not there"
+    cache.write(samples[0], Latents(latents, None))
+    assert cache.problem(samples[0]) is None and torch.equal(cache.read(samples[0]).plain, latents)
+    text = EncodedText(torch.randn(77, 8).bfloat16(), torch.randn(77, 16).bfloat16(), torch.randn(16).bfloat16())
+    TextOnDisk(77).write(samples[0], text)
+    back = TextOnDisk(77).read(samples[0])
+    assert all(torch.equal(one, two.float()) for one, two in zip(back, text, strict=True))
+    assert np.load(samples[0].text_file)["pool2"].dtype == np.float32
+    assert TextOnDisk(152).problem(samples[0]) == "its hidden_state1 are 77x8 where 152x? are needed"
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda path: path.write_bytes(b""), "unreadable"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "unreadable"),
+        (lambda path: path.write_bytes(b"\0" * 1000), "unreadable"),
+        (lambda path: np.savez(path, other=np.zeros(3)), "lacks latents"),
+        (lambda path: np.savez(path, latents=np.array([{}], dtype=object)), "are object"),
+        (lambda path: np.savez(path, latents=np.zeros((4, 99, 99), np.float32)), "are 4x99x99 where 4x"),
+    ],
+)
+def test_fault_45_a_file_that_isnt_valid_is_told_why_and_made_again(damage, reason, samples):
+    cache = LatentsOnDisk()
+    fill_latents(samples, cache, stub_vae, 2)
+    good = cache.read(samples[0]).plain
+    damage(samples[0].latents_file)
+    assert reason in cache.problem(samples[0])
+    assert fill_latents(samples, cache, stub_vae, 2) == []
+    assert torch.equal(cache.read(samples[0]).plain, good)
+
+
+def test_fault_43_another_resolution_makes_the_latents_again(pictures):
+    cache = LatentsOnDisk()
+    fill_latents(scanned(pictures), cache, stub_vae, 2)
+    smaller = scanned(pictures, "--resolution", 96)
+    assert all("are needed" in cache.problem(sample) for sample in smaller)
+
+
+def test_fault_46_flip_aug_switched_on_later_makes_the_latents_again(pictures):
+    cache = LatentsOnDisk()
+    fill_latents(scanned(pictures), cache, stub_vae, 2)
+    flipped = scanned(pictures, "--flip_aug")
+    assert {cache.problem(sample) for sample in flipped} == {"lacks latents_flipped"}
+    fill_latents(flipped, cache, stub_vae, 2)
+    pair = cache.read(flipped[0])
+    difference = (pair.flipped - pair.plain.flip(-1)).abs().max()
+    assert difference < 0.1 and not torch.equal(pair.flipped, pair.plain)
+
+
+# --------------------------------------------------------------------------------------------------------------- filling
+
+
+def test_only_what_is_missing_is_encoded_in_batches_of_one_bucket(samples):
+    calls = []
+
+    def encode(images, noise):
+        calls.append(tuple(images.shape))
+        return stub_vae(images, noise)
+
+    cache = LatentsOnDisk()
+    fill_latents(samples, cache, encode, 4)
+    assert len(calls) == len({sample.fit.bucket for sample in samples})
+    samples[0].latents_file.unlink()
+    calls.clear()
+    fill_latents(samples, cache, encode, 4)
+    assert [shape[0] for shape in calls] == [1]
+
+
+def test_the_posterior_sample_depends_on_the_picture_alone(samples):
+    """Not on its batch, its neighbours or the run: caches made again are the same."""
+    found = []
+    for batch_size, part in ((1, samples), (4, list(reversed(samples)))):
+        cache = LatentsInMemory()
+        fill_latents(part, cache, stub_vae, batch_size)
+        found.append([cache.read(sample).plain for sample in samples])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_processes_share_what_goes_to_the_disk(samples):
+    cache = LatentsOnDisk()
+    fill_latents(samples, cache, stub_vae, 1, share=(0, 2))
+    assert [cache.problem(sample) is None for sample in samples] == [True, False, True, False]
+
+
+def test_equal_captions_are_encoded_once(samples):
+    seen = []
+
+    def encode(captions):
+        seen.extend(captions)
+        return stub_text(captions)
+
+    fill_text(samples + samples, TextInMemory(), encode)
+    assert sorted(seen) == sorted({sample.settled_caption for sample in samples})
+
+
+def test_prefix_and_suffix_are_part_of_a_cached_caption(pictures):
+    (sample, *_) = scanned(pictures, "--caption_prefix", "photo:", "--caption_suffix", "end")
+    assert sample.settled_caption == f"photo: {sample.caption} end"
+
+
+def test_fault_33_latents_that_arent_finite_are_never_cached_and_the_picture_is_named(samples):
+    def overflowing(images, noise):
+        latents = stub_vae(images, noise)
+        latents[0, 0, 0, 0] = float("nan")
+        return latents
+
+    cache = LatentsOnDisk()
+    bad = fill_latents(samples, cache, overflowing, 1)
+    assert {one.sample for one in bad} == set(samples) and not list(samples[0].path.parent.glob("*.npz"))
+    with pytest.raises(RunError, match=r"picture0.png: the VAE gives latents that aren't finite"):
+        refuse_or_skip(bad, skip=False)
+
+
+def test_fault_25_every_picture_that_cant_be_decoded_is_told_before_training(samples, caplog):
+    logging.getLogger("library").propagate = True
+    for sample in samples[:2]:
+        raw = sample.path.read_bytes()
+        sample.path.write_bytes(raw[:60] + b"\0" * (len(raw) - 60))
+    for bad in (audit(samples), fill_latents(samples, LatentsInMemory(), stub_vae, 4)):
+        assert {one.sample for one in bad} == set(samples[:2])
+    with pytest.raises(RunError) as error:
+        refuse_or_skip(bad, skip=False)
+    assert all(sample.path.name in str(error.value) for sample in samples[:2]) and "--skip_bad_images" in str(
+        error.value
+    )
+    assert refuse_or_skip(bad, skip=True) == set(samples[:2]) and "left out" in caplog.text
+
+
+def test_a_picture_replaced_since_the_scan_is_told(samples):
+    Image.new("RGB", (33, 44)).save(samples[0].path)
+    (bad,) = audit(samples[:1])
+    assert "when the dataset was read, and is 33x44 now" in bad.reason

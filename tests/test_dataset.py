@@ -1,0 +1,137 @@
+"""The loader: what a batch holds, and that it doesn't depend on workers or how they start."""
+
+from itertools import islice
+
+import pytest
+import torch
+from test_cache import stub_text, stub_vae
+
+from library.data.cache import LatentsInMemory, LatentsOnDisk, TextInMemory
+from library.data.dataset import Batches, group_samples, load_batches
+from library.data.dataset_config import read_datasets
+from library.data.fill_cache import fill_latents, fill_text, load_pixels
+from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.data.order import Order
+from library.data.subsets import scan
+from library.options import read_options
+
+
+def set_up(folder, *argv: object, latents=None, text=None):
+    words = [
+        "--train_data_dir",
+        folder,
+        "--resolution",
+        128,
+        "--enable_bucket",
+        "--bucket_reso_steps",
+        32,
+        "--min_bucket_reso",
+        64,
+    ]
+    options = read_options(
+        "t", [DatasetOptions, CaptionOptions, CacheOptions], [str(w) for w in [*words, "--max_bucket_reso", 256, *argv]]
+    )
+    datasets = scan(read_datasets(options)[0], skip_bad_images=False)
+    samples = [sample for dataset in datasets for sample in dataset.samples]
+    if latents is not None:
+        fill_latents(samples, latents, stub_vae, 2)
+    if text is not None:
+        fill_text(samples, text, stub_text)
+    batches = Batches(samples, latents, text, seed=3, max_train_steps=100)
+    return batches, Order(group_samples(datasets, samples), seed=3)
+
+
+def loaded(batches, order, count=12, **settings):
+    return list(
+        islice(load_batches(batches, order.from_step(0, 0), pin_memory=False, **{"num_workers": 0, **settings}), count)
+    )
+
+
+def assert_same(one, two):
+    assert one.place == two.place and one.paths == two.paths and one.captions == two.captions
+    for name in ("images", "latents", "original_sizes", "crop_top_lefts", "target_sizes", "weights"):
+        a, b = getattr(one, name), getattr(two, name)
+        assert (a is None and b is None) or torch.equal(a, b), name
+
+
+RANDOM = [
+    "--flip_aug",
+    "--shuffle_caption",
+    "--caption_tag_dropout_rate",
+    0.3,
+    "--caption_dropout_rate",
+    0.2,
+    "--train_batch_size",
+    2,
+]
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["fork", pytest.param("spawn", marks=pytest.mark.long), pytest.param("forkserver", marks=pytest.mark.long)],
+)
+def test_workers_give_the_same_batches_bit_for_bit(pictures, method):
+    batches, order = set_up(pictures, *RANDOM)
+    alone = loaded(batches, order)
+    for one, two in zip(alone, loaded(batches, order, num_workers=2, start_method=method), strict=True):
+        assert_same(one, two)
+    assert len({caption for batch in alone for caption in batch.captions}) > 4
+
+
+def test_spawned_workers_read_what_a_windows_user_reads(pictures):
+    batches, order = set_up(pictures, "--train_batch_size", 2, latents=LatentsOnDisk())
+    for one, two in zip(
+        loaded(batches, order, 2), loaded(batches, order, 2, num_workers=1, start_method="spawn"), strict=True
+    ):
+        assert_same(one, two)
+
+
+def test_a_batch_holds_the_picture_mirrored_or_not_with_its_sizes(pictures):
+    batches, order = set_up(pictures, "--flip_aug")
+    flips = set()
+    for batch in loaded(batches, order, 16):
+        sample = next(sample for sample in batches.samples if str(sample.path) == batch.paths[0])
+        pixels = torch.from_numpy(load_pixels(sample).copy()).permute(2, 0, 1) / 127.5 - 1
+        flipped = not torch.allclose(batch.images[0], pixels, atol=1e-6)
+        if flipped:
+            torch.testing.assert_close(batch.images[0], pixels.flip(-1), rtol=0, atol=1e-6)
+        flips.add(flipped)
+        assert batch.original_sizes.tolist() == [[sample.size.height, sample.size.width]]
+        assert batch.target_sizes.tolist() == [[sample.fit.bucket.height, sample.fit.bucket.width]]
+        assert batch.crop_top_lefts.tolist() == [list(sample.crop_top_left(flipped=flipped))]
+        assert batch.weights.tolist() == [1.0]
+    assert flips == {True, False}
+
+
+@pytest.mark.parametrize("cache", [LatentsInMemory, LatentsOnDisk])
+def test_cached_latents_are_mirrored_when_the_picture_would_be(pictures, cache):
+    fresh, order = set_up(pictures, "--flip_aug")
+    cached, _ = set_up(pictures, "--flip_aug", latents=cache())
+    for one, two in zip(loaded(fresh, order, 16), loaded(cached, order, 16), strict=True):
+        expected = torch.nn.functional.avg_pool2d(one.images.mean(1, keepdim=True), 8).expand(-1, 4, -1, -1)
+        assert (two.latents - expected).abs().max() < 0.1 and torch.equal(one.crop_top_lefts, two.crop_top_lefts)
+
+
+def test_cached_text_comes_with_its_picture(pictures):
+    batches, order = set_up(pictures, latents=LatentsInMemory(), text=TextInMemory())
+    for batch in loaded(batches, order, 8):
+        assert batch.text.pooled[0, 0] == len(batch.captions[0])
+
+
+def test_every_epoch_draws_anew_and_repeats_show_a_picture_as_often(pictures):
+    batches, order = set_up(pictures, *RANDOM[:-2])
+    first, second = loaded(batches, order, 16)[:8], loaded(batches, order, 16)[8:]
+    assert sorted(batch.paths for batch in first) == sorted(batch.paths for batch in second)
+    assert sorted(batch.captions for batch in first) != sorted(batch.captions for batch in second)
+    assert all(sum(batch.paths == other.paths for other in first) == 2 for batch in first)
+
+
+def test_skipped_steps_decode_nothing(pictures, monkeypatch):
+    batches, order = set_up(pictures)
+    whole = loaded(batches, order, 8)
+    read = []
+    monkeypatch.setattr("library.data.dataset.load_pixels", lambda sample: read.append(sample) or load_pixels(sample))
+    rest = list(islice(load_batches(batches, order.from_step(5, 0), num_workers=0, pin_memory=False), 3))
+    for one, two in zip(whole[5:], rest, strict=True):
+        assert_same(one, two)
+    assert len(read) == 3

@@ -1,0 +1,182 @@
+"""Dataset definitions: where values come from, folders named N_class, and every mistake with its table."""
+
+from pathlib import Path
+
+import pytest
+
+from library.data.dataset_config import check_datasets, read_datasets
+from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.data.size import Size
+from library.errors import OptionError
+from library.options import read_options
+
+GROUPS = [DatasetOptions, CaptionOptions, CacheOptions]
+
+
+def options_of(*argv: object):
+    return read_options("test", GROUPS, [str(word) for word in argv])
+
+
+def plans_of(tmp_path: Path, text: str, *argv: object):
+    (tmp_path / "a").mkdir(exist_ok=True)
+    (tmp_path / "b").mkdir(exist_ok=True)
+    path = tmp_path / "data.toml"
+    path.write_text(text.replace("DIR", tmp_path.as_posix()), encoding="utf-8")
+    return read_datasets(options_of("--dataset_config", path, *argv))[0]
+
+
+def mistakes_of(tmp_path: Path, text: str, *argv: object) -> list[str]:
+    with pytest.raises(OptionError) as error:
+        plans_of(tmp_path, text, *argv)
+    return [mistake.text for mistake in error.value.mistakes]
+
+
+WHOLE = """
+[general]
+enable_bucket = true
+keep_tokens = 1
+caption_extension = ".txt"
+shuffle_caption = true
+
+[[datasets]]
+resolution = [512, 768]
+batch_size = 4
+keep_tokens = 2
+
+  [[datasets.subsets]]
+  image_dir = "DIR/a"
+  num_repeats = 3
+  class_tokens = "a cat"
+
+  [[datasets.subsets]]
+  image_dir = "DIR/b"
+  keep_tokens = 5
+  shuffle_caption = false
+  flip_aug = true
+
+[[datasets]]
+resolution = 640
+
+  [[datasets.subsets]]
+  image_dir = "DIR/a"
+"""
+
+
+def test_values_come_from_subset_then_dataset_then_general_then_command_line_then_default(tmp_path):
+    first, second = plans_of(
+        tmp_path, WHOLE, "--train_batch_size", 7, "--caption_dropout_rate", 0.5, "--keep_tokens", 9
+    )
+    assert first.batch_size == 4 and second.batch_size == 7
+    assert first.buckets.resolution == Size(512, 768) and second.buckets.resolution == Size(640, 640)
+    assert [subset.captions.keep_tokens for subset in (*first.subsets, *second.subsets)] == [2, 5, 1]
+    assert [subset.captions.shuffle_caption for subset in first.subsets] == [True, False]
+    assert [subset.flip_aug for subset in first.subsets] == [False, True]
+    assert first.subsets[0].num_repeats == 3 and first.subsets[0].class_tokens == "a cat"
+    assert first.subsets[0].captions.caption_dropout_rate == 0.5
+    assert first.buckets.max_side == 1024 and first.buckets.step == 64
+
+
+def test_json_says_the_same(tmp_path):
+    import json
+    import tomllib
+
+    toml = plans_of(tmp_path, WHOLE)
+    tables = tomllib.loads(WHOLE.replace("DIR", tmp_path.as_posix()))
+    (tmp_path / "data.json").write_text(json.dumps(tables), encoding="utf-8")
+    assert read_datasets(options_of("--dataset_config", tmp_path / "data.json"))[0] == toml
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("[genral]\n", "top level: 'genral' is unknown; did you mean 'general'?"),
+        ("[[datasets]]\nresolution = 512\n", "[[datasets]] 1: it has no [[datasets.subsets]]"),
+        ("[[datasets]]\nresolution = 512\nimage_dir = 'x'\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "[[datasets]] 1: 'image_dir' belongs in [[datasets.subsets]]"),
+        ("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\nbatch_size = 2\n", "subset 1: 'batch_size' belongs in [general] or [[datasets]]"),
+        ("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'DIR/none'\n", "no such folder"),
+        ("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nnum_repeats = 2\n", "subset 1: image_dir is missing"),
+        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "resolution is missing"),
+        ("[[datasets]]\nresolution = [1,2,3]\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "resolution"),
+        ("[[datasets]]\nresolution = 2048\nenable_bucket = true\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "max_bucket_reso 1024 is below the resolution's longer side 2048"),
+        ("[[datasets]]\nresolution = 512\nenable_bucket = true\nbucket_reso_steps = 40\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "SDXL needs a multiple of 32"),
+        ("[[datasets]]\nresolution = 500\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "multiples of 8"),
+        ("[[datasets]]\nresolution = 512\nkeep_tokens = 'two'\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "keep_tokens: expected a whole number, got 'two'"),
+        ("[[datasets]]\nresolution = 512\nkeep_token = 2\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "'keep_token' is unknown; did you mean 'keep_tokens'?"),
+        ("[datasets]\nresolution = 512\n", "double brackets"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_with_its_table(text, expected, tmp_path):
+    assert any(expected in mistake and "data.toml" in mistake for mistake in mistakes_of(tmp_path, text)), mistakes_of(
+        tmp_path, text
+    )
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(tmp_path):
+    text = "[general]\nkeep_token = 1\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'DIR/none'\nflip_aug = 'maybe'\n"
+    assert len(mistakes_of(tmp_path, text)) == 4
+
+
+def test_keys_of_later_versions_are_refused_only_when_switched_on(tmp_path):
+    text = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\nrandom_crop = {}\n"
+    assert "can't be used yet" in mistakes_of(tmp_path, text.format("true"))[0]
+    assert plans_of(tmp_path, text.format("false"))
+
+
+def test_a_missing_file_and_an_unknown_ending_are_told(tmp_path):
+    for name, expected in (
+        ("none.toml", "no such file"),
+        ("x.yaml", r"expected a .toml or .json file"),
+        ("x.toml", "can't be read"),
+    ):
+        (tmp_path / "x.yaml").write_text("", encoding="utf-8")
+        (tmp_path / "x.toml").write_text("= =", encoding="utf-8")
+        with pytest.raises(OptionError, match=expected):
+            read_datasets(options_of("--dataset_config", tmp_path / name))
+
+
+def test_folders_named_n_class_give_repeats_and_class_tokens(tmp_path):
+    for name in ("10_a cat_with hat", "2", "3_", "0_none", "notes"):
+        (tmp_path / name).mkdir()
+    plans, notices = read_datasets(options_of("--train_data_dir", tmp_path, "--resolution", "64,96"))
+    found = {subset.image_dir.name: (subset.num_repeats, subset.class_tokens) for subset in plans[0].subsets}
+    assert found == {"10_a cat_with hat": (10, "a cat_with hat"), "2": (2, ""), "3_": (3, "")}
+    assert "0_none, notes" in notices[0]
+    assert plans[0].buckets.resolution == Size(64, 96)
+
+
+def test_a_plain_folder_of_pictures_is_taken_once_and_told(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"")
+    plans, notices = read_datasets(options_of("--train_data_dir", tmp_path, "--resolution", 64))
+    assert (plans[0].subsets[0].image_dir, plans[0].subsets[0].num_repeats) == (tmp_path, 1)
+    assert "no N_class folders" in notices[0]
+
+
+def test_a_folder_without_pictures_or_classes_says_what_is_expected_and_found(tmp_path):
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(OptionError, match=r"expected folders named N_class .* found cats"):
+        read_datasets(options_of("--train_data_dir", tmp_path, "--resolution", 64))
+    with pytest.raises(OptionError, match="no such folder"):
+        read_datasets(options_of("--train_data_dir", tmp_path / "none", "--resolution", 64))
+
+
+def test_a_folder_named_twice_in_a_dataset_is_used_once_and_told(tmp_path):
+    (tmp_path / "a").mkdir()
+    twice = "[[datasets]]\nresolution = 512\n" + "[[datasets.subsets]]\nimage_dir = 'DIR/a'\n" * 2
+    path = tmp_path / "data.toml"
+    path.write_text(twice.replace("DIR", tmp_path.as_posix()), encoding="utf-8")
+    plans, notices = read_datasets(options_of("--dataset_config", path))
+    assert len(plans[0].subsets) == 1 and "there twice" in notices[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step", "enable_wildcard"],
+)
+def test_fault_59_cached_text_and_captions_that_change_exclude_each_other(name, tmp_path):
+    (tmp_path / "1_x").mkdir()
+    value = () if name in ("shuffle_caption", "enable_wildcard") else (0.5,)
+    options = options_of(
+        "--train_data_dir", tmp_path, "--resolution", 64, "--cache_text_encoder_outputs", f"--{name}", *value
+    )
+    (mistake,) = check_datasets(options)
+    assert name in mistake.text and "--cache_text_encoder_outputs rules out" in mistake.text

@@ -1,0 +1,310 @@
+"""LoRA: golden 07 at full size and tiny, dropouts, files from other programs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.errors import OptionError
+from library.models import text_encoders
+from library.models.key_maps import Renaming, unet_pairs_of_config
+from library.models.unet import UNet
+from library.models.unet_config import UNetConfig
+from library.safetensors_io import load_tensors, read_header, write_safetensors
+from networks.lora import LoraModule, LoraNetwork, text_encoder_targets, unet_targets
+from networks.lora_file import load_into, network_from_file, read_lora, write_lora
+from networks.options import LoraSettings, NetworkOptions, read_network_args
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "07_lora_fullsize.json").read_text())["cases"]
+
+
+def settings_of(*pairs: str, dim: int = 4, alpha: float = 1.0) -> LoraSettings:
+    settings, mistakes = read_network_args(_unchecked(dim, alpha, pairs))
+    assert not mistakes, mistakes
+    return settings
+
+
+def _unchecked(dim, alpha, pairs) -> NetworkOptions:
+    options = NetworkOptions(network_module="networks.lora", network_dim=dim, network_alpha=alpha)
+    object.__setattr__(options, "network_args", tuple(pairs))
+    return options
+
+
+def all_targets(models):
+    targets = [
+        target for n, encoder in enumerate(models.text_encoders, 1) for target in text_encoder_targets(encoder, n)
+    ]
+    return [*targets, *unet_targets(models.unet)]
+
+
+@pytest.fixture(scope="module")
+def full_size_targets():
+    from library.imports import import_transformers
+    from tools.tiny_models import FULL, _text_encoder
+
+    import_transformers()
+    shapes = json.loads((GOLDEN / "06_block_lr_index.json").read_text())["shapes"]
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_shapes({name: tuple(shape) for name, shape in shapes.items()}))
+        encoders = [_text_encoder(n, getattr(FULL, f"text_encoder_{n}")) for n in (1, 2)]
+    text = [target for n, encoder in enumerate(encoders, 1) for target in text_encoder_targets(encoder, n)]
+    return text, list(unet_targets(unet))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["network_args"])[:60])
+def test_golden_07_names_shapes_alphas_and_learning_rates_at_full_size(case, full_size_targets):
+    result = case["result"]
+    pairs = [f"{key}={value}" for key, value in case["network_args"].items()]
+    settings, mistakes = read_network_args(_unchecked(case["network_dim"], case["network_alpha"], pairs))
+    if "error" in result:
+        assert mistakes and "23" in mistakes[0].text
+        return
+    text, unet = full_size_targets
+    with torch.device("meta"):
+        network = LoraNetwork.from_settings([*(text if case["train_text_encoder"] else []), *unet], settings)
+    assert [target.name for target in network.targets] == list(result["modules"])
+    if result["block_lr_weight"] is not None:
+        assert list(settings.block_lr_weights) == result["block_lr_weight"]
+    groups = network.groups(case["unet_lr"], (case["text_encoder_lr"],) * 2)
+    rates = {name: (group.lr, group.name) for group in groups for name in group.parameters}
+    for target in network.targets:
+        dim, alpha, down, up, down_lr, up_lr, group = result["modules"][target.name]
+        lora = network.lora(target.name)
+        assert (lora.rank, lora.alpha) == (dim, alpha), target.name
+        if down is not None:
+            assert [list(lora.lora_down.weight.shape), list(lora.lora_up.weight.shape)] == [down, up]
+        if target.name in network.untrainable():  # left out of the optimizer here (docs/differences.md)
+            assert target.name.startswith("lora_te1_text_model_encoder_layers_11_")
+            continue
+        assert rates[f"{target.name}.lora_down.weight"][0] == pytest.approx(down_lr, abs=1e-12)
+        assert rates[f"{target.name}.lora_up.weight"] == (pytest.approx(up_lr, abs=1e-12), group)
+
+
+def test_golden_07_outputs_and_gradients(own_models):
+    golden, _ = load_tensors(GOLDEN / "07_lora_tiny.safetensors")
+    expected = json.loads((GOLDEN / "07_lora_tiny.json").read_text())
+    tensors = {name.removeprefix("lora."): tensor for name, tensor in golden.items() if name.startswith("lora.")}
+    network = network_from_file(all_targets(own_models), tensors, LoraSettings())
+    load_into(network, tensors, source=Path("golden"), allow_partial=False)
+    network.attach()
+    inputs = [golden[name] for name in ("latents", "timesteps", "context", "y")]
+    for name in (name for name in golden if name.startswith("unet_out.mult")):
+        network.set_multiplier(float(name.removeprefix("unet_out.mult")))
+        with torch.no_grad():
+            torch.testing.assert_close(own_models.unet(*inputs), golden[name], rtol=0, atol=1e-4)
+    network.set_multiplier(1.0)
+    with torch.no_grad():
+        ids = [golden[f"input_ids{n}"].view(-1, 1, 77) for n in (1, 2)]
+        text = text_encoders.encode(*ids, *own_models.text_encoders)
+    names = [next(name for name in golden if part in name) for part in ("hidden1", "hidden2", "pool")]
+    for found, name in zip(text, names, strict=True):
+        torch.testing.assert_close(found, golden[name], rtol=0, atol=1e-4)
+    loss = torch.nn.functional.mse_loss(own_models.unet(*inputs), golden["target"])
+    loss.backward()
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
+    parameters = dict(network.named_parameters())
+    for name, norm in expected["lora_grad_norms"].items():
+        is_noise = norm < 1e-7  # level 0: one channel a group
+        assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-7 if is_noise else 0), name
+
+
+# ------------------------------------------------------------------------------------------------------------- the module
+
+
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Linear(6, 5), torch.nn.Conv2d(6, 5, 3, stride=2, padding=1), torch.nn.Conv2d(6, 5, 1)]
+)
+def test_the_module_adds_what_the_formula_says_and_starts_at_nothing(layer):
+    torch.manual_seed(0)
+    lora = LoraModule(layer, rank=3, alpha=1.5)
+    x = torch.randn(2, 6, 8, 8) if isinstance(layer, torch.nn.Conv2d) else torch.randn(2, 7, 6)
+    assert torch.equal(lora(x, layer.forward), layer(x))
+    torch.nn.init.normal_(lora.lora_up.weight)
+    delta = (lora.lora_up.weight.flatten(1) @ lora.lora_down.weight.flatten(1)).view(layer.weight.shape)
+    lora.multiplier = -0.5
+    merged = layer.weight + -0.5 * (1.5 / 3) * delta
+    expected = torch.func.functional_call(layer, {"weight": merged, "bias": layer.bias}, (x,))
+    torch.testing.assert_close(lora(x, layer.forward), expected)
+
+
+def test_nothing_as_large_as_the_output_is_saved_for_backward_beyond_what_the_base_saves():
+    layer = torch.nn.Linear(64, 200).requires_grad_(False)
+    lora = LoraModule(layer, rank=4, alpha=4)
+    x = torch.randn(8, 32, 64, requires_grad=True)
+    saved = []
+
+    def note(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = lora(x, layer.forward)
+    assert y.numel() not in saved and saved.count(x.numel()) <= 1
+
+
+@pytest.mark.parametrize("name", ["dropout", "rank_dropout", "module_dropout"])
+def test_dropouts_keep_the_mean_and_act_in_training_only(name):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 4, bias=False)
+    lora = LoraModule(layer, rank=8, alpha=8, **{name: 0.25})
+    torch.nn.init.normal_(lora.lora_up.weight)
+    x = torch.randn(4000, 2, 16) if name != "module_dropout" else torch.randn(1, 2, 16)
+    base, full = layer(x), lora.eval()(x, layer.forward)
+    lora.train()
+    if name == "module_dropout":
+        outputs = torch.cat([lora(x, layer.forward) - base for _ in range(4000)])
+        share = (outputs.abs().sum((1, 2)) == 0).float().mean()
+        assert share == pytest.approx(0.25, abs=0.03)
+        return
+    change = lora(x, layer.forward) - base
+    torch.testing.assert_close(
+        (change * (full - base)).sum() / (full - base).square().sum(), torch.tensor(1.0), atol=0.03, rtol=0
+    )
+    assert not torch.allclose(change, full - base)
+
+
+def test_rank_dropout_drops_whole_ranks_of_a_sample():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 3, bias=False)
+    lora = LoraModule(layer, rank=3, alpha=3, rank_dropout=0.5).train()
+    lora.lora_up.weight.data, lora.lora_down.weight.data = torch.eye(3), torch.eye(3)
+    change = lora(torch.ones(50, 7, 3), layer.forward) - layer(torch.ones(50, 7, 3))
+    values = {round(value, 4) for value in change.flatten().tolist()}
+    assert values == {0.0, 2.0} and (change == change[:, :1]).all()
+
+
+def test_bfloat16_layers_take_float32_modules():
+    layer = torch.nn.Linear(8, 8).bfloat16()
+    lora = LoraModule(layer, rank=2, alpha=2)
+    y = lora(torch.randn(2, 3, 8).bfloat16(), layer.forward)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and lora.lora_up.weight.grad.dtype == torch.float32
+
+
+# -------------------------------------------------------------------------------------------------------- network_args
+
+
+@pytest.mark.parametrize(
+    "pair, expected",
+    [
+        ("conv_dims=4", "'conv_dims' is no argument of networks.lora; did you mean 'conv_dim'?"),
+        ("conv_dim=four", "conv_dim: expected a whole number, got 'four'"),
+        ("conv_dim", "conv_dim: expected a whole number, got ''"),
+        ("block_dims=4,4,4", "expected 23 whole numbers"),
+        ("rank_dropout=1.5", "expected a number in 0..1"),
+        ("down_lr_weight=0.5", "expected 9 numbers separated by commas, or one of sine"),
+        ("down_lr_weight=sinus+1", "expected 9 numbers"),
+        ("conv_alpha=1", "conv_alpha needs conv_dim"),
+        ("block_lr=1e-4", "'block_lr' is no argument"),
+    ],
+)
+def test_bad_network_args_are_named_with_what_is_expected(pair, expected):
+    with pytest.raises(OptionError) as error:
+        NetworkOptions(network_module="networks.lora", network_args=(pair,))
+    assert expected in str(error.value) and str(error.value).startswith("--network_args: ")
+
+
+def test_weights_lists_are_cut_filled_and_thresholded():
+    settings = settings_of("down_lr_weight=0.5,,0.1", "mid_lr_weight=2,2,2,9", "block_lr_zero_threshold=0.1")
+    assert settings.block_lr_weights == (1.0, 0.5, 0, 0, *[1.0] * 6, 2, 2, 2, *[1.0] * 9, 1.0)
+
+
+def test_block_options_without_dims_take_the_networks_dim(own_models):
+    settings = settings_of("conv_block_dims=" + ",".join(["0"] * 14 + ["2"] * 9), dim=3, alpha=0)
+    network = LoraNetwork.from_settings(unet_targets(own_models.unet), settings)
+    ranks = {target.name: network.lora(target.name).rank for target in network.targets}
+    assert "lora_unet_input_blocks_1_0_in_layers_2" not in ranks
+    assert (
+        ranks["lora_unet_output_blocks_4_0_in_layers_2"] == 2 and ranks["lora_unet_input_blocks_4_0_emb_layers_1"] == 3
+    )
+    assert network.lora("lora_unet_input_blocks_4_0_emb_layers_1").alpha == 3  # alpha 0 means the rank
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def network(own_models):
+    torch.manual_seed(1)
+    network = LoraNetwork.from_settings(all_targets(own_models), settings_of("conv_dim=2", dim=3, alpha=2))
+    for lora in network.loras():
+        torch.nn.init.normal_(lora.lora_up.weight)
+    return network
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".ckpt", ".pt"])
+def test_a_file_comes_back_as_it_was(network, own_models, tmp_path, ending):
+    path = tmp_path / f"lora{ending}"
+    write_lora(path, network.file_tensors(), {"ss_network_dim": "3"}, None)
+    tensors = read_lora(path, own_models.unet)
+    again = network_from_file(all_targets(own_models), tensors, LoraSettings())
+    load_into(again, tensors, source=path, allow_partial=False)
+    assert all(torch.equal(one, again.file_tensors()[name]) for name, one in network.file_tensors().items())
+
+
+def test_the_file_has_the_chosen_dtype_everywhere(network, tmp_path):
+    write_lora(tmp_path / "x.safetensors", network.file_tensors(), {}, torch.bfloat16)
+    header = read_header(tmp_path / "x.safetensors")
+    assert {info.dtype for info in header.tensors.values()} == {"BF16"}
+    assert set(header.metadata) == {"sshs_model_hash", "sshs_legacy_hash"}
+
+
+def test_diffusers_spelling_of_unet_names_is_understood(network, own_models, tmp_path):
+    rename = Renaming(unet_pairs_of_config(own_models.unet.config))
+    paths = {
+        f"lora_unet_{p.replace('.', '_')}": f"lora_unet_{rename(p).replace('.', '_')}"
+        for p, _ in own_models.unet.named_modules()
+        if p
+    }
+    tensors = network.file_tensors()
+    respelt = {
+        f"{paths.get(name.split('.')[0], name.split('.')[0])}.{name.split('.', 1)[1]}": tensor
+        for name, tensor in tensors.items()
+    }
+    assert any("down_blocks_1_attentions_0" in name for name in respelt)
+    write_safetensors(tmp_path / "x.safetensors", respelt, {})
+    assert read_lora(tmp_path / "x.safetensors", own_models.unet).keys() == tensors.keys()
+
+
+def changed(tensors: dict, kind: str) -> dict:
+    tensors = dict(tensors)
+    name = "lora_unet_middle_block_1_proj_in.lora_down.weight"
+    if kind == "a key dropped":
+        del tensors[name]
+    elif kind == "a key renamed":
+        tensors["lora_unet_middle_block_9_proj_in.lora_down.weight"] = tensors.pop(name)
+    elif kind == "a key resized":
+        tensors[name] = tensors[name][:2]
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("a key dropped", "1 tensors are missing in it"),
+        ("a key renamed", "1 tensors are not in this network"),
+        ("a key resized", "have another shape"),
+    ],
+)
+def test_fault_19_a_file_that_doesnt_fit_is_told_with_counts_and_names(kind, expected, network, own_models):
+    tensors = changed(network.file_tensors(), kind)
+    with pytest.raises(OptionError) as error:
+        load_into(network, tensors, source=Path("x"), allow_partial=False)
+    assert expected in str(error.value) and "middle_block" in str(error.value) and "--allow_partial" in str(error.value)
+    load_into(network, tensors, source=Path("x"), allow_partial=True)
+
+
+def test_fault_19_a_file_of_which_nothing_fits_is_always_refused(network):
+    with pytest.raises(OptionError, match="none of its 1 tensors fits this network"):
+        load_into(network, {"lora_unet_else.lora_down.weight": torch.zeros(2, 2)}, source=Path("x"), allow_partial=True)
+
+
+def test_a_files_alpha_is_used_and_saved(network):
+    tensors = {
+        name: torch.tensor(0.5) if name.endswith(".alpha") else tensor
+        for name, tensor in network.file_tensors().items()
+    }
+    load_into(network, tensors, source=Path("x"), allow_partial=False)
+    assert {lora.alpha for lora in network.loras()} == {0.5}

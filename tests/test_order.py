@@ -1,0 +1,90 @@
+"""Order: every picture once an epoch, one bucket a round, the same for two processes as for twice the accumulation."""
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from library.data.order import Group, Order
+
+groups = st.lists(st.tuples(st.integers(1, 23), st.integers(1, 5)), min_size=1, max_size=5)
+
+
+def make_order(shape, **settings) -> Order:
+    numbered, start = [], 0
+    for count, batch_size in shape:
+        numbered.append(Group(tuple(range(start, start + count)), batch_size))
+        start += count
+    return Order(tuple(numbered), 1, **settings)
+
+
+@given(shape=groups, processes=st.integers(1, 3), per_process=st.integers(1, 3))
+def test_an_epoch_holds_every_picture_once_and_rounds_are_of_one_bucket(shape, processes, per_process):
+    order = make_order(shape, processes=processes, per_process=per_process)
+    rounds = order.epoch(0)
+    assert len(rounds) == order.steps_per_epoch
+    seen = Counter(sample for members in rounds for batch in members for sample in batch)
+    assert seen == Counter(range(sum(count for count, _ in shape)))
+    owner = {sample: i for i, group in enumerate(order.groups) for sample in group.samples}
+    mixed = 0
+    for members in rounds:
+        for batch in members:
+            assert len({owner[sample] for sample in batch}) == 1
+        mixed += len({owner[batch[0]] for batch in members}) > 1 or len(members) < order.round_size
+    # Only left-over micro-batches are mixed: fewer than a round's worth from each group.
+    assert mixed <= -(-len(shape) * (order.round_size - 1) // order.round_size)
+
+
+@given(shape=groups, processes=st.integers(2, 3))
+def test_processes_see_together_what_one_with_accumulation_sees(shape, processes):
+    alone = make_order(shape, per_process=processes)
+    together = make_order(shape, processes=processes)
+    assert alone.steps_per_epoch == together.steps_per_epoch
+    steps = 2 * alone.steps_per_epoch
+    by_step: dict[int, list] = {}
+    for micro in alone.from_step(0, 0):
+        if micro.place.step >= steps:
+            break
+        by_step.setdefault(micro.place.step, []).append((micro.place.micro, micro.place.first, micro.samples))
+    shares: dict[int, list] = {}
+    for rank in range(processes):
+        for micro in islice(together.from_step(0, rank), steps):
+            assert micro.place.closes_window
+            if not micro.place.is_idle:
+                shares.setdefault(micro.place.step, []).append((micro.place.micro, micro.place.first, micro.samples))
+    assert {step: sorted(parts) for step, parts in shares.items()} == {
+        step: sorted(parts) for step, parts in by_step.items()
+    }
+
+
+@given(shape=groups, start=st.integers(0, 40), per_process=st.integers(1, 3))
+def test_starting_at_a_step_goes_on_as_if_it_had_run_from_the_first(shape, start, per_process):
+    order = make_order(shape, per_process=per_process)
+    whole = [micro for micro in islice(order.from_step(0, 0), 400) if micro.place.step >= start]
+    assert list(islice(order.from_step(start, 0), len(whole))) == whole
+
+
+def test_windows_end_with_the_epoch_and_count_their_pictures():
+    order = make_order([(5, 2)], per_process=2)  # batches of 2, 2, 1 -> windows of 2 + 2 and of 1, in some order
+    places = [micro.place for micro in islice(order.from_step(0, 0), 3)]
+    assert sorted({place.step: place.window_samples for place in places}.values()) in ([1, 4], [2, 3])
+    assert [place.closes_window for place in places].count(True) == 2
+    assert {place.first for place in places} == {0, *(place.first for place in places)} and max(
+        place.first for place in places
+    ) < 5
+
+
+def test_a_process_without_work_computes_an_idle_batch():
+    order = make_order([(3, 1)], processes=2)
+    idle = [micro.place.is_idle for micro in islice(order.from_step(0, 1), 2)]
+    assert sorted(idle) == [False, True]
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"epoch": 1}])
+def test_seed_and_epoch_change_the_order(change):
+    order = make_order([(50, 2)])
+    other = Order(order.groups, change.get("seed", 1))
+    assert order.epoch(0) == order.epoch(0)
+    assert order.epoch(0) != other.epoch(change.get("epoch", 0))

@@ -1,0 +1,97 @@
+"""Saver: names, retention and dtypes by the contract; metadata."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from library.errors import OptionError
+from library.training.options import SavingOptions
+from library.training.progress import Progress
+from library.training.saving import Saver
+
+
+class FakePart:
+    def save(self, stem: Path, dtype, metadata) -> Path:
+        path = stem.with_name(f"{stem.name}.safetensors")
+        path.write_text(json.dumps(dict(metadata)))
+        return path
+
+
+def run(folder: Path, *, epochs: int = 5, steps_per_epoch: int = 4, **options) -> list[str]:
+    """Save as the loop does over a whole run; returns the files that are left."""
+    saver = Saver(
+        SavingOptions(output_dir=folder, **options),
+        [FakePart()],
+        lambda s, e: {"steps": str(s), "epoch": str(e)},
+        None,
+        epochs,
+        is_main=True,
+    )
+    progress = Progress()
+    for step in range(1, epochs * steps_per_epoch + 1):
+        progress.step = step
+        if saver.step_is_due(step):
+            saver.save_step(progress)
+        if step % steps_per_epoch == 0:
+            progress.epoch += 1
+            if saver.epoch_is_due(progress.epoch):
+                saver.save_epoch(progress)
+    saver.save_final(progress)
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, files",
+    [
+        ({}, ["last.safetensors"]),
+        ({"output_name": "a.b"}, ["a.b.safetensors"]),
+        ({"save_every_n_epochs": 2}, ["epoch-000002.safetensors", "epoch-000004.safetensors", "last.safetensors"]),
+        (
+            {"output_name": "n", "save_every_n_epochs": 1, "save_last_n_epochs": 2},
+            ["n-000003.safetensors", "n-000004.safetensors", "n.safetensors"],
+        ),
+        (
+            {"output_name": "n", "save_n_epoch_ratio": 2},
+            ["n-000002.safetensors", "n-000004.safetensors", "n.safetensors"],
+        ),
+        ({"save_every_n_steps": 8}, ["at-step00000008.safetensors", "at-step00000016.safetensors", "last.safetensors"]),
+        (
+            {"output_name": "n", "save_every_n_steps": 5, "save_last_n_steps": 6},
+            ["n-step00000015.safetensors", "n-step00000020.safetensors", "n.safetensors"],
+        ),
+        ({"save_every_n_epochs": 0, "save_every_n_steps": 0}, ["last.safetensors"]),
+    ],
+)
+def test_names_and_retention_by_the_contract(options, files, tmp_path):
+    assert run(tmp_path, **options) == files
+
+
+def test_step_saves_record_the_running_epoch_and_epoch_saves_the_finished_one(tmp_path):
+    run(tmp_path, save_every_n_steps=6, save_every_n_epochs=2)
+    found = {
+        name: json.loads((tmp_path / f"{name}.safetensors").read_text())
+        for name in ("at-step00000006", "epoch-000002", "last")
+    }
+    assert found == {
+        "at-step00000006": {"steps": "6", "epoch": "1"},
+        "epoch-000002": {"steps": "8", "epoch": "2"},
+        "last": {"steps": "20", "epoch": "5"},
+    }
+
+
+def test_only_files_of_this_run_are_removed(tmp_path):
+    (tmp_path / "n-000001.safetensors").write_text("of an earlier run")
+    files = run(tmp_path, output_name="n", save_every_n_epochs=2, save_last_n_epochs=1)
+    assert "n-000001.safetensors" in files
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "../x", "a\\b", "nul\0", "x" * 300, "a:b", "", "con?"])
+def test_fault_8_an_output_name_that_leaves_its_folder_is_refused(name, tmp_path):
+    with pytest.raises(OptionError, match="expected a plain file name"):
+        SavingOptions(output_dir=tmp_path, output_name=name)
+
+
+def test_other_processes_write_nothing(tmp_path):
+    saver = Saver(SavingOptions(output_dir=tmp_path / "new"), [FakePart()], lambda s, e: {}, None, 1, is_main=False)
+    assert saver.save_final(Progress()) == [] and not (tmp_path / "new").exists()

@@ -1,0 +1,353 @@
+"""sdxl_train_network.py end to end on the tiny model, as users run it."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from running import QUICK, ROOT, assert_bit_equal, losses_of, script, tensors_of, train_network
+
+from library.safetensors_io import read_header
+
+SHARED = ROOT.parent / "shared"
+
+
+def comfyui_keys(model: Path) -> set[str]:
+    """The names under which ComfyUI looks for a LoRA of this checkpoint (trust.md section 4)."""
+    names = {f"lora_unet_{name.removeprefix('model.diffusion_model.').removesuffix('.weight').replace('.', '_')}"
+             for name in read_header(model).tensors if name.startswith("model.diffusion_model.") and name.endswith(".weight")}  # fmt: skip
+    layers = ("mlp_fc1", "mlp_fc2", "self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj")
+    return names | {f"lora_te{n}_text_model_encoder_layers_{b}_{c}" for n in (1, 2) for b in range(32) for c in layers}
+
+
+def test_two_steps_change_every_module_that_can_train_and_nothing_else(golden_model, pictures, tmp_path):
+    """Text encoders and convolutions too; the base model's file stays what it was."""
+    before = golden_model.read_bytes()
+    arguments = ["--network_args", "conv_dim=2", "--max_train_steps", "2", "--text_encoder_lr", "1e-3"]
+    quick = [word for word in QUICK if word not in ("--network_train_unet_only", "--cache_text_encoder_outputs")]
+    path = train_network(golden_model, pictures, tmp_path / "out", *quick, *arguments, quick=False)
+    tensors = tensors_of(path)
+    modules = {name.split(".")[0] for name in tensors}
+    still = {name for name in modules if tensors[f"{name}.lora_up.weight"].abs().max() == 0}
+    assert len(modules) == 348 and {name.rsplit("_self_attn", 1)[0].rsplit("_mlp", 1)[0] for name in still} == {
+        "lora_te1_text_model_encoder_layers_11"
+    }
+    assert modules <= comfyui_keys(golden_model)
+    assert golden_model.read_bytes() == before
+    assert len(losses_of(tmp_path / "out")) == 2
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the acceptance check lies beside the project")
+@pytest.mark.parametrize("unet_only", [True, False])
+def test_the_file_loads_in_diffusers_completely(unet_only, golden_model, pictures, tmp_path):
+    quick = (
+        QUICK
+        if unet_only
+        else [word for word in QUICK if word not in ("--network_train_unet_only", "--cache_text_encoder_outputs")]
+    )
+    extra = ["--max_train_steps", "2", "--network_args", "conv_dim=2", "--save_precision", "fp16"]
+    path = train_network(golden_model, pictures, tmp_path / "out", *quick, *extra, quick=False)
+    done = script(SHARED / "checks" / "check_lora_diffusers.py", path, golden_model)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "metadata missing (A1111/ComfyUI/Civitai read these): none" in done.stdout
+
+
+RANDOM = [
+    "--flip_aug",
+    "--noise_offset",
+    "0.05",
+    "--network_dropout",
+    "0.1",
+    "--max_train_steps",
+    "4",
+    "--train_batch_size",
+    "2",
+]
+
+
+def test_two_runs_with_one_seed_are_bit_equal_and_another_seed_is_not(golden_model, pictures, tmp_path):
+    paths = [
+        train_network(golden_model, pictures, tmp_path / str(i), *RANDOM, "--seed", seed)
+        for i, seed in enumerate((7, 7, 8))
+    ]
+    assert_bit_equal(tensors_of(paths[0]), tensors_of(paths[1]))
+    assert losses_of(tmp_path / "0") == losses_of(tmp_path / "1") != losses_of(tmp_path / "2")
+
+
+def test_workers_caches_and_checkpointing_dont_change_a_run(golden_model, pictures, tmp_path):
+    """Workers 0 and 2 are bit-equal; caches in memory and on disk are; gradient checkpointing is within rounding."""
+    uncached = [word for word in QUICK if word not in ("--cache_latents", "--cache_text_encoder_outputs")]
+    shuffled = ["--shuffle_caption", "--caption_dropout_rate", "0.2", *RANDOM]
+    runs = {}
+    for workers in (0, 2):
+        arguments = [*uncached, *shuffled, "--max_data_loader_n_workers", workers]
+        runs[workers] = tensors_of(
+            train_network(golden_model, pictures, tmp_path / f"w{workers}", *arguments, quick=False)
+        )
+    assert_bit_equal(runs[0], runs[2])
+    memory = train_network(golden_model, pictures, tmp_path / "memory", *RANDOM)
+    disk = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", *RANDOM]
+    made = train_network(golden_model, pictures, tmp_path / "made", *disk, "--max_data_loader_n_workers", 2)
+    read = train_network(golden_model, pictures, tmp_path / "read", *disk)
+    for other in (made, read):
+        assert_bit_equal(tensors_of(memory), tensors_of(other))
+    checkpointed = tensors_of(
+        train_network(golden_model, pictures, tmp_path / "ckpt", *RANDOM, "--gradient_checkpointing")
+    )
+    for name, tensor in tensors_of(memory).items():
+        torch.testing.assert_close(checkpointed[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_network_weights_go_on_where_they_ended(golden_model, pictures, tmp_path):
+    first = train_network(golden_model, pictures, tmp_path / "a", "--max_train_steps", "2")
+    same = train_network(
+        golden_model,
+        pictures,
+        tmp_path / "b",
+        "--max_train_steps",
+        "1",
+        "--network_weights",
+        first,
+        "--learning_rate",
+        "1e-12",
+    )
+    for name, tensor in tensors_of(first).items():
+        torch.testing.assert_close(tensors_of(same)[name], tensor, rtol=0, atol=1e-8)
+    arguments = [
+        "--network_weights",
+        first,
+        "--dim_from_weights",
+        "--max_train_steps",
+        "1",
+        "--network_args",
+        "conv_dim=4",
+    ]
+    assert (
+        tensors_of(train_network(golden_model, pictures, tmp_path / "c", *arguments)).keys() == tensors_of(first).keys()
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains_near_float32(precision, golden_model, pictures, tmp_path):
+    plain = train_network(golden_model, pictures, tmp_path / "no", "--max_train_steps", "1")
+    mixed = train_network(
+        golden_model, pictures, tmp_path / precision, "--max_train_steps", "1", "--mixed_precision", precision
+    )
+    assert losses_of(tmp_path / precision)[0] == pytest.approx(losses_of(tmp_path / "no")[0], rel=0.01)
+    assert (
+        {tensor.dtype for tensor in tensors_of(mixed).values()}
+        == {tensor.dtype for tensor in tensors_of(plain).values()}
+        == {torch.float32}
+    )
+
+
+def test_saves_during_the_run_and_save_precision(golden_model, pictures, tmp_path):
+    arguments = [
+        "--max_train_epochs",
+        "2",
+        "--save_every_n_steps",
+        "3",
+        "--save_every_n_epochs",
+        "1",
+        "--save_precision",
+        "bf16",
+    ]
+    final = train_network(golden_model, pictures, tmp_path, *arguments)
+    names = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert {"lora.safetensors", "lora-000001.safetensors", "lora-step00000003.safetensors"} <= names
+    assert {info.dtype for info in read_header(final).tensors.values()} == {"BF16"}
+    assert read_header(tmp_path / "lora-step00000003.safetensors").metadata["ss_steps"] == "3"
+
+
+def test_tensorboard_gets_the_contracts_scalars(golden_model, pictures, tmp_path):
+    train_network(
+        golden_model,
+        pictures,
+        tmp_path / "out",
+        "--max_train_epochs",
+        "1",
+        "--logging_dir",
+        tmp_path / "logs",
+        "--log_prefix",
+        "p",
+    )
+    (run,) = (tmp_path / "logs").iterdir()
+    assert re.fullmatch(r"p\d{14}", run.name)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "network_train"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss/current", "loss/average", "loss/epoch_average", "lr/unet"}
+    losses = losses_of(tmp_path / "out")
+    assert [event.value for event in events.Scalars("loss/current")] == pytest.approx(losses, rel=1e-6)
+    assert [event.step for event in events.Scalars("loss/current")] == list(range(1, len(losses) + 1))
+    assert events.Scalars("loss/epoch_average")[0].value == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["AdamW8bit", "Adafactor", "Lion", "Prodigy", "AdamWScheduleFree", "torch.optim.RAdam"]
+)
+def test_optimizers_train_a_network(optimizer, golden_model, pictures, tmp_path):
+    rate = "1" if optimizer == "Prodigy" else "1e-3"
+    path = train_network(
+        golden_model,
+        pictures,
+        tmp_path,
+        "--max_train_steps",
+        "2",
+        "--optimizer_type",
+        optimizer,
+        "--learning_rate",
+        rate,
+    )
+    ups = [tensor for name, tensor in tensors_of(path).items() if name.endswith("lora_up.weight")]
+    assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in ups)
+
+
+def test_v_pred_models_are_trained_as_such_by_themselves(golden_model, pictures, tmp_path, capsys):
+    from library.safetensors_io import write_safetensors
+
+    model = tmp_path / "v.safetensors"
+    write_safetensors(model, {**tensors_of(golden_model), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, {})
+    path = train_network(model, pictures, tmp_path / "v", "--max_train_steps", "2")
+    told = capsys.readouterr().err
+    assert "--v_parameterization is set by the checkpoint itself (its key v_pred and its key ztsnr)" in told
+    metadata = read_header(path).metadata
+    assert metadata["modelspec.prediction_type"] == "v" and metadata["ss_zero_terminal_snr"] == "True"
+    forced = train_network(
+        golden_model,
+        pictures,
+        tmp_path / "forced",
+        "--max_train_steps",
+        "2",
+        "--v_parameterization",
+        "--zero_terminal_snr",
+    )
+    assert_bit_equal(tensors_of(path), tensors_of(forced))
+
+
+# --------------------------------------------------------------------------------------------------- as a user starts it
+
+
+def command(model: Path, pictures: Path, output: Path, *extra: object) -> list[object]:
+    arguments = [
+        "--pretrained_model_name_or_path",
+        model,
+        "--train_data_dir",
+        pictures,
+        "--output_dir",
+        output,
+        "--output_name",
+        "lora",
+    ]
+    return [ROOT / "sdxl_train_network.py", *QUICK, *arguments, *extra]
+
+
+def test_plain_python_and_accelerate_launch_give_the_same_file(golden_model, pictures, tmp_path):
+    plain = script(*command(golden_model, pictures, tmp_path / "plain", "--max_train_steps", "2"), cwd=tmp_path)
+    assert plain.returncode == 0, plain.stderr[-2000:]
+    assert plain.stdout == ""  # everything that is told goes to stderr
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", "1"]
+    launched = script(
+        *launch, *command(golden_model, pictures, tmp_path / "launched", "--max_train_steps", "2"), cwd=tmp_path
+    )
+    assert launched.returncode == 0, launched.stderr[-2000:]
+    assert_bit_equal(
+        tensors_of(tmp_path / "plain" / "lora.safetensors"), tensors_of(tmp_path / "launched" / "lora.safetensors")
+    )
+
+
+def torchrun(processes: int, *words: object, port: int) -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", port]
+    return script(*launch, *words, env={"ACCELERATE_USE_CPU": "true"})
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, pictures, tmp_path):
+    """Losses 1e-5, weights 1e-4; nothing but the number of processes differs, and they are really two."""
+    quick = ["--max_train_steps", "5", "--train_batch_size", "1", "--flip_aug", "--noise_offset", "0.05"]
+    train_network(golden_model, pictures, tmp_path / "one", *quick, "--gradient_accumulation_steps", "2")
+    done = torchrun(2, *command(golden_model, pictures, tmp_path / "two", *quick), port=29511)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "/ (2 processes x 1 accumulated)" in done.stderr
+    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert one == pytest.approx(two, abs=1e-5)
+    tensors = tensors_of(tmp_path / "two" / "lora.safetensors")
+    for name, tensor in tensors_of(tmp_path / "one" / "lora.safetensors").items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-4)
+
+
+def test_two_processes_train_text_encoders_and_share_caches_on_disk(golden_model, pictures, tmp_path):
+    arguments = [word for word in command(golden_model, pictures, tmp_path / "out", "--max_train_steps", "2", "--cache_latents_to_disk")
+                 if word not in ("--network_train_unet_only", "--cache_text_encoder_outputs")]  # fmt: skip
+    done = torchrun(2, *arguments, port=29512)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list(pictures.rglob("*_sdxl.npz"))) == 4
+    ups = {
+        name: t
+        for name, t in tensors_of(tmp_path / "out" / "lora.safetensors").items()
+        if name.startswith("lora_te2") and "up" in name
+    }
+    assert ups and all(tensor.abs().max() > 0 for tensor in ups.values())
+
+
+def test_quickstarts_pieces_make_a_picture(tmp_path, golden_model, pictures):
+    lora = train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", "2")
+    arguments = [
+        "--ckpt",
+        golden_model,
+        "--network_weights",
+        lora,
+        "--output",
+        tmp_path / "both.png",
+        "--width",
+        "64",
+        "--height",
+        "64",
+    ]
+    done = script(ROOT / "tools" / "before_after.py", *arguments, "--steps", "2", "--prompt", "a red circle")
+    assert done.returncode == 0, done.stderr[-2000:]
+    from PIL import Image
+
+    with Image.open(tmp_path / "both.png") as image:
+        assert image.size == (128, 64)
+    assert float(re.search(r"differ by ([\d.]+)", done.stdout)[1]) > 0
+
+
+def test_make_tiny_sdxl_makes_the_same_model_from_the_same_seed(tmp_path):
+    for name in ("a", "b"):
+        done = script(
+            ROOT / "tools" / "make_tiny_sdxl.py", "--output", tmp_path / f"{name}.safetensors", "--precision", "fp16"
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    from library.models.checkpoint import open_checkpoint
+
+    assert "tiny SDXL" in open_checkpoint(str(tmp_path / "a.safetensors")).describe()
+
+
+def test_every_config_in_the_repository_is_read(golden_model, pictures, tmp_path):
+    for path in (ROOT / "configs").glob("*.toml"):
+        done = script(ROOT / "sdxl_train_network.py", "--config_file", path, "--pretrained_model_name_or_path", tmp_path / "none.safetensors",
+                      "--train_data_dir", pictures, "--output_dir", tmp_path)  # fmt: skip
+        assert (
+            done.returncode == 2 and "none.safetensors: no such file" in done.stderr and "ignored" not in done.stderr
+        ), done.stderr
+
+
+def test_torch_is_not_imported_before_a_mistake_is_told(tmp_path):
+    program = "import sys, sdxl_train_network as s\ntry: s.main(['--learning_rat', '1'])\nexcept Exception as e: print(type(e).__name__, 'torch' in sys.modules)"
+    assert script("-c", program).stdout.split() == ["OptionError", "False"]
+
+
+def test_the_step_log_is_json_lines(golden_model, pictures, tmp_path):
+    train_network(golden_model, pictures, tmp_path, "--max_train_steps", "2")
+    lines = [json.loads(line) for line in (tmp_path / "lora-log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and {
+        "epoch",
+        "grad_norm",
+        "seconds",
+        "loss/current",
+        "lr/unet",
+    } <= lines[0].keys()

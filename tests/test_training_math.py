@@ -1,0 +1,216 @@
+"""Noise and loss: golden 05, the papers' formulas, and draws by place."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.draws import Draws
+from library.models.conditioning import size_vector
+from library.models.noise_schedule import NoiseSchedule
+from library.models.unet_blocks import sinusoidal_embedding
+from library.safetensors_io import load_tensors
+from library.training import loss as losses
+from library.training import noise as noises
+from library.training.options import LossOptions, NoiseOptions
+
+GOLDEN = Path(__file__).parent / "golden"
+T, _ = load_tensors(GOLDEN / "05_loss.safetensors")
+NOISE_CASES = json.loads((GOLDEN / "05_loss.json").read_text())["noisefn"]
+SCHEDULE, ZERO = NoiseSchedule.sdxl(), NoiseSchedule.sdxl(zero_terminal_snr=True)
+
+
+def close(found, name, **tolerance):
+    torch.testing.assert_close(found, T[name], **{"rtol": 1e-6, "atol": 0, **tolerance})
+
+
+def test_golden_05_schedule():
+    close(SCHEDULE.betas, "betas")
+    close(SCHEDULE.alpha_bar, "alphas_cumprod")
+    close(SCHEDULE.snr, "all_snr")
+    close(ZERO.betas, "zsnr_betas")
+    close(ZERO.alpha_bar, "zsnr_alphas_cumprod")
+
+
+def test_zero_terminal_snr_ends_in_pure_noise_and_its_snr_is_of_the_changed_schedule():
+    """Differs from sd-scripts, whose table is of the unchanged one (docs/differences.md)."""
+    assert ZERO.alpha_bar[-1] == 0 and ZERO.snr[-1] == 0
+    assert ZERO.alpha_bar[0] == pytest.approx(SCHEDULE.alpha_bar[0].item())
+    assert torch.equal(T["all_snr"], T["all_snr_when_zero_terminal_snr_is_set"])
+    torch.testing.assert_close(ZERO.snr, ZERO.alpha_bar / (1 - ZERO.alpha_bar))
+
+
+@pytest.mark.parametrize("prefix, schedule", [("", SCHEDULE), ("zsnr_", ZERO)])
+def test_golden_05_noisy_and_velocity(prefix, schedule):
+    alpha_bar = schedule.at(T["timesteps"])
+    close(noises.add_noise(T["latents"], T["noise"], alpha_bar), f"{prefix}noisy", atol=1e-6)
+    close(noises.velocity(T["latents"], T["noise"], alpha_bar), f"{prefix}velocity", atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1"])
+def test_golden_05_plain_losses(kind):
+    found = losses.element_loss(T["pred"], T["target"], kind, None)
+    close(found, f"loss.{kind}.none", atol=2e-6)
+    close(found.mean(), f"loss.{kind}.mean", rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+@pytest.mark.parametrize("c, scale", [(0.1, 1.0), (0.25, 0.7)])
+def test_golden_05_huber_losses(kind, schedule, c, scale):
+    name = f"loss.{kind}.{schedule}.c{c}.s{scale}"
+    threshold = losses.huber_threshold(T["timesteps"], SCHEDULE, schedule, c=c, scale=scale)
+    close(threshold, f"{name}.threshold")
+    found = losses.element_loss(T["pred"], T["target"], kind, threshold)
+    close(found, f"{name}.none", atol=2e-6)
+    close(found.mean(), f"{name}.mean", rtol=1e-5)
+
+
+def test_golden_05_weights():
+    snr, per_sample = SCHEDULE.snr[T["timesteps"]], T["per_sample_l2"]
+    for gamma in (1, 5, 20):
+        close(per_sample * losses.min_snr_weight(snr, gamma, v_prediction=False), f"min_snr.gamma{gamma}.eps")
+        close(per_sample * losses.min_snr_weight(snr, gamma, v_prediction=True), f"min_snr.gamma{gamma}.v")
+    close(per_sample * losses.debiased_weight(snr, v_prediction=False), "debiased.eps")
+    close(per_sample * losses.debiased_weight(snr, v_prediction=True), "debiased.v")
+    close(per_sample * losses.noise_like_weight(snr), "scale_v_pred_like_noise_pred")
+    for strength in (0.1, 1.0):
+        close(per_sample * losses.v_like_weight(snr, strength), f"v_pred_like_loss.{strength}")
+
+
+@pytest.mark.parametrize("v_prediction, expected", [(False, [1.0, 1.0, 0.25]), (True, [1 / 2, 5 / 6, 5 / 21])])
+def test_min_snr_weight_caps_the_snr_at_gamma(v_prediction, expected):
+    """By hand for gamma 5, at SNRs under, at and over the cap."""
+    weight = losses.min_snr_weight(torch.tensor([1.0, 5.0, 20.0]), gamma=5.0, v_prediction=v_prediction)
+    torch.testing.assert_close(weight, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("timestep", [0, 999])
+@pytest.mark.parametrize("schedule", [SCHEDULE, ZERO])
+def test_velocity_weights_are_finite_at_both_ends(timestep, schedule):
+    snr = schedule.snr[[timestep]]
+    weights = [
+        losses.min_snr_weight(snr, 5, v_prediction=True),
+        losses.debiased_weight(snr, v_prediction=True),
+        losses.noise_like_weight(snr),
+    ]
+    assert torch.cat(weights).isfinite().all()
+
+
+def test_the_options_choose_and_multiply_the_weights():
+    def weighted(**options):
+        return losses.sample_losses(
+            T["pred"], T["target"], T["timesteps"], SCHEDULE, LossOptions(**options), v_prediction=False
+        )
+
+    plain = weighted()
+    torch.testing.assert_close(plain, ((T["pred"] - T["target"]) ** 2).mean((1, 2, 3)))
+    snr = SCHEDULE.snr[T["timesteps"]]
+    both = weighted(min_snr_gamma=5.0, debiased_estimation_loss=True)
+    expected = (
+        plain * losses.min_snr_weight(snr, 5, v_prediction=False) * losses.debiased_weight(snr, v_prediction=False)
+    )
+    torch.testing.assert_close(both, expected)
+    assert torch.equal(weighted(min_snr_gamma=0.0), plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------- noise
+
+
+class Recorded(Draws):
+    """Gives the raw draws of a golden case by purpose."""
+
+    def __new__(cls, *args):
+        return object.__new__(cls)
+
+    def __init__(self, given: dict):
+        super().__init__(0, 0, 0, 2)
+        object.__setattr__(self, "given", given)
+
+    def normal(self, purpose, shape):
+        return self.given[purpose]
+
+    def uniform(self, purpose, shape=()):
+        return self.given[purpose].view(-1, *[1] * len(shape)).expand(2, *shape)
+
+    def integers(self, purpose, low, high):
+        assert (self.given[purpose] >= low).all() and (self.given[purpose] < high).all()
+        return self.given[purpose]
+
+
+def draws_of(case: dict) -> dict:
+    names = {"randn_like": "noise", "randint": "timestep"}
+    given: dict = {}
+    for i, (kind, _) in enumerate(case["torch_draws"]):
+        tensor = T[f"noisefn.{case['index']}.draw{i}.{kind}"]
+        purpose = names.get(kind)
+        if kind == "randn_like" and "noise" in given:
+            purpose = "ip noise"
+        elif kind == "rand":
+            purpose = "offset strength" if case["options"].get("noise_offset") else "ip noise strength"
+        elif kind == "randn":
+            purpose = (
+                f"level {sum(name.startswith('level') for name in given)}"
+                if "multires_noise_iterations" in case["options"]
+                else "offset"
+            )
+        given[purpose] = tensor
+    return given
+
+
+@pytest.mark.parametrize("case", NOISE_CASES, ids=lambda case: str(case["options"]))
+def test_golden_05_noise_functions(case):
+    """The reference draws a pyramid's sizes and its deviation for the batch; fed with its draws, the formulas agree."""
+    latents, given, i = T["noisefn.latents"], draws_of(case), case["index"]
+    options = NoiseOptions(**case["options"])
+    if options.multires_noise_iterations:
+        sizes = noises.pyramid_sizes(12, 16, options.multires_noise_iterations, case["python_random_draws"])
+        levels = [given[f"level {k}"] for k in range(len(sizes))]
+        assert [tuple(level.shape[2:]) for level in levels] == sizes
+        noise = noises.pyramid_noise(given["noise"], levels, options.multires_noise_discount)
+        close(noise, f"noisefn.{i}.noise", atol=1e-6)
+        return
+    noisy = noises.make_noisy(latents, Recorded(given), SCHEDULE, options)
+    close(noisy.noise, f"noisefn.{i}.noise", atol=1e-6)
+    close(noisy.latents, f"noisefn.{i}.noisy", atol=1e-6)
+    assert torch.equal(noisy.timesteps, T[f"noisefn.{i}.timesteps"])
+
+
+def test_a_samples_draws_depend_on_its_place_alone():
+    """Not on the micro-batch that it is in: four samples together draw what they draw in two halves."""
+    options = NoiseOptions(
+        noise_offset=0.1, multires_noise_iterations=4, ip_noise_gamma=0.1, ip_noise_gamma_random_strength=True
+    )
+    latents = torch.randn(4, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    whole = noises.make_noisy(latents, Draws(7, 2, 10, 4), SCHEDULE, options)
+    halves = [noises.make_noisy(latents[k : k + 2], Draws(7, 2, 10 + k, 2), SCHEDULE, options) for k in (0, 2)]
+    for one, *two in zip(whole, *halves, strict=True):
+        assert torch.equal(one, torch.cat(two))
+    other = noises.make_noisy(latents, Draws(7, 3, 10, 4), SCHEDULE, options)
+    assert not torch.equal(whole.noise, other.noise)
+
+
+def test_drawn_numbers_have_the_distributions_they_claim():
+    draws = Draws(1, 0, 0, 4000)
+    normal, uniform, whole = draws.normal("n", (4,)), draws.uniform("u"), draws.integers("i", 200, 600)
+    assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.03
+    assert uniform.min() >= 0 and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.03
+    assert whole.min() >= 200 and whole.max() < 600 and abs(whole.float().mean() - 399.5) < 10
+
+
+def test_an_empty_range_of_timesteps_gives_its_upper_end():
+    assert noises.draw_timesteps(Draws(0, 0, 0, 3), 500, 500).tolist() == [500] * 3
+    assert noises.draw_timesteps(Draws(0, 0, 0, 3), 600, 500).tolist() == [500] * 3
+
+
+def test_golden_03_size_and_timestep_embeddings():
+    text, _ = load_tensors(GOLDEN / "03_text.safetensors")
+    found = size_vector(text["timeids.original_hw"], text["timeids.crop_top_left"], text["timeids.target_hw"])
+    torch.testing.assert_close(found, text["timeids.embedding"], rtol=0, atol=1e-5)
+    found = sinusoidal_embedding(text["timestep_embedding.t"], 320)
+    torch.testing.assert_close(found, text["timestep_embedding.dim320"], rtol=0, atol=1e-5)
+    assert sinusoidal_embedding(torch.tensor([1.0]), 4)[0].tolist() == pytest.approx(
+        [math.cos(1), math.cos(0.01), math.sin(1), math.sin(0.01)]
+    )
