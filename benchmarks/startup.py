@@ -17,11 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.errors import run
 from library.options import OptionGroup, option, read_options
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 

@@ -1,12 +1,13 @@
 """Pictures: header sizes, EXIF, odd modes, damage, resizing."""
 
 import io
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from library.data.images import BadImage, center_crop, load_rgb, normalised, read_size, resize
 from library.data.size import Size
@@ -37,8 +38,24 @@ def test_fault_29_exif_orientation_is_applied_to_size_and_pixels(noise, orientat
     size = read_size(tmp_path / f"x{ending}")
     assert size == (Size(40, 80) if orientation >= 5 else Size(80, 40))
     assert load_rgb(tmp_path / f"x{ending}").shape == (size.height, size.width, 3)
-    if ending == ".png" and orientation == 6:
-        assert np.array_equal(load_rgb(tmp_path / "x.png"), np.rot90(noise, -1))
+    if ending == ".png":
+        with Image.open(tmp_path / "x.png") as image:
+            assert np.array_equal(load_rgb(tmp_path / "x.png"), np.asarray(ImageOps.exif_transpose(image)))
+
+
+def test_exif_behind_the_pixels_of_a_png_is_found_without_decoding_it(noise, tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = len(content).to_bytes(4, "big") + b"eXIf" + content
+    chunk += zlib.crc32(chunk[4:]).to_bytes(4, "big")
+    end = buffer.getvalue().rindex(b"IEND") - 4
+    (tmp_path / "x.png").write_bytes(buffer.getvalue()[:end] + chunk + buffer.getvalue()[end:])
+    assert load_rgb(tmp_path / "x.png").shape == (80, 40, 3)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
+    assert read_size(tmp_path / "x.png") == Size(40, 80)
 
 
 def test_fault_27_sixteen_bit_pictures_are_scaled_not_clipped(tmp_path):

@@ -91,7 +91,7 @@ def test_gradients_pass_through_long_and_checkpointed_prompts(golden_model):
         models = open_models(golden_model, gradient_checkpointing=checkpointing)
         for encoder in models.text_encoders:
             encoder.train()
-        weight = models.text_encoders[0].get_parameter("encoder.layers.0.mlp.fc1.weight").requires_grad_()
+        weight = text_encoders.body_of(models.text_encoders[0]).encoder.layers[0].mlp.fc1.weight.requires_grad_()
         encoded = models.encode_texts([TEXT["prompts"][5]], 150)
         sum(part.square().sum() for part in encoded).backward()
         gradients.append(weight.grad)

@@ -7,7 +7,7 @@ written beside its place and moved, so that it is whole at any moment.
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -182,5 +182,5 @@ def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
         return {key: torch.from_numpy(arrays[key]) for key in keys}
 
 
-def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+def _write(path: Path, arrays: Mapping[str, Any]) -> None:
+    write_atomically(path, lambda file: np.savez(file, **arrays))

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from library.data.size import Size
 from library.errors import RunError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 _ORIENTATION = 0x0112
-_SIDEWAYS = (5, 6, 7, 8)
 
 
 class BadImage(RunError):
@@ -26,8 +25,7 @@ def read_size(path: Path) -> Size:
     """The picture's size, from its header alone. Raises BadImage."""
     with _image_errors(), Image.open(path) as image:
         width, height = image.size
-        sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
-        return Size(height, width) if sideways else Size(width, height)
+        return Size(height, width) if _orientation(image, path) in _SIDEWAYS else Size(width, height)
 
 
 def load_rgb(path: Path) -> np.ndarray:
@@ -36,9 +34,40 @@ def load_rgb(path: Path) -> np.ndarray:
     16-bit pictures are scaled to 8 bit, transparent ones laid on white, of animated ones the first frame is taken.
     """
     with _image_errors(), Image.open(path) as image:
+        orientation = _orientation(image, path)
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        return np.asarray(_to_rgb(upright))
+        rgb = _to_rgb(image)
+        return np.asarray(rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb)
+
+
+# How each EXIF orientation is turned upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+def _orientation(image: Image.Image, path: Path) -> int:
+    """The EXIF orientation, 1 if there is none, without decoding the picture."""
+    if image.format != "PNG" or "exif" in image.info:
+        return image.getexif().get(_ORIENTATION, 1)
+    # Pillow decodes a whole PNG to look for EXIF behind its pixels; the chunks can be walked instead.
+    exif = Image.Exif()
+    exif.load(_png_exif_chunk(path))
+    return exif.get(_ORIENTATION, 1)
+
+
+def _png_exif_chunk(path: Path) -> bytes:
+    """The content of a PNG's eXIf chunk; empty if it has none."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind == b"eXIf":
+                return file.read(length)
+            file.seek(length + 4, 1)
+    return b""
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -87,7 +87,9 @@ class SdxlModels:
             name_of=lambda name: module_name(encoder, name),
         )
         if self._gradient_checkpointing:
-            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers renames it; version 6 will know the new name only.
+            enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         return encoder
 
     @cached_property

@@ -74,8 +74,7 @@ def module_name(encoder: nn.Module, name: str) -> str:
     transformers 5 dropped `text_model.` from CLIPTextModel, and kept it in CLIPTextModelWithProjection; files and network
     modules have it for both.
     """
-    bare = not any(child == "text_model" for child, _ in encoder.named_children())
-    return f"text_model.{name}" if bare else name
+    return f"text_model.{name}" if body_of(encoder) is encoder else name
 
 
 def encode(
@@ -83,12 +82,28 @@ def encode(
 ) -> EncodedText:
     """Encode token ids, [B, n, 77] each, on the encoders' device; in the encoders' dtype, differentiable."""
     chunks = ids_1.shape[1]
-    states_1 = encoder_1(ids_1.flatten(0, 1), output_hidden_states=True).hidden_states[-2]
-    output = getattr(encoder_2, "text_model", encoder_2)(ids_2.flatten(0, 1), output_hidden_states=True)
-    last = output.last_hidden_state.unflatten(0, (-1, chunks))[:, 0]  # [B, 77, 1280], after the final norm
+    states_1, _ = _run(body_of(encoder_1), ids_1.flatten(0, 1))
+    states_2, last = _run(body_of(encoder_2), ids_2.flatten(0, 1))
+    last = last.unflatten(0, (-1, chunks))[:, 0]  # [B, 77, 1280]: the first chunk's
     first_end = (ids_2[:, 0] == END_OF_TEXT).int().argmax(dim=-1)  # 0 if there is none
     pooled = encoder_2.text_projection(last[torch.arange(len(last), device=last.device), first_end])
-    return EncodedText(_merge_chunks(states_1, chunks), _merge_chunks(output.hidden_states[-2], chunks), pooled)
+    return EncodedText(_merge_chunks(states_1, chunks), _merge_chunks(states_2, chunks), pooled)
+
+
+def body_of(encoder: Any) -> Any:
+    """The module that holds embeddings, layers and final norm, which versions of transformers keep in different places."""
+    return getattr(encoder, "text_model", encoder)
+
+
+def _run(body: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The input of the last layer and the output behind the final norm, [B * n, 77, C] each."""
+    seen: list[Tensor] = []
+    hook = body.encoder.layers[-1].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    try:
+        last = body(ids).last_hidden_state
+    finally:
+        hook.remove()
+    return seen[0], last
 
 
 def _merge_chunks(states: Tensor, chunks: int) -> Tensor:
