@@ -7,8 +7,9 @@ from library.data.dataset_config import check_datasets
 from library.errors import run
 from library.log import start_logging
 from library.options import read_options
-from library.training.options import COMMON_TRAINING, REFUSED, UNUSED, check_network, check_training
-from networks.options import REFUSED_NETWORK, NetworkOptions
+from library.training.not_yet import REFUSED, UNUSED
+from library.training.options import COMMON_TRAINING, check_network, check_training
+from networks.options import NetworkOptions
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
         [NetworkOptions, *COMMON_TRAINING],
         argv,
         checks=[check_training, check_datasets, check_network],
-        refused=REFUSED | REFUSED_NETWORK,
+        refused=REFUSED,
         unused=UNUSED,
     )
     start_logging(options)

@@ -1,4 +1,4 @@
-"""Logging: lines on stderr (or in a file) from the main process; warnings from every process."""
+"""Logging: lines on stderr (or in a file) from the main process; of the others only what ends the run is heard."""
 
 import logging
 import os
@@ -52,7 +52,7 @@ def start_logging(options: Options) -> None:
     level = chosen.console_log_level or "INFO"
     log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel(level if is_main_process() else max(logging.WARNING, logging.getLevelName(level)))
+    log.setLevel(level if is_main_process() else logging.ERROR)
     for notice in options.notices:
         log.warning(notice)
 

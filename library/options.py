@@ -238,6 +238,7 @@ class _Reader:
     def values(self) -> dict[str, Any]:
         """The value of every option; a broken one has its default, and a mistake."""
         values = {name: spec.default for name, spec in self.specs.items()}
+        idle: list[str] = []
         for name, (value, where) in list(self.raw.items()):
             if name in self.refused:
                 if value not in (False, 0, "", "0", [], None):
@@ -245,7 +246,7 @@ class _Reader:
                 continue
             if name in self.unused:
                 if value not in (False, "", []):
-                    self.notices.append(f"{where} changes nothing: {self.unused[name]}")
+                    idle.append(f"{name} ({self.unused[name]})")
                 continue
             spec = self.specs[name]
             try:
@@ -260,6 +261,8 @@ class _Reader:
             values[name] = read
             if spec.rules["no_effect"] and read != spec.default:
                 self.notices.append(f"{where} changes nothing: {spec.rules['no_effect']}")
+        if idle:
+            self.notices.append(f"these options change nothing in this version: {', '.join(idle)}")
         return values
 
 
@@ -308,6 +311,7 @@ class _Parser(argparse.ArgumentParser):
 def _make_parser(description: str, groups: Sequence[type[OptionGroup]], hidden: Iterable[str]) -> _Parser:
     """A parser that only splits words: types and choices are checked by read_value, for command line and TOML alike."""
     parser = _Parser(
+        usage="%(prog)s [options]",
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip

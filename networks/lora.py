@@ -113,9 +113,9 @@ class LoraModule(nn.Module):
             x: [B, ..., in], or [B, in, H, W] for convolutions.
             base: the layer's own forward.
         """
-        if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
-            return base(x)
         scale = self.multiplier * self.alpha / self.rank
+        if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
+            scale = 0.0  # gradients become zero instead of missing, which several processes couldn't exchange
         if isinstance(self.lora_down, nn.Conv2d):
             return base(x).add_(self.lora_up(self._dropped(self.lora_down(x))), alpha=scale)
         # In two dimensions the base's output is no view, so the product can be added in place.

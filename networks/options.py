@@ -247,12 +247,6 @@ def _block_lr_weights(values: dict[str, Any]) -> tuple[float, ...] | None:
     return tuple(0.0 if weight <= threshold else weight for weight in weights)
 
 
-REFUSED_NETWORK = dict.fromkeys(
-    ["base_weights", "base_weights_multiplier", "scale_weight_norms"],
-    "it can't be used yet in this version; leave it out",
-)
-
-
 def check_weights(path: Path) -> Iterable[Mistake]:
     """What is wrong with a file given as --network_weights, by its header alone."""
     try:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,11 +21,9 @@ QUICK = [
 ]  # fmt: skip
 
 
-def train_network(model: Path, pictures: Path, output: Path, *extra: object, quick: bool = True) -> Path:
-    """Train in this process; returns the final file."""
-    import sdxl_train_network
-
-    arguments = [
+def arguments(model: Path, pictures: Path, output: Path, *extra: object, quick: Sequence[str] = QUICK) -> list[str]:
+    """The words behind sdxl_train_network.py; later ones win."""
+    files = [
         "--pretrained_model_name_or_path",
         model,
         "--train_data_dir",
@@ -34,7 +33,18 @@ def train_network(model: Path, pictures: Path, output: Path, *extra: object, qui
         "--output_name",
         "lora",
     ]
-    sdxl_train_network.main([str(a) for a in [*(QUICK if quick else []), *arguments, *extra]])
+    return [str(word) for word in [*quick, *files, *extra]]
+
+
+def without(words: Sequence[str], *left_out: str) -> list[str]:
+    return [word for word in words if word not in left_out]
+
+
+def train_network(model: Path, pictures: Path, output: Path, *extra: object, quick: Sequence[str] = QUICK) -> Path:
+    """Train in this process; returns the final file."""
+    import sdxl_train_network
+
+    sdxl_train_network.main(arguments(model, pictures, output, *extra, quick=quick))
     return output / "lora.safetensors"
 
 

@@ -7,61 +7,31 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scanning import samples_of, scanned, stub_text, stub_vae
 
 from library.data.cache import Latents, LatentsInMemory, LatentsOnDisk, TextInMemory, TextOnDisk
-from library.data.dataset_config import read_datasets
 from library.data.fill_cache import audit, fill_latents, fill_text, load_pixels, refuse_or_skip
-from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
-from library.data.subsets import scan
 from library.errors import RunError
 from library.models import vae
 from library.models.text_encoders import EncodedText
-from library.options import read_options
 
 GOLDEN = Path(__file__).parent / "golden" / "10_training"
 
 
-def scanned(folder: Path, *argv: object):
-    words = [
-        "--train_data_dir",
-        folder,
-        "--resolution",
-        128,
-        "--enable_bucket",
-        "--bucket_reso_steps",
-        32,
-        "--min_bucket_reso",
-        64,
-    ]
-    options = read_options(
-        "t", [DatasetOptions, CaptionOptions, CacheOptions], [str(w) for w in [*words, "--max_bucket_reso", 256, *argv]]
-    )
-    return [sample for dataset in scan(read_datasets(options)[0], skip_bad_images=False) for sample in dataset.samples]
-
-
-def stub_vae(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Latents that tell what went in: the mean of each 8x8 patch, and the noise."""
-    means = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 8)
-    return means.expand(-1, 4, -1, -1) + 0.01 * noise
-
-
-def stub_text(captions) -> EncodedText:
-    lengths = torch.tensor([[float(len(caption))] for caption in captions])
-    return EncodedText(
-        lengths[..., None].expand(-1, 77, 8), lengths[..., None].expand(-1, 77, 16), lengths.expand(-1, 16)
-    )
+def samples_in(folder: Path, *argv: object):
+    return samples_of(scanned(folder, *argv))
 
 
 @pytest.fixture
 def samples(pictures):
-    return scanned(pictures)
+    return samples_in(pictures)
 
 
 # ------------------------------------------------------------------------------------------------------- the golden files
 
 
 def test_golden_10_caches_of_the_reference_are_valid_and_read(golden_data):
-    samples = scanned(golden_data / "data")
+    samples = samples_in(golden_data / "data")
     for file in (GOLDEN / "caches").iterdir():
         (golden_data / "data" / file.name).write_bytes(file.read_bytes())
     latents, text = LatentsOnDisk(), TextOnDisk(77)
@@ -73,7 +43,7 @@ def test_golden_10_caches_of_the_reference_are_valid_and_read(golden_data):
 
 def test_golden_10_our_caches_hold_what_the_references_hold(golden_data, golden_models):
     """Latents within the posterior (it is one random sample); sizes and crop exact; text to 1e-5."""
-    samples = scanned(golden_data / "data")
+    samples = samples_in(golden_data / "data")
     latents, text = LatentsOnDisk(), TextOnDisk(77)
     assert fill_latents(samples, latents, lambda *inputs: vae.encode(golden_models.vae, *inputs), 2) == []
     with torch.no_grad():
@@ -134,15 +104,15 @@ def test_fault_45_a_file_that_isnt_valid_is_told_why_and_made_again(damage, reas
 
 def test_fault_43_another_resolution_makes_the_latents_again(pictures):
     cache = LatentsOnDisk()
-    fill_latents(scanned(pictures), cache, stub_vae, 2)
-    smaller = scanned(pictures, "--resolution", 96)
+    fill_latents(samples_in(pictures), cache, stub_vae, 2)
+    smaller = samples_in(pictures, "--resolution", 96)
     assert all("are needed" in cache.problem(sample) for sample in smaller)
 
 
 def test_fault_46_flip_aug_switched_on_later_makes_the_latents_again(pictures):
     cache = LatentsOnDisk()
-    fill_latents(scanned(pictures), cache, stub_vae, 2)
-    flipped = scanned(pictures, "--flip_aug")
+    fill_latents(samples_in(pictures), cache, stub_vae, 2)
+    flipped = samples_in(pictures, "--flip_aug")
     assert {cache.problem(sample) for sample in flipped} == {"lacks latents_flipped"}
     fill_latents(flipped, cache, stub_vae, 2)
     pair = cache.read(flipped[0])
@@ -197,7 +167,7 @@ def test_equal_captions_are_encoded_once(samples):
 
 
 def test_prefix_and_suffix_are_part_of_a_cached_caption(pictures):
-    (sample, *_) = scanned(pictures, "--caption_prefix", "photo:", "--caption_suffix", "end")
+    (sample, *_) = samples_in(pictures, "--caption_prefix", "photo:", "--caption_suffix", "end")
     assert sample.settled_caption == f"photo: {sample.caption} end"
 
 

@@ -4,35 +4,17 @@ from itertools import islice
 
 import pytest
 import torch
-from test_cache import stub_text, stub_vae
+from scanning import samples_of, scanned, stub_text, stub_vae
 
 from library.data.cache import LatentsInMemory, LatentsOnDisk, TextInMemory
 from library.data.dataset import Batches, group_samples, load_batches
-from library.data.dataset_config import read_datasets
 from library.data.fill_cache import fill_latents, fill_text, load_pixels
-from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.order import Order
-from library.data.subsets import scan
-from library.options import read_options
 
 
 def set_up(folder, *argv: object, latents=None, text=None):
-    words = [
-        "--train_data_dir",
-        folder,
-        "--resolution",
-        128,
-        "--enable_bucket",
-        "--bucket_reso_steps",
-        32,
-        "--min_bucket_reso",
-        64,
-    ]
-    options = read_options(
-        "t", [DatasetOptions, CaptionOptions, CacheOptions], [str(w) for w in [*words, "--max_bucket_reso", 256, *argv]]
-    )
-    datasets = scan(read_datasets(options)[0], skip_bad_images=False)
-    samples = [sample for dataset in datasets for sample in dataset.samples]
+    datasets = scanned(folder, *argv)
+    samples = samples_of(datasets)
     if latents is not None:
         fill_latents(samples, latents, stub_vae, 2)
     if text is not None:

@@ -7,23 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import QUICK, ROOT, losses_of, script, tensors_of, train_network
+from running import QUICK, ROOT, arguments, losses_of, script, tensors_of, train_network, without
 
 from library.safetensors_io import write_safetensors
 
 
-def run(model: Path, pictures: Path, output: Path, *extra: object, quick=QUICK, env=None):
-    arguments = [
-        "--pretrained_model_name_or_path",
-        model,
-        "--train_data_dir",
-        pictures,
-        "--output_dir",
-        output,
-        "--output_name",
-        "lora",
-    ]
-    return script(ROOT / "sdxl_train_network.py", *quick, *arguments, *extra, env=env)
+def run(*words: object, quick=QUICK, env=None):
+    return script(ROOT / "sdxl_train_network.py", *arguments(*words, quick=quick), env=env)
 
 
 def refused(done, output: Path, *pieces: str, status: int = 2) -> str:
@@ -123,7 +113,7 @@ def test_fault_25_damaged_pictures_stop_the_run_before_the_first_step(golden_mod
     Image.fromarray(noise).save(folder / "picture1.png")
     raw = (folder / "picture1.png").read_bytes()
     (folder / "picture1.png").write_bytes(raw[: len(raw) // 2])
-    for quick in (QUICK, [word for word in QUICK if word != "--cache_latents"]):
+    for quick in (QUICK, without(QUICK, "--cache_latents")):
         refused(
             run(golden_model, pictures, output, quick=quick),
             output,
@@ -187,7 +177,7 @@ def test_fault_57_a_misspelt_key_in_the_config_file_is_refused_with_its_line(gol
 def test_fault_58_a_wrong_value_is_refused_with_its_line(line, expected, golden_model, pictures, output, tmp_path):
     config = tmp_path / "run.toml"
     config.write_text(f"# a comment\n{line}\n", encoding="utf-8")
-    quick = [word for word in QUICK if word not in ("--learning_rate", "1e-3")]
+    quick = without(QUICK, "--learning_rate", "1e-3")
     refused(
         run(golden_model, pictures, output, "--config_file", config, quick=quick),
         output,
@@ -219,7 +209,7 @@ def test_fault_59_contradictions_are_refused_before_the_model_loads(extra, expec
 
 
 def test_fault_59_cached_text_and_trained_text_encoders_exclude_each_other(golden_model, pictures, output):
-    quick = [word for word in QUICK if word != "--network_train_unet_only"]
+    quick = without(QUICK, "--network_train_unet_only")
     refused(run(golden_model, pictures, output, quick=quick), output, "give --network_train_unet_only too")
 
 

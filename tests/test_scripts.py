@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import QUICK, ROOT, assert_bit_equal, losses_of, script, tensors_of, train_network
+from running import QUICK, ROOT, arguments, assert_bit_equal, losses_of, script, tensors_of, train_network, without
 
 from library.safetensors_io import read_header
 
 SHARED = ROOT.parent / "shared"
+WITH_TEXT = without(QUICK, "--network_train_unet_only", "--cache_text_encoder_outputs")
 
 
 def comfyui_keys(model: Path) -> set[str]:
@@ -25,9 +26,8 @@ def comfyui_keys(model: Path) -> set[str]:
 def test_two_steps_change_every_module_that_can_train_and_nothing_else(golden_model, pictures, tmp_path):
     """Text encoders and convolutions too; the base model's file stays what it was."""
     before = golden_model.read_bytes()
-    arguments = ["--network_args", "conv_dim=2", "--max_train_steps", "2", "--text_encoder_lr", "1e-3"]
-    quick = [word for word in QUICK if word not in ("--network_train_unet_only", "--cache_text_encoder_outputs")]
-    path = train_network(golden_model, pictures, tmp_path / "out", *quick, *arguments, quick=False)
+    extra = ["--network_args", "conv_dim=2", "--max_train_steps", "2", "--text_encoder_lr", "1e-3"]
+    path = train_network(golden_model, pictures, tmp_path / "out", *extra, quick=WITH_TEXT)
     tensors = tensors_of(path)
     modules = {name.split(".")[0] for name in tensors}
     still = {name for name in modules if tensors[f"{name}.lora_up.weight"].abs().max() == 0}
@@ -42,13 +42,8 @@ def test_two_steps_change_every_module_that_can_train_and_nothing_else(golden_mo
 @pytest.mark.skipif(not SHARED.exists(), reason="the acceptance check lies beside the project")
 @pytest.mark.parametrize("unet_only", [True, False])
 def test_the_file_loads_in_diffusers_completely(unet_only, golden_model, pictures, tmp_path):
-    quick = (
-        QUICK
-        if unet_only
-        else [word for word in QUICK if word not in ("--network_train_unet_only", "--cache_text_encoder_outputs")]
-    )
     extra = ["--max_train_steps", "2", "--network_args", "conv_dim=2", "--save_precision", "fp16"]
-    path = train_network(golden_model, pictures, tmp_path / "out", *quick, *extra, quick=False)
+    path = train_network(golden_model, pictures, tmp_path / "out", *extra, quick=QUICK if unet_only else WITH_TEXT)
     done = script(SHARED / "checks" / "check_lora_diffusers.py", path, golden_model, env={"HF_HUB_OFFLINE": "0"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "metadata missing (A1111/ComfyUI/Civitai read these): none" in done.stdout
@@ -78,13 +73,13 @@ def test_two_runs_with_one_seed_are_bit_equal_and_another_seed_is_not(golden_mod
 
 def test_workers_caches_and_checkpointing_dont_change_a_run(golden_model, pictures, tmp_path):
     """Workers 0 and 2 are bit-equal; caches in memory and on disk are; gradient checkpointing is within rounding."""
-    uncached = [word for word in QUICK if word not in ("--cache_latents", "--cache_text_encoder_outputs")]
+    uncached = without(QUICK, "--cache_latents", "--cache_text_encoder_outputs")
     shuffled = ["--shuffle_caption", "--caption_dropout_rate", "0.2", *RANDOM]
     runs = {}
     for workers in (0, 2):
-        arguments = [*uncached, *shuffled, "--max_data_loader_n_workers", workers]
+        extra = [*shuffled, "--max_data_loader_n_workers", workers]
         runs[workers] = tensors_of(
-            train_network(golden_model, pictures, tmp_path / f"w{workers}", *arguments, quick=False)
+            train_network(golden_model, pictures, tmp_path / f"w{workers}", *extra, quick=uncached)
         )
     assert_bit_equal(runs[0], runs[2])
     memory = train_network(golden_model, pictures, tmp_path / "memory", *RANDOM)
@@ -115,7 +110,7 @@ def test_network_weights_go_on_where_they_ended(golden_model, pictures, tmp_path
     )
     for name, tensor in tensors_of(first).items():
         torch.testing.assert_close(tensors_of(same)[name], tensor, rtol=0, atol=1e-8)
-    arguments = [
+    extra = [
         "--network_weights",
         first,
         "--dim_from_weights",
@@ -124,9 +119,7 @@ def test_network_weights_go_on_where_they_ended(golden_model, pictures, tmp_path
         "--network_args",
         "conv_dim=4",
     ]
-    assert (
-        tensors_of(train_network(golden_model, pictures, tmp_path / "c", *arguments)).keys() == tensors_of(first).keys()
-    )
+    assert tensors_of(train_network(golden_model, pictures, tmp_path / "c", *extra)).keys() == tensors_of(first).keys()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -144,7 +137,7 @@ def test_mixed_precision_trains_near_float32(precision, golden_model, pictures, 
 
 
 def test_saves_during_the_run_and_save_precision(golden_model, pictures, tmp_path):
-    arguments = [
+    extra = [
         "--max_train_epochs",
         "2",
         "--save_every_n_steps",
@@ -154,7 +147,7 @@ def test_saves_during_the_run_and_save_precision(golden_model, pictures, tmp_pat
         "--save_precision",
         "bf16",
     ]
-    final = train_network(golden_model, pictures, tmp_path, *arguments)
+    final = train_network(golden_model, pictures, tmp_path, *extra)
     names = {path.name for path in tmp_path.glob("*.safetensors")}
     assert {"lora.safetensors", "lora-000001.safetensors", "lora-step00000003.safetensors"} <= names
     assert {info.dtype for info in read_header(final).tensors.values()} == {"BF16"}
@@ -231,18 +224,8 @@ def test_v_pred_models_are_trained_as_such_by_themselves(golden_model, pictures,
 # --------------------------------------------------------------------------------------------------- as a user starts it
 
 
-def command(model: Path, pictures: Path, output: Path, *extra: object) -> list[object]:
-    arguments = [
-        "--pretrained_model_name_or_path",
-        model,
-        "--train_data_dir",
-        pictures,
-        "--output_dir",
-        output,
-        "--output_name",
-        "lora",
-    ]
-    return [ROOT / "sdxl_train_network.py", *QUICK, *arguments, *extra]
+def command(*words: object, **settings) -> list[object]:
+    return [ROOT / "sdxl_train_network.py", *arguments(*words, **settings)]
 
 
 def test_plain_python_and_accelerate_launch_give_the_same_file(golden_model, pictures, tmp_path):
@@ -279,9 +262,10 @@ def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, pictu
 
 
 def test_two_processes_train_text_encoders_and_share_caches_on_disk(golden_model, pictures, tmp_path):
-    arguments = [word for word in command(golden_model, pictures, tmp_path / "out", "--max_train_steps", "2", "--cache_latents_to_disk")
-                 if word not in ("--network_train_unet_only", "--cache_text_encoder_outputs")]  # fmt: skip
-    done = torchrun(2, *arguments, port=29512)
+    extra = command(
+        golden_model, pictures, tmp_path / "out", "--max_train_steps", 2, "--cache_latents_to_disk", quick=WITH_TEXT
+    )
+    done = torchrun(2, *extra, port=29512)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list(pictures.rglob("*_sdxl.npz"))) == 4
     ups = {
@@ -294,7 +278,7 @@ def test_two_processes_train_text_encoders_and_share_caches_on_disk(golden_model
 
 def test_quickstarts_pieces_make_a_picture(tmp_path, golden_model, pictures):
     lora = train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", "2")
-    arguments = [
+    extra = [
         "--ckpt",
         golden_model,
         "--network_weights",
@@ -306,7 +290,7 @@ def test_quickstarts_pieces_make_a_picture(tmp_path, golden_model, pictures):
         "--height",
         "64",
     ]
-    done = script(ROOT / "tools" / "before_after.py", *arguments, "--steps", "2", "--prompt", "a red circle")
+    done = script(ROOT / "tools" / "before_after.py", *extra, "--steps", "2", "--prompt", "a red circle")
     assert done.returncode == 0, done.stderr[-2000:]
     from PIL import Image
 
@@ -351,3 +335,63 @@ def test_the_step_log_is_json_lines(golden_model, pictures, tmp_path):
         "loss/current",
         "lr/unet",
     } <= lines[0].keys()
+
+
+def test_what_a_gui_writes_is_taken_with_a_few_lines(golden_model, pictures, tmp_path, caplog):
+    """Foreign keys get one line together, and so do options that mean nothing in this version; nothing is refused."""
+    import sdxl_train_network
+    from library.options import read_options
+    from library.training.not_yet import REFUSED, UNUSED
+    from library.training.options import COMMON_TRAINING, OptimizerOptions, check_training
+    from networks.options import NetworkOptions
+
+    argv = ["--config_file", ROOT / "tests" / "gui_lora.toml", "--pretrained_model_name_or_path", golden_model]
+    argv += ["--train_data_dir", pictures, "--output_dir", tmp_path]
+    options = read_options(
+        sdxl_train_network.__doc__, [NetworkOptions, *COMMON_TRAINING], [str(word) for word in argv],
+        checks=[check_training], refused=REFUSED, unused=UNUSED,
+    )  # fmt: skip
+    assert len(options.notices) == 3
+    for piece in (
+        "epoch",
+        "noise_offset_type",
+        "sdxl",
+        "wandb_run_name",
+        "dynamo_backend",
+        "clip_skip changes nothing",
+    ):
+        assert sum(piece in notice for notice in options.notices) == 1, piece
+    assert options[NetworkOptions].text_encoder_lr == (5e-5,)
+    assert options[OptimizerOptions].optimizer_args == ("weight_decay=0.01", "betas=0.9,0.99")
+
+
+def test_with_complete_caches_neither_transformers_nor_diffusers_is_imported(golden_model, pictures, tmp_path):
+    disk = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", "1"]
+    train_network(golden_model, pictures, tmp_path / "a", *disk)
+    words = [str(word) for word in command(golden_model, pictures, tmp_path / "b", *disk)[1:]]
+    program = f"import sys, sdxl_train_network as s\ns.main({words!r})\nprint({{'transformers', 'diffusers'}} & set(sys.modules))"
+    done = script("-c", program)
+    assert done.stdout.strip() == "set()", done.stderr[-2000:]
+
+
+def test_module_dropout_trains_on_two_processes(golden_model, pictures, tmp_path):
+    """Each process leaves other modules out; gradients are exchanged all the same."""
+    extra = ["--max_train_steps", "3", "--network_args", "module_dropout=0.5", "rank_dropout=0.2"]
+    done = torchrun(2, *command(golden_model, pictures, tmp_path / "out", *extra), port=29513)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_output_may_not_overwrite_the_base_model(golden_model, pictures, tmp_path):
+    import shutil
+
+    shutil.copy(golden_model, tmp_path / "lora.safetensors")
+    done = script(*command(tmp_path / "lora.safetensors", pictures, tmp_path, "--max_train_steps", "1"))
+    assert done.returncode == 2 and "would overwrite the base model" in done.stderr
+    assert (tmp_path / "lora.safetensors").read_bytes() == golden_model.read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "pt"])
+def test_other_formats_of_the_network_hold_the_same_tensors(ending, golden_model, pictures, tmp_path):
+    path = train_network(golden_model, pictures, tmp_path / "a", "--max_train_steps", "1")
+    train_network(golden_model, pictures, tmp_path / "b", "--max_train_steps", "1", "--save_model_as", ending)
+    assert_bit_equal(tensors_of(path), torch.load(tmp_path / "b" / f"lora.{ending}", weights_only=True))

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import scanning
 from PIL import Image
 
 from library.data.dataset_config import read_datasets
@@ -20,10 +21,8 @@ def make(folder: Path, *names: str, size=(64, 64)) -> None:
         Image.new("RGB", size).save(folder / name, format="png")
 
 
-def scanned(parent: Path, *argv: object, skip_bad_images: bool = False):
-    words = ["--train_data_dir", parent, "--resolution", 64, *argv]
-    options = read_options("test", [DatasetOptions, CaptionOptions, CacheOptions], [str(word) for word in words])
-    return scan(read_datasets(options)[0], skip_bad_images=skip_bad_images)
+def scanned(parent: Path, *argv: object, **settings):
+    return scanning.scanned(parent, "--resolution", 64, *argv, buckets=[], **settings)
 
 
 def captions_of(datasets) -> dict[str, str]:

@@ -4,7 +4,8 @@ Sizes are Size(width, height) in pixels, as the picture is seen: after its EXIF 
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -84,24 +85,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class _image_errors:
+@contextmanager
+def _image_errors() -> Iterator[None]:
     """Turns what Pillow raises for damaged files into BadImage, and keeps its warnings quiet."""
-
-    def __enter__(self) -> None:
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._warnings.__exit__(None, None, None)
-        if isinstance(error, Image.UnidentifiedImageError):
-            raise BadImage("no picture: its content is of no known format") from None
-        if isinstance(error, Image.DecompressionBombError):
-            raise BadImage(str(error)) from None
-        if isinstance(error, (OSError, SyntaxError, ValueError, EOFError, IndexError)) and not isinstance(
-            error, FileNotFoundError
-        ):
-            raise BadImage(f"damaged: {str(error) or type(error).__name__}") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except FileNotFoundError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImage("no picture: its content is of no known format") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(str(error)) from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+        raise BadImage(f"damaged: {str(error) or type(error).__name__}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ resizing

@@ -145,5 +145,13 @@ def takes_scaled_gradients(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
+def current_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
+    """A group's learning rate; of Adafactor, where it finds its own, that of the group's first tensor (0 before step 1)."""
+    if group["lr"] is not None:
+        return float(group["lr"])
+    state = optimizer.state.get(group["params"][0])
+    return float(optimizer._get_lr(group, state)) if state else 0.0  # type: ignore[attr-defined]
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

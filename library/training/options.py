@@ -68,9 +68,14 @@ class SavingOptions(OptionGroup):
             )
 
 
+_WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+
+
 def is_plain_name(name: str) -> bool:
-    """Whether a file name stays in its folder, on every system."""
-    return name not in ("", ".", "..") and not set(name) & set('/\\:*?"<>|\0') and len(name.encode()) <= 200
+    """Whether a file name stays in its folder and is a file's, on every system; its ending comes behind it."""
+    is_device = name.split(".")[0].lower() in _WINDOWS_DEVICES
+    fits = not set(name) & set('/\\:*?"<>|') and name.isprintable() and len(name.encode()) <= 200
+    return fits and name == name.strip() and not name.startswith(("-", ".")) and name != "" and not is_device
 
 
 @dataclass(frozen=True)
@@ -274,48 +279,6 @@ COMMON_TRAINING = (
     ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, OptimizerOptions, ScheduleOptions, NoiseOptions, LossOptions,
     SavingOptions, TrackerOptions, MetadataOptions, LogOptions,
 )  # fmt: skip
-
-_LATER = "can't be used yet in this version"
-
-# Options of sd-scripts that can't be used: why, and what to do instead.
-REFUSED = {
-    **dict.fromkeys(
-        ["save_state", "save_state_on_train_end", "save_last_n_epochs_state", "save_last_n_steps_state", "resume", "initial_epoch", "initial_step", "skip_until_initial_step"],
-        f"saving and resuming states {_LATER}; --save_every_n_steps with --network_weights goes on from saved weights",
-    ),
-    **dict.fromkeys(
-        ["huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token", "huggingface_repo_visibility", "save_state_to_huggingface", "resume_from_huggingface", "async_upload"],
-        f"uploading {_LATER}; upload the saved files with huggingface-cli",
-    ),
-    **dict.fromkeys(
-        ["sample_every_n_steps", "sample_at_first", "sample_every_n_epochs", "sample_prompts"],
-        f"samples during training {_LATER}; leave out --sample_prompts and --sample_every_n_…",
-    ),
-    **dict.fromkeys(
-        ["validation_split", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "validation_seed"],
-        f"validation {_LATER}; leave it out",
-    ),
-    **dict.fromkeys(["wandb_run_name", "wandb_api_key", "log_tracker_config", "log_config"], f"wandb and tracker settings {_LATER}; use --logging_dir"),
-    **dict.fromkeys(
-        ["deepspeed", "offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model", "fp16_master_weights_and_gradients"],
-        f"DeepSpeed {_LATER}; leave it out",
-    ),
-    **dict.fromkeys(["full_fp16", "full_bf16", "fp8_base", "fp8_base_unet"], f"it {_LATER}; take --mixed_precision bf16, which keeps trained weights in float32"),
-    "torch_compile": f"it {_LATER}; leave it out",
-    "fused_backward_pass": f"it {_LATER}; a network's gradients are small, so leave it out",
-    "cpu_offload_checkpointing": f"it {_LATER}; take --gradient_checkpointing alone",
-    **dict.fromkeys(["masked_loss", "conditioning_data_dir", "alpha_mask"], f"masks {_LATER}; leave them out"),
-    **dict.fromkeys(["reg_data_dir", "in_json", "cache_info", "dataset_class", "color_aug", "random_crop", "face_crop_aug_range", "debug_dataset", "skip_cache_check"], f"it {_LATER}; leave it out"),
-}  # fmt: skip
-
-# Options that only mean something beside a refused one. Config files carry them; they are told, not refused.
-UNUSED = {
-    "sample_sampler": "there are no samples during training yet",
-    "zero_stage": "there is no DeepSpeed yet",
-    "dynamo_backend": "there is no --torch_compile yet",
-    "dataset_repeats": "it is for --in_json, which can't be used yet",
-    "prior_loss_weight": "it is for --reg_data_dir, which can't be used yet",
-}
 
 
 def check_training(options: Options) -> Iterable[Mistake]:

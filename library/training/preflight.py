@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from library.data.dataset_config import read_datasets
 from library.data.options import DatasetOptions
@@ -11,7 +12,7 @@ from library.log import log
 from library.models.checkpoint import Checkpoint, locate_vae, open_checkpoint
 from library.models.options import ModelOptions
 from library.options import Options
-from library.training.options import LossOptions, RunOptions
+from library.training.options import LossOptions, RunOptions, SavingOptions
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ def look_before(options: Options) -> Preflight:
     """Open the model and scan the datasets. Raises OptionError with what can't be used."""
     checkpoint = _open(options[ModelOptions], prefer_fp16=options[RunOptions].mixed_precision == "fp16")
     log.info(checkpoint.describe())
+    _refuse_to_overwrite(checkpoint.path, options[SavingOptions])
     v_prediction = _settled(options, "v_parameterization", checkpoint.v_prediction, checkpoint)
     zero_terminal_snr = _settled(options, "zero_terminal_snr", checkpoint.zero_terminal_snr, checkpoint)
     if mistakes := list(
@@ -54,6 +56,16 @@ def _open(model: ModelOptions, *, prefer_fp16: bool) -> Checkpoint:
         )
     except RunError as error:
         raise OptionError(str(error)) from None
+
+
+def _refuse_to_overwrite(model: Path, saving: SavingOptions) -> None:
+    """The final file must not be the base model's."""
+    assert saving.output_dir is not None
+    final = saving.output_dir / (saving.output_name or "last")
+    if model.is_file() and model.with_suffix("").resolve() == final.resolve():
+        raise OptionError(
+            f"--output_name {final.name} in --output_dir {saving.output_dir} would overwrite the base model {model}; give another name"
+        )
 
 
 def _settled(options: Options, name: str, said: bool | None, checkpoint: Checkpoint) -> bool:

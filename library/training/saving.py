@@ -67,7 +67,7 @@ class Saver:
         """Step saves record the running epoch, counted from 0."""
         paths = self._save(self._step_stem(progress.step), progress.step, progress.epoch)
         last, every = self._options.save_last_n_steps, self._options.save_every_n_steps
-        if last is not None and every:
+        if last and every:
             old = progress.step - last - 1
             old -= old % every
             if old >= 0:
@@ -78,7 +78,7 @@ class Saver:
         """At the end of an epoch, which `progress` counts already."""
         paths = self._save(self._epoch_stem(progress.epoch), progress.step, progress.epoch)
         last = self._options.save_last_n_epochs
-        if last is not None and progress.epoch - self._every_epochs * last >= 0:
+        if last and progress.epoch - self._every_epochs * last >= 0:
             self._remove(self._epoch_stem(progress.epoch - self._every_epochs * last))
         return paths
 

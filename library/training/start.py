@@ -94,6 +94,7 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     assert folder is not None
     if accelerator.is_main_process:
         make_output_folder(folder)
+    tracker = open_tracker(options[TrackerOptions], kind.tracker_name) if accelerator.is_main_process else None
     seed = _shared_seed(options[RunOptions].seed)
     models = _open_models(options, found, accelerator.device)
     prepared = prepare(
@@ -113,7 +114,6 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
         _wrapped_step(task, models, options, found, accelerator), groups, options, plan.total_steps, accelerator
     )
     saver = _make_saver(task, options, found, prepared, plan, update, accelerator)
-    tracker = open_tracker(options[TrackerOptions], task.tracker_name) if accelerator.is_main_process else None
     report = Report(
         plan.total_steps,
         plan.order.steps_per_epoch,

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from library.data.order import Place
 from library.errors import RunError
 from library.param_group import ParamGroup
-from library.training.optimizers import parameters_of, takes_scaled_gradients
+from library.training.optimizers import current_rate, parameters_of, takes_scaled_gradients
 
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 _MAX_OVERFLOWS = 20  # float16 steps skipped in a row before it is no longer a matter of the loss's scale
@@ -121,13 +121,10 @@ class Update:
         return value
 
     def learning_rates(self) -> dict[str, float]:
-        """The learning rate of each group, by its name. Adafactor's own rate is that of its first tensor."""
+        """The learning rate of each group, by its name; times the factor d where the optimizer finds one (d*lr/NAME)."""
         rates = {}
         for group, state in zip(self._groups, self.optimizer.param_groups, strict=True):
-            rates[group.name] = float(state["lr"] if state["lr"] is not None else 0.0)
+            rates[group.name] = current_rate(self.optimizer, state)
+            if "d" in state:  # D-Adaptation, Prodigy
+                rates[f"d*lr/{group.name}"] = float(state["d"]) * rates[group.name]
         return rates
-
-    def adaptive_factor(self) -> float | None:
-        """The factor d of the learning rate that D-Adaptation and Prodigy find; None for others."""
-        d = self.optimizer.param_groups[0].get("d")
-        return None if d is None else float(d)
