@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from library.devices import to_device
+
 
 def seed_of(*key: object) -> int:
     """A 63-bit seed from anything that prints."""
@@ -34,24 +36,27 @@ class Draws:
 
     Attributes:
         first: number of the first sample in the epoch's global order; count: samples in the micro-batch.
+        device: where the numbers go.
     """
 
     seed: int
     epoch: int
     first: int
     count: int
+    device: torch.device = torch.device("cpu")
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers: [B, *shape], float32."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self._generators(purpose)])
+        return to_device(torch.stack([torch.randn(shape, generator=g) for g in self._generators(purpose)]), self.device)
 
     def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Numbers in 0..1: [B, *shape], float32."""
-        return torch.stack([torch.rand(shape, generator=g) for g in self._generators(purpose)])
+        return to_device(torch.stack([torch.rand(shape, generator=g) for g in self._generators(purpose)]), self.device)
 
     def integers(self, purpose: str, low: int, high: int) -> Tensor:
         """Whole numbers from low up to, not including, high: [B], int64."""
-        return torch.cat([torch.randint(low, high, (1,), generator=g) for g in self._generators(purpose)])
+        drawn = torch.cat([torch.randint(low, high, (1,), generator=g) for g in self._generators(purpose)])
+        return to_device(drawn, self.device)
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
         return [generator(self.seed, purpose, self.epoch, self.first + i) for i in range(self.count)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.errors import OptionError
 from library.options import OptionGroup, Options, option
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def start_logging(options: Options) -> None:
     chosen = options[LogOptions]
     handler: logging.Handler
     if chosen.console_log_file is not None:
-        handler = logging.FileHandler(chosen.console_log_file, mode="w", encoding="utf-8")
+        handler = _file_handler(chosen.console_log_file)
     else:
         handler = _ConsoleHandler(sys.stdout if chosen.console_log_simple else sys.stderr)
     simple = chosen.console_log_simple and chosen.console_log_file is None
@@ -57,7 +58,17 @@ def start_logging(options: Options) -> None:
         log.warning(notice)
 
 
-def progress_bar(what: str, total: int) -> "tqdm":
+def _file_handler(path: Path) -> logging.Handler:
+    """The main process empties the file; the others, which tell errors alone, add to it. Raises OptionError."""
+    try:
+        if is_main_process():
+            return logging.FileHandler(path, mode="w", encoding="utf-8")
+        return logging.FileHandler(path, mode="a", encoding="utf-8", delay=True)
+    except OSError as error:
+        raise OptionError(f"--console_log_file {path}: can't be written: {error.strerror}") from None
+
+
+def progress_bar(what: str, total: int, unit: str = "it") -> "tqdm":
     """A progress bar on stderr, of the main process; where stderr is no terminal, a line now and then."""
     from tqdm import tqdm
 
@@ -65,6 +76,7 @@ def progress_bar(what: str, total: int) -> "tqdm":
     return tqdm(
         total=total,
         desc=what,
+        unit=f" {unit}",
         disable=not is_main_process() or total == 0,
         dynamic_ncols=is_terminal,
         mininterval=0.1 if is_terminal else SECONDS_BETWEEN_LINES,

@@ -53,7 +53,7 @@ def _kinds(hint: Any) -> tuple[tuple[type, ...], bool]:
 UNSET = object()
 _WANTED = {
     (bool,): "true or false", (int,): "a whole number", (float,): "a number", (str,): "text", (Path,): "a path",
-    (int, float): "a whole number of steps, or a share below 1 (0.1 or 10%)",
+    (int, float): "a whole number of steps, or a share below 1 (0.1 or 10%)", (dict,): "a table",
 }  # fmt: skip
 
 
@@ -118,6 +118,10 @@ def _read_path(value: Any) -> Path | None:
     return Path(value) if isinstance(value, str | Path) else None
 
 
+def _read_table(value: Any) -> dict | None:
+    return value if isinstance(value, dict) else None
+
+
 def _read_steps_or_share(value: Any) -> int | float | None:
     """30 is 30 steps; 0.1 and "10%" are a tenth of all; 1.5 is neither."""
     if isinstance(value, str) and value.endswith("%"):
@@ -131,7 +135,7 @@ def _read_steps_or_share(value: Any) -> int | float | None:
 
 _READERS: dict[tuple[type, ...], Callable[[Any], Any]] = {
     (bool,): _read_bool, (int,): _read_int, (float,): _read_float, (str,): _read_text, (Path,): _read_path,
-    (int, float): _read_steps_or_share,
+    (int, float): _read_steps_or_share, (dict,): _read_table,
 }  # fmt: skip
 
 

@@ -9,14 +9,13 @@ import hashlib
 import json
 import math
 import mmap
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from library.errors import RunError
+from library.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,22 +200,6 @@ def write_safetensors(
             file.write(_bytes(tensors[entry.name], entry.dtype))
 
     write_atomically(path, write)
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call write(binary file) on a temporary file beside `path`, then move it there; the umask decides who may read it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        hint = " (is it open in another program?)" if sys.platform == "win32" else ""
-        raise RunError(f"{path}: can't be written: {error.strerror or error}{hint}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _plan(tensors: Mapping[str, "Tensor"], dtype_of: Callable[[str, "Tensor"], "str | None"] | None) -> list[_Planned]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from library.errors import OptionError
+from library.files import write_atomically
 from library.log import log
 from library.models.key_maps import Renaming, unet_pairs_of_config
 from library.models.unet import UNet
-from library.safetensors_io import load_tensors, network_hashes, write_atomically, write_safetensors
+from library.safetensors_io import load_tensors, network_hashes, write_safetensors
 from networks.lora import UNET, LoraNetwork, Target, module_key
 from networks.options import LoraSettings
 

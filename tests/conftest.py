@@ -28,6 +28,14 @@ def one_thread_and_fresh_processes():
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True)
+def own_cache_folder(tmp_path_factory, monkeypatch):
+    """The index of known files lies in a folder of the test's own."""
+    folder = str(tmp_path_factory.mktemp("user_cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", folder)
+    monkeypatch.setenv("LOCALAPPDATA", folder)
+
+
 @pytest.fixture(scope="session")
 def golden_model(tmp_path_factory) -> Path:
     """The tiny SDXL that the golden numbers were recorded with, as a single file."""

@@ -6,10 +6,11 @@ import pytest
 import torch
 from scanning import samples_of, scanned, stub_text, stub_vae
 
-from library.data.cache import LatentsInMemory, LatentsOnDisk, TextInMemory
+from library.data.cache import LatentsInMemory, LatentsOnDisk, TextInMemory, TextPlan
 from library.data.dataset import Batches, group_samples, load_batches
-from library.data.fill_cache import fill_latents, fill_text, load_pixels
+from library.data.fill_cache import fill_latents, fill_text
 from library.data.order import Order
+from library.data.pixels import load_pixels
 
 
 def set_up(folder, *argv: object, latents=None, text=None):
@@ -73,7 +74,7 @@ def test_a_batch_holds_the_picture_mirrored_or_not_with_its_sizes(pictures):
     flips = set()
     for batch in loaded(batches, order, 16):
         sample = next(sample for sample in batches.samples if str(sample.path) == batch.paths[0])
-        pixels = torch.from_numpy(load_pixels(sample).copy()).permute(2, 0, 1) / 127.5 - 1
+        pixels = torch.from_numpy(load_pixels(sample).rgb.copy()).permute(2, 0, 1) / 127.5 - 1
         flipped = not torch.allclose(batch.images[0], pixels, atol=1e-6)
         if flipped:
             torch.testing.assert_close(batch.images[0], pixels.flip(-1), rtol=0, atol=1e-6)
@@ -95,7 +96,7 @@ def test_cached_latents_are_mirrored_when_the_picture_would_be(pictures, cache):
 
 
 def test_cached_text_comes_with_its_picture(pictures):
-    batches, order = set_up(pictures, latents=LatentsInMemory(), text=TextInMemory())
+    batches, order = set_up(pictures, latents=LatentsInMemory(), text=TextInMemory(TextPlan()))
     for batch in loaded(batches, order, 8):
         assert batch.text.pooled[0, 0] == len(batch.captions[0])
 
@@ -112,7 +113,10 @@ def test_skipped_steps_decode_nothing(pictures, monkeypatch):
     batches, order = set_up(pictures)
     whole = loaded(batches, order, 8)
     read = []
-    monkeypatch.setattr("library.data.dataset.load_pixels", lambda sample: read.append(sample) or load_pixels(sample))
+    monkeypatch.setattr(
+        "library.data.dataset.load_pixels",
+        lambda sample, *draw, **how: read.append(sample) or load_pixels(sample, *draw, **how),
+    )
     rest = list(islice(load_batches(batches, order.from_step(5, 0), num_workers=0, pin_memory=False), 3))
     for one, two in zip(whole[5:], rest, strict=True):
         assert_same(one, two)

@@ -258,6 +258,7 @@ def test_fault_60_a_loss_that_isnt_finite_stops_the_run_naming_step_and_picture(
         pictures,
         output,
         "--cache_latents_to_disk",
+        "--skip_cache_check",  # which is what lets bad latents in
         "--save_every_n_steps",
         "1",
         "--max_train_steps",

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from library.data.images import BadImage, center_crop, load_rgb, normalised, read_size, resize
+from library.data.images import BadImage, load, look_at, normalised, resize
+from library.data.pixels import crop
 from library.data.size import Size
 
 
@@ -22,8 +23,8 @@ def noise() -> np.ndarray:
 def test_every_format_gives_its_size_and_pixels(noise, ending, tmp_path):
     path = tmp_path / f"x{ending}"
     Image.fromarray(noise).save(path, **({"lossless": True} if ending == ".webp" else {}))
-    assert read_size(path) == Size(80, 40)
-    pixels = load_rgb(path)
+    assert look_at(path).size == Size(80, 40)
+    pixels = load(path)
     assert pixels.shape == (40, 80, 3)
     if ending in (".png", ".bmp", ".webp"):
         assert np.array_equal(pixels, noise)
@@ -35,12 +36,12 @@ def test_fault_29_exif_orientation_is_applied_to_size_and_pixels(noise, orientat
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(noise).save(tmp_path / f"x{ending}", exif=exif)
-    size = read_size(tmp_path / f"x{ending}")
+    size = look_at(tmp_path / f"x{ending}").size
     assert size == (Size(40, 80) if orientation >= 5 else Size(80, 40))
-    assert load_rgb(tmp_path / f"x{ending}").shape == (size.height, size.width, 3)
+    assert load(tmp_path / f"x{ending}").shape == (size.height, size.width, 3)
     if ending == ".png":
         with Image.open(tmp_path / "x.png") as image:
-            assert np.array_equal(load_rgb(tmp_path / "x.png"), np.asarray(ImageOps.exif_transpose(image)))
+            assert np.array_equal(load(tmp_path / "x.png"), np.asarray(ImageOps.exif_transpose(image)))
 
 
 def test_exif_behind_the_pixels_of_a_png_is_found_without_decoding_it(noise, tmp_path, monkeypatch):
@@ -53,14 +54,14 @@ def test_exif_behind_the_pixels_of_a_png_is_found_without_decoding_it(noise, tmp
     chunk += zlib.crc32(chunk[4:]).to_bytes(4, "big")
     end = buffer.getvalue().rindex(b"IEND") - 4
     (tmp_path / "x.png").write_bytes(buffer.getvalue()[:end] + chunk + buffer.getvalue()[end:])
-    assert load_rgb(tmp_path / "x.png").shape == (80, 40, 3)
+    assert load(tmp_path / "x.png").shape == (80, 40, 3)
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
-    assert read_size(tmp_path / "x.png") == Size(40, 80)
+    assert look_at(tmp_path / "x.png").size == Size(40, 80)
 
 
 def test_fault_27_sixteen_bit_pictures_are_scaled_not_clipped(tmp_path):
     Image.fromarray(np.full((4, 4), 30_000, dtype=np.uint16)).save(tmp_path / "x.png")
-    assert load_rgb(tmp_path / "x.png").mean() == round(30_000 / 257)
+    assert load(tmp_path / "x.png").mean() == round(30_000 / 257)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_fault_27_sixteen_bit_pictures_are_scaled_not_clipped(tmp_path):
 def test_fault_28_other_modes_become_rgb_and_what_is_transparent_white(mode, colour, expected, tmp_path):
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     Image.new(mode, (8, 8), colour).save(path)
-    assert np.abs(load_rgb(path).reshape(-1, 3).astype(int) - expected).max() <= 2
+    assert np.abs(load(path).reshape(-1, 3).astype(int) - expected).max() <= 2
 
 
 def damaged() -> dict[str, bytes]:
@@ -98,7 +99,7 @@ def test_fault_25_a_damaged_picture_is_told_with_a_reason(kind, tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(damaged()[kind])
     with pytest.raises(BadImage, match=r"damaged|no picture"):
-        load_rgb(path)
+        load(path)
 
 
 def test_resizing_is_opencvs_area_when_both_sides_shrink_else_pillows_lanczos(noise):
@@ -130,11 +131,11 @@ def test_every_interpolation_keeps_a_flat_picture_flat(name):
 
 
 def test_crop_and_normalise(noise):
-    cropped = center_crop(noise, Size(40, 30))
+    cropped = crop(noise, Size(40, 30), None)
     assert np.array_equal(cropped, noise[5:35, 20:60])
     values = normalised(np.array([[[0, 255, 51]]], dtype=np.uint8))
     np.testing.assert_allclose(values[:, 0, 0], [-1.0, 1.0, -0.6], atol=1e-6)
 
 
 def test_conditioning_pictures_of_the_golden_run_are_read(golden_data: Path):
-    assert read_size(golden_data / "data" / "img1.png") == Size(192, 256)
+    assert look_at(golden_data / "data" / "img1.png").size == Size(192, 256)

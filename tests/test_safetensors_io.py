@@ -11,13 +11,13 @@ import safetensors.torch
 import torch
 
 from library.errors import RunError
+from library.files import write_atomically
 from library.safetensors_io import (
     TensorFile,
     file_hashes,
     load_tensors,
     network_hashes,
     read_header,
-    write_atomically,
     write_safetensors,
 )
 

@@ -50,7 +50,7 @@ def test_txt_captions_are_used_and_told_where_no_caption_lies(tmp_path, caplog):
     (tmp_path / "1_cat" / "a.txt").write_text("from txt")
     assert captions_of(scanned(tmp_path)) == {"a.png": "from txt"}
     assert "captions are read from the 1 *.txt" in caplog.text
-    assert captions_of(scanned(tmp_path, "--caption_extension", ".caption")) == {"a.png": "cat"}
+    assert captions_of(scanned(tmp_path, "--caption_extension", ".caption")) == {"a.png": "cat"}  # class tokens
     assert captions_of(scanned(tmp_path, "--caption_extention", "txt")) == {"a.png": "from txt"}
 
 
@@ -123,7 +123,7 @@ def test_a_second_resolution_of_one_picture_has_cache_files_of_its_own(tmp_path)
         "test", [DatasetOptions, CaptionOptions, CacheOptions], ["--dataset_config", str(tmp_path / "data.toml")]
     )
     one, two = (dataset.samples[0] for dataset in scan(read_datasets(options)[0], skip_bad_images=False))
-    assert one.cache_stem.name == "a" and two.cache_stem.name == "a_128x128"
+    assert Path(one.cache_stem).name == "a" and Path(two.cache_stem).name == "a_128x128"
 
 
 @pytest.mark.parametrize("name", ["ü ñ 日本.png", "a [x] 100%.png", "a\nb.png"])

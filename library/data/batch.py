@@ -4,7 +4,7 @@ Shapes: B samples of one bucket, H and W its pixels, T text tokens.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,13 @@ class Batch:
         paths: the pictures' files, for messages.
         captions: processed captions; still there when `text` is cached.
         images: [B, 3, H, W], float32 in -1..1; None if latents are cached.
+        masks: of the loss, from alpha channels, [B, H, W], float32 in 0..1; None if no sample has one.
+        conditioning: images that go with the pictures, [B, 3, H, W], float32 in -1..1; None without.
         latents: raw latents, [B, 4, H/8, W/8], float32; None if not cached.
         text: the encoders' outputs; None if not cached.
         original_sizes, crop_top_lefts, target_sizes: [B, 2], int64: (height, width), (top, left), (height, width) in pixels.
         weights: [B], float32: factor of each sample's loss; 0 in an idle batch.
+        attributes: the custom attributes of each sample's subset.
     """
 
     place: Place
@@ -40,6 +43,9 @@ class Batch:
     crop_top_lefts: Tensor
     target_sizes: Tensor
     weights: Tensor
+    masks: Tensor | None = None
+    conditioning: Tensor | None = None
+    attributes: tuple[Mapping[str, Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -59,6 +59,7 @@ class Buckets:
     def __init__(self, plan: BucketPlan):
         self.plan = plan
         self.sizes: list[Size] = []  # with no_upscale a bucket is made for each picture
+        self._fits: dict[Size, Fit] = {}
         if not plan.enabled:
             self.sizes = [plan.resolution]
         elif not plan.no_upscale:
@@ -66,9 +67,14 @@ class Buckets:
 
     def fit(self, image: Size) -> Fit:
         """The bucket of a picture of this size, and the resize that covers it."""
-        if self.sizes:
-            return fit_to_buckets(image, self.sizes)
-        return fit_without_upscaling(image, self.plan.resolution.area, self.plan.step)
+        fit = self._fits.get(image)
+        if fit is None:
+            if self.sizes:
+                fit = fit_to_buckets(image, self.sizes)
+            else:
+                fit = fit_without_upscaling(image, self.plan.resolution.area, self.plan.step)
+            self._fits[image] = fit
+        return fit
 
 
 def fit_to_buckets(image: Size, buckets: list[Size]) -> Fit:
@@ -77,7 +83,10 @@ def fit_to_buckets(image: Size, buckets: list[Size]) -> Fit:
     >>> fit_to_buckets(Size(1920, 1080), [Size(1024, 1024), Size(1344, 768)])
     Fit(bucket=Size(width=1344, height=768), resized=Size(width=1365, height=768))
     """
-    bucket = image if image in buckets else min(buckets, key=lambda size: abs(size.aspect - image.aspect))
+    aspect = image.aspect
+    # Called for every picture of a scan, so no Python function is called for each bucket.
+    errors = [abs(width / height - aspect) for width, height in buckets]
+    bucket = image if image in buckets else buckets[errors.index(min(errors))]
     scale = bucket.height / image.height if image.aspect > bucket.aspect else bucket.width / image.width
     return Fit(bucket, Size(_rounded(image.width * scale), _rounded(image.height * scale)))
 
@@ -90,8 +99,12 @@ def fit_without_upscaling(image: Size, area: int, step: int) -> Fit:
         ideal_width = math.sqrt(area * aspect)
         width = _rounded(ideal_width) // step * step
         height = _rounded(area / ideal_width) // step * step
+        if not width or not height:  # thinner than a step
+            return Fit(Size(width, height), image)
         by_width = Size(width, _rounded(width / aspect) // step * step)
         by_height = Size(_rounded(height * aspect) // step * step, height)
+        if not by_width.height or not by_height.width:
+            return Fit(Size(by_height.width, by_width.height), image)
         # Of the two roundings, the one that keeps the aspect ratio better.
         if abs(by_width.aspect - aspect) < abs(by_height.aspect - aspect):
             resized = Size(width, _rounded(width / aspect))

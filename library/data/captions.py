@@ -5,8 +5,9 @@ Source: contract, dataset_config.md sections 3 and 4; golden 09.
 
 import random
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 
@@ -29,6 +30,10 @@ class CaptionSettings:
     token_warmup_step: float = 0
 
     @property
+    def drops_captions(self) -> bool:
+        return self.caption_dropout_rate > 0 or self.caption_dropout_every_n_epochs > 0
+
+    @property
     def edits_tags(self) -> bool:
         return self.shuffle_caption or self.token_warmup_step > 0 or self.caption_tag_dropout_rate > 0
 
@@ -49,12 +54,13 @@ class BadCaption(ValueError):
     """A caption file that is no UTF-8 text; the text says why, without the path."""
 
 
-def read_caption(path: Path, *, all_lines: bool) -> str:
+def read_caption(path: str | Path, *, all_lines: bool) -> str:
     """The caption in a file: its first line that isn't blank, or with `all_lines` all of those. Raises BadCaption.
 
     A byte order mark and any kind of line end are dropped.
     """
-    raw = path.read_bytes()
+    with open(path, "rb", buffering=0) as file:
+        raw = file.read()
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise BadCaption("it is UTF-16; save it as UTF-8")
     try:
@@ -89,9 +95,7 @@ def process_caption(
         caption = f"{settings.caption_prefix} {caption}"
     if settings.caption_suffix:
         caption = f"{caption} {settings.caption_suffix}"
-    if settings.caption_dropout_rate > 0 and draw.random() < settings.caption_dropout_rate:
-        return ""
-    if settings.caption_dropout_every_n_epochs > 0 and epoch % settings.caption_dropout_every_n_epochs == 0:
+    if is_dropped(settings, draw, epoch=epoch):
         return ""
     if settings.enable_wildcard:
         lines = caption.split("\n")
@@ -106,6 +110,29 @@ def process_caption(
         chosen = new if isinstance(new, str) else draw.choice(new)
         caption = caption.replace(old, chosen) if old else chosen
     return caption
+
+
+def is_dropped(settings: CaptionSettings, draw: random.Random, *, epoch: int) -> bool:
+    """Whether a sample gets the empty caption; epochs count from 1."""
+    if settings.caption_dropout_rate > 0 and draw.random() < settings.caption_dropout_rate:
+        return True
+    return settings.caption_dropout_every_n_epochs > 0 and epoch % settings.caption_dropout_every_n_epochs == 0
+
+
+def caption_variants(
+    caption: str, settings: CaptionSettings, count: int, draws: Iterable[random.Random]
+) -> tuple[str, ...]:
+    """So many captions as process_caption would draw them, apart from dropout, for caching: fewer where nothing is drawn.
+
+    Args:
+        draws: the randomness of each.
+    """
+    kept = replace(settings, caption_dropout_rate=0.0, caption_dropout_every_n_epochs=0)
+    is_random = bool(kept.random_parts())
+    return tuple(
+        process_caption(caption, kept, draw, epoch=1, step=0, max_train_steps=1)
+        for draw in islice(draws, count if is_random else 1)
+    )
 
 
 _LITERAL_OPEN, _LITERAL_CLOSE = "\x01", "\x02"  # stand for {{ and }} while wildcards are expanded

@@ -1,8 +1,11 @@
 """The loader: micro-batches in the run's order become Batches, in worker processes if asked for."""
 
+import dataclasses
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import tee
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +16,14 @@ from torch.utils.data import Dataset as TorchDataset
 from library.data import images
 from library.data.batch import Batch
 from library.data.cache import LatentCache, TextCache
-from library.data.captions import process_caption
-from library.data.fill_cache import load_pixels
+from library.data.captions import is_dropped, process_caption
+from library.data.images import BadImage
 from library.data.order import Group, MicroBatch, Place
+from library.data.pixels import load_conditioning, load_pixels
 from library.data.sample import Sample
 from library.data.subsets import Dataset
 from library.draws import python_draw
+from library.errors import RunError
 from library.models.text_encoders import EncodedText
 
 FLIP_PROBABILITY = 0.5
@@ -28,42 +33,80 @@ def group_samples(datasets: Sequence[Dataset], samples: Sequence[Sample]) -> tup
     """The groups that may share a batch: samples (by number) of one bucket in one dataset, repeats included."""
     members: dict[tuple, list[int]] = {}
     for i, sample in enumerate(samples):
-        members.setdefault((sample.dataset, sample.fit.bucket), []).extend([i] * sample.subset.num_repeats)
+        members.setdefault((sample.dataset, sample.fit.bucket), []).extend([i] * sample.repeats)
     return tuple(Group(tuple(numbers), datasets[key[0]].plan.batch_size) for key, numbers in sorted(members.items()))
+
+
+class _Picture(NamedTuple):
+    """One sample of a batch: its picture or raw latents, its loss mask, and (top, left) as the model is told."""
+
+    content: Tensor
+    mask: Tensor | None
+    crop_top_left: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Batches(TorchDataset):
-    """A micro-batch -> its Batch. Pickles, so that workers may be spawned."""
+    """A micro-batch -> its Batch. Pickles, so that workers may be spawned.
+
+    Attributes:
+        prior_loss_weight: of regularisation samples.
+    """
 
     samples: Sequence[Sample]
     latents: LatentCache | None
     text: TextCache | None
     seed: int
     max_train_steps: int
+    prior_loss_weight: float = 1.0
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
         place = micro.place
         samples = [self.samples[i] for i in micro.samples]
         flips = [self._is_flipped(sample, place, i) for i, sample in enumerate(samples)]
         bucket = samples[0].fit.bucket
+        pictures = [
+            self._picture(sample, place, i, flipped=flip)
+            for i, (sample, flip) in enumerate(zip(samples, flips, strict=True))
+        ]
+        content = torch.stack([picture.content for picture in pictures])
+        texts = self.texts(micro)
+        weights = [
+            0.0 if place.is_idle else self.prior_loss_weight if sample.subset.is_reg else 1.0 for sample in samples
+        ]
         return Batch(
             place=place,
-            paths=tuple(str(sample.path) for sample in samples),
-            captions=tuple(self._caption(sample, place, i) for i, sample in enumerate(samples)),
-            images=None if self.latents else self._images(samples, flips),
-            latents=self._latents(samples, flips) if self.latents else None,
-            text=self._text(samples) if self.text else None,
+            paths=tuple(sample.file for sample in samples),
+            captions=texts.captions,
+            images=None if self.latents else content,
+            latents=content if self.latents else None,
+            text=texts.encoded,
             original_sizes=torch.tensor([(sample.size.height, sample.size.width) for sample in samples]),
-            crop_top_lefts=torch.tensor(
-                [sample.crop_top_left(flipped=flip) for sample, flip in zip(samples, flips, strict=True)]
-            ),
+            crop_top_lefts=torch.tensor([picture.crop_top_left for picture in pictures]),
             target_sizes=torch.tensor([(bucket.height, bucket.width)] * len(samples)),
-            weights=torch.full((len(samples),), 0.0 if place.is_idle else 1.0),
+            weights=torch.tensor(weights),
+            masks=_masks([picture.mask for picture in pictures], (bucket.height, bucket.width)),
+            conditioning=self._conditioning(samples, flips),
+            attributes=tuple(sample.subset.custom_attributes for sample in samples),
         )
 
+    def texts(self, micro: MicroBatch) -> "Texts":
+        """The captions of a micro-batch, and their encoder outputs where they are cached."""
+        place = micro.place
+        samples = [self.samples[i] for i in micro.samples]
+        if self.text is None:
+            return Texts(tuple(self._caption(sample, place, i) for i, sample in enumerate(samples)), None)
+        captions, encoded = [], []
+        for i, sample in enumerate(samples):
+            draw = python_draw(self.seed, "caption", place.epoch, place.first + i)
+            dropped = is_dropped(sample.subset.captions, draw, epoch=place.epoch + 1)
+            number = self.text.texts.choose(sample, draw, dropped=dropped)
+            captions.append(self.text.texts.of(sample)[number])
+            encoded.append(self.text.read(sample, number))
+        return Texts(tuple(captions), EncodedText(*(torch.stack(parts) for parts in zip(*encoded, strict=True))))
+
     def _is_flipped(self, sample: Sample, place: Place, i: int) -> bool:
-        if not sample.subset.flip_aug:
+        if not sample.subset.pixels.flip_aug:
             return False
         return python_draw(self.seed, "flip", place.epoch, place.first + i).random() < FLIP_PROBABILITY
 
@@ -78,20 +121,45 @@ class Batches(TorchDataset):
             max_train_steps=self.max_train_steps,
         )
 
-    def _images(self, samples: Sequence[Sample], flips: Sequence[bool]) -> Tensor:
-        pixels = [load_pixels(sample)[:, :: -1 if flip else 1] for sample, flip in zip(samples, flips, strict=True)]
-        return torch.from_numpy(np.stack([images.normalised(array) for array in pixels]))
+    def _picture(self, sample: Sample, place: Place, i: int, *, flipped: bool) -> _Picture:
+        if self.latents is not None:
+            kept = self.latents.read(sample)
+            latents = kept.flipped if flipped else kept.plain
+            assert latents is not None
+            mask = kept.mask.flip(-1) if flipped and kept.mask is not None else kept.mask
+            return _Picture(latents, mask, sample.crop_top_left(flipped=flipped))
+        draw = python_draw(self.seed, "pixels", place.epoch, place.first + i)
+        try:
+            pixels = load_pixels(sample, draw, flipped=flipped)
+        except (OSError, BadImage) as error:
+            raise RunError(f"{sample.file}: can't be read any more: {error}") from None
+        mask = None if pixels.alpha is None else torch.from_numpy(np.ascontiguousarray(pixels.alpha))
+        return _Picture(torch.from_numpy(images.normalised(pixels.rgb)), mask, pixels.crop_top_left)
 
-    def _latents(self, samples: Sequence[Sample], flips: Sequence[bool]) -> Tensor:
-        assert self.latents is not None
-        read = [self.latents.read(sample) for sample in samples]
-        chosen = [pair.flipped if flip else pair.plain for pair, flip in zip(read, flips, strict=True)]
-        return torch.stack([latents for latents in chosen if latents is not None])
+    def _conditioning(self, samples: Sequence[Sample], flips: Sequence[bool]) -> Tensor | None:
+        if samples[0].conditioning is None:
+            return None
+        loaded = []
+        for sample, flipped in zip(samples, flips, strict=True):
+            try:
+                loaded.append(torch.from_numpy(images.normalised(load_conditioning(sample, flipped=flipped))))
+            except (OSError, BadImage) as error:
+                raise RunError(f"{sample.conditioning}: can't be read any more: {error}") from None
+        return torch.stack(loaded)
 
-    def _text(self, samples: Sequence[Sample]) -> EncodedText:
-        assert self.text is not None
-        read = [self.text.read(sample) for sample in samples]
-        return EncodedText(*(torch.stack(parts) for parts in zip(*read, strict=True)))
+
+class Texts(NamedTuple):
+    """The captions of a batch, and their encoder outputs if they are cached."""
+
+    captions: tuple[str, ...]
+    encoded: EncodedText | None
+
+
+def _masks(masks: Sequence[Tensor | None], shape: tuple[int, int]) -> Tensor | None:
+    """The batch's loss masks, [B, H, W]; samples without one get ones."""
+    if all(mask is None for mask in masks):
+        return None
+    return torch.stack([torch.ones(shape) if mask is None else mask for mask in masks])
 
 
 def load_batches(
@@ -102,20 +170,30 @@ def load_batches(
     pin_memory: bool,
     start_method: str | None = None,
 ) -> Iterator[Batch]:
-    """The batches of `order`, loaded ahead by worker processes where there is something to decode or read from disk.
+    """The batches of `order`, loaded ahead by worker processes where there are pictures to decode or files to read.
+
+    What is cached in memory stays in this process: workers would each need a copy.
 
     Args:
         start_method: how workers start ("fork", "spawn"); None: the platform's own way.
     """
-    kept_in_memory = (
-        batches.latents is not None and batches.latents.in_memory and (batches.text is None or batches.text.in_memory)
-    )
-    workers = 0 if kept_in_memory else num_workers
+    workers = 0 if batches.latents is not None and batches.latents.in_memory else num_workers
+    text_stays_here = workers > 0 and batches.text is not None and batches.text.in_memory
+    loaded = dataclasses.replace(batches, text=None) if text_stays_here else batches
     context = multiprocessing.get_context(start_method) if workers else None
+    here, there = tee(order)
     loader = DataLoader(
-        batches, batch_size=None, sampler=_Sampler(order), num_workers=workers, multiprocessing_context=context, pin_memory=pin_memory
+        loaded, batch_size=None, sampler=_Sampler(there), num_workers=workers, multiprocessing_context=context, pin_memory=pin_memory
     )  # fmt: skip
-    return iter(loader)
+    if not text_stays_here:
+        return iter(loader)
+    return _with_texts(loader, batches, here)
+
+
+def _with_texts(loader: Iterable[Batch], batches: Batches, order: Iterable[MicroBatch]) -> Iterator[Batch]:
+    for batch, micro in zip(loader, order, strict=False):  # neither has an end
+        texts = batches.texts(micro)
+        yield dataclasses.replace(batch, captions=texts.captions, text=texts.encoded)
 
 
 @dataclass(frozen=True)

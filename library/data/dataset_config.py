@@ -1,139 +1,82 @@
-"""The dataset definition: --dataset_config, or --train_data_dir with its N_class folders, to DatasetPlans.
+"""The dataset definition: --dataset_config, or the folders and metadata that the command line names, to DatasetPlans.
 
 A value is looked up in the subset's table, the dataset's, [general], on the command line, and last is the default; so the
-file wins over the command line. Every mistake in the file is told together, with the table it stands in.
+file wins over the command line. Every mistake in the file is told together, with the table it stands in. Torch-free.
 Source: contract, dataset_config.md sections 1 and 2.
 """
 
 import dataclasses
 import json
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from library.data.buckets import BucketPlan
 from library.data.captions import CaptionSettings
-from library.data.options import CacheOptions, DatasetOptions, parse_resolution
-from library.data.sample import DatasetPlan, Subset
-from library.data.size import INTERPOLATIONS, Size
+from library.data.class_folders import implied_tables
+from library.data.dataset_keys import ALLOWED, FOLDER_KEYS, LEVELS, SPECS, default_of
+from library.data.options import CacheOptions, DatasetOptions, parse_range, parse_resolution
+from library.data.sample import DatasetPlan, PixelSettings, Subset
+from library.data.size import Size
 from library.errors import Mistake, OptionError
-from library.option_values import UNSET, Spec, did_you_mean, read_value, specs_of
-from library.options import OptionGroup, Options, option
-
-
-@dataclass(frozen=True)
-class _DatasetKeys(OptionGroup):
-    """Keys of [[datasets]] and [general]."""
-
-    batch_size: int = option(1, "", at_least=1)
-    resolution: tuple[int, ...] | None = option(None, "", at_least=32)
-    enable_bucket: bool = option(False, "")
-    min_bucket_reso: int = option(256, "", at_least=32)
-    max_bucket_reso: int = option(1024, "", at_least=32)
-    bucket_reso_steps: int = option(64, "", at_least=32)
-    bucket_no_upscale: bool = option(False, "")
-
-
-@dataclass(frozen=True)
-class _SubsetKeys(OptionGroup):
-    """Keys of [[datasets.subsets]], and defaults for them in [[datasets]] and [general]."""
-
-    num_repeats: int = option(1, "")
-    shuffle_caption: bool = option(False, "")
-    caption_separator: str = option(",", "")
-    keep_tokens: int = option(0, "", at_least=0)
-    keep_tokens_separator: str | None = option(None, "")
-    secondary_separator: str | None = option(None, "")
-    enable_wildcard: bool = option(False, "")
-    caption_prefix: str | None = option(None, "")
-    caption_suffix: str | None = option(None, "")
-    caption_dropout_rate: float = option(0.0, "", at_least=0, at_most=1)
-    caption_dropout_every_n_epochs: int = option(0, "", at_least=0)
-    caption_tag_dropout_rate: float = option(0.0, "", at_least=0, at_most=1)
-    token_warmup_min: int = option(1, "", at_least=1)
-    token_warmup_step: float = option(0.0, "", at_least=0)
-    flip_aug: bool = option(False, "")
-    caption_extension: str = option(".caption", "")
-    class_tokens: str | None = option(None, "")
-    resize_interpolation: str | None = option(None, "", choices=INTERPOLATIONS)
-
-
-@dataclass(frozen=True)
-class _OwnKeys(OptionGroup):
-    """Keys of [[datasets.subsets]] alone."""
-
-    image_dir: Path | None = option(None, "")
-
-
-_LEVELS = {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
-_SPECS: dict[str, Spec] = {
-    spec.name: spec for group in (_DatasetKeys, _SubsetKeys, _OwnKeys) for spec in specs_of(group)
-}
-_ALLOWED = {
-    **{spec.name: ("general", "dataset") for spec in specs_of(_DatasetKeys)},
-    **{spec.name: ("general", "dataset", "subset") for spec in specs_of(_SubsetKeys)},
-    **{spec.name: ("subset",) for spec in specs_of(_OwnKeys)},
-}
-_NOT_YET = [
-    "color_aug",
-    "random_crop",
-    "face_crop_aug_range",
-    "metadata_file",
-    "conditioning_data_dir",
-    "is_reg",
-    "alpha_mask",
-    "validation_split",
-    "validation_seed",
-    "cache_info",
-    "custom_attributes",
-    "network_multiplier",
-]
+from library.option_values import UNSET, did_you_mean, read_value
+from library.options import Options
 
 # Command-line options that stand for a key of another name.
 _COMMAND_LINE_NAMES = {"batch_size": "train_batch_size"}
+# Options that --dataset_config takes the place of.
+_IMPLIED = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 
 
 def read_datasets(options: Options) -> tuple[list[DatasetPlan], list[str]]:
     """The datasets of a run, and what the user should know of them. Raises OptionError with every mistake in them."""
     chosen = options[DatasetOptions]
     if chosen.dataset_config is not None:
-        definition = _Definition(str(chosen.dataset_config), _read_file(chosen.dataset_config), options)
-        if chosen.train_data_dir is not None:
-            definition.notices.append("--train_data_dir is not used, as --dataset_config is given")
-    elif chosen.train_data_dir is not None:
-        folders, notices = class_folders(chosen.train_data_dir)
-        subsets = [
-            {"image_dir": str(folder), "num_repeats": n, **({} if tokens is None else {"class_tokens": tokens})}
-            for folder, n, tokens in folders
-        ]
-        definition = _Definition(
-            f"--train_data_dir {chosen.train_data_dir}", {"datasets": [{"subsets": subsets}]}, options
-        )
-        definition.notices += notices
+        name, tables, notices = str(chosen.dataset_config), _read_file(chosen.dataset_config), []
+        if unused := [f"--{option}" for option in _IMPLIED if getattr(chosen, option) is not None]:
+            notices = [f"{' and '.join(unused)} not used, as --dataset_config is given"]
     else:
-        missing = Mistake(
-            "no dataset: give --dataset_config, or --train_data_dir with its N_class folders",
-            ("train_data_dir", "dataset_config"),
-        )
-        raise OptionError(missing)
+        tables, notices = implied_tables(chosen)
+        name = f"--in_json {chosen.in_json}" if chosen.in_json else f"--train_data_dir {chosen.train_data_dir}"
+    definition = _Definition(name, tables, options)
+    definition.notices += notices
     return definition.plans(), definition.notices
 
 
 def check_datasets(options: Options) -> Iterator[Mistake]:
-    """The mistakes in the datasets' definition, and captions that can't be encoded once and for all."""
+    """The mistakes in the datasets' definition, and what can't be encoded once and for all."""
     try:
         plans, _ = read_datasets(options)
     except OptionError as error:
         yield from error.mistakes
         return
-    if options[CacheOptions].text:
-        for subset in (subset for plan in plans for subset in plan.subsets):
-            for name in subset.captions.random_parts():
-                text = f"{name} changes captions from step to step, which --cache_text_encoder_outputs rules out; leave one of them out"
-                yield Mistake(f"{subset.image_dir}: {text}", (name,))
+    cache = options[CacheOptions]
+    for subset in (subset for plan in plans for subset in plan.subsets):
+        if cache.text:
+            yield from _against_text_cache(subset, variants=cache.text_cache_variants)
+        if cache.latents:
+            for name in subset.pixels.random_parts():
+                text = (
+                    f"{name} changes pixels from step to step, which --cache_latents rules out; leave one of them out"
+                )
+                yield Mistake(f"{subset.source}: {text}", (name,))
+    if cache.text_cache_variants and not cache.text:
+        text = "--text_cache_variants: there is no cache of text-encoder outputs; give --cache_text_encoder_outputs too"
+        yield Mistake(text, ("text_cache_variants", "cache_text_encoder_outputs"))
+
+
+def _against_text_cache(subset: Subset, *, variants: int | None) -> Iterator[Mistake]:
+    for name in subset.captions.random_parts():
+        if name == "token_warmup_step":
+            text = f"{name} changes captions by the step, which --cache_text_encoder_outputs rules out; leave one of them out"
+            yield Mistake(f"{subset.source}: {text}", (name,))
+        elif variants is None:
+            text = (
+                f"{name} changes captions from step to step, which --cache_text_encoder_outputs rules out; leave one of them "
+                "out, or give --text_cache_variants 8 to cache so many drawn captions of each picture"
+            )
+            yield Mistake(f"{subset.source}: {text}", (name,))
 
 
 def _read_file(path: Path) -> Any:
@@ -146,34 +89,12 @@ def _read_file(path: Path) -> Any:
                 return json.loads(text)
     except FileNotFoundError:
         raise OptionError(f"--dataset_config {path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OptionError(f"--dataset_config {path}: can't be read: {error}") from None
     raise OptionError(f"--dataset_config {path}: expected a .toml or .json file")
 
 
-def class_folders(parent: Path) -> tuple[list[tuple[Path, int, str | None]], list[str]]:
-    """The picture folders of --train_data_dir: (folder, repeats, class tokens), sorted by name; and what to tell."""
-    if not parent.is_dir():
-        raise OptionError(f"--train_data_dir {parent}: no such folder")
-    found, other = [], []
-    for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
-        match = re.match(r"(\d+)(?:_(.*))?$", folder.name)
-        if match and int(match[1]) >= 1:
-            found.append((folder, int(match[1]), match[2] or ""))
-        else:
-            other.append(folder.name)
-    if other and found:
-        return found, [f"--train_data_dir {parent}: not named N_class, so not used: {', '.join(other)}"]
-    if not found and any(path.is_file() for path in parent.iterdir()):
-        return [(parent, 1, None)], [
-            f"--train_data_dir {parent}: has no N_class folders; its own pictures are used, once each an epoch"
-        ]
-    if not found:
-        there = ", ".join(other) or "nothing"
-        raise OptionError(
-            f"--train_data_dir {parent}: expected folders named N_class (say 10_cat: shown ten times an epoch) with pictures; found {there}"
-        )
-    return found, []
+Tables = tuple[Mapping[str, Any], ...]
 
 
 class _Definition:
@@ -185,9 +106,13 @@ class _Definition:
         self.mistakes: list[Mistake] = []
         self.notices: list[str] = []
         self.command_line = dict(options.items())
+        self.uses_conditioning = bool(self.command_line.get("masked_loss"))
+        self.caches_latents = options[CacheOptions].latents
         self.extension_given = options.given("caption_extension") or options.given("caption_extention")
         if self.command_line["caption_extention"]:
             self.command_line["caption_extension"] = self.command_line["caption_extention"]
+        if self.command_line["face_crop_aug_range"]:
+            self.command_line["face_crop_aug_range"] = parse_range(self.command_line["face_crop_aug_range"])
 
     def plans(self) -> list[DatasetPlan]:
         tables = self.tables if isinstance(self.tables, dict) else {}
@@ -208,16 +133,37 @@ class _Definition:
         own = self._read("dataset", where, {key: value for key, value in table.items() if key != "subsets"})
         if not subset_tables:
             self._mistake(where, "it has no [[datasets.subsets]]")
+        has_metadata = self._kind(where, subset_tables)
+        if has_metadata:
+            self._refuse_folder_keys(where, own)
         subsets = [
-            self._subset((own, general), subset, f"{where}, subset {i}") for i, subset in enumerate(subset_tables, 1)
+            self._subset((own, general), subset, f"{where}, subset {i}", in_metadata=has_metadata)
+            for i, subset in enumerate(subset_tables, 1)
         ]
         buckets = self._buckets(where, (own, general))
         kept = tuple(self._without_duplicates([subset for subset in subsets if subset is not None]))
         if buckets is None:
             return None
-        return DatasetPlan(self._value("batch_size", (own, general)), buckets, kept)
+        if buckets.enabled and any(subset.pixels.face_crop_aug_range for subset in kept):
+            self.notices.append(f"{self.name}, {where}: face_crop_aug_range is not used with enable_bucket")
+        if self._value("network_multiplier", (own, general)) != 1.0:
+            self.notices.append(f"{self.name}, {where}: network_multiplier changes nothing in SDXL training")
+        return DatasetPlan(
+            self._value("batch_size", (own, general)),
+            buckets,
+            kept,
+            validation_split=self._value("validation_split", (own, general)),
+            validation_seed=self._value("validation_seed", (own, general)),
+        )
 
-    def _buckets(self, where: str, tables: tuple[Mapping[str, Any], ...]) -> BucketPlan | None:
+    def _kind(self, where: str, subsets: list[dict]) -> bool:
+        """Whether the dataset's captions come from metadata; a dataset can't mix."""
+        with_metadata = sum("metadata_file" in subset for subset in subsets)
+        if 0 < with_metadata < len(subsets):
+            self._mistake(where, "some subsets have metadata_file and some haven't; put them into two [[datasets]]")
+        return with_metadata > 0
+
+    def _buckets(self, where: str, tables: Tables) -> BucketPlan | None:
         resolution = self._value("resolution", tables)
         size = parse_resolution(resolution) if isinstance(resolution, str) else None
         if isinstance(resolution, tuple):
@@ -250,47 +196,105 @@ class _Definition:
             self._mistake(where, f"resolution {size}: without buckets both sides must be multiples of 8")
         return BucketPlan(size, plan_enabled, smallest, largest, step, no_upscale)
 
-    def _subset(self, defaults: tuple[Mapping[str, Any], ...], table: dict, where: str) -> Subset | None:
+    def _subset(self, defaults: Tables, table: dict, where: str, *, in_metadata: bool) -> Subset | None:
         own = self._read("subset", where, table)
+        if in_metadata:
+            self._refuse_folder_keys(where, own)
         tables = (own, *defaults)
-        folder = own.get("image_dir")
-        if folder is None:
-            self._mistake(where, "image_dir is missing")
+        folder, metadata = own.get("image_dir"), own.get("metadata_file")
+        if not self._sources_exist(own, where, in_metadata=in_metadata):
             return None
-        if not folder.is_dir():
-            self._mistake(where, f"image_dir {folder}: no such folder")
-        repeats = self._value("num_repeats", tables)
+        repeats = self._repeats(tables, in_metadata=in_metadata)
         if repeats < 1:
-            self.notices.append(f"{self.name}, {where}: num_repeats is {repeats}, so {folder} is not used")
+            self.notices.append(f"{self.name}, {where}: num_repeats is {repeats}, so {metadata or folder} is not used")
             return None
         captions = {field.name: self._value(field.name, tables) for field in dataclasses.fields(CaptionSettings)}
         captions["keep_tokens_separator"] = captions["keep_tokens_separator"] or None
         extension = self._value("caption_extension", tables)
+        pixels = self._pixels(tables, where)
+        if own.get("conditioning_data_dir") and pixels.random_crop:
+            self._mistake(
+                where, "random_crop can't be used with conditioning_data_dir, whose pictures are not cropped along"
+            )
+        attributes = self._value("custom_attributes", tables) or {}
+        if attributes.get("diff_output_preservation"):
+            self._mistake(where, "custom_attributes.diff_output_preservation can't be used yet in this version")
         return Subset(
             image_dir=folder,
             num_repeats=repeats,
-            class_tokens=self._value("class_tokens", tables),
+            captions=CaptionSettings(**captions),
+            pixels=pixels,
             caption_extension=extension if extension.startswith(".") else f".{extension}",
             extension_was_chosen=self.extension_given or any("caption_extension" in table for table in tables),
-            captions=CaptionSettings(**captions),
-            flip_aug=self._value("flip_aug", tables),
-            resize_interpolation=self._value("resize_interpolation", tables),
+            class_tokens=None if in_metadata else self._value("class_tokens", tables),
+            metadata_file=metadata,
+            conditioning_data_dir=own.get("conditioning_data_dir"),
+            is_reg=own.get("is_reg", False),
+            recursive=self._value("recursive", tables),
+            cache_info=not in_metadata and self._value("cache_info", tables),
+            custom_attributes=attributes,
         )
+
+    def _sources_exist(self, own: Mapping[str, Any], where: str, *, in_metadata: bool) -> bool:
+        """Whether the folders and files that the subset names are there; mistakes otherwise."""
+        before = len(self.mistakes)
+        folder, metadata, conditioning = (
+            own.get(key) for key in ("image_dir", "metadata_file", "conditioning_data_dir")
+        )
+        if folder is None and not in_metadata:
+            self._mistake(where, "image_dir is missing")
+        if folder is not None and not folder.is_dir():
+            self._mistake(where, f"image_dir {folder}: no such folder")
+        if metadata is not None and not metadata.is_file():
+            self._mistake(where, f"metadata_file {metadata}: no such file")
+        if in_metadata and own.get("is_reg"):
+            self._mistake(where, "is_reg is for folders, not for metadata_file")
+        if conditioning is not None:
+            if not self.uses_conditioning:
+                self._mistake(
+                    where, "conditioning_data_dir holds masks here; give --masked_loss to use them, or leave it out"
+                )
+            if not conditioning.is_dir():
+                self._mistake(where, f"conditioning_data_dir {conditioning}: no such folder")
+            if in_metadata:
+                self._mistake(where, "conditioning_data_dir is for folders, not for metadata_file")
+            if own.get("alpha_mask"):
+                self._mistake(where, "alpha_mask and conditioning_data_dir both give masks; leave one of them out")
+        return len(self.mistakes) == before
+
+    def _repeats(self, tables: Tables, *, in_metadata: bool) -> int:
+        if in_metadata and not any("num_repeats" in table for table in tables):
+            return self.command_line["dataset_repeats"]
+        return self._value("num_repeats", tables)
+
+    def _pixels(self, tables: Tables, where: str) -> PixelSettings:
+        values = {field.name: self._value(field.name, tables) for field in dataclasses.fields(PixelSettings)}
+        own = tables[0]
+        values["alpha_mask"] = own.get("alpha_mask", self.command_line["alpha_mask"]) and not own.get(
+            "conditioning_data_dir"
+        )
+        range_ = values["face_crop_aug_range"]
+        if range_ is not None and not (len(range_) == 2 and range_[0] <= range_[1]):
+            self._mistake(where, f"face_crop_aug_range {list(range_)}: expected two numbers, [smallest, largest]")
+        elif range_ is not None and self.caches_latents:
+            self.notices.append(f"{self.name}, {where}: face_crop_aug_range is not used with --cache_latents")
+        return PixelSettings(**values)
 
     def _without_duplicates(self, subsets: list[Subset]) -> Iterator[Subset]:
         seen = set()
         for subset in subsets:
-            if subset.image_dir in seen:
-                self.notices.append(f"{self.name}: {subset.image_dir} is there twice in one dataset; the first is used")
+            key = (subset.source, subset.conditioning_data_dir)
+            if key in seen:
+                self.notices.append(f"{self.name}: {subset.source} is there twice in one dataset; the first is used")
             else:
                 yield subset
-            seen.add(subset.image_dir)
+            seen.add(key)
 
-    def _value(self, key: str, tables: tuple[Mapping[str, Any], ...]) -> Any:
+    def _value(self, key: str, tables: Tables) -> Any:
         for table in tables:
             if key in table:
                 return table[key]
-        return self.command_line.get(_COMMAND_LINE_NAMES.get(key, key), _SPECS[key].default)
+        return self.command_line.get(_COMMAND_LINE_NAMES.get(key, key), default_of(key))
 
     def _read(self, level: str, where: str, table: Any) -> dict[str, Any]:
         """The checked values of one table."""
@@ -299,25 +303,27 @@ class _Definition:
             return {}
         values = {}
         for key, raw in table.items():
-            if key in _NOT_YET:
-                if raw not in (False, 0, "", [], {}):
-                    self._mistake(where, f"{key!r} can't be used yet in this version; leave it out")
-            elif key not in _SPECS:
-                self._mistake(where, f"{key!r} is unknown{did_you_mean(key, _SPECS)}")
-            elif level not in _ALLOWED[key]:
-                places = " or ".join(_LEVELS[allowed] for allowed in _ALLOWED[key])
+            if key not in SPECS:
+                self._mistake(where, f"{key!r} is unknown{did_you_mean(key, SPECS)}")
+            elif level not in ALLOWED[key]:
+                places = " or ".join(LEVELS[allowed] for allowed in ALLOWED[key])
                 self._mistake(where, f"{key!r} belongs in {places}")
             else:
                 # Text may be empty here on purpose: class_tokens = "" says that pictures have no caption.
-                is_empty_text = raw == "" and _SPECS[key].kinds == (str,)
+                is_empty_text = raw == "" and SPECS[key].kinds == (str,)
                 try:
-                    value = "" if is_empty_text else read_value(raw, _SPECS[key])
+                    value = "" if is_empty_text else read_value(raw, SPECS[key])
                 except ValueError as error:
                     self._mistake(where, f"{key}: {error}, got {raw!r}")
                     continue
                 if value is not UNSET:
                     values[key] = value
         return values
+
+    def _refuse_folder_keys(self, where: str, table: Mapping[str, Any]) -> None:
+        for key in FOLDER_KEYS:
+            if key in table:
+                self._mistake(where, f"{key!r} is for folders of pictures, not for metadata_file")
 
     def _list(self, value: Any, where: str) -> list[dict]:
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):

@@ -1,13 +1,17 @@
 """Fill caches: decode and encode what they lack, before training. And the audit of pictures that no cache will decode.
 
-The one pass that decodes runs to its end and tells all pictures that can't be used.
+The one pass that decodes runs to its end and tells all pictures that can't be used. Decoding, encoding and writing go on at
+the same time: threads decode ahead, another writes behind.
 """
 
-import hashlib
-from collections import defaultdict
+import itertools
+import os
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -15,11 +19,15 @@ import torch
 from torch import Tensor
 
 from library.data import images
-from library.data.cache import LatentCache, Latents, TextCache
+from library.data.cache import LatentCache, Latents, Origin, TextCache, origin_of
 from library.data.images import BadImage
+from library.data.known_files import KnownFiles, stamp_of
+from library.data.pixels import Pixels, load_pixels
 from library.data.sample import Sample
+from library.data.size import Size
 from library.draws import generator
 from library.errors import RunError
+from library.files import remove_left_over
 from library.log import log, progress_bar
 from library.models.text_encoders import EncodedText
 from library.models.vae import finite_samples
@@ -30,8 +38,10 @@ EncodeImages = Callable[[Tensor, Tensor], Tensor]
 EncodeTexts = Callable[[Sequence[str]], EncodedText]
 """captions -> their encoder outputs, [B, ...], on the CPU"""
 
-TEXTS_AT_ONCE = 16
-_THREADS = 4
+TEXTS_AT_ONCE = 64
+_TEXTS_IN_MEMORY = 512  # encoded texts that wait for the others of their sample
+_THREADS = max(2, min(8, os.cpu_count() or 1))
+_WRITES_AHEAD = 4  # batches
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,15 +54,18 @@ class Bad(NamedTuple):
     reason: str
 
 
-def load_pixels(sample: Sample) -> np.ndarray:
-    """The sample's picture in its bucket: [H, W, 3], uint8. Raises BadImage."""
-    pixels = images.load_rgb(sample.path)
-    if (pixels.shape[1], pixels.shape[0]) != sample.size:
-        raise BadImage(
-            f"it was {sample.size} when the dataset was read, and is {pixels.shape[1]}x{pixels.shape[0]} now"
-        )
-    pixels = images.resize(pixels, sample.fit.resized, sample.subset.resize_interpolation)
-    return images.center_crop(pixels, sample.fit.bucket)
+class _Loaded(NamedTuple):
+    """A decoded picture, the noise of its posterior samples, and what to remember of its file."""
+
+    sample: Sample
+    pixels: Pixels
+    origin: Origin
+    image: Tensor  # [3, H, W]
+    noise: Tensor  # [4, H/8, W/8]
+    mirrored: tuple[Tensor, Tensor] | None  # image and noise of the mirrored picture
+
+
+# ------------------------------------------------------------------------------------------------------------- latents
 
 
 def fill_latents(
@@ -66,121 +79,136 @@ def fill_latents(
     """Encode the samples whose latents the cache lacks; returns those that can't be.
 
     Args:
-        share: (rank, processes): encode every so many-th of the missing ones.
+        batch_size: pictures that are encoded at once, mirrored ones counted.
+        share: (rank, processes): look after every so many-th sample. Shares are cut from all samples, not from the missing
+            ones, which change while other processes write.
     """
-    missing = _missing(samples, cache, "latents")
     rank, processes = share
-    mine = [sample for i, sample in enumerate(missing) if i % processes == rank]
-    batches = _batches_by_bucket(mine, batch_size)
+    missing = _missing(samples[rank::processes], cache, "latents")
+    if not missing:
+        return []
+    _remove_left_over(sample.latents_file.parent for sample in missing if not cache.in_memory)
     bad: list[Bad] = []
-    with progress_bar("caching latents", len(mine)) as bar:
-        for batch, loaded in zip(batches, _ahead(_load_batch, batches), strict=True):
-            good = [
-                (sample, pixels) for sample, pixels in zip(batch, loaded, strict=True) if isinstance(pixels, np.ndarray)
-            ]
-            bad += [
-                Bad(sample, str(pixels))
-                for sample, pixels in zip(batch, loaded, strict=True)
-                if isinstance(pixels, BadImage)
-            ]
+    with progress_bar("caching latents", len(missing), unit="pictures") as bar, _background_writer() as write:
+        for batch, loaded in _ahead_in_batches(_load, _batches_by_bucket(missing, batch_size)):
+            good = [one for one in loaded if isinstance(one, _Loaded)]
+            bad += [one for one in loaded if isinstance(one, Bad)]
             if good:
-                bad += _encode_and_write(good, cache, encode)
+                found, encoded = _encode(good, encode, batch_size)
+                bad += found
+                write(_write_latents, cache, encoded)
             bar.update(len(batch))
     return bad
 
 
-def _encode_and_write(batch: list[tuple[Sample, np.ndarray]], cache: LatentCache, encode: EncodeImages) -> list[Bad]:
-    latents = encode(*_inputs([pixels for _, pixels in batch]))
-    mirrored = {i for i, (sample, _) in enumerate(batch) if sample.subset.flip_aug}
-    flipped = encode(*_inputs([batch[i][1][:, ::-1] for i in sorted(mirrored)])) if mirrored else latents[:0]
-    flipped_of = dict(zip(sorted(mirrored), flipped, strict=True))
-    bad = []
-    for i, (sample, _) in enumerate(batch):
-        pair = Latents(latents[i].clone(), flipped_of[i].clone() if i in mirrored else None)
-        if all(finite_samples(part[None]).all() for part in pair if part is not None):
-            cache.write(sample, pair)
-        else:
-            bad.append(Bad(sample, "the VAE gives latents that aren't finite, in float32 too"))
-    return bad
-
-
-def _inputs(pixels: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """The pictures as the VAE takes them, and the noise of their posterior samples: a function of each picture's pixels."""
-    stacked = torch.from_numpy(np.stack([images.normalised(array) for array in pixels]))
-    shape = (4, stacked.shape[2] // 8, stacked.shape[3] // 8)
-    contents = [hashlib.blake2b(np.ascontiguousarray(array).data).hexdigest() for array in pixels]
-    return stacked, torch.stack([torch.randn(shape, generator=generator("posterior", content)) for content in contents])
-
-
-def _load_batch(batch: Sequence[Sample]) -> list[np.ndarray | BadImage]:
-    return [_load_or_error(sample) for sample in batch]
-
-
-def _load_or_error(sample: Sample) -> np.ndarray | BadImage:
+def _load(sample: Sample) -> _Loaded | Bad:
     try:
-        return load_pixels(sample)
-    except BadImage as error:
-        return error
+        raw, origin = origin_of(sample.path)
+        pixels = load_pixels(sample, content=raw)
+    except (OSError, BadImage) as error:
+        return Bad(sample, str(error) if isinstance(error, BadImage) else f"can't be read: {error.strerror}")
+    mirrored = _input(pixels.rgb[:, ::-1], f"{origin.content} mirrored") if sample.subset.pixels.flip_aug else None
+    return _Loaded(sample, pixels, origin, *_input(pixels.rgb, origin.content), mirrored)
+
+
+def _input(rgb: np.ndarray, content: str) -> tuple[Tensor, Tensor]:
+    """The picture as the VAE takes it, and the noise of its posterior sample: a function of the picture's content."""
+    height, width = rgb.shape[0] // 8, rgb.shape[1] // 8
+    noise = torch.randn(4, height, width, generator=generator("posterior", content, width, height))
+    return torch.from_numpy(images.normalised(rgb)), noise
+
+
+def _encode(loaded: Sequence[_Loaded], encode: EncodeImages, batch_size: int) -> tuple[list[Bad], list[tuple[Sample, Latents, Origin]]]:  # fmt: skip
+    inputs = [(one.image, one.noise) for one in loaded]
+    inputs += [one.mirrored for one in loaded if one.mirrored is not None]
+    encoded = [
+        encode(*map(torch.stack, zip(*inputs[i : i + batch_size], strict=True)))
+        for i in range(0, len(inputs), batch_size)
+    ]
+    latents = torch.cat(encoded).cpu().float()
+    finite = finite_samples(latents).tolist()
+    flipped = itertools.count(len(loaded))
+    bad, good = [], []
+    for i, one in enumerate(loaded):
+        parts = [i] if one.mirrored is None else [i, next(flipped)]
+        if all(finite[part] for part in parts):
+            mask = None if one.pixels.alpha is None else torch.from_numpy(one.pixels.alpha.copy())
+            twin = latents[parts[1]].clone() if len(parts) > 1 else None
+            good.append((one.sample, Latents(latents[i].clone(), twin, mask), one.origin))
+        else:
+            bad.append(Bad(one.sample, "the VAE gives latents that aren't finite, in float32 too"))
+    return bad, good
+
+
+def _write_latents(cache: LatentCache, encoded: Iterable[tuple[Sample, Latents, Origin]]) -> None:
+    for sample, latents, origin in encoded:
+        cache.write(sample, latents, origin)
 
 
 def _batches_by_bucket(samples: Iterable[Sample], batch_size: int) -> list[list[Sample]]:
-    by_bucket: dict[object, list[Sample]] = defaultdict(list)
+    """Batches of one bucket each, of at most `batch_size` inputs of the VAE: a mirrored picture counts twice."""
+    by_bucket: dict[tuple[Size, bool], list[Sample]] = defaultdict(list)
     for sample in samples:
-        by_bucket[sample.fit.bucket].append(sample)
-    return [group[i : i + batch_size] for group in by_bucket.values() for i in range(0, len(group), batch_size)]
+        by_bucket[sample.fit.bucket, sample.subset.pixels.flip_aug].append(sample)
+    batches = []
+    for (_, flip_aug), group in by_bucket.items():
+        size = max(1, batch_size // 2) if flip_aug else batch_size
+        batches += [group[i : i + size] for i in range(0, len(group), size)]
+    return batches
 
 
-def audit(samples: Sequence[Sample]) -> list[Bad]:
-    """Decode every picture once, to find those that can't be used before training starts."""
-    with progress_bar("checking pictures", len(samples)) as bar:
-        found = []
-        for sample, pixels in zip(samples, _ahead(_load_or_error, samples), strict=True):
-            if isinstance(pixels, BadImage):
-                found.append(Bad(sample, str(pixels)))
-            bar.update()
-        return found
+# --------------------------------------------------------------------------------------------------------------- audit
 
 
-def fill_text(
-    samples: Sequence[Sample], cache: TextCache, encode: EncodeTexts, *, share: tuple[int, int] = (0, 1)
-) -> None:
-    """Encode the captions whose outputs the cache lacks; each different caption once."""
-    by_caption: dict[str, list[Sample]] = defaultdict(list)
-    for sample in _missing(samples, cache, "text-encoder outputs"):
-        by_caption[sample.settled_caption].append(sample)
+def audit(samples: Sequence[Sample], known: KnownFiles, *, share: tuple[int, int] = (0, 1)) -> list[Bad]:
+    """Decode every picture once, to find those that can't be used before training starts.
+
+    What was decoded whole before, and hasn't changed since, isn't decoded again.
+    """
     rank, processes = share
-    captions = list(by_caption)[rank::processes]
-    with progress_bar("caching text-encoder outputs", len(captions)) as bar:
-        for start in range(0, len(captions), TEXTS_AT_ONCE):
-            batch = captions[start : start + TEXTS_AT_ONCE]
-            encoded = encode(batch)
-            for i, caption in enumerate(batch):
-                for sample in by_caption[caption]:
-                    cache.write(sample, EncodedText(*(part[i].clone() for part in encoded)))
-            bar.update(len(batch))
+    wanted: dict[str, Size | None] = {}
+    for sample in samples[rank::processes]:
+        wanted[sample.file] = sample.size
+        if sample.conditioning is not None:
+            wanted.setdefault(sample.conditioning, None)
+    unseen = [(file, size) for file, size in wanted.items() if not _was_decoded(file, known)]
+    reasons: dict[str, str] = {}
+    with progress_bar("checking pictures", len(unseen), unit="pictures") as bar:
+        for (file, _), found in _ahead(_decode_once, unseen):
+            if isinstance(found, Origin):
+                known.learn(*os.path.split(file), found.stamp, decoded=True, content=found.content)
+            else:
+                reasons[file] = found
+            bar.update()
+    return [
+        Bad(sample, reasons[file] if file == sample.file else f"its conditioning image {file}: {reasons[file]}")
+        for sample in samples
+        for file in (sample.file, sample.conditioning)
+        if file in reasons
+    ]
 
 
-def _missing(samples: Sequence[Sample], cache: LatentCache | TextCache, what: str) -> list[Sample]:
-    """The samples whose cache isn't valid; how many, and why, is told."""
-    reasons: dict[str, int] = defaultdict(int)
-    missing = []
-    for sample in samples:
-        if reason := cache.problem(sample):
-            missing.append(sample)
-            reasons[reason] += 1
-    told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
-    log.info(
-        "%s: %d of %d are cached%s",
-        what,
-        len(samples) - len(missing),
-        len(samples),
-        f"; to encode: {told}" if told else "",
-    )
-    return missing
+def _was_decoded(file: str, known: KnownFiles) -> bool:
+    try:
+        return "decoded" in known.get(*os.path.split(file), stamp_of(file))
+    except OSError:
+        return False
 
 
-def refuse_or_skip(bad: Sequence[Bad], *, skip: bool) -> set[Sample]:
-    """Tell all pictures that can't be used; raises RunError unless they may be left out, else returns them."""
+def _decode_once(wanted: tuple[str, Size | None]) -> Origin | str:
+    """What to remember of the file, or why it can't be used."""
+    file, size = wanted
+    try:
+        raw, origin = origin_of(Path(file))
+        pixels = images.decode(raw, file)
+    except (OSError, BadImage) as error:
+        return str(error) if isinstance(error, BadImage) else f"can't be read: {error.strerror}"
+    found = Size(pixels.shape[1], pixels.shape[0])
+    return origin if size in (None, found) else f"it was {size} when the dataset was read, and is {found} now"
+
+
+def refuse_or_skip(bad: Sequence[Bad], *, skip: bool) -> None:
+    """Tell all pictures that can't be used; raises RunError unless they may be left out."""
     told = "\n  ".join(f"{sample.path}: {reason}" for sample, reason in bad)
     if bad and not skip:
         raise RunError(
@@ -188,14 +216,115 @@ def refuse_or_skip(bad: Sequence[Bad], *, skip: bool) -> set[Sample]:
         )
     if bad:
         log.warning("%d pictures can't be used and are left out (--skip_bad_images):\n  %s", len(bad), told)
-    return {sample for sample, _ in bad}
 
 
-def _ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """function(item) of each item in order, computed a few ahead by threads (decoding releases the interpreter lock)."""
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def fill_text(
+    samples: Sequence[Sample], cache: TextCache, encode: EncodeTexts, *, share: tuple[int, int] = (0, 1)
+) -> None:
+    """Encode the texts whose outputs the cache lacks; each different one once, as far as they stand near each other."""
+    rank, processes = share
+    missing = _missing(samples[rank::processes], cache, "text-encoder outputs")
+    if not missing:
+        return
+    _remove_left_over(sample.text_file.parent for sample in missing if not cache.in_memory)
+    texts = {id(sample): cache.texts.of(sample) for sample in missing}
+    missing.sort(key=lambda sample: texts[id(sample)])  # equal captions beside each other
+    with (
+        progress_bar("caching text-encoder outputs", len(missing), unit="captions") as bar,
+        _background_writer() as write,
+    ):
+        for some in _windows(missing, lambda sample: texts[id(sample)]):
+            encoded = _encode_texts({text for sample in some for text in texts[id(sample)]}, encode)
+            rows = [(sample, [encoded[text] for text in texts[id(sample)]]) for sample in some]
+            write(_write_texts, cache, rows)
+            bar.update(len(some))
+
+
+def _windows(samples: Sequence[Sample], texts_of: Callable[[Sample], Sequence[str]]) -> Iterator[list[Sample]]:
+    """Runs of samples with a bounded number of different texts."""
+    window: list[Sample] = []
+    different: set[str] = set()
+    for sample in samples:
+        window.append(sample)
+        different.update(texts_of(sample))
+        if len(different) >= _TEXTS_IN_MEMORY:
+            yield window
+            window, different = [], set()
+    if window:
+        yield window
+
+
+def _encode_texts(texts: Iterable[str], encode: EncodeTexts) -> dict[str, EncodedText]:
+    """In batches of equal length, as near as can be: a batch is as long as its longest text."""
+    ordered = sorted(texts, key=lambda text: (len(text), text))
+    encoded: dict[str, EncodedText] = {}
+    for start in range(0, len(ordered), TEXTS_AT_ONCE):
+        batch = ordered[start : start + TEXTS_AT_ONCE]
+        outputs = encode(batch)
+        for i, text in enumerate(batch):
+            encoded[text] = EncodedText(*(part[i].clone() for part in outputs))
+    return encoded
+
+
+def _write_texts(cache: TextCache, rows: Iterable[tuple[Sample, Sequence[EncodedText]]]) -> None:
+    for sample, encoded in rows:
+        cache.write(sample, encoded)
+
+
+# -------------------------------------------------------------------------------------------------------------- common
+
+
+def _missing(samples: Sequence[Sample], cache: LatentCache | TextCache, what: str) -> list[Sample]:
+    """The samples whose cache isn't valid; how many, and why, is told."""
+    reasons: Counter[str] = Counter()
+    missing = []
+    for sample in samples:
+        if reason := cache.problem(sample):
+            missing.append(sample)
+            reasons[reason] += 1
+    told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    log.info("%s: %d of %d are cached%s", what, len(samples) - len(missing), len(samples), f"; to encode: {told}" if told else "")  # fmt: skip
+    return missing
+
+
+def _remove_left_over(folders: Iterable[Path]) -> None:
+    for folder in set(folders):
+        if folder.is_dir():
+            remove_left_over(folder)
+
+
+@contextmanager
+def _background_writer() -> Iterator[Callable[..., None]]:
+    """Calls functions one after the other on a thread, a few behind; what one raises is raised at a later call or the end."""
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(1) as pool:
+
+        def call(function: Callable[..., None], *arguments: object) -> None:
+            while waiting and (len(waiting) >= _WRITES_AHEAD or waiting[0].done()):
+                waiting.popleft().result()
+            waiting.append(pool.submit(function, *arguments))
+
+        yield call
+        while waiting:
+            waiting.popleft().result()
+
+
+def _ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """(item, function(item)) in order, computed a few ahead by threads (decoding releases the interpreter lock)."""
     items = iter(items)
     with ThreadPoolExecutor(_THREADS) as pool:
-        waiting = [pool.submit(function, item) for item in islice(items, 2 * _THREADS)]
+        waiting = deque((item, pool.submit(function, item)) for item in islice(items, 2 * _THREADS))
         while waiting:
-            yield waiting.pop(0).result()
-            waiting += [pool.submit(function, item) for item in islice(items, 1)]
+            item, future = waiting.popleft()
+            yield item, future.result()
+            waiting.extend((item, pool.submit(function, item)) for item in islice(items, 1))
+
+
+def _ahead_in_batches(function: Callable[[T], R], batches: Sequence[Sequence[T]]) -> Iterator[tuple[Sequence[T], list[R]]]:  # fmt: skip
+    """(batch, [function(item) of each]), the items computed ahead across batches."""
+    results = _ahead(function, (item for batch in batches for item in batch))
+    for batch in batches:
+        yield batch, [result for _, result in islice(results, len(batch))]

@@ -1,20 +1,33 @@
-"""Pictures: size from the header, pixels as RGB, resizing and cropping to a bucket. No torch here.
+"""Pictures: size from the header, pixels, resizing and normalising. No torch here.
 
 Sizes are Size(width, height) in pixels, as the picture is seen: after its EXIF orientation. Arrays are height first.
 """
 
+import importlib.util
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from library.data.headers import Header, read_header
 from library.data.size import Size
 from library.errors import RunError
 
+# Endings in lower case; files are recognised by their content, whatever they are called.
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
+PLUGINS = {".jxl": ("pillow_jxl", "pillow-jxl-plugin"), ".heic": ("pillow_heif", "pillow-heif"), ".heif": ("pillow_heif", "pillow-heif")}  # fmt: skip
+"""Endings that need a Pillow plugin: its module, and its name for pip."""
+
+# Not in a context: those of the warnings module aren't safe in the threads that decode.
+warnings.filterwarnings("ignore", module="PIL")
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit against pictures made to fill the memory
+_LARGE_PIXELS = MAX_PIXELS // 2
 _ORIENTATION = 0x0112
 
 
@@ -22,23 +35,70 @@ class BadImage(RunError):
     """A picture that can't be read; the text says why, without the path."""
 
 
-def read_size(path: Path) -> Size:
-    """The picture's size, from its header alone. Raises BadImage."""
-    with _image_errors(), Image.open(path) as image:
-        width, height = image.size
-        return Size(height, width) if _orientation(image, path) in _SIDEWAYS else Size(width, height)
+def readable_extensions() -> tuple[str, ...]:
+    """The endings that this installation reads."""
+    return EXTENSIONS + tuple(ending for ending, (module, _) in PLUGINS.items() if importlib.util.find_spec(module))
 
 
-def load_rgb(path: Path) -> np.ndarray:
-    """The picture's pixels, upright: [H, W, 3], uint8. Raises BadImage.
+def _register_plugin(path: str) -> None:
+    ending = path[path.rfind(".") :].lower()
+    if ending == ".jxl":
+        importlib.import_module("pillow_jxl")  # registers itself
+    elif ending in PLUGINS:
+        importlib.import_module("pillow_heif").register_heif_opener()
 
-    16-bit pictures are scaled to 8 bit, transparent ones laid on white, of animated ones the first frame is taken.
+
+class Look(NamedTuple):
+    """A picture by its header: size upright, whether EXIF says to turn it, whether it has several frames."""
+
+    size: Size
+    is_turned: bool
+    is_animated: bool
+
+
+def look_at(path: str | Path) -> Look:
+    """What the picture's header alone tells. Raises BadImage."""
+    (width, height), orientation, is_animated = _header(str(path))
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"too large: {width}x{height} is more than {MAX_PIXELS:,} pixels; make it smaller")
+    size = Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
+    return Look(size, orientation in _TURNS, is_animated)
+
+
+def is_large(size: Size) -> bool:
+    """Whether a picture is so large that it may be meant to fill the memory."""
+    return size.area > _LARGE_PIXELS
+
+
+def _header(path: str) -> Header:
+    with _image_errors():
+        header = read_header(path)
+        if header is None:
+            _register_plugin(path)
+            with Image.open(path) as image:
+                orientation = image.getexif().get(_ORIENTATION, 1)
+                header = Header(Size(*image.size), orientation, getattr(image, "is_animated", False))
+        return header
+
+
+def load(path: str | Path, *, keep_alpha: bool = False) -> np.ndarray:
+    """The picture's pixels, upright: [H, W, 3], or [H, W, 4] with keep_alpha; uint8. Raises BadImage.
+
+    16-bit pictures are scaled to 8 bit, of animated ones the first frame is taken. What is transparent is laid on white,
+    unless alpha is kept; a picture without alpha is opaque then.
     """
-    with _image_errors(), Image.open(path) as image:
-        orientation = _orientation(image, path)
-        image.load()
-        rgb = _to_rgb(image)
-        return np.asarray(rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb)
+    return decode(Path(path).read_bytes(), str(path), keep_alpha=keep_alpha)
+
+
+def decode(content: bytes, name: str, *, keep_alpha: bool = False) -> np.ndarray:
+    """The same of a file's content; `name` is only there to find a plugin by its ending."""
+    with _image_errors():
+        _register_plugin(name)
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            orientation = image.getexif().get(_ORIENTATION, 1)
+            converted = _to_rgba(image) if keep_alpha else _to_rgb(image)
+            return np.asarray(converted.transpose(_TURNS[orientation]) if orientation in _TURNS else converted)
 
 
 # How each EXIF orientation is turned upright.
@@ -49,56 +109,49 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 
 
-def _orientation(image: Image.Image, path: Path) -> int:
-    """The EXIF orientation, 1 if there is none, without decoding the picture."""
-    if image.format != "PNG" or "exif" in image.info:
-        return image.getexif().get(_ORIENTATION, 1)
-    # Pillow decodes a whole PNG to look for EXIF behind its pixels; the chunks can be walked instead.
-    exif = Image.Exif()
-    exif.load(_png_exif_chunk(path))
-    return exif.get(_ORIENTATION, 1)
-
-
-def _png_exif_chunk(path: Path) -> bytes:
-    """The content of a PNG's eXIf chunk; empty if it has none."""
-    with open(path, "rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            length, kind = int.from_bytes(head[:4], "big"), head[4:]
-            if kind == b"eXIf":
-                return file.read(length)
-            file.seek(length + 4, 1)
-    return b""
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # 16 bit, which convert() would clip to white
-        return Image.fromarray(
-            (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-        ).convert("RGB")
-    if "A" in image.mode or "transparency" in image.info:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_8_bit(image).convert("RGB")
+    if _has_alpha(image):
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
 
 
+def _to_rgba(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_8_bit(image).convert("RGBA")
+    return image.convert("RGBA") if _has_alpha(image) else image.convert("RGB").convert("RGBA")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return "A" in image.mode or "a" in image.mode or "transparency" in image.info
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """A 16-bit picture, which convert() would clip to white."""
+    return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+
+
 @contextmanager
 def _image_errors() -> Iterator[None]:
-    """Turns what Pillow raises for damaged files into BadImage, and keeps its warnings quiet."""
+    """Turns what Pillow raises for damaged files into BadImage."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except FileNotFoundError:
+        yield
+    except BadImage:
         raise
+    except FileNotFoundError:
+        raise BadImage("there is no such file") from None
     except Image.UnidentifiedImageError:
         raise BadImage("no picture: its content is of no known format") from None
     except Image.DecompressionBombError as error:
-        raise BadImage(str(error)) from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+        raise BadImage(f"too large: {error}") from None
+    except MemoryError:
+        raise BadImage("too large for this machine's memory") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError) as error:
         raise BadImage(f"damaged: {str(error) or type(error).__name__}") from None
 
 
@@ -137,12 +190,6 @@ _RESIZERS = {
     "nearest": _opencv("INTER_NEAREST_EXACT"), "bilinear": _opencv("INTER_LINEAR"), "linear": _opencv("INTER_LINEAR"),
     "bicubic": _opencv("INTER_CUBIC"), "cubic": _opencv("INTER_CUBIC"),
 }  # fmt: skip
-
-
-def center_crop(pixels: np.ndarray, size: Size) -> np.ndarray:
-    """The middle `size` of `pixels`, which is at least that large."""
-    left, top = (pixels.shape[1] - size.width) // 2, (pixels.shape[0] - size.height) // 2
-    return pixels[top : top + size.height, left : left + size.width]
 
 
 def normalised(pixels: np.ndarray) -> np.ndarray:

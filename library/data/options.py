@@ -9,6 +9,7 @@ from library.data.size import INTERPOLATIONS, Size
 from library.errors import Mistake
 from library.options import OptionGroup, option
 
+DEFAULT_CAPTION_EXTENSION = ".caption"
 _MULTIPLE = 32  # SDXL's bucket sides: three halvings of the latents, which are an eighth of the pixels, less one
 
 
@@ -20,7 +21,17 @@ class DatasetOptions(OptionGroup):
         None,
         "folder whose sub-folders are named N_class: pictures shown N times, captioned by class unless they have a file",
     )
-    dataset_config: Path | None = option(None, "dataset definition, .toml or .json; rules out --train_data_dir")
+    reg_data_dir: Path | None = option(
+        None, "the same with regularisation pictures, weighted by --prior_loss_weight and shown as often as the others"
+    )
+    in_json: Path | None = option(
+        None,
+        "metadata with captions, .json or .jsonl, of the pictures in --train_data_dir; takes the place of N_class folders",
+    )
+    dataset_repeats: int = option(1, "how often each picture of --in_json is shown in an epoch", at_least=1)
+    dataset_config: Path | None = option(
+        None, "dataset definition, .toml or .json; --train_data_dir, --reg_data_dir and --in_json aren't used then"
+    )
     resolution: str | None = option(None, "training resolution in pixels: one number for a square, or width,height")
     train_batch_size: int = option(1, "pictures per batch and process", at_least=1)
     enable_bucket: bool = option(
@@ -40,6 +51,27 @@ class DatasetOptions(OptionGroup):
         None, "filter of all resizes; unset: area where both sides shrink, else lanczos", choices=INTERPOLATIONS
     )
     flip_aug: bool = option(False, "mirror each sample with probability 0.5")
+    color_aug: bool = option(False, "change hue or gamma a little in a third of the samples; rules out --cache_latents")
+    random_crop: bool = option(False, "crop at a random place instead of the middle; rules out --cache_latents")
+    face_crop_aug_range: str | None = option(
+        None,
+        "two numbers, smallest,largest: the picture's shorter side per face side when cropping around the face that a file "
+        "name ends in (_x_y_width_height); only without buckets and --cache_latents",
+    )
+    alpha_mask: bool = option(False, "weigh the loss by the pictures' alpha channel")
+    conditioning_data_dir: Path | None = option(
+        None, "folder with a mask for each picture, of its name; needs --masked_loss"
+    )
+    prior_loss_weight: float = option(1.0, "factor of the loss of regularisation pictures", at_least=0)
+    validation_split: float = option(0.0, "share of the pictures that is held out from training", at_least=0, at_most=1)
+    validation_seed: int | None = option(None, "chooses the pictures that are held out; unset: --seed, or 0")
+    cache_info: bool = option(
+        False, "keep captions and sizes of each folder in its metadata_cache.json, and use those that lie there"
+    )
+    allow_missing_captions: bool = option(
+        False, "go on with empty captions where --caption_extension is given and a folder has no such file"
+    )
+    debug_dataset: bool = option(False, "print what the model would see, write it as a page with thumbnails, and exit")
     skip_bad_images: bool = option(
         False, "go on without pictures that can't be read, instead of stopping with their list"
     )
@@ -49,6 +81,11 @@ class DatasetOptions(OptionGroup):
             yield Mistake(
                 f"--resolution {self.resolution!r}: expected a size in pixels like 1024, or width,height like 832,1216",
                 ("resolution",),
+            )
+        if self.face_crop_aug_range is not None and parse_range(self.face_crop_aug_range) is None:
+            yield Mistake(
+                f"--face_crop_aug_range {self.face_crop_aug_range!r}: expected two numbers above 0, smallest,largest",
+                ("face_crop_aug_range",),
             )
         if self.bucket_reso_steps % _MULTIPLE:
             yield Mistake(
@@ -70,11 +107,22 @@ def parse_resolution(text: str) -> Size | None:
     return Size(int(match[1]), int(match[2] or match[1]))
 
 
+def parse_range(text: str) -> tuple[float, float] | None:
+    """(1.0, 2.5) of "1.0,2.5"; None for anything else."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        return None
+    return (low, high) if 0 < low <= high else None
+
+
 @dataclass(frozen=True)
 class CaptionOptions(OptionGroup):
     """Captions (values in --dataset_config win over these)"""
 
-    caption_extension: str = option(".caption", "ending of caption files; unset: .txt is taken where no .caption lies")
+    caption_extension: str = option(
+        DEFAULT_CAPTION_EXTENSION, "ending of caption files; unset: .txt is taken where no .caption lies"
+    )
     caption_extention: str | None = option(None, "old spelling of --caption_extension")
     shuffle_caption: bool = option(
         False, "shuffle a caption's tags for every sample; rules out --cache_text_encoder_outputs"
@@ -122,6 +170,18 @@ class CacheOptions(OptionGroup):
     cache_text_encoder_outputs_to_disk: bool = option(
         False,
         "keep them as NAME_te_outputs.npz beside the pictures, and use those that lie there; implies --cache_text_encoder_outputs",
+    )
+    text_cache_variants: int | None = option(
+        None,
+        "encode each caption so many times as it would be drawn (shuffled, with tags left out, wildcards), and the empty one; "
+        "one of them is drawn for every sample",
+        at_least=1,
+    )
+    cache_dir: Path | None = option(
+        None, "folder for all cache files and the index, instead of beside the pictures: for data that is read-only"
+    )
+    skip_cache_check: bool = option(
+        False, "use every cache file that is there without looking at its content or the picture's"
     )
     max_data_loader_n_workers: int = option(
         8, "at most this many processes load pictures; 0: the main process does", at_least=0

@@ -1,145 +1,345 @@
-"""Scan: the folders of the datasets become Samples. Reads directory entries, picture headers and captions; no pixels."""
+"""Scan: the folders and metadata of the datasets become Samples. Reads directory entries, headers and captions; no pixels.
 
+What was learnt of a picture before is taken from the index (known_files.py) while the file stays as it is.
+"""
+
+import dataclasses
+import hashlib
+import math
+import os
+import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from library.data.buckets import Buckets
 from library.data.captions import BadCaption, read_caption
-from library.data.images import EXTENSIONS, BadImage, read_size
+from library.data.companions import CacheInfo, CaptionFolder, ConditioningFolder, Stems, some
+from library.data.images import PLUGINS, BadImage, Look, is_large, look_at, readable_extensions
+from library.data.known_files import KnownFiles, Stamp, stamp_of
+from library.data.metadata_file import BadMetadata, read_metadata
 from library.data.sample import DatasetPlan, Sample, Subset
 from library.data.size import Size
 from library.errors import OptionError
 from library.log import log
 
-SHOWN = 5  # names shown of a long list, where the rest is a count
-
 
 @dataclass(frozen=True)
 class Dataset:
-    """What was found for one DatasetPlan: its samples, in folder and name order."""
+    """What was found for one DatasetPlan: its samples, in folder and name order.
+
+    Attributes:
+        validation: samples that are held out, each once.
+    """
 
     plan: DatasetPlan
     samples: tuple[Sample, ...]
+    validation: tuple[Sample, ...] = ()
 
     @property
     def num_samples(self) -> int:
         """Pictures of an epoch, repeats counted."""
-        return sum(sample.subset.num_repeats for sample in self.samples)
+        return sum(sample.repeats for sample in self.samples)
+
+    def kept(self, left_out: Iterable[Sample]) -> "Dataset":
+        """The dataset without these samples."""
+        files = {id(sample) for sample in left_out}
+        samples, validation = (
+            tuple(sample for sample in part if id(sample) not in files) for part in (self.samples, self.validation)
+        )
+        return dataclasses.replace(self, samples=samples, validation=validation)
 
 
-def scan(plans: Sequence[DatasetPlan], *, skip_bad_images: bool) -> list[Dataset]:
+def scan(
+    plans: Sequence[DatasetPlan],
+    known: KnownFiles | None = None,
+    *,
+    skip_bad_images: bool = False,
+    allow_missing_captions: bool = False,
+    cache_dir: Path | None = None,
+    seed: int = 0,
+) -> list[Dataset]:
     """Find the pictures and captions of the datasets.
+
+    Args:
+        known: what was learnt of the files before; what is learnt now is added.
+        cache_dir: where cache files lie; None: beside the pictures.
+        seed: chooses the pictures that are held out where a plan has no seed of its own.
 
     Raises OptionError with all folders, captions and picture headers that can't be used, or if nothing is left.
     """
-    scanner = _Scanner(skip_bad_images)
-    datasets = [Dataset(plan, tuple(scanner.samples(number, plan))) for number, plan in enumerate(plans)]
-    scanner.tell()
+    scanner = _Scanner(known or KnownFiles(), cache_dir, allow_missing_captions=allow_missing_captions)
+    datasets = [scanner.dataset(number, plan, seed) for number, plan in enumerate(plans)]
+    scanner.tell(skip_bad_images=skip_bad_images)
     if scanner.mistakes:
         raise OptionError(*scanner.mistakes)
     if not any(dataset.samples for dataset in datasets):
-        folders = ", ".join(str(subset.image_dir) for plan in plans for subset in plan.subsets) or "no folder at all"
-        raise OptionError(f"no pictures to train on: looked for {' '.join(EXTENSIONS)} in {folders}")
+        sources = ", ".join(str(subset.source) for plan in plans for subset in plan.subsets) or "no folder at all"
+        raise OptionError(f"no pictures to train on: looked for {' '.join(readable_extensions())} in {sources}")
     return datasets
 
 
+class _Found(NamedTuple):
+    """A picture before its size is known."""
+
+    folder: str
+    name: str
+    stamp: Stamp | None
+    caption: str
+    tags: str
+    size: Size | None = None
+    conditioning: str | None = None
+
+
 class _Scanner:
-    def __init__(self, skip_bad_images: bool):
-        self.skip_bad_images = skip_bad_images
+    def __init__(self, known: KnownFiles, cache_dir: Path | None, *, allow_missing_captions: bool):
+        self.known = known
+        self.cache_dir = cache_dir
+        self.allow_missing_captions = allow_missing_captions
+        self.extensions = frozenset(readable_extensions())
         self.mistakes: list[str] = []
         self.bad_images: list[str] = []
-        self.without_caption: list[Path] = []
-        self.cache_stems: set[Path] = set()
+        self.without_caption: list[str] = []
+        self.empty_captions: list[str] = []
+        self.cache_stems: set[str] = set()
+        self.looks: Counter[str] = Counter()
 
-    def samples(self, number: int, plan: DatasetPlan) -> Iterable[Sample]:
+    # ------------------------------------------------------------------------------------------------------- datasets
+
+    def dataset(self, number: int, plan: DatasetPlan, seed: int) -> Dataset:
         buckets = Buckets(plan.buckets)
+        training: list[Sample] = []
+        validation: list[Sample] = []
+        regularisation: list[Sample] = []
         for subset in plan.subsets:
-            names = sorted(entry.name for entry in subset.image_dir.iterdir())
-            pictures = [name for name in names if Path(name).suffix.lower() in EXTENSIONS]
-            if not pictures:
-                log.warning("%s: no pictures in it (%s)", subset.image_dir, _some(names) or "empty")
-            captions = _CaptionFolder(subset, names, pictures)
-            for name in pictures:
-                path = subset.image_dir / name
-                try:
-                    size = read_size(path)
-                except BadImage as error:
-                    self.bad_images.append(f"{path}: {error}")
-                    continue
-                caption = self._caption(captions, path)
+            samples = list(self._samples(subset, number, buckets))
+            if subset.is_reg:
+                regularisation += samples
+                continue
+            kept, held_out = split(samples, plan.validation_split, seed if plan.validation_seed is None else plan.validation_seed)  # fmt: skip
+            training += kept
+            validation += held_out
+        if regularisation:
+            training += self._balanced(regularisation, sum(sample.repeats for sample in training))
+        return Dataset(plan, tuple(training), tuple(validation))
+
+    def _balanced(self, samples: Sequence[Sample], wanted: int) -> list[Sample]:
+        kept = balance(samples, wanted)
+        if len(kept) < len(samples):
+            log.warning("%d of %d regularisation pictures are not used: there are more than training pictures", len(samples) - len(kept), len(samples))  # fmt: skip
+        return kept
+
+    def _samples(self, subset: Subset, number: int, buckets: Buckets) -> Iterator[Sample]:
+        found = self._in_metadata(subset) if subset.metadata_file else self._in_folders(subset)
+        conditioning = ConditioningFolder(subset, self.extensions) if subset.conditioning_data_dir else None
+        smallest = buckets.plan.step
+        for folder, name, stamp, caption, tags, size, _ in found:
+            file = os.path.join(folder, name)
+            try:
+                size = size or self._size(folder, name, stamp, file)
                 fit = buckets.fit(size)
                 if 0 in fit.bucket:
-                    self.bad_images.append(
-                        f"{path}: its size {size} is below one bucket step of {plan.buckets.step} pixels"
-                    )
-                    continue
-                yield Sample(path, caption, subset, number, size, fit, self._cache_stem(path, number, fit.bucket))
+                    raise BadImage(f"its size {size} is below one bucket step of {smallest} pixels")
+                partner = conditioning.of(name, size) if conditioning else None
+            except BadImage as error:
+                self.bad_images.append(f"{file}: {error}")
+                continue
+            stem = self._cache_stem(subset, folder, name, number, fit.bucket)
+            yield Sample(file, caption, tags, subset, number, size, fit, stem, subset.num_repeats, partner)
+        if conditioning:
+            conditioning.tell()
 
-    def _caption(self, captions: "_CaptionFolder", path: Path) -> str:
-        file = captions.file_of(path)
-        class_tokens = captions.subset.class_tokens
+    def _size(self, folder: str, name: str, stamp: Stamp | None, file: str) -> Size:
+        facts = self.known.get(folder, name, stamp) if stamp else {}
+        if "look" in facts:
+            width, height, *rest = facts["look"]
+            look = Look(Size(width, height), *rest)
+        else:
+            look = look_at(file)
+            if stamp:
+                self.known.learn(folder, name, stamp, look=[*look.size, look.is_turned, look.is_animated])
+        self.looks["turned"] += look.is_turned
+        self.looks["animated"] += look.is_animated
+        self.looks["large"] += is_large(look.size)
+        return look.size
+
+    def _cache_stem(self, subset: Subset, folder: str, name: str, number: int, bucket: Size) -> str:
+        """Where the sample's caches lie, without endings: the picture's path without its own, made longer where another
+        sample has that already (docs/differences.md)."""
+        base = os.path.join(self._cache_folder(folder), name)
+        stem = os.path.splitext(base)[0]
+        names = [stem, f"{stem}_{bucket}", base, f"{base}_{bucket}"] if number > 0 else [stem, base]
+        chosen = next((free for free in names if os.path.normcase(free) not in self.cache_stems), None)
+        count = 2
+        while chosen is None:
+            chosen = f"{base}_{count}" if os.path.normcase(f"{base}_{count}") not in self.cache_stems else None
+            count += 1
+        self.cache_stems.add(os.path.normcase(chosen))
+        return chosen
+
+    def _cache_folder(self, folder: str) -> str:
+        if self.cache_dir is None:
+            return folder
+        full = os.path.abspath(folder)
+        digest = hashlib.blake2b(full.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+        return os.path.join(self.cache_dir, f"{os.path.basename(full)}-{digest}")
+
+    # -------------------------------------------------------------------------------------------------------- folders
+
+    def _in_folders(self, subset: Subset) -> Iterator[_Found]:
+        assert subset.image_dir is not None
+        any_picture = False
+        for folder in _folders(subset.image_dir) if subset.recursive else [str(subset.image_dir)]:
+            try:
+                with os.scandir(folder) as listing:
+                    entries = sorted(listing, key=lambda entry: entry.name)
+            except OSError as error:
+                self.mistakes.append(f"{folder}: can't be read: {error.strerror}")
+                continue
+            pictures = [entry for entry in entries if os.path.splitext(entry.name)[1].lower() in self.extensions]
+            any_picture = any_picture or bool(pictures)
+            self._tell_missing_plugins(folder, entries)
+            if pictures:
+                yield from self._in_folder(subset, folder, pictures, {entry.name for entry in entries})
+        if not any_picture:
+            names = sorted(os.listdir(subset.image_dir))
+            log.warning("%s: no pictures in it (%s)", subset.image_dir, some(names) or "empty")
+
+    def _in_folder(
+        self, subset: Subset, folder: str, pictures: Sequence[os.DirEntry], names: set[str]
+    ) -> Iterator[_Found]:
+        captions = CaptionFolder(subset, folder, [entry.name for entry in pictures], names)
+        if captions.problem and not self.allow_missing_captions:
+            self.mistakes.append(captions.problem)
+        info = CacheInfo(folder) if subset.cache_info else None
+        for entry in pictures:
+            caption = self._caption(subset, captions, entry.name, info)
+            try:
+                stamp = stamp_of(entry)
+            except OSError:
+                self.bad_images.append(f"{entry.path}: the link leads nowhere")
+                continue
+            size = info.size(entry.name, stamp) if info else None
+            yield _Found(folder, entry.name, stamp, caption, caption, size)
+            if info:
+                info.add(entry.name, caption, size or self._size(folder, entry.name, stamp, entry.path))
+        if info:
+            info.save()
+
+    def _caption(self, subset: Subset, captions: "CaptionFolder", name: str, info: "CacheInfo | None") -> str:
+        file = captions.file_of(name)
         if file is None:
-            if class_tokens is None:
-                self.without_caption.append(path)
-            return class_tokens or ""
+            remembered = info.caption(name) if info else None
+            if remembered is None and subset.class_tokens is None:
+                self.without_caption.append(os.path.join(captions.folder, name))
+            return remembered or subset.class_tokens or ""
+        path = os.path.join(captions.folder, file)
         try:
-            return read_caption(file, all_lines=captions.subset.captions.enable_wildcard)
+            caption = read_caption(path, all_lines=subset.captions.enable_wildcard)
         except BadCaption as error:
-            self.mistakes.append(f"{file}: {error}")
+            self.mistakes.append(f"{path}: {error}")
             return ""
+        if not caption:
+            self.empty_captions.append(path)
+        return caption
 
-    def _cache_stem(self, path: Path, number: int, bucket: Size) -> Path:
-        """The picture's path without its ending; made longer where another sample has it already (docs/differences.md)."""
-        stem = path.with_suffix("")
-        if stem in self.cache_stems and number > 0:
-            stem = stem.with_name(f"{stem.name}_{bucket}")
-        if stem in self.cache_stems:
-            stem = path
-        self.cache_stems.add(stem)
-        return stem
+    def _tell_missing_plugins(self, folder: str, entries: Sequence[os.DirEntry]) -> None:
+        endings = Counter(os.path.splitext(entry.name)[1].lower() for entry in entries)
+        for ending, (_, package) in PLUGINS.items():
+            if endings[ending] and ending not in self.extensions:
+                log.warning("%s: %d %s pictures are not used; they need: pip install %s", folder, endings[ending], ending, package)  # fmt: skip
 
-    def tell(self) -> None:
-        if self.bad_images and self.skip_bad_images:
-            log.warning(
-                "%d pictures can't be read and are left out (--skip_bad_images):\n  %s",
-                len(self.bad_images),
-                "\n  ".join(self.bad_images),
-            )
+    # ------------------------------------------------------------------------------------------------------- metadata
+
+    def _in_metadata(self, subset: Subset) -> Iterator[_Found]:
+        assert subset.metadata_file is not None
+        relative: list[str] = []
+        missing: list[str] = []
+        stems = Stems(self.extensions)
+        try:
+            for entry in read_metadata(subset.metadata_file, subset.captions):
+                if os.path.isabs(entry.key):
+                    base = ""
+                elif subset.image_dir is None:
+                    relative.append(entry.key)
+                    continue
+                else:
+                    base = str(subset.image_dir)
+                path = stems.resolve(os.path.join(base, entry.key), trusted=entry.size is not None)
+                if path is None:
+                    missing.append(entry.key)
+                    continue
+                folder, name = os.path.split(path)
+                if not entry.caption:
+                    self.without_caption.append(path)
+                yield _Found(folder, name, stems.stamp(path), entry.caption, entry.tags, entry.size)
+        except BadMetadata as error:
+            self.mistakes += str(error).splitlines()
+        if relative:
+            self.mistakes.append(f"{subset.metadata_file}: {len(relative)} pictures have relative paths, which need image_dir: {some(relative)}")  # fmt: skip
+        if missing:
+            self.bad_images += [f"{key}: no such picture in {subset.image_dir or 'any folder'} ({subset.metadata_file})" for key in missing]  # fmt: skip
+
+    # ----------------------------------------------------------------------------------------------------------- told
+
+    def tell(self, *, skip_bad_images: bool) -> None:
+        """Say what was found odd; what stops the run becomes mistakes."""
+        if self.bad_images and skip_bad_images:
+            listed = "\n  ".join(self.bad_images)
+            log.warning("%d pictures can't be read and are left out (--skip_bad_images):\n  %s", len(self.bad_images), listed)  # fmt: skip
         elif self.bad_images:
-            self.mistakes += [
-                *self.bad_images,
-                "mend or remove these pictures, or go on without them by --skip_bad_images",
-            ]
+            self.mistakes += [*self.bad_images, "mend or remove these pictures, or go on without them by --skip_bad_images"]  # fmt: skip
         if self.without_caption:
-            shown = ", ".join(str(path) for path in self.without_caption[:SHOWN])
-            log.warning(
-                "%d pictures have no caption and are trained with an empty one: %s", len(self.without_caption), shown
-            )
+            shown = some(self.without_caption)
+            log.warning("%d pictures have no caption and are trained with an empty one: %s", len(self.without_caption), shown)  # fmt: skip
+        if self.empty_captions:
+            log.warning("%d caption files are empty: %s", len(self.empty_captions), some(self.empty_captions))
+        for kind, words in (
+            ("turned", "pictures are turned upright as their EXIF says"),
+            ("animated", "pictures are animated; their first frame is used"),
+            ("large", "pictures have more than 89 million pixels; decoding them takes long and much memory"),
+        ):
+            if self.looks[kind]:
+                (log.info if kind == "turned" else log.warning)("%d %s", self.looks[kind], words)
 
 
-class _CaptionFolder:
-    """Which caption file belongs to which picture of one folder."""
-
-    def __init__(self, subset: Subset, names: Sequence[str], pictures: Sequence[str]):
-        self.subset = subset
-        self.names = set(names)
-        self.extension = subset.caption_extension
-        stems = [Path(name).stem for name in pictures]
-        there = Counter(
-            extension for extension in (self.extension, ".txt") for stem in stems if stem + extension in self.names
-        )
-        if not subset.extension_was_chosen and not there[self.extension] and there[".txt"]:
-            log.info(
-                "%s: no *%s, so captions are read from the %d *.txt", subset.image_dir, self.extension, there[".txt"]
-            )
-            self.extension = ".txt"
-
-    def file_of(self, path: Path) -> Path | None:
-        name = path.stem + self.extension
-        return path.with_name(name) if name in self.names else None
+def split(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """The samples that are trained and those held out, `share` of them, each in the given order; held out ones once."""
+    count = len(samples) - math.ceil(len(samples) * (1 - share))
+    if not count:
+        return list(samples), []
+    shuffled = list(range(len(samples)))
+    random.Random(seed).shuffle(shuffled)
+    held_out = set(shuffled[len(samples) - count :])
+    return (
+        [sample for i, sample in enumerate(samples) if i not in held_out],
+        [dataclasses.replace(samples[i], repeats=1) for i in sorted(held_out)],
+    )
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+def balance(samples: Sequence[Sample], wanted: int) -> list[Sample]:
+    """Regularisation samples, as many as `wanted` with repeats: first ones first, all once more often if they are too few."""
+    kept: list[Sample] = []
+    count = 0
+    for sample in samples:
+        if count >= wanted:
+            break
+        kept.append(sample)
+        count += sample.repeats
+    more, rest = divmod(max(0, wanted - count), len(kept)) if kept else (0, 0)
+    return [dataclasses.replace(sample, repeats=sample.repeats + more + (i < rest)) for i, sample in enumerate(kept)]
+
+
+def _folders(top: Path) -> Iterator[str]:
+    """`top` and all folders in it, sorted; links are followed, each folder is visited once."""
+    visited: set[str] = set()
+    for folder, below, _ in os.walk(top, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            below.clear()
+            continue
+        visited.add(real)
+        below.sort()
+        yield folder

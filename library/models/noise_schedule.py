@@ -17,7 +17,7 @@ class NoiseSchedule:
     """SDXL's schedule ("scaled linear"), with zero terminal SNR if asked for.
 
     Attributes:
-        betas, alpha_bar: [T], float32, on the CPU.
+        betas, alpha_bar: [T], float32.
         snr: alpha_bar / (1 - alpha_bar), [T]. With zero terminal SNR it is that of the changed schedule, 0 at the last
             timestep (sd-scripts takes it before the change; docs/differences.md).
 
@@ -42,6 +42,9 @@ class NoiseSchedule:
             betas = 1 - torch.cat([root[:1] ** 2, ratios])
             alpha_bar = torch.cumprod(1 - betas, dim=0)
         return cls(betas, alpha_bar)
+
+    def to(self, device: torch.device) -> "NoiseSchedule":
+        return NoiseSchedule(self.betas.to(device), self.alpha_bar.to(device))
 
     def at(self, timesteps: Tensor) -> Tensor:
         """alpha_bar of each timestep, shaped to multiply latents: [B, 1, 1, 1], on the timesteps' device."""

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.files import write_atomically
 from library.models import conversion
 from library.models.checkpoint import Checkpoint
 from library.models.key_maps import FILE_PREFIXES, FOLDERS, PARTS
 from library.models.tokens import Tokenizer, save_tokenizer
 from library.models.unet_config import HEAD_CHANNELS, SIZE_CHANNELS, UNetConfig
 from library.models.vae import LATENT_SCALE
-from library.safetensors_io import write_atomically, write_safetensors
+from library.safetensors_io import write_safetensors
 
 ModuleTensors = Mapping[str, Mapping[str, Tensor]]
 """part -> the tensors of its live module, under module names (key_maps.py)"""

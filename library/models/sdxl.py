@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from library.devices import to_device
 from library.errors import RunError
 from library.models import conversion
 from library.models.attention import AttentionFunction, sdpa
 from library.models.checkpoint import Checkpoint, locate_vae, open_checkpoint, open_tensors
-from library.models.key_maps import FILE_PREFIXES
+from library.models.key_maps import FILE_PREFIXES, FOLDERS
 from library.models.unet import UNet
 from library.precision import Precision
 
@@ -96,10 +97,20 @@ class SdxlModels:
     def vae(self) -> "AutoencoderKL":
         from library.models.vae import build_vae
 
-        tensors = self.checkpoint.tensors("vae") if self._vae is None else vae_tensors(self._vae)
+        tensors = self.stored("vae")
         vae = build_vae(tensors)
         load_weights(vae, tensors, self.precision.vae, self.device, what=f"{self._vae or self.checkpoint.path}: VAE")
         return vae
+
+    def stored(self, part: str) -> dict[str, Tensor]:
+        """The part's tensors (module names) as stored, not cast: those that the modules are made of."""
+        return vae_tensors(self._vae) if part == "vae" and self._vae is not None else self.checkpoint.tensors(part)
+
+    def source(self, part: str) -> Path:
+        """The file or folder that the part is read from."""
+        if part == "vae" and self._vae is not None:
+            return locate_vae(self._vae)
+        return self.checkpoint.path / FOLDERS[part] if self.checkpoint.is_folder else self.checkpoint.path
 
     @cached_property
     def tokenizers(self) -> tuple["Tokenizer", "Tokenizer"]:
@@ -117,9 +128,10 @@ class SdxlModels:
         from library.models import text_encoders, tokens
 
         one, two = (tokens.encode(tokenizer, texts, num_tokens, weighted=weighted) for tokenizer in self.tokenizers)
-        encoded = text_encoders.encode(one.ids.to(self.device), two.ids.to(self.device), *self.text_encoders)
+        ids_one, ids_two = (to_device(part.ids, self.device) for part in (one, two))
+        encoded = text_encoders.encode(ids_one, ids_two, *self.text_encoders)
         return (
-            text_encoders.weigh(encoded, one.weights.to(self.device), two.weights.to(self.device))
+            text_encoders.weigh(encoded, *(to_device(part.weights, self.device) for part in (one, two)))
             if weighted
             else encoded
         )

@@ -37,7 +37,9 @@ def loop(run: Run, progress: Progress) -> None:
         place = batch.place
         seed_modules(run.seed, place.epoch, place.micro)  # for what draws inside modules: dropout
         with update.window(place):
-            losses = update.step_module(batch, Draws(run.seed, place.epoch, place.first, len(batch)))
+            losses = update.step_module(
+                batch, Draws(run.seed, place.epoch, place.first, len(batch), run.accelerator.device)
+            )
             update.backward(losses, place)
         seen.append(Seen(batch.paths, losses.detach()))
         if not place.closes_window:

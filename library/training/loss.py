@@ -6,6 +6,7 @@ Shapes: B samples, C, H and W of the latents. Everything is float32. Pure functi
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from library.models.noise_schedule import NUM_TIMESTEPS, NoiseSchedule
@@ -22,18 +23,23 @@ def sample_losses(
     options: LossOptions,
     *,
     v_prediction: bool,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The weighted loss of each sample: [B], float32.
 
     Args:
         prediction, target: [B, C, H, W]; timesteps: [B].
+        mask: in pixels, [B, 8H, 8W] in 0..1.
     """
     threshold = None
     if options.loss_type in ("huber", "smooth_l1"):
         threshold = huber_threshold(
             timesteps, schedule, options.huber_schedule, c=options.huber_c, scale=options.huber_scale
         )
-    losses = element_loss(prediction.float(), target.float(), options.loss_type, threshold).mean(dim=(1, 2, 3))
+    elements = element_loss(prediction.float(), target.float(), options.loss_type, threshold)
+    if mask is not None:
+        elements = elements * latent_mask(mask, (elements.shape[2], elements.shape[3]))
+    losses = elements.mean(dim=(1, 2, 3))
     snr = schedule.snr.to(timesteps.device)[timesteps]
     if options.min_snr_gamma:
         losses = losses * min_snr_weight(snr, options.min_snr_gamma, v_prediction=v_prediction)
@@ -64,6 +70,11 @@ def element_loss(prediction: Tensor, target: Tensor, loss_type: str, threshold: 
     c = threshold[:, None, None, None]
     smooth = 2 * ((difference**2 + c**2).sqrt() - c)
     return smooth if loss_type == "smooth_l1" else c * smooth
+
+
+def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """The mean of a mask over each latent's pixels: [B, height, width] -> [B, 1, *size]; the loss isn't renormalised by it."""
+    return F.interpolate(mask[:, None].float(), size=size, mode="area")
 
 
 def huber_threshold(timesteps: Tensor, schedule: NoiseSchedule, kind: str, *, c: float, scale: float) -> Tensor:

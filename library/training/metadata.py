@@ -5,24 +5,21 @@ Keys and values: contract, formats.md section 4. Values are str() of Python valu
 
 import base64
 import datetime
-import json
 import mimetypes
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.data.captions import CaptionSettings
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions, parse_resolution
-from library.data.sample import Subset
 from library.data.subsets import Dataset
 from library.log import log
 from library.models.options import ModelOptions
 from library.options import Options
 from library.safetensors_io import file_hashes
+from library.training.dataset_metadata import dataset_metadata
 from library.training.options import (
     LossOptions,
     MetadataOptions,
@@ -40,10 +37,9 @@ SPEC_VERSION = "1.0.1"
 
 # What the reference records of options that this version doesn't have.
 _ABSENT = {
-    "ss_full_fp16": False, "ss_fp8_base": False, "ss_fp8_base_unet": False, "ss_scale_weight_norms": None, "ss_prior_loss_weight": 1.0,
-    "ss_num_reg_images": 0, "ss_num_validation_images": 0, "ss_validation_seed": None, "ss_validation_split": 0.0,
+    "ss_full_fp16": False, "ss_fp8_base": False, "ss_fp8_base_unet": False, "ss_scale_weight_norms": None,
     "ss_max_validation_steps": None, "ss_validate_every_n_epochs": None, "ss_validate_every_n_steps": None,
-    "ss_face_crop_aug_range": None, "ss_sd_scripts_commit_hash": "(unknown)",
+    "ss_sd_scripts_commit_hash": "(unknown)",
 }  # fmt: skip
 
 
@@ -68,14 +64,13 @@ def training_metadata(options: Options, facts: RunFacts) -> dict[str, str]:
     """The ss_ keys that every training script writes, as far as they don't change while it runs."""
     model, cache, run = options[ModelOptions], options[CacheOptions], options[RunOptions]
     noise, loss, caption = options[NoiseOptions], options[LossOptions], options[CaptionOptions]
-    optimizer, schedule, data = options[OptimizerOptions], options[ScheduleOptions], options[DatasetOptions]
+    optimizer, schedule = options[OptimizerOptions], options[ScheduleOptions]
     values: dict[str, Any] = {
         **_ABSENT,
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
         "ss_output_name": options[SavingOptions].output_name,
         "ss_learning_rate": optimizer.learning_rate,
-        "ss_num_train_images": sum(dataset.num_samples for dataset in facts.datasets),
         "ss_num_batches_per_epoch": facts.batches_per_epoch,
         "ss_num_epochs": facts.num_epochs,
         "ss_max_train_steps": facts.total_steps,
@@ -110,139 +105,16 @@ def training_metadata(options: Options, facts: RunFacts) -> dict[str, str]:
         "ss_caption_dropout_rate": caption.caption_dropout_rate,
         "ss_caption_dropout_every_n_epochs": caption.caption_dropout_every_n_epochs,
         "ss_caption_tag_dropout_rate": caption.caption_tag_dropout_rate,
-        "ss_resize_interpolation": data.resize_interpolation,
     }
-    described = _datasets(facts.datasets) if data.dataset_config else _folders(options, facts)
+    described = dataset_metadata(
+        options, facts.datasets, processes=facts.processes, per_process=run.gradient_accumulation_steps
+    )
     return {key: str(value) for key, value in {**values, **described, **facts.base_model()}.items()}
 
 
 def at_save(steps: int, epoch: int) -> dict[str, str]:
     """The keys that are known only when a file is saved."""
     return {"ss_steps": str(steps), "ss_epoch": str(epoch), "ss_training_finished_at": str(time.time())}
-
-
-# ------------------------------------------------------------------------------------------------------------- dataset
-
-
-def tag_frequency(subset: Subset, dataset: Dataset) -> dict[str, int]:
-    """How many of the subset's captions hold each tag."""
-    tags: Counter[str] = Counter()
-    for sample in dataset.samples:
-        if sample.subset == subset:
-            tags.update(tag.strip().lower() for tag in sample.caption.split(",") if tag.strip())
-    return dict(tags)
-
-
-def _datasets(datasets: Sequence[Dataset]) -> dict[str, str]:
-    frequencies: dict[str, Any] = {}
-    folders: dict[str, Any] = {}
-    described = []
-    for dataset in datasets:
-        plan = dataset.plan
-        own_frequencies = {}
-        for subset in plan.subsets:
-            name = _free_name(subset.image_dir.name, frequencies)
-            frequencies[name] = own_frequencies[name] = tag_frequency(subset, dataset)
-            folders[_free_name(subset.image_dir.name, folders)] = {
-                "n_repeats": subset.num_repeats,
-                "img_count": _count(subset, dataset),
-            }
-        described.append({
-            "is_dreambooth": True,
-            "batch_size_per_device": plan.batch_size,
-            "num_train_images": dataset.num_samples,
-            "num_reg_images": 0,
-            "resolution": list(plan.buckets.resolution),
-            "enable_bucket": plan.buckets.enabled,
-            "min_bucket_reso": plan.buckets.min_side,
-            "max_bucket_reso": plan.buckets.max_side,
-            "tag_frequency": own_frequencies,
-            "bucket_info": bucket_info(dataset),
-            "resize_interpolation": None,
-            "subsets": [_subset(subset, dataset) for subset in plan.subsets],
-        })  # fmt: skip
-    return {
-        "ss_datasets": json.dumps(described),
-        "ss_tag_frequency": json.dumps(frequencies),
-        "ss_dataset_dirs": json.dumps(folders),
-    }
-
-
-def _subset(subset: Subset, dataset: Dataset) -> dict[str, Any]:
-    captions: CaptionSettings = subset.captions
-    return {
-        "img_count": _count(subset, dataset),
-        "num_repeats": subset.num_repeats,
-        "color_aug": False,
-        "flip_aug": subset.flip_aug,
-        "random_crop": False,
-        "shuffle_caption": captions.shuffle_caption,
-        "keep_tokens": captions.keep_tokens,
-        "keep_tokens_separator": captions.keep_tokens_separator or "",
-        "secondary_separator": captions.secondary_separator,
-        "enable_wildcard": captions.enable_wildcard,
-        "caption_prefix": captions.caption_prefix,
-        "caption_suffix": captions.caption_suffix,
-        "resize_interpolation": subset.resize_interpolation,
-        "image_dir": subset.image_dir.name,
-        "class_tokens": subset.class_tokens,
-        "is_reg": False,
-    }
-
-
-def _folders(options: Options, facts: RunFacts) -> dict[str, Any]:
-    """The keys of a run without --dataset_config: one dataset, its numbers one by one."""
-    dataset = facts.datasets[0]
-    data, captions = options[DatasetOptions], options[CaptionOptions]
-    resolution = parse_resolution(data.resolution or "")
-    return {
-        "ss_batch_size_per_device": data.train_batch_size,
-        "ss_total_batch_size": data.train_batch_size
-        * facts.processes
-        * options[RunOptions].gradient_accumulation_steps,
-        "ss_resolution": tuple(resolution or dataset.plan.buckets.resolution),
-        "ss_color_aug": False,
-        "ss_flip_aug": data.flip_aug,
-        "ss_random_crop": False,
-        "ss_shuffle_caption": captions.shuffle_caption,
-        "ss_enable_bucket": data.enable_bucket,
-        "ss_bucket_no_upscale": data.bucket_no_upscale,
-        "ss_min_bucket_reso": dataset.plan.buckets.min_side,
-        "ss_max_bucket_reso": dataset.plan.buckets.max_side,
-        "ss_keep_tokens": captions.keep_tokens,
-        "ss_dataset_dirs": json.dumps(
-            {
-                s.image_dir.name: {"n_repeats": s.num_repeats, "img_count": _count(s, dataset)}
-                for s in dataset.plan.subsets
-            }
-        ),
-        "ss_reg_dataset_dirs": json.dumps({}),
-        "ss_tag_frequency": json.dumps({s.image_dir.name: tag_frequency(s, dataset) for s in dataset.plan.subsets}),
-        "ss_bucket_info": json.dumps(bucket_info(dataset)),
-    }
-
-
-def bucket_info(dataset: Dataset) -> dict[str, Any] | None:
-    """Pictures per bucket, repeats counted, and the mean aspect error of pictures; None where bucketing is off."""
-    if not dataset.plan.buckets.enabled:
-        return None
-    counts: Counter = Counter()
-    for sample in dataset.samples:
-        counts[sample.fit.bucket] += sample.subset.num_repeats
-    errors = [abs(sample.fit.bucket.aspect - sample.size.aspect) for sample in dataset.samples]
-    buckets = {i: {"resolution": list(bucket), "count": counts[bucket]} for i, bucket in enumerate(sorted(counts))}
-    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / max(1, len(errors))}
-
-
-def _count(subset: Subset, dataset: Dataset) -> int:
-    return sum(sample.subset == subset for sample in dataset.samples)
-
-
-def _free_name(name: str, taken: Mapping[str, object]) -> str:
-    free, number = name, 2
-    while free in taken:
-        free, number = f"{name} ({number})", number + 1
-    return free
 
 
 # --------------------------------------------------------------------------------------------------------------- model

@@ -5,6 +5,7 @@ sample's draws come from its own place (library/draws.py), where sd-scripts has 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -28,24 +29,20 @@ class Noisy(NamedTuple):
 def make_noisy(scaled: Tensor, draws: Draws, schedule: NoiseSchedule, options: NoiseOptions) -> Noisy:
     """Add drawn noise to scaled latents [B, C, H, W] at drawn timesteps."""
     noise = draw_noise(scaled, draws, options)
-    timesteps = draw_timesteps(draws, options.min_timestep, options.max_timestep).to(scaled.device)
+    timesteps = draw_timesteps(draws, options.min_timestep, options.max_timestep)
     added = noise
     if options.ip_noise_gamma:
-        gamma = _strength(
-            options.ip_noise_gamma, options.ip_noise_gamma_random_strength, "ip noise strength", draws, scaled
-        )
-        added = noise + gamma * draws.normal("ip noise", scaled.shape[1:]).to(scaled)
+        gamma = _strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, "ip noise strength", draws)
+        added = noise + gamma * draws.normal("ip noise", scaled.shape[1:])
     return Noisy(add_noise(scaled, added, schedule.at(timesteps)), scaled, noise, timesteps)
 
 
 def draw_noise(scaled: Tensor, draws: Draws, options: NoiseOptions) -> Tensor:
     """The noise of each sample, offset and pyramid included: shaped like the latents."""
-    noise = draws.normal("noise", scaled.shape[1:]).to(scaled)
+    noise = draws.normal("noise", scaled.shape[1:])
     if options.noise_offset:
-        strength = _strength(
-            options.noise_offset, options.noise_offset_random_strength, "offset strength", draws, scaled
-        )
-        drawn = draws.normal("offset", (scaled.shape[1], 1, 1)).to(scaled)
+        strength = _strength(options.noise_offset, options.noise_offset_random_strength, "offset strength", draws)
+        drawn = draws.normal("offset", (scaled.shape[1], 1, 1))
         noise = offset_noise(noise, drawn, strength, latents=scaled, adaptive=options.adaptive_noise_scale)
     if options.multires_noise_iterations:
         pyramids = [_draw_pyramid(noise[i : i + 1], draws, i, options) for i in range(len(noise))]
@@ -53,15 +50,15 @@ def draw_noise(scaled: Tensor, draws: Draws, options: NoiseOptions) -> Tensor:
     return noise
 
 
-def _strength(most: float, is_random: bool, purpose: str, draws: Draws, like: Tensor) -> Tensor | float:
-    return most * draws.uniform(purpose, (1, 1, 1)).to(like) if is_random else most
+def _strength(most: float, is_random: bool, purpose: str, draws: Draws) -> Tensor | float:
+    return most * draws.uniform(purpose, (1, 1, 1)) if is_random else most
 
 
 def draw_timesteps(draws: Draws, low: int | None, high: int | None) -> Tensor:
     """Uniform timesteps in low..high, high not included: [B], int64. All are `high` where that range is empty."""
     low, high = low or 0, NUM_TIMESTEPS if high is None else high
     if low >= high:
-        return torch.full((draws.count,), high)
+        return torch.full((draws.count,), high, device=draws.device)
     return draws.integers("timestep", low, high)
 
 
@@ -114,11 +111,12 @@ def pyramid_sizes(height: int, width: int, iterations: int, draws: Sequence[floa
 def _draw_pyramid(noise: Tensor, draws: Draws, i: int, options: NoiseOptions) -> Tensor:
     """Pyramid noise of one sample, [1, C, H, W]."""
     assert options.multires_noise_iterations
-    own = Draws(draws.seed, draws.epoch, draws.first + i, 1)
-    uniform = own.uniform("pyramid sizes", (options.multires_noise_iterations,))[0].tolist()
+    own = replace(draws, first=draws.first + i, count=1)
+    on_host = replace(own, device=torch.device("cpu"))  # sizes are the host's business
+    uniform = on_host.uniform("pyramid sizes", (options.multires_noise_iterations,))[0].tolist()
     height, width = noise.shape[2:]
     sizes = pyramid_sizes(height, width, options.multires_noise_iterations, uniform)
-    levels = [own.normal(f"pyramid {level}", (noise.shape[1], *size)).to(noise) for level, size in enumerate(sizes)]
+    levels = [own.normal(f"pyramid {level}", (noise.shape[1], *size)) for level, size in enumerate(sizes)]
     return pyramid_noise(noise, levels, options.multires_noise_discount)
 
 

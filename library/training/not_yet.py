@@ -20,7 +20,7 @@ _REFUSED = (
         f"samples during training {_LATER}; leave it out, and draw with tools/before_after.py",
     ),
     (
-        "validation_split validate_every_n_steps validate_every_n_epochs max_validation_steps",
+        "validate_every_n_steps validate_every_n_epochs max_validation_steps",
         f"validation {_LATER}; leave it out",
     ),
     (
@@ -39,11 +39,8 @@ _REFUSED = (
     ("torch_compile", f"it {_LATER}; leave it out"),
     ("fused_backward_pass", f"it {_LATER}; a network's gradients are small, so leave it out"),
     ("cpu_offload_checkpointing", f"it {_LATER}; take --gradient_checkpointing alone"),
-    ("masked_loss conditioning_data_dir alpha_mask", f"masks {_LATER}; leave it out"),
-    (
-        "weighted_captions reg_data_dir in_json cache_info dataset_class color_aug random_crop face_crop_aug_range debug_dataset skip_cache_check",
-        f"it {_LATER}; leave it out",
-    ),
+    ("weighted_captions", f"it {_LATER}; leave it out"),
+    ("dataset_class", "a class of sd-scripts can't be loaded here; describe the pictures by --dataset_config"),
     ("base_weights base_weights_multiplier scale_weight_norms", f"it {_LATER}; leave it out"),
 )
 
@@ -52,10 +49,7 @@ REFUSED = {name: reason for names, reason in _REFUSED for name in names.split()}
 UNUSED = {
     "sample_sampler": "there are no samples during training yet",
     "sample_prompts": "there are no samples during training yet",
-    "validation_seed": "there is no validation yet",
     "wandb_run_name": "there is no --log_with wandb yet",
     "zero_stage": "there is no --deepspeed yet",
     "dynamo_backend": "there is no --torch_compile yet",
-    "dataset_repeats": "it is for --in_json, which can't be used yet",
-    "prior_loss_weight": "it is for --reg_data_dir, which can't be used yet",
 }

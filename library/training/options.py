@@ -239,6 +239,9 @@ class LossOptions(OptionGroup):
         False, "weigh the loss of a velocity model as that of a noise model"
     )
     v_pred_like_loss: float | None = option(None, "add this much of the loss weighed as a velocity model's", at_least=0)
+    masked_loss: bool = option(
+        False, "weigh the loss by masks: the pictures' alpha channels, or the images of conditioning_data_dir"
+    )
     debiased_estimation_loss: bool = option(False, "weigh the loss by 1 / sqrt(SNR); for velocity by 1 / (SNR + 1)")
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.data.dataset_config import read_datasets
-from library.data.options import DatasetOptions
+from library.data.known_files import KnownFiles
+from library.data.options import CacheOptions, DatasetOptions
 from library.data.subsets import Dataset, scan
 from library.errors import Mistake, OptionError, RunError
 from library.log import log
@@ -23,6 +24,7 @@ class Preflight:
     v_prediction: bool
     zero_terminal_snr: bool
     datasets: Sequence[Dataset]
+    known: KnownFiles
 
 
 def look_before(options: Options) -> Preflight:
@@ -38,11 +40,32 @@ def look_before(options: Options) -> Preflight:
         )
     ):
         raise OptionError(*mistakes)
+    datasets, known = look_at_data(options)
+    return Preflight(checkpoint, v_prediction, zero_terminal_snr, datasets, known)
+
+
+def look_at_data(options: Options) -> tuple[list[Dataset], KnownFiles]:
+    """Scan the datasets. Raises OptionError with what can't be used."""
+    data, cache_dir = options[DatasetOptions], options[CacheOptions].cache_dir
     plans, notices = read_datasets(options)
     for notice in notices:
         log.warning(notice)
-    datasets = scan(plans, skip_bad_images=options[DatasetOptions].skip_bad_images)
-    return Preflight(checkpoint, v_prediction, zero_terminal_snr, datasets)
+    known = KnownFiles(None if cache_dir is None else cache_dir / "index")
+    seed = data.validation_seed if data.validation_seed is not None else options[RunOptions].seed
+    datasets = scan(
+        plans,
+        known,
+        skip_bad_images=data.skip_bad_images,
+        allow_missing_captions=data.allow_missing_captions,
+        cache_dir=cache_dir,
+        seed=seed or 0,
+    )
+    held_out = sum(len(dataset.validation) for dataset in datasets)
+    if held_out:
+        log.warning(
+            "%d pictures are held out by validation_split; their loss is not computed yet in this version", held_out
+        )
+    return datasets, known
 
 
 def _open(model: ModelOptions, *, prefer_fp16: bool) -> Checkpoint:

@@ -1,20 +1,31 @@
 """Prepare: the caches that a run uses are filled, or its pictures audited, before the first step."""
 
-import dataclasses
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from library.data.cache import LatentCache, LatentsInMemory, LatentsOnDisk, TextCache, TextInMemory, TextOnDisk
+from library.data.cache import (
+    LatentCache,
+    LatentsInMemory,
+    LatentsOnDisk,
+    TextCache,
+    TextInMemory,
+    TextOnDisk,
+    TextPlan,
+)
 from library.data.fill_cache import Bad, audit, fill_latents, fill_text, refuse_or_skip
+from library.data.known_files import KnownFiles
 from library.data.options import CacheOptions
 from library.data.sample import Sample
 from library.data.subsets import Dataset
 from library.errors import RunError
 from library.models import vae
+from library.models.identity import weights_hash
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import EncodedText
 
@@ -36,9 +47,11 @@ def prepare(
     models: SdxlModels,
     options: CacheOptions,
     accelerator: Accelerator,
+    known: KnownFiles,
     *,
     num_tokens: int,
     skip_bad_images: bool,
+    weighted_captions: bool = False,
 ) -> Prepared:
     """Fill the caches that the options ask for. Pictures that no cache decodes are decoded once, to find damaged ones.
 
@@ -48,40 +61,108 @@ def prepare(
     share = (accelerator.process_index, accelerator.num_processes)
     latents: LatentCache | None = None
     if options.latents:
-        latents = LatentsOnDisk() if options.cache_latents_to_disk else LatentsInMemory()
-        found = fill_latents(
-            samples,
-            latents,
-            lambda *inputs: vae.encode(models.vae, *inputs).cpu(),
-            options.vae_batch_size,
-            share=_share(share, latents),
-        )
+        latents, found = cache_latents(samples, models, options, known, share)
     else:
-        found = audit(samples[share[0] :: share[1]])
-    left_out = refuse_or_skip(_of_all_processes(found, samples), skip=skip_bad_images)
-    kept = [
-        dataclasses.replace(dataset, samples=tuple(s for s in dataset.samples if s not in left_out))
-        for dataset in datasets
-    ]
+        found = audit(samples, known, share=share)
+    bad = _of_all_processes(found, samples)
+    refuse_or_skip(bad, skip=skip_bad_images)
+    kept = [dataset.kept([one.sample for one in bad]) for dataset in datasets]
     samples = [sample for dataset in kept for sample in dataset.samples]
     if not samples:
         raise RunError("none of the pictures can be used")
-
-    text: TextCache | None = None
-    if options.text:
-
-        @torch.no_grad()
-        def encode_texts(captions: Sequence[str]) -> EncodedText:
-            return EncodedText(*(part.cpu() for part in models.encode_texts(captions, num_tokens)))
-
-        text = TextOnDisk(num_tokens + 2) if options.cache_text_encoder_outputs_to_disk else TextInMemory()
-        fill_text(samples, text, encode_texts, share=_share(share, text))
-    accelerator.wait_for_everyone()
-    for cache in (latents, text):
-        holes = [f"{sample.path}: {problem}" for sample in samples if cache and (problem := cache.problem(sample))]
-        if holes:
-            raise RunError(f"{len(holes)} pictures have no valid cache after caching: {'; '.join(holes[:5])}")
+    text = cache_text(samples, models, options, known, share, num_tokens=num_tokens) if options.text else None
+    finish_caches(samples, (latents, text), accelerator, known)
     return Prepared(kept, latents, text)
+
+
+def cache_latents(
+    samples: Sequence[Sample], models: SdxlModels, options: CacheOptions, known: KnownFiles, share: tuple[int, int]
+) -> tuple[LatentCache, list[Bad]]:
+    """The filled cache, and the samples that can't be in it. Args: share: (rank, processes)."""
+    cache: LatentCache = LatentsInMemory()
+    if options.cache_latents_to_disk:
+        identity = "" if options.skip_cache_check else _identity(models, ["vae"], models.precision.vae, known)
+        cache = LatentsOnDisk(identity, known, trusted=options.skip_cache_check)
+    return cache, fill_latents(
+        samples,
+        cache,
+        lambda images, noise: vae.encode(models.vae, images, noise).cpu(),
+        options.vae_batch_size,
+        share=_share(share, cache),
+    )
+
+
+def cache_text(
+    samples: Sequence[Sample],
+    models: SdxlModels,
+    options: CacheOptions,
+    known: KnownFiles,
+    share: tuple[int, int],
+    *,
+    num_tokens: int,
+) -> TextCache:
+    """The filled cache. Args: share: (rank, processes)."""
+
+    @torch.no_grad()
+    def encode(captions: Sequence[str]) -> EncodedText:
+        return EncodedText(*(part.cpu() for part in models.encode_texts(captions, num_tokens)))
+
+    texts = TextPlan(options.text_cache_variants)
+    cache: TextCache = TextInMemory(texts)
+    if options.cache_text_encoder_outputs_to_disk:
+        parts = ["text_encoder_1", "text_encoder_2"]
+        identity = "" if options.skip_cache_check else _identity(models, parts, models.precision.compute, known)
+        one, two = (_width(models, part) for part in parts)
+        cache = TextOnDisk(num_tokens + 2, (one, two), identity, texts, known, trusted=options.skip_cache_check)
+    fill_text(samples, cache, encode, share=_share(share, cache))
+    return cache
+
+
+def finish_caches(
+    samples: Sequence[Sample],
+    caches: Sequence[LatentCache | TextCache | None],
+    accelerator: Accelerator,
+    known: KnownFiles,
+) -> None:
+    """Wait for all processes; see that nothing is missing, and keep what was learnt. Raises RunError for holes."""
+    accelerator.wait_for_everyone()
+    for cache in caches:
+        holes = [sample.file for sample in samples if cache and not cache.has(sample)]
+        if holes:
+            raise RunError(f"{len(holes)} pictures have no cache after caching: {', '.join(holes[:5])}")
+        if isinstance(cache, LatentsOnDisk | TextOnDisk):
+            cache.settle()
+    if accelerator.is_main_process:
+        known.save()
+    known.forget()
+
+
+def _identity(models: SdxlModels, parts: Sequence[str], dtype: torch.dtype, known: KnownFiles) -> str:
+    """What tells these parts and their dtype from others: a hash of the weights, remembered by file."""
+    hashes = []
+    for part in parts:
+        source = models.source(part)
+        folder, name = os.path.split(os.path.abspath(source))
+        stamp = _stamp_of(source)
+        fact = f"hash of {part}"
+        found = known.get(folder, name, stamp).get(fact)
+        if found is None:
+            found = weights_hash(models.stored(part))
+            known.learn(folder, name, stamp, **{fact: found})
+        hashes.append(found)
+    return f"{' '.join(hashes)} in {str(dtype).removeprefix('torch.')}"
+
+
+def _stamp_of(source: Path) -> tuple[int, int]:
+    """Size and time of a file, or of all files in a folder together."""
+    files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
+    found = [path.stat() for path in files]
+    return sum(one.st_size for one in found), max((one.st_mtime_ns for one in found), default=0)
+
+
+def _width(models: SdxlModels, part: str) -> int:
+    """Numbers per token of an encoder's hidden states."""
+    return models.checkpoint.tensors(part)["text_model.embeddings.token_embedding.weight"].shape[1]
 
 
 def _share(share: tuple[int, int], cache: LatentCache | TextCache) -> tuple[int, int]:
@@ -91,6 +172,6 @@ def _share(share: tuple[int, int], cache: LatentCache | TextCache) -> tuple[int,
 
 def _of_all_processes(found: Sequence[Bad], samples: Sequence[Sample]) -> list[Bad]:
     """The bad samples that any process found, once each."""
-    number = {sample.cache_stem: i for i, sample in enumerate(samples)}
-    reasons = dict(gather_object([(number[bad.sample.cache_stem], bad.reason) for bad in found]))
+    number = {id(sample): i for i, sample in enumerate(samples)}
+    reasons = dict(gather_object([(number[id(bad.sample)], bad.reason) for bad in found]))
     return [Bad(samples[i], reason) for i, reason in sorted(reasons.items())]

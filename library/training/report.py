@@ -4,15 +4,16 @@ Losses and norms are read from the device one step late, so that the loop never 
 """
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-import torch
 from torch import Tensor
 
+from library.devices import Arriving
 from library.errors import OptionError, RunError
 from library.log import log, progress_bar
 from library.training.options import TrackerOptions
@@ -29,7 +30,8 @@ class Seen(NamedTuple):
 class _Pending(NamedTuple):
     step: int
     epoch: int
-    updated: Updated
+    numbers: Arriving
+    overflowed: bool
     seen: Sequence[Seen]
     rates: Mapping[str, float]
 
@@ -53,18 +55,19 @@ class Report:
     def step(self, step: int, epoch: int, updated: Updated, seen: Sequence[Seen], rates: Mapping[str, float]) -> None:
         """Take note of a step (counted from 1); tell of the one before it."""
         self.settle()
-        self._pending = _Pending(step, epoch, updated, seen, rates)
+        self._pending = _Pending(
+            step, epoch, Arriving(updated.loss, updated.grad_norm), updated.overflowed, seen, rates
+        )
 
     def settle(self) -> None:
         """Read what is pending. Raises RunError, naming step and pictures, if the loss or the gradient isn't finite."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        loss, norm = pending.updated.loss.item(), pending.updated.grad_norm.item()
-        if pending.updated.overflowed:
-            self.overflows += 1
-        elif not (torch.tensor([loss, norm]).isfinite().all()):
+        loss, norm = pending.numbers.read()
+        if not math.isfinite(loss) or not (pending.overflowed or math.isfinite(norm)):
             self._stop(pending, loss, norm)
+        self.overflows += pending.overflowed
         self._tell(pending, loss, norm)
 
     def _stop(self, pending: _Pending, loss: float, norm: float) -> None:
@@ -72,11 +75,11 @@ class Report:
             path
             for seen in pending.seen
             for path, one in zip(seen.paths, seen.losses.tolist(), strict=True)
-            if not torch.tensor(one).isfinite()
+            if not math.isfinite(one)
         ]
         if bad:
             cause = f"the loss of {', '.join(sorted(set(bad)))} is not finite"
-        elif loss != loss or abs(loss) == float("inf"):
+        elif not math.isfinite(loss):
             cause = "the loss of a picture on another process is not finite"
         else:
             paths = sorted({path for seen in pending.seen for path in seen.paths})
@@ -90,7 +93,7 @@ class Report:
         if not self._recent and not self._epoch_losses:
             self.first_loss = loss
         self.last_loss = loss
-        if not pending.updated.overflowed:
+        if not pending.overflowed:
             self._recent.append(loss)
             self._epoch_losses.append(loss)
         average = sum(self._recent) / max(1, len(self._recent))
@@ -107,7 +110,7 @@ class Report:
             line = {
                 "step": pending.step,
                 "epoch": pending.epoch + 1,
-                "grad_norm": norm,
+                "grad_norm": norm if math.isfinite(norm) else None,
                 "seconds": round(time.monotonic() - self._started, 3),
                 **values,
             }

@@ -98,7 +98,7 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     seed = _shared_seed(options[RunOptions].seed)
     models = _open_models(options, found, accelerator.device)
     prepared = prepare(
-        found.datasets, models, options[CacheOptions], accelerator,
+        found.datasets, models, options[CacheOptions], accelerator, found.known,
         num_tokens=options[ModelOptions].num_tokens, skip_bad_images=options[DatasetOptions].skip_bad_images,
     )  # fmt: skip
     models.release(*(["vae"] if prepared.latents else []), *(["text_encoders"] if prepared.text else []))
@@ -121,7 +121,14 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
         tracker=tracker,
         log_file=saver.log_file,
     )
-    batches = Batches(prepared.samples, prepared.latents, prepared.text, seed, plan.total_steps)
+    batches = Batches(
+        prepared.samples,
+        prepared.latents,
+        prepared.text,
+        seed,
+        plan.total_steps,
+        options[DatasetOptions].prior_loss_weight,
+    )
     num_workers = min(options[CacheOptions].max_data_loader_n_workers, os.cpu_count() or 1)
     return Run(accelerator, update, plan.order, batches, report, saver, seed, plan.total_steps, num_workers)
 
@@ -196,7 +203,9 @@ def _wrapped_step(
     task: Task, models: SdxlModels, options: Options, found: Preflight, accelerator: Accelerator
 ) -> nn.Module:
     """The Step, wrapped for several processes. Frozen weights are left out of what the wrapper keeps equal: all read one file."""
-    objective = Objective(NoiseSchedule.sdxl(zero_terminal_snr=found.zero_terminal_snr), found.v_prediction)
+    objective = Objective(
+        NoiseSchedule.sdxl(zero_terminal_snr=found.zero_terminal_snr).to(accelerator.device), found.v_prediction
+    )
     at_once = options[CacheOptions].vae_batch_size
 
     def encode_images(images: Tensor, noise: Tensor) -> Tensor:

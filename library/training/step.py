@@ -38,9 +38,16 @@ class Step(nn.Module):
         prediction = task.predict(noisy, text, batch)
         target = task.target(noisy, batch, objective)
         losses = sample_losses(
-            prediction, target, noisy.timesteps, objective.schedule, self._loss, v_prediction=objective.v_prediction
-        )
+            prediction, target, noisy.timesteps, objective.schedule, self._loss,
+            mask=self._mask(batch), v_prediction=objective.v_prediction,
+        )  # fmt: skip
         return losses * batch.weights
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        """The loss mask in pixels, [B, H, W] in 0..1: the red of conditioning images with --masked_loss, or alpha."""
+        if self._loss.masked_loss and batch.conditioning is not None:
+            return batch.conditioning[:, 0] / 2 + 0.5
+        return batch.masks
 
     @torch.no_grad()
     def _raw_latents(self, batch: Batch, draws: Draws) -> Tensor:

@@ -1,0 +1,63 @@
+"""Files that are whole at any moment: written beside their place, then moved there."""
+
+import os
+import platform
+import re
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from library.errors import RunError
+
+_FORGOTTEN = 24 * 3600  # seconds after which a temporary file of another machine is taken for left over
+
+
+def _host() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call write(binary file) on a temporary file beside `path`, then move it there; the umask decides who may read it."""
+    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        hint = " (is it open in another program?)" if sys.platform == "win32" else ""
+        raise RunError(f"{path}: can't be written: {error.strerror or error}{hint}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in `folder`; those of living ones stay."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.endswith(".tmp")]
+    for name in names:
+        match = re.fullmatch(r"\..+\.([0-9a-f]{8})-(\d+)\.tmp", name)
+        path = folder / name
+        try:
+            if match and _is_left_over(path, match[1], int(match[2])):
+                path.unlink()
+        except OSError:  # gone already, or on Windows still open
+            pass
+
+
+def _is_left_over(path: Path, host: str, process: int) -> bool:
+    if host != _host():
+        return time.time() - path.stat().st_mtime > _FORGOTTEN
+    if sys.platform == "win32":
+        return True  # a file that is still open can't be removed there
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
