@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from library.errors import RunError
 
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # bytes as they are, on Windows too
 _FORGOTTEN = 24 * 3600  # seconds after which a temporary file of another machine is taken for left over
 
 
@@ -33,6 +34,19 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise RunError(f"{path}: can't be written: {error.strerror or error}{hint}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_small_file(path: str | Path) -> bytes:
+    """A file's content, in half the time that open() takes: scans read a caption for every picture. Raises OSError."""
+    descriptor = os.open(path, _READ)
+    try:
+        content = part = os.read(descriptor, 1 << 13)
+        while part and len(content) >= 1 << 13:
+            part = os.read(descriptor, 1 << 20)
+            content += part
+        return content
+    finally:
+        os.close(descriptor)
 
 
 def remove_left_over(folder: Path) -> None:

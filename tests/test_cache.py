@@ -39,7 +39,7 @@ def test_golden_10_caches_of_the_reference_are_valid_and_read(golden_data):
     latents, text = LatentsOnDisk(), TextOnDisk(77)
     for sample in samples:
         assert latents.problem(sample) is None, latents.problem(sample)
-        assert latents.read(sample).plain.shape == (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
+        assert latents.read(sample)[0].shape == (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
     # Their pooled vector may be wrong, so they are made again unless the user trusts them.
     assert ["not ours" in text.problem(sample) for sample in samples[:2]] == [True, True]
     trusted = TextOnDisk(77, trusted=True)
@@ -80,7 +80,7 @@ def test_what_was_written_is_read_back(samples):
     latents = torch.randn(4, samples[0].fit.bucket.height // 8, samples[0].fit.bucket.width // 8)
     assert cache.problem(samples[0]) == "not there"
     cache.write(samples[0], Latents(latents), origin_of(samples[0].path)[1])
-    assert cache.problem(samples[0]) is None and torch.equal(cache.read(samples[0]).plain, latents)
+    assert cache.problem(samples[0]) is None and torch.equal(cache.read(samples[0])[0], latents)
     text = EncodedText(torch.randn(77, 8).bfloat16(), torch.randn(77, 16).bfloat16(), torch.randn(16).bfloat16())
     TextOnDisk(77).write(samples[0], [text])
     back = TextOnDisk(77).read(samples[0], 0)
@@ -103,11 +103,11 @@ def test_what_was_written_is_read_back(samples):
 def test_fault_45_a_file_that_isnt_valid_is_told_why_and_made_again(damage, reason, samples):
     cache = LatentsOnDisk()
     fill_latents(samples, cache, stub_vae, 2)
-    good = cache.read(samples[0]).plain
+    good = cache.read(samples[0])[0]
     damage(samples[0].latents_file)
     assert reason in cache.problem(samples[0])
     assert fill_latents(samples, cache, stub_vae, 2) == []
-    assert torch.equal(cache.read(samples[0]).plain, good)
+    assert torch.equal(cache.read(samples[0])[0], good)
 
 
 def test_fault_43_another_resolution_makes_the_latents_again(pictures):
@@ -123,9 +123,8 @@ def test_fault_46_flip_aug_switched_on_later_makes_the_latents_again(pictures):
     flipped = samples_in(pictures, "--flip_aug")
     assert {cache.problem(sample) for sample in flipped} == {"lacks latents_flipped"}
     fill_latents(flipped, cache, stub_vae, 2)
-    pair = cache.read(flipped[0])
-    difference = (pair.flipped - pair.plain.flip(-1)).abs().max()
-    assert difference < 0.1 and not torch.equal(pair.flipped, pair.plain)
+    plain, mirrored = (cache.read(flipped[0], flipped=flip)[0] for flip in (False, True))
+    assert (mirrored - plain.flip(-1)).abs().max() < 0.1 and not torch.equal(mirrored, plain)
 
 
 # --------------------------------------------------------------------------------------------------------------- filling
@@ -153,7 +152,7 @@ def test_the_posterior_sample_depends_on_the_picture_alone(samples):
     for batch_size, part in ((1, samples), (4, list(reversed(samples)))):
         cache = LatentsInMemory()
         fill_latents(part, cache, stub_vae, batch_size)
-        found.append([cache.read(sample).plain for sample in samples])
+        found.append([cache.read(sample)[0] for sample in samples])
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 

@@ -4,6 +4,7 @@ Source: contract, dataset_config.md sections 5 and 6; golden 01.
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,35 +59,36 @@ class Buckets:
 
     def __init__(self, plan: BucketPlan):
         self.plan = plan
-        self.sizes: list[Size] = []  # with no_upscale a bucket is made for each picture
-        self._fits: dict[Size, Fit] = {}
+        self.sizes: list[Size] = []  # by width; with no_upscale a bucket is made for each picture
         if not plan.enabled:
             self.sizes = [plan.resolution]
         elif not plan.no_upscale:
             self.sizes = make_buckets(plan.resolution, plan.min_side, plan.max_side, plan.step)
+        # The first of each aspect ratio, by ratio: a scan fits every picture, and most sizes come but once.
+        first = {size.aspect: i for i, size in reversed(list(enumerate(self.sizes)))}
+        self._by_aspect = sorted(first.items())
+        self._set = frozenset(self.sizes)
+        self._aspects = [aspect for aspect, _ in self._by_aspect]
 
     def fit(self, image: Size) -> Fit:
         """The bucket of a picture of this size, and the resize that covers it."""
-        fit = self._fits.get(image)
-        if fit is None:
-            if self.sizes:
-                fit = fit_to_buckets(image, self.sizes)
-            else:
-                fit = fit_without_upscaling(image, self.plan.resolution.area, self.plan.step)
-            self._fits[image] = fit
-        return fit
+        if self.sizes:
+            return cover(image, image if image in self._set else self._nearest(image.aspect))
+        return fit_without_upscaling(image, self.plan.resolution.area, self.plan.step)
+
+    def _nearest(self, aspect: float) -> Size:
+        """The bucket nearest in aspect ratio, the first of equals."""
+        at = bisect_left(self._aspects, aspect)
+        (below, i), (above, j) = self._by_aspect[max(0, at - 1)], self._by_aspect[min(at, len(self._aspects) - 1)]
+        return self.sizes[i if (aspect - below, i) <= (above - aspect, j) or above < aspect else j]
 
 
-def fit_to_buckets(image: Size, buckets: list[Size]) -> Fit:
-    """The bucket nearest in aspect ratio (the first of equals), and the smallest resize that covers it.
+def cover(image: Size, bucket: Size) -> Fit:
+    """The smallest resize of a picture that covers the bucket.
 
-    >>> fit_to_buckets(Size(1920, 1080), [Size(1024, 1024), Size(1344, 768)])
+    >>> cover(Size(1920, 1080), Size(1344, 768))
     Fit(bucket=Size(width=1344, height=768), resized=Size(width=1365, height=768))
     """
-    aspect = image.aspect
-    # Called for every picture of a scan, so no Python function is called for each bucket.
-    errors = [abs(width / height - aspect) for width, height in buckets]
-    bucket = image if image in buckets else buckets[errors.index(min(errors))]
     scale = bucket.height / image.height if image.aspect > bucket.aspect else bucket.width / image.width
     return Fit(bucket, Size(_rounded(image.width * scale), _rounded(image.height * scale)))
 

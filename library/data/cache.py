@@ -70,7 +70,10 @@ class LatentCache(Protocol):
         """Whether there are any, valid or not: a quick look after filling."""
         ...
 
-    def read(self, sample: Sample) -> Latents: ...
+    def read(self, sample: Sample, *, flipped: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Raw latents of the picture or of its mirror image, and their loss mask."""
+        ...
+
     def write(self, sample: Sample, latents: Latents, origin: Origin) -> None: ...
 
 
@@ -102,8 +105,11 @@ class LatentsInMemory:
     def has(self, sample: Sample) -> bool:
         return sample.cache_stem in self._kept
 
-    def read(self, sample: Sample) -> Latents:
-        return self._kept[sample.cache_stem]
+    def read(self, sample: Sample, *, flipped: bool = False) -> tuple[Tensor, Tensor | None]:
+        kept = self._kept[sample.cache_stem]
+        latents = kept.flipped if flipped else kept.plain
+        assert latents is not None
+        return latents, _mirrored(kept.mask, flipped=flipped)
 
     def write(self, sample: Sample, latents: Latents, origin: Origin) -> None:
         self._kept[sample.cache_stem] = latents
@@ -149,12 +155,11 @@ class TextPlan(NamedTuple):
         drawn = caption_variants(sample.caption, settings, self.variants or 1, _variant_draws(sample.caption))
         return (*drawn, "") if settings.drops_captions else drawn
 
-    def choose(self, sample: Sample, draw: random.Random, *, dropped: bool) -> int:
-        """The number of the text that a step uses."""
+    def choose(self, sample: Sample, draw: random.Random, *, dropped: bool) -> tuple[int, str]:
+        """The text that a step uses, and its number."""
         texts = self.of(sample)
-        if dropped:
-            return len(texts) - 1
-        return draw.randrange(len(texts) - sample.subset.captions.drops_captions)
+        number = len(texts) - 1 if dropped else draw.randrange(len(texts) - sample.subset.captions.drops_captions)
+        return number, texts[number]
 
 
 def _variant_draws(caption: str) -> Iterator[random.Random]:
@@ -279,13 +284,13 @@ class LatentsOnDisk(_OnDisk):
             "vae": self._vae,
         }
 
-    def read(self, sample: Sample) -> Latents:
+    def read(self, sample: Sample, *, flipped: bool = False) -> tuple[Tensor, Tensor | None]:
         path = self._file(sample)
         if path is None:
             raise RunError(f"{sample.latents_file}: the cached latents are gone; run again to make them again")
-        names = list(self._shapes(sample))
-        arrays = _read(path, names)
-        return Latents(arrays["latents"].float(), *(arrays.get(name) for name in ("latents_flipped", "alpha_mask")))
+        name = "latents_flipped" if flipped else "latents"
+        arrays = _read(path, [name, "alpha_mask"] if sample.subset.pixels.alpha_mask else [name])
+        return arrays[name].float(), _mirrored(arrays.get("alpha_mask"), flipped=flipped)
 
     def _file(self, sample: Sample) -> Path | None:
         return next((path for path in (sample.latents_file, sample.old_latents_file) if path.exists()), None)
@@ -307,6 +312,10 @@ class LatentsOnDisk(_OnDisk):
         settled = time.time_ns() - origin.stamp[1] > 2_000_000_000
         picture = {"content": origin.content, "size": origin.stamp[0], "time": origin.stamp[1] if settled else 0}
         self._write(path, arrays, {**self._made_of(sample), "picture": picture})
+
+
+def _mirrored(mask: Tensor | None, *, flipped: bool) -> Tensor | None:
+    return mask.flip(-1) if flipped and mask is not None else mask
 
 
 _LATENT_NAMES = ("latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb")
@@ -417,5 +426,4 @@ def _read(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
         raise RunError(
             f"{path}: the cache was changed or damaged since the run began ({error}); remove it and run again"
         ) from None
-    # A copy, as arrays that lie in the file's bytes can't be written.
-    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

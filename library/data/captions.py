@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+from library.files import read_small_file
+
 
 @dataclass(frozen=True)
 class CaptionSettings:
@@ -59,12 +61,11 @@ def read_caption(path: str | Path, *, all_lines: bool) -> str:
 
     A byte order mark and any kind of line end are dropped.
     """
-    with open(path, "rb", buffering=0) as file:
-        raw = file.read()
+    raw = read_small_file(path)
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise BadCaption("it is UTF-16; save it as UTF-8")
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise BadCaption(f"it is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     if "\0" in text:

@@ -1,5 +1,6 @@
 """Datasets without a file: --train_data_dir and --reg_data_dir with their N_class folders, or --in_json, as its tables."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,22 @@ def class_folders(parent: Path, option: str) -> tuple[list[tuple[Path, int, str 
         raise OptionError(Mistake(f"{option} {parent}: no such folder", (option.removeprefix("--"),)))
     found: list[tuple[Path, int, str | None]] = []
     other = []
-    for folder in sorted(path for path in parent.iterdir() if path.is_dir()):
-        match = re.fullmatch(r"(-?\d+)(?:_(.*))?", folder.name)
+    with os.scandir(parent) as entries:  # there may be a million of them
+        folders, files = [], False
+        for entry in entries:
+            if entry.is_dir():
+                folders.append(entry.name)
+            else:
+                files = True
+    for name in sorted(folders):
+        match = re.fullmatch(r"(-?\d+)(?:_(.*))?", name)
         if match:
-            found.append((folder, int(match[1]), match[2] or ""))
+            found.append((parent / name, int(match[1]), match[2] or ""))
         else:
-            other.append(folder.name)
+            other.append(name)
     if other and found:
         return found, [f"{option} {parent}: not named N_class, so not used: {', '.join(other)}"]
-    if not found and any(path.is_file() for path in parent.iterdir()):
+    if not found and files:
         return [(parent, 1, None)], [
             f"{option} {parent}: has no N_class folders; its own pictures are used, once each an epoch"
         ]

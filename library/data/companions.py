@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from library.data.images import BadImage, look_at
@@ -28,14 +28,15 @@ class CaptionFolder:
         problem: what is wrong when the ending that the user gave isn't there at all.
     """
 
-    def __init__(self, subset: Subset, folder: str, pictures: Sequence[str], names: set[str]):
+    def __init__(self, subset: Subset, folder: str, pictures: Sequence[str], entries: Mapping[str, os.DirEntry]):
+        """Args: entries: all that lies in the folder, by name."""
         self.folder = folder
-        self.names = names
+        self.entries = entries
         self.extension = subset.caption_extension
         self.problem: str | None = None
-        if any(self.file_of(name) for name in pictures):
+        if any(self.file_of(name.rpartition(".")[0]) for name in pictures):
             return
-        there = Counter(os.path.splitext(other)[1] for other in self._companions(pictures))
+        there = Counter(self._companions(pictures))
         if not subset.extension_was_chosen and there[".txt"]:
             log.info("%s: no *%s, so captions are read from the %d *.txt", folder, self.extension, there[".txt"])
             self.extension = ".txt"
@@ -46,28 +47,27 @@ class CaptionFolder:
                 "--caption_extension, or train with empty captions by --allow_missing_captions"
             )
 
-    def file_of(self, name: str) -> str | None:
-        """The picture's caption file: of its own stem, else of its stem without the face that it ends in (_x_y_w_h)."""
-        stem = os.path.splitext(name)[0]
-        for candidate in (stem, stem.rsplit("_", 4)[0] if stem.count("_") >= 4 else stem):
-            if candidate + self.extension in self.names:
-                return candidate + self.extension
-        return None
+    def file_of(self, stem: str) -> str | None:
+        """The caption file of a picture: of its own stem, else of its stem without the face that it ends in (_x_y_w_h)."""
+        name = stem + self.extension
+        if name not in self.entries and stem.count("_") >= 4:
+            name = stem.rsplit("_", 4)[0] + self.extension
+        return name if name in self.entries else None
 
     def _companions(self, pictures: Sequence[str]) -> Iterator[str]:
-        """Files that are called like a picture, and are no picture themselves."""
-        stems = {os.path.splitext(name)[0] for name in pictures}
+        """The endings of files that are called like a picture, and are no picture themselves."""
+        stems = {name.rpartition(".")[0] for name in pictures}
         shown = set(pictures)
-        for name in self.names:
-            stem, ending = os.path.splitext(name)
-            if stem in stems and name not in shown and ending and ending != ".npz":
-                yield name
+        for name in self.entries:
+            stem, _, ending = name.rpartition(".")
+            if stem in stems and name not in shown and ending != "npz":
+                yield f".{ending}"
 
 
 class ConditioningFolder:
     """Which conditioning image or mask belongs to which picture: the one of its stem."""
 
-    def __init__(self, subset: Subset, extensions: frozenset[str]):
+    def __init__(self, subset: Subset, extensions: Sequence[str]):
         assert subset.conditioning_data_dir is not None
         self.folder = str(subset.conditioning_data_dir)
         self.by_stem: dict[str, list[str]] = {}
@@ -101,7 +101,7 @@ class ConditioningFolder:
 class Stems:
     """The picture that a metadata key means: keys of sd-scripts' tools may lack the ending."""
 
-    def __init__(self, extensions: frozenset[str]):
+    def __init__(self, extensions: Sequence[str]):
         self.extensions = extensions
         self._listed: dict[str, dict[str, os.DirEntry]] = {}
 

@@ -100,8 +100,8 @@ class Batches(TorchDataset):
         for i, sample in enumerate(samples):
             draw = python_draw(self.seed, "caption", place.epoch, place.first + i)
             dropped = is_dropped(sample.subset.captions, draw, epoch=place.epoch + 1)
-            number = self.text.texts.choose(sample, draw, dropped=dropped)
-            captions.append(self.text.texts.of(sample)[number])
+            number, caption = self.text.texts.choose(sample, draw, dropped=dropped)
+            captions.append(caption)
             encoded.append(self.text.read(sample, number))
         return Texts(tuple(captions), EncodedText(*(torch.stack(parts) for parts in zip(*encoded, strict=True))))
 
@@ -123,10 +123,7 @@ class Batches(TorchDataset):
 
     def _picture(self, sample: Sample, place: Place, i: int, *, flipped: bool) -> _Picture:
         if self.latents is not None:
-            kept = self.latents.read(sample)
-            latents = kept.flipped if flipped else kept.plain
-            assert latents is not None
-            mask = kept.mask.flip(-1) if flipped and kept.mask is not None else kept.mask
+            latents, mask = self.latents.read(sample, flipped=flipped)
             return _Picture(latents, mask, sample.crop_top_left(flipped=flipped))
         draw = python_draw(self.seed, "pixels", place.epoch, place.first + i)
         try:

@@ -39,7 +39,6 @@ EncodeTexts = Callable[[Sequence[str]], EncodedText]
 """captions -> their encoder outputs, [B, ...], on the CPU"""
 
 TEXTS_AT_ONCE = 64
-_TEXTS_IN_MEMORY = 512  # encoded texts that wait for the others of their sample
 _THREADS = max(2, min(8, os.cpu_count() or 1))
 _WRITES_AHEAD = 4  # batches
 
@@ -231,7 +230,8 @@ def fill_text(
         return
     _remove_left_over(sample.text_file.parent for sample in missing if not cache.in_memory)
     texts = {id(sample): cache.texts.of(sample) for sample in missing}
-    missing.sort(key=lambda sample: texts[id(sample)])  # equal captions beside each other
+    # By length, so that a batch isn't as long as one odd text in it; equal captions stand beside each other.
+    missing.sort(key=lambda sample: (len(texts[id(sample)][0]), texts[id(sample)]))
     with (
         progress_bar("caching text-encoder outputs", len(missing), unit="captions") as bar,
         _background_writer() as write,
@@ -244,13 +244,13 @@ def fill_text(
 
 
 def _windows(samples: Sequence[Sample], texts_of: Callable[[Sample], Sequence[str]]) -> Iterator[list[Sample]]:
-    """Runs of samples with a bounded number of different texts."""
+    """Runs of samples with a batch's worth of different texts."""
     window: list[Sample] = []
     different: set[str] = set()
     for sample in samples:
         window.append(sample)
         different.update(texts_of(sample))
-        if len(different) >= _TEXTS_IN_MEMORY:
+        if len(different) >= TEXTS_AT_ONCE:
             yield window
             window, different = [], set()
     if window:
@@ -258,8 +258,7 @@ def _windows(samples: Sequence[Sample], texts_of: Callable[[Sample], Sequence[st
 
 
 def _encode_texts(texts: Iterable[str], encode: EncodeTexts) -> dict[str, EncodedText]:
-    """In batches of equal length, as near as can be: a batch is as long as its longest text."""
-    ordered = sorted(texts, key=lambda text: (len(text), text))
+    ordered = sorted(texts)
     encoded: dict[str, EncodedText] = {}
     for start in range(0, len(ordered), TEXTS_AT_ONCE):
         batch = ordered[start : start + TEXTS_AT_ONCE]

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from library.data.size import Size
 
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # bytes as they are, on Windows too
 _FIRST_READ = 4096  # holds the header of nearly every file
 _LAST_READ = 1 << 14  # where the EXIF chunk of a PNG lies if it stands behind the pixels
 _ORIENTATION = 0x0112
@@ -26,7 +27,7 @@ class Header(NamedTuple):
 
 def read_header(path: str) -> Header | None:
     """The header of a PNG or JPEG; None for anything else, or if something is odd. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(path, _READ)
     try:
         start = os.read(descriptor, _FIRST_READ)
         if start.startswith(_PNG):

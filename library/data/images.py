@@ -71,14 +71,17 @@ def is_large(size: Size) -> bool:
 
 
 def _header(path: str) -> Header:
-    with _image_errors():
+    try:
         header = read_header(path)
-        if header is None:
-            _register_plugin(path)
-            with Image.open(path) as image:
-                orientation = image.getexif().get(_ORIENTATION, 1)
-                header = Header(Size(*image.size), orientation, getattr(image, "is_animated", False))
+    except OSError:  # said in words below
+        header = None
+    if header is not None:
         return header
+    with _image_errors():
+        _register_plugin(path)
+        with Image.open(path) as image:
+            orientation = image.getexif().get(_ORIENTATION, 1)
+            return Header(Size(*image.size), orientation, getattr(image, "is_animated", False))
 
 
 def load(path: str | Path, *, keep_alpha: bool = False) -> np.ndarray:

@@ -56,16 +56,19 @@ class KnownFiles:
         self._home = home or user_cache_folder() / "index"
         self._folders: dict[str, dict[str, list]] = {}  # folder -> name -> [size, time, facts]
         self._changed: set[str] = set()
+        self._youngest = 0  # time before which a file that is as it was has settled
 
     def get(self, folder: str, name: str, stamp: Stamp) -> dict[str, Any]:
         """What is known of a file; nothing if it has changed since."""
-        row = self._folder(folder).get(name)
+        row = (self._folders.get(folder) or self._folder(folder)).get(name)
         return row[2] if row is not None and row[0] == stamp[0] and row[1] == stamp[1] else {}
 
     def learn(self, folder: str, name: str, stamp: Stamp, **facts: Any) -> None:
         """Add to what is known of a file, as it is at `stamp`."""
-        if time.time_ns() - stamp[1] < _SETTLED:
-            return
+        if stamp[1] > self._youngest:
+            self._youngest = time.time_ns() - _SETTLED
+            if stamp[1] > self._youngest:
+                return
         self._folder(folder)[name] = [*stamp, {**self.get(folder, name, stamp), **facts}]
         self._changed.add(folder)
 
