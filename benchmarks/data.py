@@ -13,32 +13,37 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from library.data.cache import LatentsInMemory, LatentsOnDisk, Origin, TextInMemory, TextOnDisk, TextPlan
+from library.data.buckets import Fit
+from library.data.cache import Latents, LatentsInMemory, LatentsOnDisk, Origin, TextInMemory, TextOnDisk, TextPlan
+from library.data.captions import CaptionSettings
 from library.data.dataset import Batches, group_samples
 from library.data.dataset_config import read_datasets
 from library.data.fill_cache import _batches_by_bucket, fill_latents, fill_text
 from library.data.known_files import KnownFiles
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.order import Order
-from library.data.sample import Sample
+from library.data.sample import PixelSettings, Sample, Subset
+from library.data.size import Size
 from library.data.subsets import Dataset, scan
 from library.log import log
 from library.models import vae
 from library.models.text_encoders import EncodedText
 from library.options import read_options
 
+ROOT = Path(__file__).resolve().parent.parent
 PICTURES, MEGAPIXEL_PICTURES, ROWS = 5_000, 96, 1_000_000
 
 
@@ -67,7 +72,16 @@ def median_seconds(function: Callable[[], object], times: int = 5) -> float:
 
 
 def scanned(folder: Path, known: KnownFiles, *words: object, resolution: int = 1024) -> list[Dataset]:
-    argv = ["--train_data_dir", folder, "--resolution", resolution, "--enable_bucket", "--max_bucket_reso", 2048, *words]
+    argv = [
+        "--train_data_dir",
+        folder,
+        "--resolution",
+        resolution,
+        "--enable_bucket",
+        "--max_bucket_reso",
+        2048,
+        *words,
+    ]
     options = read_options("", [DatasetOptions, CaptionOptions, CacheOptions], [str(word) for word in argv])
     return scan(read_datasets(options)[0], known)
 
@@ -108,8 +122,6 @@ def scanning(top: Path) -> list[Row]:
 
 
 def _most_common_buckets(samples: Sequence[Sample], count: int) -> set:
-    from collections import Counter
-
     return {bucket for bucket, _ in Counter(sample.fit.bucket for sample in samples).most_common(count)}
 
 
@@ -145,8 +157,6 @@ def reading(top: Path) -> list[Row]:
     hidden = EncodedText(torch.randn(77, 768), torch.randn(77, 1280), torch.randn(1280))
     for sample in samples:
         shape = (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
-        from library.data.cache import Latents
-
         latents.write(sample, Latents(torch.randn(shape), torch.randn(shape)), Origin("", (0, 0)))
         texts.write(sample, [hidden])
     batches = Batches(samples, latents, texts, seed=0, max_train_steps=1)
@@ -156,22 +166,15 @@ def reading(top: Path) -> list[Row]:
 
 
 def text() -> list[Row]:
-    """The share of the time inside the encoders, which are stubs that take as long as a card would: 0.14 ms a caption."""
+    """The share of the time inside the encoders, which are stubs; the real ones take several times as long on two cores."""
     inside = [0.0]
     outputs = EncodedText(torch.randn(64, 77, 768), torch.randn(64, 77, 1280), torch.randn(64, 1280))
 
     def encode(captions: Sequence[str]) -> EncodedText:
         start = time.perf_counter()
-        time.sleep(0.03 * len(captions))  # both encoders on two cores take several times as long
+        time.sleep(0.03 * len(captions))
         inside[0] += time.perf_counter() - start
         return EncodedText(*(part[: len(captions)] for part in outputs))
-
-    from dataclasses import replace
-
-    from library.data.buckets import Fit
-    from library.data.captions import CaptionSettings
-    from library.data.sample import PixelSettings, Subset
-    from library.data.size import Size
 
     subset = Subset(Path(), 1, CaptionSettings(), PixelSettings())
     one = Sample("a.png", "", "", subset, 0, Size(8, 8), Fit(Size(8, 8), Size(8, 8)), "a", 1)

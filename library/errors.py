@@ -1,5 +1,6 @@
 """Errors that are the user's to mend, told without a traceback; and run(), which turns them into an exit status."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,16 +29,19 @@ class OptionError(ValueError):
 def run(main: Callable[[], None]) -> None:
     """Call an entry script's main and turn the user's mistakes into words on stderr and an exit status.
 
+    Of several processes, which all find the same mistakes in the options, one tells them.
+
     Status: 0 done, 1 the run failed, 2 wrong options or dataset, 130 interrupted.
     """
+    rank = int(os.environ.get("RANK", "0"))
     try:
         main()
     except OptionError as error:
-        for mistake in error.mistakes:
+        for mistake in error.mistakes if rank == 0 else ():
             print(f"error: {mistake.text}", file=sys.stderr)
         raise SystemExit(2) from None
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}" if rank == 0 else f"error on process {rank}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +58,16 @@ def start_logging(options: Options) -> None:
     log.setLevel(level if is_main_process() else logging.ERROR)
     for notice in options.notices:
         log.warning(notice)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Nothing is told meanwhile: for what is done twice."""
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was_disabled
 
 
 def _file_handler(path: Path) -> logging.Handler:

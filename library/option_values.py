@@ -53,7 +53,7 @@ def _kinds(hint: Any) -> tuple[tuple[type, ...], bool]:
 UNSET = object()
 _WANTED = {
     (bool,): "true or false", (int,): "a whole number", (float,): "a number", (str,): "text", (Path,): "a path",
-    (int, float): "a whole number of steps, or a share below 1 (0.1 or 10%)", (dict,): "a table",
+    (int, float): "a whole number of steps, or a share (0.1 or 10%; all: 100%)", (dict,): "a table",
 }  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def _read_text(value: Any) -> str | None:
 
 
 def _read_path(value: Any) -> Path | None:
-    return Path(value) if isinstance(value, str | Path) else None
+    return Path(value).expanduser() if isinstance(value, str | Path) else None
 
 
 def _read_table(value: Any) -> dict | None:
@@ -123,12 +123,14 @@ def _read_table(value: Any) -> dict | None:
 
 
 def _read_steps_or_share(value: Any) -> int | float | None:
-    """30 is 30 steps; 0.1 and "10%" are a tenth of all; 1.5 is neither."""
+    """30 is 30 steps; 0.1 and "10%" are a tenth of all; 1.5 is neither, and 1.0 could be either."""
     if isinstance(value, str) and value.endswith("%"):
         share = _read_float(value[:-1])
-        return None if share is None or not 0 <= share < 100 else share / 100
+        return None if share is None or not 0 <= share <= 100 else share / 100
     number = _read_float(value)
     if number is None or not math.isfinite(number) or number < 0:
+        return None
+    if number == 1 and (isinstance(value, float) or "." in str(value)):
         return None
     return int(number) if number == int(number) else number if number < 1 else None
 

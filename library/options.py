@@ -89,6 +89,11 @@ class Options:
         """How to point at this option in a message: `--name`, or the line of the config file that sets it."""
         return self._where.get(name, f"--{name}")
 
+    def replaced(self, group: OptionGroup) -> "Options":
+        """The same options with another instance of one group."""
+        groups = {**self._groups, type(group): group}
+        return Options(groups.values(), self._where, self.notices)
+
     def items(self) -> Iterator[tuple[str, Any]]:
         for group in self._groups.values():
             for field in dataclasses.fields(group):
@@ -150,10 +155,9 @@ def read_options(
     reader = _Reader(specs, refused or {}, unused or {})
     reader.read_command_line(_make_parser(description, groups, [*reader.refused, *reader.unused]), argv)
     config_file = reader.config_file()
-    strict = reader.raw.get("strict_config", (False, ""))[0]
     writing = reader.raw.get("output_config", (False, ""))[0]
     if config_file is not None and not writing:
-        reader.read_toml(config_file, strict=bool(strict))
+        reader.read_toml(config_file)
     values = reader.values()
 
     made = [_unchecked(group, values) for group in groups]
@@ -197,27 +201,33 @@ class _Reader:
             return
         for name, value in vars(given).items():
             self.raw[name] = (value, f"--{name}")
+        follows_unknown = False  # the words behind an unknown option are its values
         for word in unknown:
-            if word.startswith("--"):
-                name = word[2:].split("=")[0]
+            if word.startswith("-"):
+                name = word.lstrip("-").split("=")[0]
                 elsewhere = f"; it is {FOREIGN_KEYS[name]}" if name in FOREIGN_KEYS else did_you_mean(name, self.specs)
-                self.mistakes.append(Mistake(f"--{name} is no option of this script{elsewhere}"))
-            elif not unknown[0].startswith("-"):
+                dashes = "" if word.startswith("--") else " (options start with two dashes)"
+                self.mistakes.append(Mistake(f"{word.split('=')[0]} is no option of this script{elsewhere}{dashes}"))
+                follows_unknown = True
+            elif not follows_unknown:
                 self.mistakes.append(Mistake(f"unexpected word {word!r} on the command line; see --help"))
 
-    def read_toml(self, path: Path, *, strict: bool) -> None:
+    def read_toml(self, path: Path) -> None:
+        """Raises OptionError if the file can't be read at all: what would follow from its absence isn't worth telling."""
         try:
             text = path.read_text(encoding="utf-8-sig")
             tables = tomllib.loads(text)
         except FileNotFoundError:
-            self.mistakes.append(Mistake(f"--config_file {path}: no such file"))
-            return
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            self.mistakes.append(Mistake(f"--config_file {path}: can't be read as TOML: {error}"))
-            return
+            raise OptionError(*self.mistakes, f"--config_file {path}: no such file") from None
+        except UnicodeDecodeError:
+            raise OptionError(*self.mistakes, f"--config_file {path}: it is not UTF-8; save it as UTF-8") from None
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            hint = "; write Windows paths in 'single quotes', or with /" if "'\\\\'" in str(error) else ""
+            raise OptionError(*self.mistakes, f"--config_file {path}: can't be read as TOML: {error}{hint}") from None
         values: dict[str, Any] = {}
         for key, value in tables.items():  # section names only group keys for the reader
             values |= value if isinstance(value, dict) else {key: value}
+        strict = bool(self.raw.get("strict_config", (False, ""))[0] or values.get("strict_config"))
         foreign = []
         for key, value in values.items():
             where = f"{path}, line {_line_of(text, key)}: {key}"
@@ -238,7 +248,7 @@ class _Reader:
     def values(self) -> dict[str, Any]:
         """The value of every option; a broken one has its default, and a mistake."""
         values = {name: spec.default for name, spec in self.specs.items()}
-        idle: list[str] = []
+        idle: dict[str, list[str]] = {}  # reason -> options
         for name, (value, where) in list(self.raw.items()):
             if name in self.refused:
                 if value not in (False, 0, "", "0", [], None):
@@ -246,7 +256,7 @@ class _Reader:
                 continue
             if name in self.unused:
                 if value not in (False, "", []):
-                    idle.append(f"{name} ({self.unused[name]})")
+                    idle.setdefault(self.unused[name], []).append(name)
                 continue
             spec = self.specs[name]
             try:
@@ -262,7 +272,8 @@ class _Reader:
             if spec.rules["no_effect"] and read != spec.default:
                 self.notices.append(f"{where} changes nothing: {spec.rules['no_effect']}")
         if idle:
-            self.notices.append(f"these options change nothing in this version: {', '.join(idle)}")
+            told = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in idle.items())
+            self.notices.append(f"these options change nothing here: {told}")
         return values
 
 

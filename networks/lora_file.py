@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.errors import OptionError
+from library.errors import OptionError, RunError
 from library.files import write_atomically
 from library.log import log
+from library.models.checkpoint import identify, open_tensors
 from library.models.key_maps import Renaming, unet_pairs_of_config
 from library.models.unet import UNet
-from library.safetensors_io import load_tensors, network_hashes, write_safetensors
+from library.safetensors_io import network_hashes, write_safetensors
 from networks.lora import UNET, LoraNetwork, Target, module_key
 from networks.options import LoraSettings
 
@@ -22,11 +23,22 @@ _SHOWN = 5
 
 
 def read_lora(path: Path, unet: UNet) -> dict[str, Tensor]:
-    """The tensors of a LoRA file, U-Net names in Diffusers' spelling (lora_unet_down_blocks_…) turned into the original's."""
-    if path.suffix == ".safetensors":
-        tensors, _ = load_tensors(path)
-    else:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    """The tensors of a LoRA file, U-Net names in Diffusers' spelling (lora_unet_down_blocks_…) turned into the original's.
+
+    Raises OptionError for what is no LoRA, or holds numbers that aren't finite.
+    """
+    try:
+        file = open_tensors(path, mapped=False)
+        tensors = {name: file[name] for name in file.shapes}
+    except RunError as error:
+        raise OptionError(f"--network_weights {error}") from None
+    bad = [name for name, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
+    if bad:
+        raise OptionError(f"--network_weights {path}: {len(bad)} tensors hold no finite numbers ({_some(bad)})")
+    if not any(name.endswith(".lora_down.weight") for name in tensors):
+        raise OptionError(
+            f"--network_weights {path}: this is {identify(tensors)}; a LoRA with .lora_down.weight keys is needed"
+        )
     respelt = _diffusers_names(unet)
     return {
         f"{respelt.get(module, module)}.{rest}": tensor
@@ -47,6 +59,8 @@ def ranks_in_file(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]
         name, _, rest = key.partition(".")
         if rest == "lora_down.weight":
             alpha = tensors.get(f"{name}.alpha")
+            if tensor.ndim not in (2, 4) or (alpha is not None and alpha.numel() != 1):
+                raise OptionError(f"{name}: lora_down.weight is {list(tensor.shape)}, alpha is {alpha}: no LoRA's")
             ranks[name] = (len(tensor), float(len(tensor) if alpha is None else alpha))
     return ranks
 
@@ -107,6 +121,9 @@ def write_lora(
 ) -> None:
     """Write a network file in the format of its ending: safetensors with metadata and hashes, else a torch file of the bare tensors."""
     stored = {name: tensor.to(device="cpu", dtype=dtype or tensor.dtype) for name, tensor in tensors.items()}
+    bad = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
+    if bad:
+        raise RunError(f"{path}: not saved, as {len(bad)} of its tensors aren't finite ({_some(bad)})")
     if path.suffix != ".safetensors":
         write_atomically(path, lambda file: torch.save(stored, file))
         return

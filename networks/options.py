@@ -20,7 +20,7 @@ _SIDE_BLOCKS, _MIDDLE_BLOCKS = 9, 3
 class NetworkOptions(OptionGroup):
     """Network"""
 
-    network_module: str | None = option(None, "the kind of network: networks.lora", choices=("networks.lora",))
+    network_module: str | None = option(None, "the kind of network: networks.lora")
     network_dim: int | None = option(None, "rank; 4 when unset", at_least=1)
     network_alpha: float = option(
         1.0, "the network's effect is scaled by alpha / rank; 0 means alpha = rank", at_least=0
@@ -53,6 +53,11 @@ class NetworkOptions(OptionGroup):
     def mistakes(self) -> Iterable[Mistake]:
         if self.network_module is None:
             yield Mistake("--network_module is missing: networks.lora trains a LoRA", ("network_module",))
+        elif self.network_module != "networks.lora":
+            yield Mistake(
+                f"--network_module {self.network_module}: can't be used yet in this version; take networks.lora",
+                ("network_module",),
+            )
         if self.network_train_unet_only and self.network_train_text_encoder_only:
             yield Mistake(
                 "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train",
@@ -63,14 +68,15 @@ class NetworkOptions(OptionGroup):
                 "--dim_from_weights needs --network_weights, the file to take ranks from", ("network_weights",)
             )
         if self.network_weights is not None and not self.network_weights.is_file():
-            yield Mistake(f"--network_weights {self.network_weights}: no such file", ("network_weights",))
+            found = "is a folder; a file is needed" if self.network_weights.is_dir() else "no such file"
+            yield Mistake(f"--network_weights {self.network_weights}: {found}", ("network_weights",))
         if len(self.text_encoder_lr or ()) > 2:
             yield Mistake(
                 f"--text_encoder_lr: SDXL has two text encoders, got {len(self.text_encoder_lr or ())} numbers",
                 ("text_encoder_lr",),
             )
-        _, mistakes = read_network_args(self)
-        yield from mistakes
+        if self.network_module in (None, "networks.lora"):
+            yield from read_network_args(self)[1]
 
     @property
     def text_encoder_lrs(self) -> tuple[float | None, float | None]:

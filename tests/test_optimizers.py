@@ -98,7 +98,7 @@ def test_wrong_names_and_arguments_are_mistakes_that_say_what_to_do():
         find_optimizer("nosuchpackage.optim.Best")
     with pytest.raises(OptionError, match=r"Prodigy takes one learning rate .* got a 0\.01, b 0\.02"):
         make_optimizer("Prodigy", {}, groups(), 1.0)
-    with pytest.raises(OptionError, match=r"AdamW doesn't take them: .*beta.* It takes betas"):
+    with pytest.raises(OptionError, match=r"AdamW has no 'beta'; did you mean 'betas'.* It takes betas"):
         make_optimizer("AdamW", {"beta": 1}, groups(), 0.01)
 
 

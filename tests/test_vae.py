@@ -53,10 +53,10 @@ def test_fault_33_a_picture_that_overflows_is_encoded_again_in_float32_and_told(
     torch.manual_seed(0)
     images, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 4, 4)
     stand_in = _Overflowing(golden_models.vae)
-    latents = vae.encode(stand_in, images, noise)
+    latents = vae.encode(stand_in, images, noise, lambda: golden_models.vae)
     assert (
         torch.equal(latents[1], vae.encode(golden_models.vae, images.half(), noise)[1]) or latents[1].isfinite().all()
     )
     torch.testing.assert_close(latents[:1], vae.encode(golden_models.vae, images[:1], noise[:1]))
-    assert stand_in.dtype == torch.float16 and "1 of 2 pictures" in caplog.text
-    assert vae.decode(stand_in, latents).isfinite().all()
+    assert "1 of 2 pictures" in caplog.text
+    assert vae.decode(stand_in, latents, lambda: golden_models.vae).isfinite().all()

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             "euler", v_prediction=bool(checkpoint.v_prediction), zero_terminal_snr=bool(checkpoint.zero_terminal_snr)
         )
         latents = denoise(models.unet, sampler, noise, prompt, negative, steps=chosen.steps, scale=chosen.scale)
-        pixels = vae.decode(models.vae, vae.unscale_latents(latents))[0].clamp(-1, 1).add(1).mul(127.5).round()
+        pixels = models.decode_latents(vae.unscale_latents(latents))[0].clamp(-1, 1).add(1).mul(127.5).round()
         pictures.append(pixels.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(pictures, axis=1)).save(chosen.output)

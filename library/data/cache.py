@@ -211,10 +211,16 @@ class _OnDisk:
 
 
 class LatentsOnDisk(_OnDisk):
-    def __init__(self, vae: str = "", known: KnownFiles | None = None, *, trusted: bool = False):
-        """Args: vae: what tells this VAE and its dtype from others."""
+    def __init__(
+        self, vae: str = "", known: KnownFiles | None = None, *, trusted: bool = False, old_names: bool = False
+    ):
+        """
+        Args:
+            vae: what tells this VAE and its dtype from others.
+            old_names: write NAME.npz, as prepare_buckets_latents.py does; both names are read.
+        """
         super().__init__(known, trusted=trusted)
-        self._vae = vae
+        self._vae, self._old_names = vae, old_names
 
     def problem(self, sample: Sample) -> str | None:
         if self._trusted:
@@ -305,7 +311,7 @@ class LatentsOnDisk(_OnDisk):
             arrays["latents_flipped"] = latents.flipped.numpy()
         if latents.mask is not None:
             arrays["alpha_mask"] = latents.mask.numpy()
-        path = sample.latents_file
+        path = sample.old_latents_file if self._old_names else sample.latents_file
         if path.exists():
             arrays = {**npz.foreign_arrays(path, _LATENT_NAMES), **arrays}
         # A file that changed just now may change again without another time: let the next look compare contents.

@@ -53,7 +53,12 @@ def class_folders(parent: Path, option: str) -> tuple[list[tuple[Path, int, str 
     A parent without any, but with pictures of its own, is taken itself, with repeats 1 and no class.
     """
     if not parent.is_dir():
-        raise OptionError(Mistake(f"{option} {parent}: no such folder", (option.removeprefix("--"),)))
+        raise OptionError(
+            Mistake(
+                f"{option} {parent}: {'is a file; a folder is needed' if parent.exists() else 'no such folder'}",
+                (option.removeprefix("--"),),
+            )
+        )
     found: list[tuple[Path, int, str | None]] = []
     other = []
     with os.scandir(parent) as entries:  # there may be a million of them

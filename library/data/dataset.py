@@ -61,6 +61,7 @@ class Batches(TorchDataset):
     prior_loss_weight: float = 1.0
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
+        """Raises RunError, naming the file that can't be read any more."""
         place = micro.place
         samples = [self.samples[i] for i in micro.samples]
         flips = [self._is_flipped(sample, place, i) for i, sample in enumerate(samples)]
@@ -180,17 +181,28 @@ def load_batches(
     context = multiprocessing.get_context(start_method) if workers else None
     here, there = tee(order)
     loader = DataLoader(
-        loaded, batch_size=None, sampler=_Sampler(there), num_workers=workers, multiprocessing_context=context, pin_memory=pin_memory
+        _Told(loaded), batch_size=None, sampler=_Sampler(there), num_workers=workers, multiprocessing_context=context, pin_memory=pin_memory
     )  # fmt: skip
-    if not text_stays_here:
-        return iter(loader)
-    return _with_texts(loader, batches, here)
+    for batch, micro in zip(loader, here, strict=False):  # neither has an end
+        if isinstance(batch, RunError):
+            raise batch
+        if text_stays_here:
+            texts = batches.texts(micro)
+            batch = dataclasses.replace(batch, captions=texts.captions, text=texts.encoded)
+        yield batch
 
 
-def _with_texts(loader: Iterable[Batch], batches: Batches, order: Iterable[MicroBatch]) -> Iterator[Batch]:
-    for batch, micro in zip(loader, order, strict=False):  # neither has an end
-        texts = batches.texts(micro)
-        yield dataclasses.replace(batch, captions=texts.captions, text=texts.encoded)
+@dataclass(frozen=True)
+class _Told(TorchDataset):
+    """Batches whose errors are values: DataLoader would wrap one from a worker in that process's traceback."""
+
+    batches: Batches
+
+    def __getitem__(self, micro: MicroBatch) -> Batch | RunError:
+        try:
+            return self.batches[micro]
+        except RunError as error:
+            return error
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,10 @@ def _read_file(path: Path) -> Any:
     raise OptionError(f"--dataset_config {path}: expected a .toml or .json file")
 
 
+def _missing(folder: Path) -> str:
+    return "is a file; a folder is needed" if folder.exists() else "no such folder"
+
+
 Tables = tuple[Mapping[str, Any], ...]
 
 
@@ -184,6 +188,9 @@ class _Definition:
             self._mistake(where, f"bucket_reso_steps {step}: SDXL needs a multiple of 32")
             return None
         if plan_enabled:
+            if smallest > largest:
+                self._mistake(where, f"min_bucket_reso {smallest} is above max_bucket_reso {largest}")
+                return None
             smallest, largest = smallest // step * step, -(-largest // step) * step
             if min(size) < smallest and not no_upscale:
                 self._mistake(where, f"min_bucket_reso {smallest} is above the resolution's shorter side {min(size)}")
@@ -244,7 +251,7 @@ class _Definition:
         if folder is None and not in_metadata:
             self._mistake(where, "image_dir is missing")
         if folder is not None and not folder.is_dir():
-            self._mistake(where, f"image_dir {folder}: no such folder")
+            self._mistake(where, f"image_dir {folder}: {_missing(folder)}")
         if metadata is not None and not metadata.is_file():
             self._mistake(where, f"metadata_file {metadata}: no such file")
         if in_metadata and own.get("is_reg"):
@@ -255,7 +262,7 @@ class _Definition:
                     where, "conditioning_data_dir holds masks here; give --masked_loss to use them, or leave it out"
                 )
             if not conditioning.is_dir():
-                self._mistake(where, f"conditioning_data_dir {conditioning}: no such folder")
+                self._mistake(where, f"conditioning_data_dir {conditioning}: {_missing(conditioning)}")
             if in_metadata:
                 self._mistake(where, "conditioning_data_dir is for folders, not for metadata_file")
             if own.get("alpha_mask"):

@@ -87,16 +87,6 @@ class DatasetOptions(OptionGroup):
                 f"--face_crop_aug_range {self.face_crop_aug_range!r}: expected two numbers above 0, smallest,largest",
                 ("face_crop_aug_range",),
             )
-        if self.bucket_reso_steps % _MULTIPLE:
-            yield Mistake(
-                f"--bucket_reso_steps {self.bucket_reso_steps}: SDXL needs a multiple of {_MULTIPLE}",
-                ("bucket_reso_steps",),
-            )
-        if self.min_bucket_reso > self.max_bucket_reso:
-            yield Mistake(
-                f"--min_bucket_reso {self.min_bucket_reso} is above --max_bucket_reso {self.max_bucket_reso}",
-                ("min_bucket_reso", "max_bucket_reso"),
-            )
 
 
 def parse_resolution(text: str) -> Size | None:
@@ -162,7 +152,7 @@ class CacheOptions(OptionGroup):
         False,
         "keep them as NAME_WWWWxHHHH_sdxl.npz beside the pictures, and use those that lie there; implies --cache_latents",
     )
-    vae_batch_size: int = option(1, "pictures the VAE encodes at once while caching", at_least=1)
+    vae_batch_size: int = option(1, "pictures the VAE encodes at once while caching", at_least=1, unset=(0,))
     cache_text_encoder_outputs: bool = option(
         False,
         "encode each caption once, before training; rules out training the text encoders and captions that change",

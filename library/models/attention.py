@@ -3,7 +3,6 @@
 Shapes: B batch, N queries, M keys, H heads, D channels per head (64 in every SDXL).
 """
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -28,7 +27,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([sdpa(part, k, v) for part in q.split(QUERIES_AT_ONCE, dim=2)], dim=2)
 
 
-def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """xformers' memory-efficient attention, which wants [B, N, H, D]."""
     from xformers.ops import memory_efficient_attention
 
@@ -40,9 +39,13 @@ def choose_attention(*, mem_eff_attn: bool, use_xformers: bool) -> AttentionFunc
     if mem_eff_attn:
         return chunked
     if use_xformers:
-        if importlib.util.find_spec("xformers") is not None:
-            return xformers
-        log.warning(
-            "--xformers: xformers is not installed; PyTorch's own attention (--sdpa) is used, which is as lean and fast"
-        )
+        try:
+            import xformers.ops  # noqa: F401
+        except Exception as error:  # one made for another torch fails in many ways
+            why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"can't be used ({error})"
+            log.warning(
+                "--xformers: xformers %s; PyTorch's own attention (--sdpa) is used, which is as lean and fast", why
+            )
+        else:
+            return _xformers
     return sdpa

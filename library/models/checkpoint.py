@@ -135,6 +135,9 @@ _SDXL_SIGNATURE = ("model.diffusion_model.input_blocks.", "model.diffusion_model
 
 # What else a user may have picked: (a prefix or piece of a key, what the file is); the first that is found counts.
 _SIGNATURES = (
+    (".hada_w1_a", "a LoHa"),
+    (".lokr_w1", "a LoKr"),
+    (".oft_", "an OFT network"),
     ("lora_unet_", "a LoRA (give it to --network_weights)"),
     ("lora_te", "a LoRA (give it to --network_weights)"),
     (".lora_A.", "a LoRA (give it to --network_weights)"),
@@ -241,12 +244,17 @@ class _PickledTensors:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
+            # Torch's own text advises how to load it all the same, which we never pass on.
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f": {found[1]}" if found else ""
             raise RunError(
-                f"{path}: refused: it holds more than tensors, which could run code on loading ({_first_line(error)})"
+                f"{path}: refused: it holds more than tensors, which could run code on loading{what}"
             ) from None
-        except (RuntimeError, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
             raise RunError(f"{path}: can't be read as a torch file: {_first_line(error)}") from None
-        loaded = loaded.get("state_dict", loaded)
+        loaded = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
+        if not isinstance(loaded, Mapping):
+            loaded = {}
         self._tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
         self.metadata: Mapping[str, str] = {}
 
@@ -259,12 +267,12 @@ class _PickledTensors:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _locate(name: str, *, prefer_fp16: bool) -> Path:
     """A path on this machine: the one given, or the hub's local copy, downloaded if need be."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.exists():
         return path
     if not _looks_like_hub_id(name):
@@ -272,9 +280,19 @@ def _locate(name: str, *, prefer_fp16: bool) -> Path:
     return _from_hub(name, prefer_fp16=prefer_fp16)
 
 
+def check_vae(name: str) -> None:
+    """See by its header that --vae names a VAE; pickles are only looked at when they are loaded. Raises OptionError."""
+    path = locate_vae(name)
+    if path.is_dir() or path.suffix != ".safetensors":
+        return
+    names = [key.removeprefix(FILE_PREFIXES["vae"]) for key in TensorFile(path).shapes]
+    if not {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= set(names):
+        raise OptionError(f"--vae {path}: this is {identify(names)}; a VAE is needed")
+
+
 def locate_vae(name: str) -> Path:
     """The file of a VAE, or the folder of a whole Diffusers model, that --vae names; a hub id is downloaded."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file() or (path / "model_index.json").exists():
         return path
     if path.is_dir():
@@ -305,6 +323,7 @@ def _looks_like_hub_id(name: str) -> bool:
 def _from_hub(repo_id: str, *, prefer_fp16: bool) -> Path:
     """Download (or find in the hub's cache) one variant of each component, its configurations and tokenizers."""
     import huggingface_hub
+    from huggingface_hub import constants
 
     wanted = [
         "model_index.json",
@@ -314,7 +333,7 @@ def _from_hub(repo_id: str, *, prefer_fp16: bool) -> Path:
         *(f"{folder}/*.json" for folder in FOLDERS.values()),
     ]
     with _hub_errors(repo_id):
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
+        if constants.HF_HUB_OFFLINE:
             return Path(huggingface_hub.snapshot_download(repo_id))
         there = huggingface_hub.HfApi().list_repo_files(repo_id)
         for folder in FOLDERS.values():

@@ -1,5 +1,6 @@
 """SdxlModels: the live U-Net, VAE, text encoders and tokenizers of one checkpoint, each loaded when first asked for."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from library.models.text_encoders import EncodedText
     from library.models.tokens import Tokenizer
+
+
+_LOADED = ("unet", "vae", "text_encoders", "tokenizers")
 
 
 class SdxlModels:
@@ -55,13 +59,8 @@ class SdxlModels:
     def unet(self) -> UNet:
         with torch.device("meta"):
             unet = UNet(self.checkpoint.unet, self._attention, gradient_checkpointing=self._gradient_checkpointing)
-        load_weights(
-            unet,
-            self.checkpoint.tensors("unet"),
-            self.precision.compute,
-            self.device,
-            what=f"{self.checkpoint.path}: U-Net",
-        )
+        what = f"{self.checkpoint.path}: U-Net"
+        self._load(unet, self.checkpoint.tensors("unet"), self.precision.compute, what=what)
         return unet
 
     @cached_property
@@ -79,14 +78,7 @@ class SdxlModels:
             )
         encoder: Any = build_text_encoder(tensors, number)
         what = f"{self.checkpoint.path}: text encoder {number}"
-        load_weights(
-            encoder,
-            tensors,
-            self.precision.compute,
-            self.device,
-            what=what,
-            name_of=lambda name: module_name(encoder, name),
-        )
+        self._load(encoder, tensors, self.precision.compute, what=what, name_of=lambda name: module_name(encoder, name))
         if self._gradient_checkpointing:
             # transformers renames it; version 6 will know the new name only.
             enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
@@ -95,12 +87,40 @@ class SdxlModels:
 
     @cached_property
     def vae(self) -> "AutoencoderKL":
-        from library.models.vae import build_vae
+        return self._load_vae(self.precision.vae)
 
-        tensors = self.stored("vae")
-        vae = build_vae(tensors)
-        load_weights(vae, tensors, self.precision.vae, self.device, what=f"{self._vae or self.checkpoint.path}: VAE")
-        return vae
+    def _load_vae(self, dtype: torch.dtype) -> "AutoencoderKL":
+        return load_vae(self.stored("vae"), dtype, self.device, what=f"{self._vae or self.checkpoint.path}: VAE")
+
+    def _vae_in_float32(self) -> "AutoencoderKL":
+        """The VAE in float32, which takes the other's place: one picture that overflows is seldom alone."""
+        self.__dict__["vae"] = self._load_vae(torch.float32)
+        return self.vae
+
+    def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Raw latents of pictures (library/models/vae.py: encode)."""
+        from library.models.vae import encode
+
+        return encode(self.vae, images, noise, self._vae_in_float32)
+
+    def decode_latents(self, raw: Tensor) -> Tensor:
+        """Pictures of raw latents (library/models/vae.py: decode)."""
+        from library.models.vae import decode
+
+        return decode(self.vae, raw, self._vae_in_float32)
+
+    def _load(self, module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, *, what: str, name_of: Callable[[str], str] = lambda name: name) -> None:  # fmt: skip
+        if self.device.type == "meta":
+            module.requires_grad_(False).eval()
+        else:
+            load_weights(module, tensors, dtype, self.device, what=what, name_of=name_of)
+
+    def without_weights(self) -> "SdxlModels":
+        """The same modules on the meta device, for building what goes on them without reading a weight."""
+        skeleton = copy.copy(self)
+        skeleton.__dict__ = {name: value for name, value in self.__dict__.items() if name not in _LOADED}
+        skeleton.device = torch.device("meta")
+        return skeleton
 
     def stored(self, part: str) -> dict[str, Tensor]:
         """The part's tensors (module names) as stored, not cast: those that the modules are made of."""
@@ -142,6 +162,16 @@ class SdxlModels:
             self.__dict__.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def load_vae(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, *, what: str) -> "AutoencoderKL":
+    """The VAE of these tensors (module names), frozen. Raises RunError if they are no VAE's."""
+    from library.models.vae import build_vae
+
+    vae = build_vae(tensors)
+    load_weights(vae, tensors, dtype, device, what=what)
+    vae.encoder.to(memory_format=torch.channels_last)  # caching encodes; convolutions are faster so
+    return vae
 
 
 def load_weights(

@@ -4,8 +4,7 @@ Shapes: B batch, H and W in pixels. Raw latents are what the VAE gives and the d
 U-Net sees. Nobody else multiplies by LATENT_SCALE.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,55 +50,57 @@ def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def encode(vae: "AutoencoderKL", images: Tensor, noise: Tensor) -> Tensor:
+InFloat32 = Callable[[], "AutoencoderKL"]
+"""Gives the same VAE in float32, its weights as stored."""
+
+
+@torch.inference_mode()
+def encode(vae: "AutoencoderKL", images: Tensor, noise: Tensor, in_float32: InFloat32 | None = None) -> Tensor:
     """Raw latents of `images`: a sample of the posterior, mean + std * noise.
 
     Args:
         images: [B, 3, H, W] in -1..1, any float dtype.
         noise: standard normal, [B, 4, H/8, W/8].
+        in_float32: for pictures whose latents aren't finite (fp16 overflows in this VAE), which are encoded again.
 
     Returns:
-        [B, 4, H/8, W/8], float32. A picture whose latents aren't finite (fp16 overflows in this VAE) is encoded again in
-        float32; if they still aren't, they are returned so, for the caller to name the picture.
+        [B, 4, H/8, W/8], float32. What isn't finite in float32 either is returned so, for the caller to name the picture.
     """
     latents = _encode(vae, images, noise)
+    if vae.dtype == torch.float32 or in_float32 is None:
+        return latents
     bad = ~finite_samples(latents)
-    if bad.any() and vae.dtype != torch.float32:
-        log.warning(
-            "the VAE overflowed in %s for %d of %d pictures; they are encoded again in float32",
-            str(vae.dtype)[6:],
-            int(bad.sum()),
-            len(bad),
-        )
-        with _in_float32(vae):
-            latents[bad] = _encode(vae, images[bad], noise[bad])
+    if bad.any():
+        _tell_overflow(vae, int(bad.sum()), len(bad))
+        latents[bad] = _encode(in_float32(), images[bad.to(images.device)], noise[bad.to(noise.device)])
     return latents
 
 
 def _encode(vae: "AutoencoderKL", images: Tensor, noise: Tensor) -> Tensor:
-    posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+    inputs = images.to(vae.device, vae.dtype, memory_format=torch.channels_last)
+    posterior = vae.encode(inputs).latent_dist
     return posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device, torch.float32)
 
 
-@contextmanager
-def _in_float32(vae: "AutoencoderKL") -> Iterator[None]:
-    dtype = vae.dtype
-    vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        vae.to(dtype)
+def _tell_overflow(vae: "AutoencoderKL", count: int, total: int) -> None:
+    log.warning(
+        "the VAE overflowed in %s for %d of %d pictures; it works in float32 from here on (--no_half_vae from the start)",
+        str(vae.dtype).removeprefix("torch."),
+        count,
+        total,
+    )
 
 
-@torch.no_grad()
-def decode(vae: "AutoencoderKL", raw: Tensor) -> Tensor:
-    """Pictures of raw latents [B, 4, H/8, W/8]: [B, 3, H, W], float32, about -1..1; in float32 again if not finite."""
+@torch.inference_mode()
+def decode(vae: "AutoencoderKL", raw: Tensor, in_float32: InFloat32 | None = None) -> Tensor:
+    """Pictures of raw latents [B, 4, H/8, W/8]: [B, 3, H, W], float32, about -1..1; those that aren't finite in float32 again."""
     images = _decode(vae, raw)
-    if not images.isfinite().all() and vae.dtype != torch.float32:
-        log.warning("the VAE overflowed in %s; the picture is decoded again in float32", str(vae.dtype)[6:])
-        with _in_float32(vae):
-            images = _decode(vae, raw)
+    if vae.dtype == torch.float32 or in_float32 is None:
+        return images
+    bad = ~finite_samples(images)
+    if bad.any():
+        _tell_overflow(vae, int(bad.sum()), len(bad))
+        images[bad] = _decode(in_float32(), raw[bad.to(raw.device)])
     return images
 
 

@@ -5,6 +5,7 @@ which sd-scripts uses (contract: training_math.md section 5), without importing 
 """
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,10 @@ def _by_class(optimizer: torch.optim.Optimizer, name: str, arguments: dict[str, 
     module, _, attribute = name.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module or "torch.optim.lr_scheduler"), attribute)
-        return kind(optimizer, **arguments)
+        scheduler = kind(optimizer, **arguments)
+        if "metrics" in inspect.signature(scheduler.step).parameters:
+            raise ValueError("it wants a metric at every step, which training has not")
+        return scheduler
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise OptionError(f"--lr_scheduler_type {name} with --lr_scheduler_args {arguments}: {error}") from None
 

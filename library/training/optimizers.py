@@ -17,6 +17,7 @@ from library.imports import import_transformers
 from library.log import log
 from library.option_values import did_you_mean
 from library.param_group import ParamGroup
+from library.training.options import is_adafactor_with_relative_step
 
 
 class _Known(NamedTuple):
@@ -83,16 +84,12 @@ def find_optimizer(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, An
         ) from None
 
 
-def is_adafactor_with_relative_step(name: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether Adafactor finds its own learning rate, which then isn't given to it."""
-    return name.lower() == "adafactor" and bool(arguments.get("relative_step", True) or arguments.get("warmup_init"))
-
-
 def make_optimizer(
     name: str, arguments: Mapping[str, Any], groups: Sequence[ParamGroup], lr: float
 ) -> torch.optim.Optimizer:
     """The optimizer over the groups. Raises OptionError if it doesn't take the arguments."""
     kind, implied = find_optimizer(name)
+    _check_arguments(name, kind, arguments)
     if name.lower().startswith(_FIND_THEIR_RATE):
         _check_own_rate(name, groups)
     given = {**implied, **arguments}
@@ -106,11 +103,26 @@ def make_optimizer(
         given["fused"] = True
     try:
         return kind(members, **given)
-    except (TypeError, ValueError) as error:
-        takes = ", ".join(
-            key for key in inspect.signature(kind.__init__).parameters if key not in ("self", "params", "lr")
-        )
-        raise OptionError(f"--optimizer_args: {kind.__name__} doesn't take them: {error}. It takes {takes}") from None
+    except (TypeError, ValueError, AssertionError) as error:
+        raise OptionError(f"--optimizer_args: {kind.__name__} doesn't take {_in_words(arguments)}: {error}") from None
+
+
+def _check_arguments(name: str, kind: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse what is no optimizer, and arguments that it has no name for."""
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise OptionError(f"--optimizer_type {name}: it is no optimizer")
+    parameters = inspect.signature(kind.__init__).parameters
+    takes = [key for key in parameters if key not in ("self", "params", "lr", "args", "kwargs")]
+    if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    unknown = [key for key in arguments if key not in takes and key != "lr"]
+    if unknown:
+        told = "; ".join(f"{key!r}{did_you_mean(key, takes)}" for key in unknown)
+        raise OptionError(f"--optimizer_args: {kind.__name__} has no {told}. It takes {', '.join(takes)}")
+
+
+def _in_words(arguments: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in arguments.items()) or "its defaults"
 
 
 def _check_own_rate(name: str, groups: Sequence[ParamGroup]) -> None:

@@ -1,9 +1,10 @@
 """Options of the training room, and the contradictions between its groups and others. No torch here."""
 
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.errors import Mistake
@@ -25,7 +26,9 @@ class RunOptions(OptionGroup):
     max_train_steps: int = option(1600, "optimizer steps in all", at_least=1)
     max_train_epochs: int | None = option(None, "epochs in all; wins over --max_train_steps", at_least=0)
     gradient_accumulation_steps: int = option(1, "batches per optimizer step and process", at_least=1)
-    seed: int | None = option(None, "seed of everything random; one is drawn and told when unset", at_least=0)
+    seed: int | None = option(
+        None, "seed of everything random; one is drawn and told when unset", at_least=0, at_most=2**63 - 1
+    )
     mixed_precision: str = option(
         "no", "dtype of frozen weights and of arithmetic; what is trained stays float32", choices=("no", "fp16", "bf16")
     )
@@ -64,6 +67,11 @@ class SavingOptions(OptionGroup):
         if self.output_name is not None and not is_plain_name(self.output_name):
             yield Mistake(
                 f"--output_name {self.output_name!r}: expected a plain file name, without folders and without its ending",
+                ("output_name",),
+            )
+        elif self.output_name is not None and Path(self.output_name).suffix in (".safetensors", ".ckpt", ".pt"):
+            yield Mistake(
+                f"--output_name {self.output_name!r}: give it without its ending, which --save_model_as decides",
                 ("output_name",),
             )
 
@@ -202,7 +210,7 @@ class NoiseOptions(OptionGroup):
     )
     noise_offset_random_strength: bool = option(False, "draw each sample's strength between 0 and --noise_offset")
     adaptive_noise_scale: float | None = option(
-        None, "added to --noise_offset times each latent channel's absolute mean"
+        None, "added to --noise_offset times each latent channel's absolute mean", unset=(0, 0.0)
     )
     multires_noise_iterations: int | None = option(None, "levels of coarser noise laid over the noise", at_least=0)
     multires_noise_discount: float = option(
@@ -218,6 +226,12 @@ class NoiseOptions(OptionGroup):
     def mistakes(self) -> Iterable[Mistake]:
         if self.adaptive_noise_scale is not None and not self.noise_offset:
             yield Mistake("--adaptive_noise_scale needs --noise_offset, which it is added to", ("noise_offset",))
+        low, high = self.min_timestep or 0, 1000 if self.max_timestep is None else self.max_timestep
+        if low > high or low == 1000:
+            yield Mistake(
+                f"--min_timestep {low} is above --max_timestep {high}: no timestep lies between them",
+                ("min_timestep", "max_timestep"),
+            )
 
 
 @dataclass(frozen=True)
@@ -284,6 +298,11 @@ COMMON_TRAINING = (
 )  # fmt: skip
 
 
+def is_adafactor_with_relative_step(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether Adafactor finds its own learning rate, which then isn't given to it."""
+    return name.lower() == "adafactor" and bool(arguments.get("relative_step", True) or arguments.get("warmup_init"))
+
+
 def check_training(options: Options) -> Iterable[Mistake]:
     """Contradictions between the groups that every training script has."""
     model, loss, schedule, optimizer = (
@@ -302,15 +321,27 @@ def check_training(options: Options) -> Iterable[Mistake]:
             "--v_pred_like_loss is for models that predict noise; it can't go with --v_parameterization",
             ("v_pred_like_loss", "v_parameterization"),
         )
-    if schedule.lr_scheduler == "adafactor" and optimizer.name.lower() != "adafactor":
+    arguments, _ = read_arguments("--optimizer_args", optimizer.optimizer_args)
+    if schedule.lr_scheduler == "adafactor" and not is_adafactor_with_relative_step(optimizer.name, arguments):
         yield Mistake(
-            "--lr_scheduler adafactor goes with --optimizer_type Adafactor only", ("lr_scheduler", "optimizer_type")
+            "--lr_scheduler adafactor goes with --optimizer_type Adafactor that finds its own rate (relative_step) only",
+            ("lr_scheduler", "optimizer_type"),
+        )
+    if options[RunOptions].ddp_static_graph and options[RunOptions].gradient_accumulation_steps > 1:
+        yield Mistake(
+            "--ddp_static_graph can't go with --gradient_accumulation_steps: its batches don't all exchange gradients",
+            ("ddp_static_graph", "gradient_accumulation_steps"),
         )
 
 
 def check_network(options: Options) -> Iterable[Mistake]:
     """Contradictions between the network's options and others."""
-    network = options[NetworkOptions]
+    network, base = options[NetworkOptions], options[OptimizerOptions].learning_rate
+    unet, texts = network.unet_lr, network.text_encoder_lrs
+    trained = [] if network.network_train_text_encoder_only else [base if unet is None else unet]
+    trained += [] if network.network_train_unet_only else [base if one is None else one for one in texts]
+    if not any(trained):
+        yield Mistake("nothing is trained: every learning rate is 0", ("learning_rate", "unet_lr", "text_encoder_lr"))
     if options[CacheOptions].text and not network.network_train_unet_only:
         yield Mistake(
             "--cache_text_encoder_outputs: captions are encoded before training, so the text encoders can't be trained; give --network_train_unet_only too",

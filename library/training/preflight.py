@@ -10,7 +10,7 @@ from library.data.options import CacheOptions, DatasetOptions
 from library.data.subsets import Dataset, scan
 from library.errors import Mistake, OptionError, RunError
 from library.log import log
-from library.models.checkpoint import Checkpoint, locate_vae, open_checkpoint
+from library.models.checkpoint import Checkpoint, check_vae, open_checkpoint
 from library.models.options import ModelOptions
 from library.options import Options
 from library.training.options import LossOptions, RunOptions, SavingOptions
@@ -29,7 +29,7 @@ class Preflight:
 
 def look_before(options: Options) -> Preflight:
     """Open the model and scan the datasets. Raises OptionError with what can't be used."""
-    checkpoint = _open(options[ModelOptions], prefer_fp16=options[RunOptions].mixed_precision == "fp16")
+    checkpoint = open_model(options[ModelOptions], prefer_fp16=options[RunOptions].mixed_precision == "fp16")
     log.info(checkpoint.describe())
     _refuse_to_overwrite(checkpoint.path, options[SavingOptions])
     v_prediction = _settled(options, "v_parameterization", checkpoint.v_prediction, checkpoint)
@@ -40,25 +40,24 @@ def look_before(options: Options) -> Preflight:
         )
     ):
         raise OptionError(*mistakes)
-    datasets, known = look_at_data(options)
+    datasets, known = look_at_data(options, options[RunOptions].seed)
     return Preflight(checkpoint, v_prediction, zero_terminal_snr, datasets, known)
 
 
-def look_at_data(options: Options) -> tuple[list[Dataset], KnownFiles]:
-    """Scan the datasets. Raises OptionError with what can't be used."""
+def look_at_data(options: Options, seed: int | None) -> tuple[list[Dataset], KnownFiles]:
+    """Scan the datasets. Raises OptionError with what can't be used. Args: seed: --seed."""
     data, cache_dir = options[DatasetOptions], options[CacheOptions].cache_dir
     plans, notices = read_datasets(options)
     for notice in notices:
         log.warning(notice)
     known = KnownFiles(None if cache_dir is None else cache_dir / "index")
-    seed = data.validation_seed if data.validation_seed is not None else options[RunOptions].seed
     datasets = scan(
         plans,
         known,
         skip_bad_images=data.skip_bad_images,
         allow_missing_captions=data.allow_missing_captions,
         cache_dir=cache_dir,
-        seed=seed or 0,
+        seed=(seed if data.validation_seed is None else data.validation_seed) or 0,
     )
     held_out = sum(len(dataset.validation) for dataset in datasets)
     if held_out:
@@ -68,12 +67,12 @@ def look_at_data(options: Options) -> tuple[list[Dataset], KnownFiles]:
     return datasets, known
 
 
-def _open(model: ModelOptions, *, prefer_fp16: bool) -> Checkpoint:
+def open_model(model: ModelOptions, *, prefer_fp16: bool) -> Checkpoint:
     """The opened checkpoint. Nothing runs yet, so a damaged file is told as a mistake in the options."""
     assert model.pretrained_model_name_or_path is not None
     try:
         if model.vae is not None:
-            locate_vae(model.vae)
+            check_vae(model.vae)
         return open_checkpoint(
             model.pretrained_model_name_or_path, mapped=not model.disable_mmap_load_safetensors, prefer_fp16=prefer_fp16
         )
@@ -85,6 +84,11 @@ def _refuse_to_overwrite(model: Path, saving: SavingOptions) -> None:
     """The final file must not be the base model's."""
     assert saving.output_dir is not None
     final = saving.output_dir / (saving.output_name or "last")
+    for ending in ("safetensors", "ckpt", "pt"):
+        if final.with_name(f"{final.name}.{ending}").is_dir():
+            raise OptionError(
+                f"{final}.{ending} is a folder, where the model is to be saved; give another --output_name"
+            )
     if model.is_file() and model.with_suffix("").resolve() == final.resolve():
         raise OptionError(
             f"--output_name {final.name} in --output_dir {saving.output_dir} would overwrite the base model {model}; give another name"

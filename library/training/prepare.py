@@ -24,7 +24,6 @@ from library.data.options import CacheOptions
 from library.data.sample import Sample
 from library.data.subsets import Dataset
 from library.errors import RunError
-from library.models import vae
 from library.models.identity import weights_hash
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import EncodedText
@@ -39,7 +38,33 @@ class Prepared(NamedTuple):
 
     @property
     def samples(self) -> list[Sample]:
-        return [sample for dataset in self.datasets for sample in dataset.samples]
+        return _samples(self.datasets)
+
+
+def fill_caches(
+    datasets: Sequence[Dataset],
+    models: SdxlModels,
+    options: CacheOptions,
+    accelerator: Accelerator,
+    known: KnownFiles,
+    *,
+    num_tokens: int,
+    skip_bad_images: bool,
+) -> Prepared:
+    """Fill the caches that the options ask for, on all processes, and see that they are complete.
+
+    Raises RunError with all pictures that can't be used, unless they may be skipped.
+    """
+    share = (accelerator.process_index, accelerator.num_processes)
+    kept, latents, text = list(datasets), None, None
+    if options.latents:
+        samples = _samples(kept)
+        latents, found = cache_latents(samples, models, options, known, share)
+        kept = _without(kept, _of_all_processes(found, samples), skip=skip_bad_images)
+    if options.text:
+        text = cache_text(_samples(kept), models, options, known, share, num_tokens=num_tokens)
+    finish_caches(_samples(kept), (latents, text), accelerator, known)
+    return Prepared(kept, latents, text)
 
 
 def prepare(
@@ -51,28 +76,32 @@ def prepare(
     *,
     num_tokens: int,
     skip_bad_images: bool,
-    weighted_captions: bool = False,
 ) -> Prepared:
-    """Fill the caches that the options ask for. Pictures that no cache decodes are decoded once, to find damaged ones.
+    """Everything that training reads: caches filled; pictures that no cache decodes decoded once, to find damaged ones.
 
     Raises RunError with all pictures that can't be used, unless they may be skipped.
     """
-    samples = [sample for dataset in datasets for sample in dataset.samples]
-    share = (accelerator.process_index, accelerator.num_processes)
-    latents: LatentCache | None = None
-    if options.latents:
-        latents, found = cache_latents(samples, models, options, known, share)
-    else:
-        found = audit(samples, known, share=share)
-    bad = _of_all_processes(found, samples)
-    refuse_or_skip(bad, skip=skip_bad_images)
+    kept = list(datasets)
+    if not options.latents:
+        samples = _samples(kept)
+        found = audit(samples, known, share=(accelerator.process_index, accelerator.num_processes))
+        kept = _without(kept, _of_all_processes(found, samples), skip=skip_bad_images)
+    return fill_caches(
+        kept, models, options, accelerator, known, num_tokens=num_tokens, skip_bad_images=skip_bad_images
+    )
+
+
+def _samples(datasets: Sequence[Dataset]) -> list[Sample]:
+    return [sample for dataset in datasets for sample in dataset.samples]
+
+
+def _without(datasets: Sequence[Dataset], bad: Sequence[Bad], *, skip: bool) -> list[Dataset]:
+    """The datasets without their bad samples, if those may be left out. Raises RunError if not, or if nothing is left."""
+    refuse_or_skip(bad, skip=skip)
     kept = [dataset.kept([one.sample for one in bad]) for dataset in datasets]
-    samples = [sample for dataset in kept for sample in dataset.samples]
-    if not samples:
+    if not _samples(kept):
         raise RunError("none of the pictures can be used")
-    text = cache_text(samples, models, options, known, share, num_tokens=num_tokens) if options.text else None
-    finish_caches(samples, (latents, text), accelerator, known)
-    return Prepared(kept, latents, text)
+    return kept
 
 
 def cache_latents(
@@ -86,7 +115,7 @@ def cache_latents(
     return cache, fill_latents(
         samples,
         cache,
-        lambda images, noise: vae.encode(models.vae, images, noise).cpu(),
+        models.encode_images,
         options.vae_batch_size,
         share=_share(share, cache),
     )

@@ -146,7 +146,10 @@ class Tracker:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise OptionError("--log_with tensorboard: TensorBoard isn't installed; pip install tensorboard") from None
-        self._writer = SummaryWriter(str(folder))
+        try:
+            self._writer = SummaryWriter(str(folder))
+        except OSError as error:
+            raise OptionError(f"--logging_dir {folder}: can't be written in: {error.strerror}") from None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():

@@ -5,8 +5,8 @@ import functools
 import math
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,14 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler, broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.batch import Batch
 from library.data.dataset import Batches, group_samples, load_batches
 from library.data.options import CacheOptions, DatasetOptions
 from library.data.order import Order
 from library.errors import OptionError
-from library.log import log
-from library.models import vae
+from library.log import log, muted
 from library.models.attention import choose_attention
 from library.models.noise_schedule import NoiseSchedule
 from library.models.options import ModelOptions
@@ -32,7 +32,7 @@ from library.param_group import ParamGroup
 from library.precision import Precision
 from library.training.lr_schedules import make_scheduler
 from library.training.metadata import RunFacts, at_save, model_metadata, modelspec
-from library.training.optimizers import find_optimizer, make_optimizer, optimizer_in_words, switch_mode
+from library.training.optimizers import make_optimizer, optimizer_in_words, switch_mode
 from library.training.options import (
     LossOptions,
     NoiseOptions,
@@ -88,15 +88,14 @@ class Plan(NamedTuple):
 
 def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     """Set a run up: fill its caches, load its models, build what it trains. Tells what is going to happen."""
-    find_optimizer(options[OptimizerOptions].name)  # a package that isn't there is told before hours of caching
     accelerator = _start_accelerator(options[RunOptions])
     folder = options[SavingOptions].output_dir
     assert folder is not None
-    if accelerator.is_main_process:
-        make_output_folder(folder)
+    make_output_folder(folder)  # by every process, so that all fail alike
     tracker = open_tracker(options[TrackerOptions], kind.tracker_name) if accelerator.is_main_process else None
     seed = _shared_seed(options[RunOptions].seed)
     models = _open_models(options, found, accelerator.device)
+    _rehearse(kind, models, options)
     prepared = prepare(
         found.datasets, models, options[CacheOptions], accelerator, found.known,
         num_tokens=options[ModelOptions].num_tokens, skip_bad_images=options[DatasetOptions].skip_bad_images,
@@ -107,8 +106,6 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     torch.manual_seed(seed)
     task = kind.from_options(models, options)
     groups = [group for part in task.parts for group in part.groups()]
-    if not groups:
-        raise OptionError("nothing is trained: every learning rate is 0")
     _tell(prepared, plan, groups, accelerator.num_processes)
     update = _make_update(
         _wrapped_step(task, models, options, found, accelerator), groups, options, plan.total_steps, accelerator
@@ -133,6 +130,29 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     return Run(accelerator, update, plan.order, batches, report, saver, seed, plan.total_steps, num_workers)
 
 
+def _rehearse(kind: type[Task], models: SdxlModels, options: Options) -> None:
+    """Build network, optimizer and schedule without weights: what can't work is told before hours of caching."""
+    with muted():
+        task = kind.from_options(models.without_weights(), options)
+        groups = [group for part in task.parts for group in part.groups()]
+        if not groups:
+            raise OptionError("nothing is trained: every learning rate is 0")
+        stand_ins = [
+            ParamGroup(group.name, {name: nn.Parameter(torch.zeros(1)) for name in group.parameters}, group.lr)
+            for group in groups
+        ]
+        _make_optimizer(stand_ins, options, total_steps=1000)
+
+
+def _make_optimizer(
+    groups: Sequence[ParamGroup], options: Options, total_steps: int
+) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    optimizing = options[OptimizerOptions]
+    arguments, _ = read_arguments("--optimizer_args", optimizing.optimizer_args)
+    optimizer = make_optimizer(optimizing.name, arguments, groups, optimizing.learning_rate)
+    return optimizer, make_scheduler(optimizer, options[ScheduleOptions], total_steps, optimizing.learning_rate)
+
+
 def _start_accelerator(options: RunOptions) -> Accelerator:
     """The processes of this run. accelerate's own mixed precision stays off: dtypes are Precision's business."""
     handlers: list[KwargsHandler] = [
@@ -142,7 +162,17 @@ def _start_accelerator(options: RunOptions) -> Accelerator:
     ]
     if options.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=options.ddp_timeout)))
-    return Accelerator(mixed_precision="no", kwargs_handlers=handlers)
+    # What `accelerate config` chose for other programs: its compiler would change what runs.
+    accelerator = Accelerator(mixed_precision="no", dynamo_backend="no", kwargs_handlers=handlers)
+    if accelerator.distributed_type.value not in _LAUNCHES:
+        raise OptionError(
+            f"accelerate's configuration asks for {accelerator.distributed_type.value}, which can't be used yet in this "
+            "version; launch with: accelerate launch --num_processes 1, or --multi_gpu"
+        )
+    return accelerator
+
+
+_LAUNCHES = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU")
 
 
 def _shared_seed(seed: int | None) -> int:
@@ -210,7 +240,7 @@ def _wrapped_step(
 
     def encode_images(images: Tensor, noise: Tensor) -> Tensor:
         return torch.cat(
-            [vae.encode(models.vae, *part) for part in zip(images.split(at_once), noise.split(at_once), strict=True)]
+            [models.encode_images(*part) for part in zip(images.split(at_once), noise.split(at_once), strict=True)]
         )
 
     step = Step(task, objective, options[NoiseOptions], options[LossOptions], encode_images).train()
@@ -222,16 +252,14 @@ def _wrapped_step(
 def _make_update(
     step: nn.Module, groups: Sequence[ParamGroup], options: Options, total_steps: int, accelerator: Accelerator
 ) -> Update:
-    optimizing = options[OptimizerOptions]
-    arguments, _ = read_arguments("--optimizer_args", optimizing.optimizer_args)
-    optimizer = make_optimizer(optimizing.name, arguments, groups, optimizing.learning_rate)
+    optimizer, scheduler = _make_optimizer(groups, options, total_steps)
     switch_mode(optimizer, "train")
     return Update(
         step,
         groups,
         optimizer,
-        make_scheduler(optimizer, options[ScheduleOptions], total_steps, optimizing.learning_rate),
-        max_grad_norm=optimizing.max_grad_norm,
+        scheduler,
+        max_grad_norm=options[OptimizerOptions].max_grad_norm,
         scales_loss=options[RunOptions].mixed_precision == "fp16",
         processes=accelerator.num_processes,
     )
@@ -257,7 +285,10 @@ def _make_saver(
         total_steps=plan.total_steps,
         processes=accelerator.num_processes,
         zero_terminal_snr=found.zero_terminal_snr,
-        base_model=_in_background(lambda: model_metadata(str(model.pretrained_model_name_or_path), model.vae)),
+        base_model=_in_background(
+            lambda: model_metadata(str(model.pretrained_model_name_or_path), model.vae),
+            wanted=accelerator.is_main_process and not task.is_terse,
+        ),
     )
     settled = functools.cache(lambda: task.metadata(options, facts))
 
@@ -273,6 +304,23 @@ def _make_saver(
     )
 
 
-def _in_background(function: Callable[[], Mapping[str, str]]) -> Callable[[], Mapping[str, str]]:
-    """Start it on a thread now; calling what is returned waits for the result."""
-    return ThreadPoolExecutor(1).submit(function).result
+def _in_background(function: Callable[[], Mapping[str, str]], *, wanted: bool) -> Callable[[], Mapping[str, str]]:
+    """Start it on a thread now; calling what is returned waits for the result. A run that ends doesn't wait for it."""
+    found: dict[str, str] = {}
+
+    def work() -> None:
+        try:
+            found.update(function())
+        except OSError as error:
+            log.warning("the base model's hashes are not recorded: %s", error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    if wanted:
+        thread.start()
+
+    def result() -> Mapping[str, str]:
+        if wanted:
+            thread.join()
+        return found
+
+    return result

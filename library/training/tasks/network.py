@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from library.training.options import OptimizerOptions
 from library.training.task import Part, Task, cached_text
 from networks.lora import LoraNetwork, text_encoder_targets, unet_targets
 from networks.lora_file import load_into, network_from_file, read_lora, write_lora
-from networks.options import LoraSettings, NetworkOptions, read_network_args
+from networks.options import NetworkOptions, read_network_args
 
 
 class NetworkPart(Part):
@@ -88,10 +90,14 @@ class NetworkTask(Task):
         if not options.network_train_text_encoder_only:
             targets += unet_targets(self.unet)
         tensors = None if options.network_weights is None else read_lora(options.network_weights, self.unet)
-        if options.dim_from_weights and tensors is not None:
-            network = network_from_file(targets, tensors, LoraSettings(dim=settings.dim, alpha=settings.alpha))
-        else:
-            network = LoraNetwork.from_settings(targets, settings)
+        # Without weights, neither does the network need numbers.
+        with torch.device("meta") if self._models.device.type == "meta" else nullcontext():
+            if options.dim_from_weights and tensors is not None:
+                # Ranks and alphas are the file's; learning-rate factors hold, dropouts don't (as in sd-scripts).
+                settings = replace(settings, dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
+                network = network_from_file(targets, tensors, settings)
+            else:
+                network = LoraNetwork.from_settings(targets, settings)
         if tensors is not None:
             assert options.network_weights is not None
             load_into(network, tensors, source=options.network_weights, allow_partial=options.allow_partial)

@@ -1,0 +1,95 @@
+"""Filling caches without training: what tools/cache_latents.py and tools/cache_text_encoder_outputs.py share.
+
+The options are those of training, so that a run's own config file says what to cache. Options torch-free; work below.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from library.data.dataset_config import check_datasets
+from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.log import LogOptions
+from library.models.options import ModelOptions
+from library.option_values import specs_of
+from library.options import OptionGroup, Options, option, read_options
+from library.training.not_yet import REFUSED, UNUSED
+from library.training.options import COMMON_TRAINING
+from networks.options import NetworkOptions
+
+
+@dataclass(frozen=True)
+class ToolOptions(OptionGroup):
+    """Caching"""
+
+    mixed_precision: str = option("no", "dtype in which the models compute", choices=("no", "fp16", "bf16"))
+    seed: int | None = option(None, "chooses the pictures that validation_split holds out", at_least=0)
+    skip_existing: bool = option(
+        False, "old switch", no_effect="what is there and valid is always kept, and only the rest is made"
+    )
+    sdxl: bool = option(False, "the model is an SDXL", no_effect="it always is")
+
+
+GROUPS = (ToolOptions, ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, LogOptions)
+
+_FLUX = (
+    "weighting_scheme logit_mean logit_std mode_scale blocks_to_swap clip_l t5xxl ae controlnet_model_name_or_path"
+    " t5xxl_max_token_length apply_t5_attn_mask guidance_scale timestep_sampling sigmoid_scale model_prediction_type"
+    " discrete_flow_shift model_type t5xxl_dtype text_encoder_batch_size"
+)
+
+
+def _options_of_training() -> dict[str, str]:
+    """The options that a config file of a training run has beside ours."""
+    ours = {spec.name for group in GROUPS for spec in specs_of(group)}
+    theirs = [spec.name for group in (*COMMON_TRAINING, NetworkOptions) for spec in specs_of(group)]
+    return {name: "it is for training" for name in [*theirs, *REFUSED, *UNUSED] if name not in ours}
+
+
+def read_tool_options(description: str, argv: list[str] | None, **cache: Any) -> Options:
+    """The options of a caching tool. Args: cache: the cache options that the tool itself is."""
+    unused = _options_of_training() | dict.fromkeys(_FLUX.split(), "it is for FLUX")
+
+    def with_cache(options: Options) -> Options:
+        return options.replaced(dataclasses.replace(options[CacheOptions], **cache))
+
+    options = read_options(
+        description,
+        GROUPS,
+        argv,
+        checks=[lambda options: check_datasets(with_cache(options))],
+        refused={"flux": "this tool is for SDXL", "dataset_class": REFUSED["dataset_class"]},
+        unused={name: why for name, why in unused.items() if name != "dataset_class"},
+    )
+    return with_cache(options)
+
+
+def fill(options: Options) -> None:
+    """Fill the caches that the options ask for, on all processes. Raises RunError for pictures that can't be used."""
+    from library.training.preflight import look_at_data, open_model
+
+    chosen, cache, data = options[ToolOptions], options[CacheOptions], options[DatasetOptions]
+    checkpoint = open_model(options[ModelOptions], prefer_fp16=chosen.mixed_precision == "fp16")
+    datasets, known = look_at_data(options, chosen.seed)
+
+    from accelerate import Accelerator
+
+    from library.log import log
+    from library.models.sdxl import SdxlModels
+    from library.precision import Precision
+    from library.training.prepare import fill_caches
+
+    accelerator = Accelerator(mixed_precision="no", dynamo_backend="no")
+    model = options[ModelOptions]
+    models = SdxlModels(
+        checkpoint,
+        Precision.decide(chosen.mixed_precision, None, no_half_vae=model.no_half_vae),
+        accelerator.device,
+        vae=model.vae,
+        tokenizer_folder=model.tokenizer_cache_dir,
+    )
+    prepared = fill_caches(
+        datasets, models, cache, accelerator, known, num_tokens=model.num_tokens, skip_bad_images=data.skip_bad_images
+    )
+    log.info("done: the caches of %d pictures are complete", len(prepared.samples))
+    accelerator.end_training()
