@@ -4,6 +4,7 @@ accelerate launch sdxl_train_network.py --config_file run.toml
 """
 
 from library.data.dataset_config import check_datasets
+from library.data.options import DatasetOptions
 from library.errors import run
 from library.log import start_logging
 from library.options import read_options
@@ -25,6 +26,11 @@ def main(argv: list[str] | None = None) -> None:
     from library.training.preflight import look_before
 
     found = look_before(options)
+    if options[DatasetOptions].debug_dataset:
+        from library.training.debug_dataset import show_dataset
+
+        show_dataset(options, found)
+        return
     from library.training.loop import train
     from library.training.tasks.network import NetworkTask
 

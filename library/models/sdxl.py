@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from library.devices import to_device
 from library.errors import RunError
+from library.log import log
 from library.models import conversion
 from library.models.attention import AttentionFunction, sdpa
 from library.models.checkpoint import Checkpoint, locate_vae, open_checkpoint, open_tensors
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from library.models.tokens import Tokenizer
 
 
+_TOLD_CUT = 5
 _LOADED = ("unet", "vae", "text_encoders", "tokenizers")
 
 
@@ -54,6 +56,7 @@ class SdxlModels:
         self._tokenizer_folder = tokenizer_folder
         self._attention = attention
         self._gradient_checkpointing = gradient_checkpointing
+        self._cut: set[str] = set()
 
     @cached_property
     def unet(self) -> UNet:
@@ -148,6 +151,7 @@ class SdxlModels:
         from library.models import text_encoders, tokens
 
         one, two = (tokens.encode(tokenizer, texts, num_tokens, weighted=weighted) for tokenizer in self.tokenizers)
+        self._tell_cut(one.cut, num_tokens)
         ids_one, ids_two = (to_device(part.ids, self.device) for part in (one, two))
         encoded = text_encoders.encode(ids_one, ids_two, *self.text_encoders)
         return (
@@ -155,6 +159,17 @@ class SdxlModels:
             if weighted
             else encoded
         )
+
+    def _tell_cut(self, cut: Sequence[tuple[str, str]], num_tokens: int) -> None:
+        """Captions that are longer than the encoders read, each once, and a few only."""
+        for text, end in cut:
+            if text in self._cut or len(self._cut) > _TOLD_CUT:
+                continue
+            self._cut.add(text)
+            if len(self._cut) <= _TOLD_CUT:
+                log.warning("a caption has more than %d tokens (--max_token_length); left out: %r", num_tokens, end)
+            else:
+                log.warning("more captions are too long; --debug_dataset lists them all")
 
     def release(self, *names: str) -> None:
         """Forget loaded modules ("vae", "text_encoders"): their memory is free, and asking again loads them again."""

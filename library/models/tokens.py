@@ -55,12 +55,17 @@ class Tokenizer:
         cleaned = "".join(piece if piece in special else ftfy.fix_text(piece) for piece in pieces)
         return self.clip(cleaned, add_special_tokens=False)["input_ids"]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of ids, as near as tokens tell it."""
+        return self.clip.decode(list(ids)).strip()
+
 
 class Tokens(NamedTuple):
-    """The ids of a batch, [B, n, 77] int64; and each token's weight, [B, 75 n + 2] float32."""
+    """The ids of a batch, [B, n, 77] int64; each token's weight, [B, 75 n + 2] float32; what was too long: (text, its end)."""
 
     ids: Tensor
     weights: Tensor
+    cut: tuple[tuple[str, str], ...] = ()
 
 
 def encode(
@@ -72,7 +77,7 @@ def encode(
         max_token_length: a multiple of 75.
         weighted: read (a:1.2) and [a] as weights instead of text.
     """
-    rows, weights = [], []
+    rows, weights, cut = [], [], []
     for text in texts:
         ids: list[int] = []
         factors: list[float] = []
@@ -80,10 +85,12 @@ def encode(
             piece_ids = tokenizer.ids(piece)
             ids += piece_ids
             factors += [weight] * len(piece_ids)
+        if len(ids) > max_token_length:
+            cut.append((text, tokenizer.text(ids[max_token_length:])))
         ids, factors = ids[:max_token_length], factors[:max_token_length]
         rows.append(_chunks(ids, tokenizer.pad, max_token_length // CHUNK_TOKENS))
         weights.append([1.0, *factors] + [1.0] * (max_token_length + 1 - len(factors)))
-    return Tokens(torch.tensor(rows), torch.tensor(weights))
+    return Tokens(torch.tensor(rows), torch.tensor(weights), tuple(cut))
 
 
 def _chunks(ids: list[int], pad: int, count: int) -> list[list[int]]:

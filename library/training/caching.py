@@ -50,6 +50,9 @@ def read_tool_options(description: str, argv: list[str] | None, **cache: Any) ->
     """The options of a caching tool. Args: cache: the cache options that the tool itself is."""
     unused = _options_of_training() | dict.fromkeys(_FLUX.split(), "it is for FLUX")
 
+    if not cache.get("cache_text_encoder_outputs"):
+        cache["text_cache_variants"] = None  # which a run's config file may hold
+
     def with_cache(options: Options) -> Options:
         return options.replaced(dataclasses.replace(options[CacheOptions], **cache))
 
