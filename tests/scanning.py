@@ -23,10 +23,11 @@ BUCKETS = [
 ]
 
 
-def scanned(folder: Path, *argv: object, skip_bad_images: bool = False, buckets: list[str] = BUCKETS) -> list[Dataset]:
+def scanned(folder: Path, *argv: object, buckets: list[str] = BUCKETS, **settings) -> list[Dataset]:
+    """Args: settings: scan()'s."""
     words = [str(word) for word in ["--train_data_dir", folder, *buckets, *argv]]
     options = read_options("test", [DatasetOptions, CaptionOptions, CacheOptions], words)
-    return scan(read_datasets(options)[0], skip_bad_images=skip_bad_images)
+    return scan(read_datasets(options)[0], **settings)
 
 
 def samples_of(datasets: list[Dataset]) -> list:

@@ -1,6 +1,9 @@
 """The scan: pictures, captions, sizes; and all that can't be used, at once."""
 
+import json
 import logging
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,11 +11,14 @@ import scanning
 from PIL import Image
 
 from library.data.dataset_config import read_datasets
+from library.data.images import readable_extensions
+from library.data.known_files import KnownFiles
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.size import Size
 from library.data.subsets import scan
 from library.errors import OptionError
 from library.options import read_options
+from library.training.options import LossOptions
 
 
 def make(folder: Path, *names: str, size=(64, 64)) -> None:
@@ -141,3 +147,212 @@ def test_mirrored_pictures_were_cropped_from_the_other_side(tmp_path):
     crop, bucket = sample.crop, sample.fit.bucket
     assert sample.crop_top_left(flipped=False) == (int(crop.top), int(crop.left))
     assert sample.crop_top_left(flipped=True) == (int(crop.top), int(bucket.width - crop.right))
+
+
+def test_fault_38_no_file_of_the_ending_that_was_given_is_a_mistake_naming_what_lies_there(tmp_path):
+    make(tmp_path, "a.png", "b.png")
+    (tmp_path / "a.txt").write_text("a cat")
+    with pytest.raises(
+        OptionError, match=r"no \*.tags for its 2 pictures; there are 1 \*.txt.*--allow_missing_captions"
+    ):
+        scanned(tmp_path, "--caption_extension", "tags")
+    assert captions_of(scanned(tmp_path, "--caption_extension", "tags", allow_missing_captions=True)) == {"a.png": "", "b.png": ""}  # fmt: skip
+    make(tmp_path / "1_cat", "a.png")
+    assert captions_of(scanned(tmp_path, "--caption_extension", "tags")) == {
+        "a.png": "cat"
+    }  # class tokens are captions
+
+
+def test_fault_37_empty_caption_files_are_counted(tmp_path, caplog):
+    logging.getLogger("library").propagate = True
+    make(tmp_path / "1_cat", "a.png", "b.png")
+    (tmp_path / "1_cat" / "a.caption").write_text(" \n")
+    assert captions_of(scanned(tmp_path)) == {"a.png": "", "b.png": "cat"}
+    assert "1 caption files are empty" in caplog.text and "a.caption" in caplog.text
+
+
+def test_fault_41_stems_that_start_alike_are_kept_apart(tmp_path):
+    make(tmp_path / "1_x", "img1.png", "img10.png", "img1_2.png")
+    for stem in ("img1", "img10"):
+        (tmp_path / "1_x" / f"{stem}.caption").write_text(stem)
+    assert captions_of(scanned(tmp_path)) == {"img1.png": "img1", "img10.png": "img10", "img1_2.png": "x"}
+    stems = [sample.latents_file.name for sample in scanned(tmp_path)[0].samples]
+    assert len(set(stems)) == 3
+
+
+def test_a_face_in_the_name_isnt_part_of_the_captions_name(tmp_path):
+    make(tmp_path / "1_x", "cat_10_20_30_40.png")
+    (tmp_path / "1_x" / "cat.caption").write_text("a cat")
+    assert captions_of(scanned(tmp_path)) == {"cat_10_20_30_40.png": "a cat"}
+
+
+def test_fault_48_a_folder_that_isnt_there_is_a_mistake(tmp_path):
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'none'\n"
+    (tmp_path / "d.toml").write_text(text)
+    options = read_options(
+        "", [DatasetOptions, CaptionOptions, CacheOptions], ["--dataset_config", str(tmp_path / "d.toml")]
+    )
+    with pytest.raises(OptionError, match="image_dir none: no such folder"):
+        read_datasets(options)
+
+
+@pytest.mark.parametrize("size", [(6400, 64), (64, 6400), (16, 16), (3000, 3)])
+@pytest.mark.parametrize("extra", [[], ["--bucket_no_upscale"]])
+def test_fault_49_extreme_pictures_have_a_defined_result(size, extra, tmp_path):
+    """A bucket that the resized picture covers, or one sentence that names the picture."""
+    make(tmp_path / "1_x", "a.png", size=size)
+    words = ["--enable_bucket", "--min_bucket_reso", 32, "--max_bucket_reso", 256, "--bucket_reso_steps", 32, *extra]
+    try:
+        (sample,) = scanned(tmp_path, *words)[0].samples
+    except OptionError as error:
+        assert "a.png: its size" in str(error) and extra
+        return
+    assert sample.fit.resized.width >= sample.fit.bucket.width > 0
+    assert sample.fit.resized.height >= sample.fit.bucket.height > 0
+
+
+def test_fault_50_caches_lie_in_cache_dir_when_it_is_given(tmp_path):
+    make(tmp_path / "data" / "1_x", "a.png")
+    make(tmp_path / "other" / "1_x", "a.png")
+    files = [
+        scanned(tmp_path / name, cache_dir=tmp_path / "caches")[0].samples[0].latents_file for name in ("data", "other")
+    ]
+    assert all(file.is_relative_to(tmp_path / "caches") and file.name == "a_0064x0064_sdxl.npz" for file in files)
+    assert files[0] != files[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_fault_51_links_are_followed_loops_end_and_dead_links_are_told(tmp_path):
+    make(tmp_path / "elsewhere", "a.png")
+    folder = tmp_path / "data"
+    make(folder / "deep", "b.png")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "deep" / "loop").symlink_to(folder)
+    (folder / "deep" / "c.png").symlink_to(folder / "deep" / "b.png")
+    (tmp_path / "d.toml").write_text(
+        f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{folder}'\nrecursive = true\n"
+    )
+    options = read_options(
+        "", [DatasetOptions, CaptionOptions, CacheOptions], ["--dataset_config", str(tmp_path / "d.toml")]
+    )
+    samples = scan(read_datasets(options)[0])[0].samples
+    assert [str(sample.path.relative_to(folder)) for sample in samples] == ["deep/b.png", "deep/c.png", "linked/a.png"]
+    assert samples[1].latents_file.parent == folder / "deep"  # beside the link
+    (folder / "dead.png").symlink_to(tmp_path / "nothing")
+    with pytest.raises(OptionError, match=r"dead.png: the link leads nowhere"):
+        scan(read_datasets(options)[0])
+
+
+def test_fault_53_a_picture_is_what_its_content_says(tmp_path):
+    (tmp_path / "1_x").mkdir()
+    Image.new("RGB", (80, 48), "red").save(tmp_path / "1_x" / "a.png", format="jpeg")
+    Image.new("RGB", (80, 48), "red").save(tmp_path / "1_x" / "b.JpEg", format="webp")
+    assert [sample.size for sample in scanned(tmp_path)[0].samples] == [Size(80, 48), Size(80, 48)]
+
+
+def test_fault_31_a_picture_made_to_fill_the_memory_is_refused_by_its_header(tmp_path):
+    make(tmp_path / "1_x", "a.png")
+    raw = bytearray((tmp_path / "1_x" / "a.png").read_bytes())
+    raw[16:24] = (50_000).to_bytes(4, "big") * 2
+    (tmp_path / "1_x" / "a.png").write_bytes(raw)
+    with pytest.raises(OptionError, match=r"a.png: too large: 50000x50000"):
+        scanned(tmp_path)
+
+
+def test_fault_40_three_datasets_and_two_endings_share_no_cache_files(tmp_path):
+    make(tmp_path / "x", "a.png", "a.webp", "a_64x64.png")
+    text = "".join(f"[[datasets]]\nresolution = {side}\n[[datasets.subsets]]\nimage_dir = '{(tmp_path / 'x').as_posix()}'\n" for side in (64, 128, 64))  # fmt: skip
+    (tmp_path / "d.toml").write_text(text)
+    options = read_options(
+        "", [DatasetOptions, CaptionOptions, CacheOptions], ["--dataset_config", str(tmp_path / "d.toml")]
+    )
+    samples = [sample for dataset in scan(read_datasets(options)[0]) for sample in dataset.samples]
+    assert len(samples) == 9 and len({sample.cache_stem for sample in samples}) == 9
+
+
+def test_regularisation_pictures_are_shown_as_often_as_the_others(tmp_path):
+    make(tmp_path / "train" / "5_cat", "a.png", "b.png")
+    make(tmp_path / "reg" / "1_cat", "r0.png", "r1.png", "r2.png")
+    (dataset,) = scanned(tmp_path / "train", "--reg_data_dir", tmp_path / "reg")
+    assert {sample.path.name: sample.repeats for sample in dataset.samples} == {"a.png": 5, "b.png": 5, "r0.png": 4, "r1.png": 3, "r2.png": 3}  # fmt: skip
+    assert [sample.subset.is_reg for sample in dataset.samples] == [False, False, True, True, True]
+
+
+def test_too_many_regularisation_pictures_are_left_out_and_told(tmp_path, caplog):
+    logging.getLogger("library").propagate = True
+    make(tmp_path / "train" / "2_cat", "a.png")
+    make(tmp_path / "reg" / "1_cat", "r0.png", "r1.png", "r2.png")
+    (dataset,) = scanned(tmp_path / "train", "--reg_data_dir", tmp_path / "reg")
+    assert [sample.path.name for sample in dataset.samples] == ["a.png", "r0.png", "r1.png"]
+    assert "1 of 3 regularisation pictures are not used" in caplog.text
+
+
+def test_a_validation_split_takes_its_share_once_and_without_overlap(tmp_path):
+    make(tmp_path / "3_x", *[f"{i}.png" for i in range(10)])
+    found = {}
+    for seed in (1, 1, 2):
+        (dataset,) = scanned(tmp_path, "--validation_split", 0.25, "--validation_seed", seed)
+        kept, held_out = ({sample.path.name for sample in part} for part in (dataset.samples, dataset.validation))
+        assert len(kept) == 8 and len(held_out) == 2 and not kept & held_out  # ceil(10 * 0.75) are trained
+        assert {sample.repeats for sample in dataset.validation} == {1}
+        found.setdefault(seed, set()).add(frozenset(held_out))
+    assert len(found[1]) == 1 and found[1] != found[2]
+
+
+def test_cache_info_is_written_and_read_and_files_that_are_newer_win(tmp_path):
+    folder = tmp_path / "1_x"
+    make(folder, "a.png", "b.png")
+    (folder / "a.caption").write_text("from file")
+    scanned(tmp_path, "--cache_info")
+    info = json.loads((folder / "metadata_cache.json").read_text())
+    assert info[str(folder / "a.png")] == {"caption": "from file", "resolution": [64, 64]}
+    info[str(folder / "b.png")]["caption"] = "by hand"
+    info[str(folder / "a.png")]["caption"] = "by hand too"
+    (folder / "metadata_cache.json").write_text(json.dumps(info))
+    assert captions_of(scanned(tmp_path, "--cache_info")) == {"a.png": "from file", "b.png": "by hand"}
+    Image.new("RGB", (80, 48)).save(folder / "b.png")
+    os.utime(folder / "b.png", (4_000_000_000, 4_000_000_000))
+    assert [sample.size for sample in scanned(tmp_path, "--cache_info")[0].samples] == [Size(64, 64), Size(80, 48)]
+
+
+def test_conditioning_images_go_by_stem_and_shape(tmp_path):
+    make(tmp_path / "pics", "a.png", "b.png", "c.png", "d.png", size=(64, 32))
+    make(tmp_path / "cond", "a.webp", "b.png", "b.jpg", size=(128, 64))
+    make(tmp_path / "cond", "c.png", size=(64, 64))
+    text = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'pics'}'\nconditioning_data_dir = '{tmp_path / 'cond'}'\n"
+    (tmp_path / "d.toml").write_text(text)
+    groups = [DatasetOptions, CaptionOptions, CacheOptions, LossOptions]
+    with pytest.raises(OptionError, match="give --masked_loss to use them"):
+        read_datasets(read_options("", groups, ["--dataset_config", str(tmp_path / "d.toml")]))
+    options = read_options("", groups, ["--dataset_config", str(tmp_path / "d.toml"), "--masked_loss"])
+    with pytest.raises(OptionError) as error:
+        scan(read_datasets(options)[0])
+    told = str(error.value)
+    assert "b.png: 2 conditioning images" in told and "d.png: no conditioning images" in told and "c.png is 64x64, of another shape" in told  # fmt: skip
+    (sample,) = scan(read_datasets(options)[0], skip_bad_images=True)[0].samples
+    assert sample.conditioning == str(tmp_path / "cond" / "a.webp")
+
+
+def test_the_scan_takes_sizes_and_captions_from_the_index_while_files_are_as_they_were(tmp_path, monkeypatch):
+    folder = tmp_path / "1_x"
+    make(folder, "a.png")
+    (folder / "a.caption").write_text("first")
+    for file in folder.iterdir():
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+    known = KnownFiles(tmp_path / "index")
+    first = scanned(tmp_path, known=known)
+    monkeypatch.setattr("library.data.subsets.look_at", lambda file: pytest.fail(f"looked at {file}"))
+    monkeypatch.setattr("library.data.subsets.read_caption", lambda file, **how: pytest.fail(f"read {file}"))
+    assert captions_of(scanned(tmp_path, known=known)) == captions_of(first)
+    monkeypatch.undo()
+    (folder / "a.caption").write_text("edited")
+    assert captions_of(scanned(tmp_path, known=known)) == {"a.png": "edited"}
+
+
+def test_pictures_that_need_a_plugin_are_told(tmp_path, caplog):
+    logging.getLogger("library").propagate = True
+    make(tmp_path / "1_x", "a.png")
+    (tmp_path / "1_x" / "b.jxl").write_bytes(b"x")
+    scanned(tmp_path)
+    if ".jxl" not in readable_extensions():
+        assert "1 .jxl pictures are not used; they need: pip install pillow-jxl-plugin" in caplog.text

@@ -72,7 +72,7 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 1.5rem 0 .4rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid color-mix(in srgb, currentColor 18%, transparent); }
 th { font-weight: 600; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; margin-top: 1rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; margin-top: 1rem; align-items: start; }
 .card { border: 1px solid color-mix(in srgb, currentColor 18%, transparent); border-radius: 8px; padding: .7rem; overflow-wrap: anywhere; }
 .card img { display: block; max-width: 100%; border-radius: 4px; }
 .file { font-size: .8rem; opacity: .75; margin: .4rem 0; } .caption { margin: .3rem 0; }

@@ -75,14 +75,13 @@ def fill(options: Options) -> None:
     checkpoint = open_model(options[ModelOptions], prefer_fp16=chosen.mixed_precision == "fp16")
     datasets, known = look_at_data(options, chosen.seed)
 
-    from accelerate import Accelerator
-
     from library.log import log
     from library.models.sdxl import SdxlModels
     from library.precision import Precision
     from library.training.prepare import fill_caches
+    from library.training.processes import start_processes
 
-    accelerator = Accelerator(mixed_precision="no", dynamo_backend="no")
+    accelerator = start_processes()
     model = options[ModelOptions]
     models = SdxlModels(
         checkpoint,

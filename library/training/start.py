@@ -1,6 +1,5 @@
 """Start: from options to everything that the loop touches: processes, models, caches, task, optimizer, saver."""
 
-import datetime
 import functools
 import math
 import os
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
@@ -45,6 +44,7 @@ from library.training.options import (
 )
 from library.training.preflight import Preflight
 from library.training.prepare import Prepared, prepare
+from library.training.processes import start_processes
 from library.training.report import Report, open_tracker
 from library.training.saving import Saver, make_output_folder
 from library.training.step import Step
@@ -88,7 +88,12 @@ class Plan(NamedTuple):
 
 def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     """Set a run up: fill its caches, load its models, build what it trains. Tells what is going to happen."""
-    accelerator = _start_accelerator(options[RunOptions])
+    run = options[RunOptions]
+    accelerator = start_processes(
+        timeout=run.ddp_timeout,
+        gradient_as_bucket_view=run.ddp_gradient_as_bucket_view,
+        static_graph=run.ddp_static_graph,
+    )
     folder = options[SavingOptions].output_dir
     assert folder is not None
     make_output_folder(folder)  # by every process, so that all fail alike
@@ -151,28 +156,6 @@ def _make_optimizer(
     arguments, _ = read_arguments("--optimizer_args", optimizing.optimizer_args)
     optimizer = make_optimizer(optimizing.name, arguments, groups, optimizing.learning_rate)
     return optimizer, make_scheduler(optimizer, options[ScheduleOptions], total_steps, optimizing.learning_rate)
-
-
-def _start_accelerator(options: RunOptions) -> Accelerator:
-    """The processes of this run. accelerate's own mixed precision stays off: dtypes are Precision's business."""
-    handlers: list[KwargsHandler] = [
-        DistributedDataParallelKwargs(
-            gradient_as_bucket_view=options.ddp_gradient_as_bucket_view, static_graph=options.ddp_static_graph
-        )
-    ]
-    if options.ddp_timeout:
-        handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=options.ddp_timeout)))
-    # What `accelerate config` chose for other programs: its compiler would change what runs.
-    accelerator = Accelerator(mixed_precision="no", dynamo_backend="no", kwargs_handlers=handlers)
-    if accelerator.distributed_type.value not in _LAUNCHES:
-        raise OptionError(
-            f"accelerate's configuration asks for {accelerator.distributed_type.value}, which can't be used yet in this "
-            "version; launch with: accelerate launch --num_processes 1, or --multi_gpu"
-        )
-    return accelerator
-
-
-_LAUNCHES = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU")
 
 
 def _shared_seed(seed: int | None) -> int:
