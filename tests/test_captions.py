@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.captions import BadCaption, CaptionSettings, process_caption, read_caption
+from library.data.captions import BadCaption, CaptionSettings, caption_variants, process_caption, read_caption
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "09_captions.json").read_text(encoding="utf-8"))
 EXACT = [case for case in GOLDEN["cases"] if case["kind"] == "exact"]
@@ -93,3 +93,29 @@ def test_settings_name_what_makes_captions_random():
         enable_wildcard=True,
     )
     assert len(everything.random_parts()) == 6
+
+
+@pytest.mark.parametrize("case", [case for case in RANDOM if "frequency" in case], ids=lambda case: f"{case['caption'][:20]!r} {case['options']}")  # fmt: skip
+def test_golden_09_cached_variants_come_as_often_as_the_uncached_pipeline_draws_them(case):
+    settings = CaptionSettings(**{**GOLDEN["defaults"], **case["options"]})
+    if settings.drops_captions or settings.token_warmup_step or case["replacements"]:
+        pytest.skip("dropout is drawn per step, warm-up is refused, replacements aren't cached")
+    n, count = 1000, 4
+    counts = Counter(
+        variant
+        for seed in range(n)
+        for variant in caption_variants(
+            case["caption"], settings, count, (random.Random(f"{seed} {i}") for i in range(count))
+        )
+    )
+    assert counts.keys() == case["frequency"].keys()
+    total = sum(counts.values())
+    for caption, expected in case["frequency"].items():
+        error = (expected * (1 - expected) / total) ** 0.5
+        assert counts[caption] / total == pytest.approx(expected, abs=4 * 2**0.5 * error + 1e-9), caption
+
+
+def test_variants_leave_caption_dropout_to_the_step():
+    settings = CaptionSettings(shuffle_caption=True, caption_dropout_rate=0.9, caption_dropout_every_n_epochs=1)
+    variants = caption_variants("a, b, c", settings, 20, map(random.Random, range(20)))
+    assert "" not in variants and len(set(variants)) == 6

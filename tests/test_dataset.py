@@ -11,6 +11,7 @@ from library.data.dataset import Batches, group_samples, load_batches
 from library.data.fill_cache import fill_latents, fill_text
 from library.data.order import Order
 from library.data.pixels import load_pixels
+from library.errors import RunError
 
 
 def set_up(folder, *argv: object, latents=None, text=None):
@@ -121,3 +122,88 @@ def test_skipped_steps_decode_nothing(pictures, monkeypatch):
     for one, two in zip(whole[5:], rest, strict=True):
         assert_same(one, two)
     assert len(read) == 3
+
+
+def test_cached_variants_are_drawn_and_captions_dropped_as_often_as_asked(pictures):
+    """--text_cache_variants: of each picture's drawn captions one per sample, the empty one by the dropout rate."""
+    words = ["--shuffle_caption", "--caption_dropout_rate", 0.25, "--caption_dropout_every_n_epochs", 4]
+    plan = TextPlan(3)
+    batches, order = set_up(pictures, *words, latents=LatentsInMemory(), text=TextInMemory(plan))
+    per_epoch = len(order.epoch(0))
+    seen = loaded(batches, order, 100 * per_epoch)
+    for sample in batches.samples:
+        texts = plan.of(sample)
+        own = [batch.captions[0] for batch in seen if batch.paths == (sample.file,) and batch.place.epoch % 4 != 3]
+        assert len(texts) == 4 and set(own) == set(texts) and texts[-1] == ""
+        assert abs(own.count("") / len(own) - 0.25) < 4 * (0.25 * 0.75 / len(own)) ** 0.5
+    assert {batch.captions for batch in seen if batch.place.epoch % 4 == 3} == {("",)}
+    assert all(batch.text.pooled[0, 0] == len(batch.captions[0]) for batch in seen)
+
+
+def test_text_kept_in_memory_stays_in_this_process_while_workers_decode(pictures):
+    batches, order = set_up(pictures, "--flip_aug", text=TextInMemory(TextPlan()))
+    for one, two in zip(loaded(batches, order, 8), loaded(batches, order, 8, num_workers=2, start_method="fork"), strict=True):  # fmt: skip
+        assert_same(one, two)
+        assert torch.equal(one.text.pooled, two.text.pooled)
+
+
+def test_augmented_pictures_are_the_same_from_workers(pictures):
+    batches, order = set_up(pictures, "--flip_aug", "--color_aug", "--random_crop", "--train_batch_size", 2)
+    alone = loaded(batches, order)
+    for one, two in zip(alone, loaded(batches, order, num_workers=4, start_method="fork"), strict=True):
+        assert_same(one, two)
+    again = [batch for batch in alone if batch.paths == alone[0].paths]
+    assert len({batch.images.numpy().tobytes() for batch in again}) == len(again)
+
+
+def test_regularisation_samples_have_their_weight_and_masks_their_shape(pictures, tmp_path):
+    from tools.make_tiny_dataset import make_pictures
+
+    make_pictures(tmp_path / "reg" / "1_thing", 2, seed=9)
+    datasets = scanned(pictures, "--reg_data_dir", tmp_path / "reg", "--alpha_mask")
+    samples = samples_of(datasets)
+    batches = Batches(samples, None, None, seed=3, max_train_steps=10, prior_loss_weight=0.5)
+    for batch in loaded(batches, Order(group_samples(datasets, samples), seed=3)):
+        is_reg = "1_thing" in batch.paths[0]
+        assert batch.weights.tolist() == [0.5 if is_reg else 1.0]
+        assert batch.masks.shape == (1, *batch.images.shape[2:]) and batch.masks.min() == 1.0
+
+
+def test_conditioning_images_come_with_their_pictures(pictures, tmp_path):
+    import shutil
+
+    shutil.copytree(pictures / "2_shapes", tmp_path / "masks")
+    (tmp_path / "d.toml").write_text(
+        f"[[datasets]]\nresolution = 128\nenable_bucket = true\nbucket_reso_steps = 32\nmin_bucket_reso = 64\nmax_bucket_reso = 256\nflip_aug = true\n"
+        f"[[datasets.subsets]]\nimage_dir = '{pictures / '2_shapes'}'\nconditioning_data_dir = '{tmp_path / 'masks'}'\n"
+    )
+    from library.data.dataset_config import read_datasets
+    from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+    from library.data.subsets import scan
+    from library.options import read_options
+    from library.training.options import LossOptions
+
+    words = ["--dataset_config", str(tmp_path / "d.toml"), "--masked_loss"]
+    options = read_options("", [DatasetOptions, CaptionOptions, CacheOptions, LossOptions], words)
+    datasets = scan(read_datasets(options)[0])
+    samples = samples_of(datasets)
+    batches = Batches(samples, None, None, seed=3, max_train_steps=10)
+    for batch in loaded(batches, Order(group_samples(datasets, samples), seed=3), 8):
+        assert torch.equal(batch.conditioning, batch.images)  # here they are the pictures themselves
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_vanishes_during_the_run_is_one_sentence(workers, pictures):
+    batches, order = set_up(pictures)
+    for sample in batches.samples:
+        sample.path.unlink()
+    with pytest.raises(RunError, match=r"^\S+picture\d.png: can't be read any more"):
+        loaded(batches, order, 1, num_workers=workers, start_method="fork" if workers else None)
+
+
+def test_a_cache_that_is_damaged_during_the_run_is_one_sentence(pictures):
+    batches, order = set_up(pictures, latents=LatentsOnDisk())
+    for sample in batches.samples:
+        sample.latents_file.write_bytes(b"")
+    with pytest.raises(RunError, match=r"_sdxl.npz: the cache was changed or damaged since the run began"):
+        loaded(batches, order, 1)

@@ -214,3 +214,11 @@ def test_golden_03_size_and_timestep_embeddings():
     assert sinusoidal_embedding(torch.tensor([1.0]), 4)[0].tolist() == pytest.approx(
         [math.cos(1), math.cos(0.01), math.sin(1), math.sin(0.01)]
     )
+
+
+def test_golden_05_masks():
+    """A conditioning image's red channel, or an alpha channel, weighs the loss without being evened out by its mean."""
+    elements = losses.element_loss(T["pred"], T["target"], "l2", None)
+    red = T["mask.conditioning_image"][:, 0] / 2 + 0.5
+    for mask, name in ((red, "from_conditioning"), (T["mask.alpha"], "from_alpha")):
+        close(elements * losses.latent_mask(mask, (8, 10)), f"mask.{name}", atol=2e-6)

@@ -33,7 +33,7 @@ class Contents:
 
     Attributes:
         arrays: name -> (dtype kind, shape).
-        fingerprint: what the arrays were made of; None if the file doesn't say, or they were changed since.
+        fingerprint: what the arrays were made of; None if the file doesn't say.
     """
 
     arrays: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -114,11 +114,12 @@ def _check_content(member: Any, name: str, shape: Sequence[int], dtype: np.dtype
         raise BadFile(f"its {name} aren't finite")
 
 
-def _fingerprint(archive: zipfile.ZipFile, checksums: Mapping[str, int]) -> Mapping[str, Any] | None:
+def _fingerprint(archive: zipfile.ZipFile, checksums: Mapping[str, int]) -> Mapping[str, Any]:
     with archive.open(f"{FINGERPRINT}.npy") as member:
         fingerprint = json.loads(str(np.lib.format.read_array(member, allow_pickle=False)))
-    unchanged = all(checksums.get(name) == checksum for name, checksum in fingerprint["arrays"].items())
-    return fingerprint if unchanged else None
+    if any(checksums.get(name) != checksum for name, checksum in fingerprint["arrays"].items()):
+        raise BadFile("changed by another program")
+    return fingerprint
 
 
 def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -1,0 +1,207 @@
+"""The caching tools, end to end: pictures to metadata to caches to training; several processes; what they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from running import QUICK, ROOT, arguments, losses_of, script, train_network, without
+
+BUCKETS = [
+    "--resolution",
+    "64",
+    "--enable_bucket",
+    "--min_bucket_reso",
+    "32",
+    "--max_bucket_reso",
+    "128",
+    "--bucket_reso_steps",
+    "32",
+]
+
+
+def tool(name: str, model: Path, pictures: Path, *extra: object) -> list[str]:
+    words = [
+        ROOT / "tools" / f"{name}.py",
+        "--pretrained_model_name_or_path",
+        model,
+        "--train_data_dir",
+        pictures,
+        *BUCKETS,
+    ]
+    return [str(word) for word in [*words, *extra]]
+
+
+def call(name: str, *words: object) -> None:
+    """Run a tool's main in this process."""
+    sys.path.insert(0, str(ROOT))
+    module = __import__(name, fromlist=["main"])
+    module.main([str(word) for word in words])
+
+
+def arrays_of(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    found = {}
+    for file in sorted(folder.rglob("*.npz")):
+        with np.load(file) as arrays:
+            found[file.name] = {name: arrays[name] for name in arrays if name != "fingerprint"}
+    return found
+
+
+def assert_equal(one, two) -> None:
+    assert one.keys() == two.keys()
+    for file, arrays in one.items():
+        assert arrays.keys() == two[file].keys()
+        assert all(np.array_equal(arrays[name], two[file][name]) for name in arrays), file
+
+
+def test_what_the_tools_cache_is_what_training_caches_and_uses(golden_model, pictures, tmp_path):
+    words = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", 1]
+    train_network(golden_model, pictures, tmp_path / "first", *words)
+    by_training = arrays_of(pictures)
+    for file in pictures.rglob("*.npz"):
+        file.unlink()
+    for name in ("cache_latents", "cache_text_encoder_outputs"):
+        call(f"tools.{name}", *tool(name, golden_model, pictures)[1:])
+    by_tools = arrays_of(pictures)
+    assert_equal(by_training, by_tools)
+    times = {file: file.stat().st_mtime_ns for file in pictures.rglob("*.npz")}
+    train_network(golden_model, pictures, tmp_path / "second", *words)
+    assert times == {file: file.stat().st_mtime_ns for file in pictures.rglob("*.npz")}
+    assert losses_of(tmp_path / "first") == losses_of(tmp_path / "second")
+
+
+def test_two_processes_make_the_files_that_one_makes(golden_model, pictures):
+    def on(processes: int) -> dict:
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        done = subprocess.run([*launch, *tool("cache_latents", golden_model, pictures, "--flip_aug")], env=env, capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return arrays_of(pictures)
+
+    two = on(2)
+    for file in pictures.rglob("*.npz"):
+        file.unlink()
+    assert len(two) == 4
+    assert_equal(two, on(1))
+
+
+def test_a_config_file_of_training_is_taken_and_damaged_pictures_are_all_told(golden_model, pictures, tmp_path):
+    (tmp_path / "run.toml").write_text(
+        f"pretrained_model_name_or_path = '{golden_model.as_posix()}'\ntrain_data_dir = '{pictures.as_posix()}'\n"
+        "resolution = '64'\nnetwork_module = 'networks.lora'\nlearning_rate = 1e-4\nmin_snr_gamma = 5\nsample_every_n_epochs = 1\n"
+        "save_model_as = 'safetensors'\nshuffle_caption = true\n"
+    )
+    for number in (0, 2):
+        (pictures / "2_shapes" / f"picture{number}.png").write_bytes(Image.new("RGB", (64, 64)).tobytes()[:50])
+    done = script(ROOT / "tools" / "cache_latents.py", "--config_file", str(tmp_path / "run.toml"))
+    assert done.returncode == 2 and all(f"picture{number}.png" in done.stderr for number in (0, 2))
+    done = script(ROOT / "tools" / "cache_latents.py", "--config_file", str(tmp_path / "run.toml"), "--skip_bad_images")
+    assert done.returncode == 0 and "the caches of 2 pictures are complete" in done.stderr, done.stderr
+    assert "min_snr_gamma" in done.stderr and "it is for training" in done.stderr
+    done = script(ROOT / "tools" / "cache_text_encoder_outputs.py", "--config_file", str(tmp_path / "run.toml"))
+    assert done.returncode == 2 and "--text_cache_variants 8" in done.stderr
+
+
+def test_pictures_become_metadata_caches_and_a_lora(golden_model, pictures, tmp_path):
+    """The whole way of sd-scripts' fine-tuning data, through every tool."""
+    folder, names = pictures / "2_shapes", [tmp_path / f"meta{i}.json" for i in range(4)]
+    call("tools.merge_captions_to_metadata", folder, names[0], "--caption_extension", ".txt", "--full_path")
+    call("tools.merge_dd_tags_to_metadata", folder, names[1], "--in_json", names[0], "--full_path")
+    call("tools.clean_captions_and_tags", names[1], names[2])
+    words = [folder, names[2], names[3], golden_model, "--max_resolution", "64,64", "--min_bucket_reso", 32, "--max_bucket_reso", 128, "--bucket_reso_steps", 32]  # fmt: skip
+    call("prepare_buckets_latents", *words, "--full_path", "--batch_size", 2)
+    entries = json.loads(names[3].read_text(encoding="utf-8"))
+    assert len(entries) == 4
+    for key, entry in entries.items():
+        with Image.open(key) as image, np.load(Path(key).with_suffix(".npz")) as arrays:
+            assert entry["image_size"] == list(image.size)
+            width, height = entry["train_resolution"]
+            assert arrays["latents"].shape == (4, height // 8, width // 8)
+    times = {file: file.stat().st_mtime_ns for file in folder.glob("*.npz")}
+    call("prepare_buckets_latents", *words, "--full_path", "--skip_existing")
+    data = [
+        "--in_json",
+        names[3],
+        "--cache_latents_to_disk",
+        "--cache_text_encoder_outputs_to_disk",
+        "--max_train_steps",
+        3,
+    ]
+    train_network(golden_model, folder, tmp_path / "out", *data)
+    assert times == {file: file.stat().st_mtime_ns for file in folder.glob("*.npz") if "_te_" not in file.name}
+    assert len(losses_of(tmp_path / "out")) == 3 and len(list(folder.glob("*_te_outputs.npz"))) == 4
+    metadata = train_metadata(tmp_path / "out" / "lora.safetensors")
+    assert metadata["ss_num_train_images"] == "4" and "meta3.json" in metadata["ss_tag_frequency"]
+
+
+def train_metadata(path: Path) -> dict[str, str]:
+    from library.safetensors_io import read_header
+
+    return dict(read_header(path).metadata)
+
+
+def test_prepare_buckets_refuses_what_cant_work_all_at_once(golden_model, pictures, tmp_path):
+    done = script(
+        ROOT / "prepare_buckets_latents.py", str(pictures), str(tmp_path / "none.json"), str(tmp_path / "out.json"), str(golden_model),
+        "--max_resolution", "64", "--bucket_reso_steps", "7", "--batch_size", "0", "--v2",
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("error:") == 5 and "Traceback" not in done.stderr
+
+
+def test_drawn_captions_train_from_a_cache_without_the_text_encoders(golden_model, pictures, tmp_path):
+    words = ["--shuffle_caption", "--caption_dropout_rate", 0.3, "--text_cache_variants", 3, "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]  # fmt: skip
+    train_network(golden_model, pictures, tmp_path / "first", *words, "--max_train_steps", 4)
+    with np.load(next(pictures.rglob("*_te_outputs.npz"))) as arrays:
+        assert {"hidden_state1", "pool2_3"} <= set(
+            arrays
+        ) and "pool2_4" not in arrays  # three captions and the empty one
+    again = script(ROOT / "sdxl_train_network.py", *arguments(golden_model, pictures, tmp_path / "second", *words, "--max_train_steps", 4))  # fmt: skip
+    assert again.returncode == 0 and "text-encoder outputs: 4 of 4 are cached" in again.stderr, again.stderr[-2000:]
+    assert losses_of(tmp_path / "first") == losses_of(tmp_path / "second")
+
+
+def test_masks_weigh_the_loss_of_a_run(golden_model, pictures, tmp_path):
+    """Half of each picture masked: the loss is that of the other half, without being evened out."""
+    words = ["--max_train_steps", 2]
+    plain = train_network(golden_model, pictures, tmp_path / "plain", *words) and losses_of(tmp_path / "plain")
+    for file in (pictures / "2_shapes").glob("*.png"):
+        picture = Image.open(file).convert("RGBA")
+        picture.putalpha(255)
+        picture.save(file)
+    opaque = train_network(golden_model, pictures, tmp_path / "opaque", *words, "--alpha_mask") and losses_of(tmp_path / "opaque")  # fmt: skip
+    for file in (pictures / "2_shapes").glob("*.png"):
+        picture = Image.open(file)
+        alpha = Image.new("L", picture.size, 255)
+        alpha.paste(0, (0, 0, picture.width, picture.height // 2))
+        picture.putalpha(alpha)
+        picture.save(file)
+    half = train_network(golden_model, pictures, tmp_path / "half", *words, "--alpha_mask") and losses_of(tmp_path / "half")  # fmt: skip
+    np.testing.assert_allclose(opaque, plain, rtol=0.05)  # other files have other posterior samples
+    assert all(0.3 < one / other < 0.7 for one, other in zip(half, plain, strict=True)), (half, plain)
+
+
+def test_debug_dataset_prints_and_writes_a_page_without_training(golden_model, pictures, tmp_path, capsys):
+    (pictures / "2_shapes" / "picture1.txt").write_text("a word, " * 60)
+    words = without(QUICK, "--cache_latents", "--cache_text_encoder_outputs")
+    train_network(
+        golden_model, pictures, tmp_path / "out", "--debug_dataset", "--shuffle_caption", "--alpha_mask", quick=words
+    )
+    told = capsys.readouterr().out
+    assert "mean crop loss" in told and "8 batches / 1 accumulated = 8 steps an epoch" in told
+    assert "LEFT OUT: 'word," in told or "LEFT OUT: ', a word" in told or "LEFT OUT: 'a word" in told, told
+    (page,) = (tmp_path / "out").iterdir()
+    html = page.read_text(encoding="utf-8")
+    assert page.name == "lora-dataset.html" and html.count("data:image/jpeg;base64,") == 4 and "<script" not in html
+    assert "http" not in html  # nothing outside the file
+
+
+@pytest.mark.parametrize("name", ["cache_latents", "cache_text_encoder_outputs"])
+def test_the_tools_tell_mistakes_before_torch(name, tmp_path):
+    done = script(ROOT / "tools" / f"{name}.py", "--resolutoin", "64", "--flux")
+    assert (
+        done.returncode == 2 and "did you mean 'resolution'" in done.stderr and "this tool is for SDXL" in done.stderr
+    )

@@ -1,0 +1,362 @@
+"""Caches that can't be stale: what changed after caching is made again, each item for itself, and the reason is told."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import ROOT
+from scanning import samples_of, scanned, stub_text, stub_vae
+
+from library.data.cache import LatentsOnDisk, TextOnDisk, TextPlan
+from library.data.fill_cache import fill_latents, fill_text
+from library.data.known_files import KnownFiles
+from library.errors import RunError
+
+
+def samples_in(folder: Path, *argv: object):
+    return samples_of(scanned(folder, *argv))
+
+
+def filled(samples, vae: str = "vae", known: KnownFiles | None = None) -> LatentsOnDisk:
+    cache = LatentsOnDisk(vae, known)
+    assert fill_latents(samples, cache, stub_vae, 2) == []
+    return cache
+
+
+def problems(cache, samples) -> list[str | None]:
+    return [cache.problem(sample) for sample in samples]
+
+
+def contents(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Every array of every cache file, fingerprints apart."""
+    found = {}
+    for file in folder.rglob("*.npz"):
+        with np.load(file) as arrays:
+            found[file.name] = {name: arrays[name] for name in arrays if name != "fingerprint"}
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- latents
+
+
+def test_fault_42_a_picture_replaced_by_one_of_its_size_is_encoded_again_and_no_other(pictures):
+    samples = samples_in(pictures)
+    filled(samples)
+    raw = np.asarray(Image.open(samples[1].path))
+    Image.fromarray(255 - raw).save(samples[1].path)
+    again = samples_in(pictures)
+    assert problems(LatentsOnDisk("vae"), again) == [None, "the picture has changed", None, None]
+    before = samples[1].latents_file.read_bytes()
+    filled(again)
+    assert samples[1].latents_file.read_bytes() != before and problems(LatentsOnDisk("vae"), again) == [None] * 4
+
+
+def test_fault_42_a_picture_that_was_only_touched_or_moved_is_not_encoded_again(pictures, tmp_path):
+    samples = samples_in(pictures)
+    filled(samples)
+    for sample in samples:
+        os.utime(sample.path, (1_500_000_000, 1_500_000_000))
+    assert problems(LatentsOnDisk("vae"), samples) == [None] * 4
+    pictures.rename(tmp_path / "moved")
+    assert problems(LatentsOnDisk("vae"), samples_in(tmp_path / "moved")) == [None] * 4
+
+
+@pytest.mark.parametrize(
+    "argv, reason",
+    [
+        (["--resize_interpolation", "lanczos"], "resized in another way"),
+        (["--alpha_mask"], "lacks alpha_mask"),
+        (["--flip_aug"], "lacks latents_flipped"),
+        (["--resolution", 160], "are needed"),
+    ],
+)
+def test_fault_43_another_geometry_makes_the_latents_again(argv, reason, pictures):
+    filled(samples_in(pictures))
+    changed = samples_in(pictures, *argv)
+    assert any(reason in (problem or "") for problem in problems(LatentsOnDisk("vae"), changed))
+    filled(changed)
+    assert problems(LatentsOnDisk("vae"), changed) == [None] * 4
+
+
+def test_fault_43_the_same_bucket_by_another_resize_is_made_again(pictures):
+    """The shape alone doesn't tell: without upscaling a picture may come into a bucket of that size another way."""
+    (sample, *_) = samples_in(pictures)
+    filled([sample])
+    other = replace(sample, fit=sample.fit._replace(resized=sample.fit.resized._replace(width=999)))
+    assert LatentsOnDisk("vae").problem(other) == "resized in another way"
+
+
+def test_fault_44_another_vae_or_dtype_makes_the_latents_again(pictures):
+    samples = samples_in(pictures)
+    filled(samples, "one in float32")
+    assert set(problems(LatentsOnDisk("one in float16"), samples)) == {"of another VAE or dtype"}
+
+
+def test_arrays_that_another_program_changed_are_seen_though_it_kept_our_fingerprint(pictures):
+    samples = samples_in(pictures)
+    filled(samples)
+    file = samples[0].latents_file
+    with np.load(file) as arrays:
+        kept = {name: arrays[name] for name in arrays}
+    np.savez(file, **{**kept, "latents": kept["latents"] + 1})
+    assert LatentsOnDisk("vae").problem(samples[0]) == "changed by another program"
+
+
+def test_latents_of_sd_scripts_are_accepted_when_newer_than_the_picture_and_of_its_size(pictures):
+    (sample, *_) = samples_in(pictures)
+    shape = (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
+    plain = {"latents": np.zeros(shape, np.float32), "crop_ltrb": np.zeros(4), "original_size": np.array(sample.size)}
+    for name in (sample.latents_file, sample.old_latents_file):
+        np.savez(name, **plain)
+        assert LatentsOnDisk("vae").problem(sample) is None
+        np.savez(name, **{**plain, "original_size": np.array([1, 2])})
+        assert (
+            LatentsOnDisk("vae").problem(sample) == "made of a picture of another size"
+            or name == sample.old_latents_file
+        )
+        name.unlink()
+
+
+def test_fault_33_latents_of_sd_scripts_that_arent_finite_are_made_again(pictures):
+    (sample, *_) = samples_in(pictures)
+    shape = (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
+    np.savez(sample.latents_file, latents=np.full(shape, np.nan, np.float32))
+    assert LatentsOnDisk("vae").problem(sample) == "its latents aren't finite"
+
+
+def test_foreign_arrays_of_a_file_are_kept(pictures):
+    (sample, *_) = samples_in(pictures)
+    np.savez(sample.latents_file, latents_64x64=np.arange(3))
+    filled([sample])
+    with np.load(sample.latents_file) as arrays:
+        assert arrays["latents_64x64"].tolist() == [0, 1, 2] and "latents" in arrays
+
+
+def flip_byte(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    at = raw.index(b"latents.npy") + 300
+    raw[at] ^= 0xFF
+    file.write_bytes(raw)
+
+
+def claim_terabytes(file: Path) -> None:
+    """A header of the array's length that speaks of a far larger one."""
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }"
+    npy = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + header.ljust(117) + b"\n"
+    import zipfile
+
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("latents.npy", npy)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_byte,
+        claim_terabytes,
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes()[:-100]),
+        lambda file: np.savez(file, latents=np.array([{}], dtype=object)),
+        lambda file: file.write_bytes(b"PK" + bytes(500)),
+        lambda file: np.savez(file, something=np.zeros(2)),
+    ],
+    ids=["flipped byte", "terabytes", "empty", "torn", "object", "zeros", "foreign"],
+)
+def test_fault_45_a_bad_file_is_made_again_for_itself(damage, pictures):
+    samples = samples_in(pictures)
+    filled(samples)
+    good = contents(pictures)
+    damage(samples[2].latents_file)
+    cache = LatentsOnDisk("vae")
+    assert [problem is None for problem in problems(cache, samples)] == [True, True, False, True]
+    filled(samples)
+    now = contents(pictures)
+    now[samples[2].latents_file.name].pop("something", None)  # foreign arrays stay
+    for name, arrays in good.items():
+        assert arrays.keys() == now[name].keys()
+        assert all(np.array_equal(arrays[key], now[name][key]) for key in arrays), name
+
+
+def test_skip_cache_check_believes_every_file_that_is_there(pictures):
+    samples = samples_in(pictures)
+    np.savez(samples[0].latents_file, nothing=np.zeros(1))
+    cache = LatentsOnDisk("vae", trusted=True)
+    assert problems(cache, samples) == [None, "not there", "not there", "not there"]
+    assert TextOnDisk(77, trusted=True).problem(samples[0]) == "not there"
+
+
+def test_what_was_verified_is_remembered_and_not_read_again(pictures, tmp_path, monkeypatch):
+    samples = samples_in(pictures)
+    filled(samples)
+    for file in pictures.rglob("*.npz"):
+        os.utime(file, (time.time() - 60, time.time() - 60))
+    known = KnownFiles(tmp_path / "index")
+    assert problems(LatentsOnDisk("vae", known), samples) == [None] * 4
+    known.save()
+    monkeypatch.setattr("library.data.npz.verify", lambda path: pytest.fail(f"read {path}"))
+    assert problems(LatentsOnDisk("vae", KnownFiles(tmp_path / "index")), samples) == [None] * 4
+    assert set(problems(LatentsOnDisk("other", KnownFiles(tmp_path / "index")), samples)) == {"of another VAE or dtype"}
+
+
+def test_a_mask_is_cached_with_the_latents_and_mirrored(pictures):
+    file = next((pictures / "2_shapes").glob("*.png"))
+    picture = Image.open(file).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").rotate(90).resize(picture.size))
+    picture.save(file)
+    samples = samples_in(pictures, "--alpha_mask", "--flip_aug")
+    cache = filled(samples)
+    (sample,) = (sample for sample in samples if sample.path == file)
+    _, mask = cache.read(sample)
+    _, mirrored = cache.read(sample, flipped=True)
+    assert (
+        mask.shape == (sample.fit.bucket.height, sample.fit.bucket.width)
+        and 0 <= mask.min() < 0.1 < 0.9 < mask.max() <= 1
+    )
+    assert torch.equal(mirrored, mask.flip(-1))
+
+
+# ------------------------------------------------------------------------------------------------------------------ text
+
+
+def test_fault_44_an_edited_caption_other_encoders_or_another_length_are_encoded_again(pictures):
+    samples = samples_in(pictures)
+    fill_text(samples, TextOnDisk(77, encoders="one"), stub_text)
+    assert problems(TextOnDisk(77, encoders="one"), samples) == [None] * 4
+    assert set(problems(TextOnDisk(77, encoders="two"), samples)) == {"of other text encoders or dtype"}
+    assert set(problems(TextOnDisk(152, encoders="one"), samples)) == {
+        "its hidden_state1 are 77x8 where 152x? are needed"
+    }
+    assert set(problems(TextOnDisk(77, (8, 999), encoders="one"), samples)) == {
+        "its hidden_state2 are 77x16 where 77x999 are needed"
+    }
+    samples[0].path.with_suffix(".txt").write_text("edited")
+    assert problems(TextOnDisk(77, encoders="one"), samples_in(pictures)) == ["of other captions", None, None, None]
+
+
+def test_text_outputs_of_sd_scripts_are_made_again(pictures):
+    (sample, *_) = samples_in(pictures)
+    zeros = {
+        "hidden_state1": np.zeros((77, 8), np.float32),
+        "hidden_state2": np.zeros((77, 16), np.float32),
+        "pool2": np.zeros(16, np.float32),
+    }
+    np.savez(sample.text_file, **zeros)
+    assert TextOnDisk(77).problem(sample).startswith("not ours")
+    fill_text([sample], TextOnDisk(77), stub_text)
+    assert TextOnDisk(77).read(sample, 0).pooled[0] == len(sample.caption)
+
+
+# --------------------------------------------------------------------------------------------------------- whole machines
+
+FILL = """
+import sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from scanning import samples_of, scanned, stub_vae
+from library.data.cache import LatentsOnDisk
+from library.data.fill_cache import fill_latents
+def slow(images, noise):
+    time.sleep(0.02)
+    return stub_vae(images, noise)
+samples = samples_of(scanned(Path(sys.argv[1])))
+print("go", flush=True)
+fill_latents(samples, LatentsOnDisk("vae"), slow, {batch})
+"""
+
+
+def start_filling(folder: Path, batch: int = 1) -> subprocess.Popen:
+    code = FILL.format(root=str(ROOT), tests=str(Path(__file__).parent), batch=batch)
+    return subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def litter(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    "after", [0.03, pytest.param(0.1, marks=pytest.mark.long), pytest.param(0.2, marks=pytest.mark.long)]
+)
+@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.long)])
+def test_fault_3_kill_9_while_caching_then_rerun_equals_a_clean_run(after, batch, tmp_path):
+    from tools.make_tiny_dataset import make_pictures
+
+    make_pictures(tmp_path / "pics" / "1_x", 16)
+    process = start_filling(tmp_path / "pics", batch)
+    assert process.stdout.readline() == "go\n"
+    time.sleep(after)
+    process.kill()
+    process.wait()
+    done = len(list(tmp_path.rglob("*.npz")))
+    samples = samples_in(tmp_path / "pics")
+    cache = LatentsOnDisk("vae")
+    fill_latents(samples, cache, stub_vae, batch)
+    assert done < 16 and problems(cache, samples) == [None] * 16 and litter(tmp_path) == []
+    resumed = contents(tmp_path)
+    for file in tmp_path.rglob("*.npz"):
+        file.unlink()
+    fill_latents(samples, LatentsOnDisk("vae"), stub_vae, batch)
+    clean = contents(tmp_path)
+    assert resumed.keys() == clean.keys()
+    for name, arrays in clean.items():
+        for key in arrays:
+            if batch == 1:
+                assert np.array_equal(arrays[key], resumed[name][key]), (name, key)
+            np.testing.assert_allclose(arrays[key], resumed[name][key], atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on file sizes")
+def test_fault_5_a_full_disk_stops_with_the_path_and_leaves_nothing_torn(pictures):
+    code = f"import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n{FILL}"
+    code = (
+        code.replace("{root!r}", repr(str(ROOT)))
+        .replace("{tests!r}", repr(str(Path(__file__).parent)))
+        .replace("{batch}", "1")
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(pictures)], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and re.search(r"RunError: .*_sdxl.npz: can't be written: File too large", done.stderr)
+    assert not list(pictures.rglob("*.npz")) and litter(pictures) == []
+
+
+def test_fault_54_two_processes_caching_one_folder_do_no_harm(tmp_path):
+    from tools.make_tiny_dataset import make_pictures
+
+    make_pictures(tmp_path / "1_x", 12)
+    both = [start_filling(tmp_path) for _ in range(2)]
+    for process in both:
+        assert process.wait(60) == 0, process.stderr.read()
+    samples = samples_in(tmp_path)
+    assert problems(LatentsOnDisk("vae"), samples) == [None] * 12 and litter(tmp_path) == []
+
+
+def test_fault_50_a_folder_that_cant_be_written_is_told_with_its_path(pictures):
+    samples = samples_in(pictures)
+    blocked = [replace(sample, cache_stem=str(sample.path / "below a file")) for sample in samples]
+    with pytest.raises((RunError, OSError)):
+        fill_latents(blocked, LatentsOnDisk("vae"), stub_vae, 1)
+
+
+# ------------------------------------------------------------------------------------------------- drawn captions, cached
+
+
+def test_the_index_is_json_that_names_its_folder(pictures, tmp_path):
+    known = KnownFiles(tmp_path / "index")
+    scanned(pictures, known=known)
+    known.save()
+    for file in (tmp_path / "index").glob("*.json"):
+        assert json.loads(file.read_text())["folder"] == str(pictures / "2_shapes")
+
+
+def test_text_plan_keeps_one_text_where_nothing_is_drawn_and_the_empty_one_where_captions_are_dropped(pictures):
+    (sample, *_) = samples_in(pictures)
+    assert TextPlan(5).of(sample) == (sample.caption,)
+    (dropped, *_) = samples_in(pictures, "--caption_dropout_rate", 0.5)
+    assert TextPlan(5).of(dropped) == (sample.caption, "")
