@@ -222,7 +222,7 @@ class _Reader:
         except UnicodeDecodeError:
             raise OptionError(*self.mistakes, f"--config_file {path}: it is not UTF-8; save it as UTF-8") from None
         except (OSError, tomllib.TOMLDecodeError) as error:
-            hint = "; write Windows paths in 'single quotes', or with /" if "'\\\\'" in str(error) else ""
+            hint = "; write Windows paths in 'single quotes', or with /" if "Unescaped" in str(error) else ""
             raise OptionError(*self.mistakes, f"--config_file {path}: can't be read as TOML: {error}{hint}") from None
         values: dict[str, Any] = {}
         for key, value in tables.items():  # section names only group keys for the reader

@@ -291,3 +291,116 @@ def test_an_output_folder_that_is_a_file_is_told_before_caching(golden_model, pi
 def test_an_interrupt_ends_with_its_status(golden_model, pictures, output):
     program = "import sys\nfrom library.errors import run\ndef main(): raise KeyboardInterrupt\nrun(main)"
     assert script("-c", program).returncode == 130
+
+
+# ------------------------------------------------------------------------------- what is told before hours of caching
+
+
+@pytest.mark.parametrize(
+    "extra, expected",
+    [
+        (["--optimizer_args", "weight_deacy=0.1"], "AdamW has no 'weight_deacy'; did you mean 'weight_decay'"),
+        (["--optimizer_args", "betas=0.9"], "AdamW doesn't take betas=0.9"),
+        (["--optimizer_type", "torch.nn.Linear"], "--optimizer_type torch.nn.Linear: it is no optimizer"),
+        (["--learning_rate", "0"], "nothing is trained: every learning rate is 0"),
+        (["--lr_scheduler_type", "ReduceLROnPlateau"], "it wants a metric at every step"),
+        (["--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False", "--lr_scheduler", "adafactor"], "finds its own rate"),
+        (["--min_timestep", "900", "--max_timestep", "100"], "no timestep lies between them"),
+        (["--ddp_static_graph", "--gradient_accumulation_steps", "2"], "--ddp_static_graph can't go with"),
+        (["--output_name", "lora.safetensors"], "give it without its ending"),
+        (["--network_module", "lycoris.kohya", "--network_args", "algo=loha"], "lycoris.kohya: can't be used yet"),
+        (["-max_train_steps", "10"], "-max_train_steps is no option of this script; did you mean 'max_train_steps'? (options start with two dashes)"),
+        (["--seed", "99999999999999999999"], "--seed: must be at most"),
+    ],
+)  # fmt: skip
+def test_what_cant_work_is_told_before_caching(extra, expected, golden_model, pictures, output, tmp_path):
+    told = refused(run(golden_model, pictures, output, *extra), output, expected)
+    assert "caching" not in told and told.count("error:") == 1
+
+
+def junk(path: Path, content: object) -> Path:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"junk text", "the header should have"),
+        ([1, 2], "is a file without tensors"),
+        ({"a": torch.zeros(2)}, "a LoRA with .lora_down.weight keys is needed"),
+        ({"lora_unet_x.lora_down.weight": torch.tensor(1.0)}, "no LoRA's"),
+        ({"lora_unet_x.lora_down.weight": torch.ones(2, 2, dtype=torch.int64)}, "hold no finite numbers"),
+        ({"lora_unet_x.lora_down.weight": torch.full((2, 2), float("nan"))}, "hold no finite numbers"),
+        ({"lora_unet_x.hada_w1_a": torch.zeros(2, 2)}, "this is a LoHa"),
+    ],
+)
+def test_faults_15_and_17_pickles_as_network_weights_are_told_in_a_sentence(content, expected, golden_model, pictures, output, tmp_path):  # fmt: skip
+    path = junk(tmp_path / "x.pt", content)
+    told = refused(
+        run(golden_model, pictures, output, "--network_weights", path, "--dim_from_weights"), output, expected
+    )
+    assert "weights_only" not in told and "caching" not in told
+
+
+def test_dim_from_weights_keeps_learning_rate_factors(golden_model, pictures, output, tmp_path):
+    first = train_network(golden_model, pictures, tmp_path / "first", "--max_train_steps", "1")
+    done = run(
+        golden_model, pictures, output, "--network_weights", first, "--dim_from_weights", "--max_train_steps", "1",
+        "--network_args", "loraplus_lr_ratio=16",
+    )  # fmt: skip
+    assert done.returncode == 0 and "training unet plus" in done.stderr, done.stderr[-2000:]
+
+
+def test_weights_that_arent_finite_are_never_saved(golden_model, pictures, output):
+    done = run(
+        golden_model, pictures, output, "--learning_rate", "1e6", "--max_train_steps", "1", "--save_precision", "fp16"
+    )
+    assert done.returncode == 1 and "not saved, as" in done.stderr and not list(output.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b'a = "C:\\models"', "write Windows paths in 'single quotes'"),
+        ('a = "x"'.encode("utf-16"), "it is not UTF-8"),
+        (None, "no such file"),
+    ],
+)
+def test_a_config_file_that_cant_be_read_is_the_only_mistake_told(content, expected, tmp_path):
+    if content is not None:
+        (tmp_path / "run.toml").write_bytes(content)
+    done = script(ROOT / "sdxl_train_network.py", "--config_file", str(tmp_path / "run.toml"))
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.count("error:") == 1
+
+
+def test_a_vae_that_is_none_is_told_by_its_header(golden_model, pictures, output, tmp_path):
+    lora = train_network(golden_model, pictures, tmp_path / "first", "--max_train_steps", "1")
+    refused(run(golden_model, pictures, output, "--vae", lora), output, "--vae", "this is a LoRA", "a VAE is needed")
+
+
+def test_a_hub_id_without_a_network_is_one_sentence(pictures, output):
+    refused(run("some-one/no-such-model", pictures, output, env={"HF_HUB_OFFLINE": "1"}), output, "some-one/no-such-model: no such file or folder here, and the hub says")  # fmt: skip
+
+
+def test_a_broken_xformers_is_told_and_done_without(golden_model, pictures, output, tmp_path):
+    (tmp_path / "site" / "xformers").mkdir(parents=True)
+    (tmp_path / "site" / "xformers" / "__init__.py").write_text("raise ImportError('made for another torch')")
+    done = run(golden_model, pictures, output, "--xformers", "--max_train_steps", "1", env={"PYTHONPATH": str(tmp_path / "site")})  # fmt: skip
+    assert done.returncode == 0 and "can't be used (made for another torch)" in done.stderr, done.stderr[-2000:]
+
+
+def test_a_caption_that_is_too_long_is_told(golden_model, pictures, output):
+    (pictures / "2_shapes" / "picture0.txt").write_text("many words " * 60)
+    done = run(golden_model, pictures, output, "--max_train_steps", "1")
+    assert done.returncode == 0 and "a caption has more than 75 tokens (--max_token_length); left out: '" in done.stderr
+
+
+def test_accelerates_own_settings_change_nothing(golden_model, pictures, output, tmp_path):
+    plain = train_network(golden_model, pictures, tmp_path / "plain", "--max_train_steps", "2")
+    done = run(golden_model, pictures, output, "--max_train_steps", "2", env={"ACCELERATE_DYNAMO_BACKEND": "EAGER", "ACCELERATE_MIXED_PRECISION": "bf16"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses_of(output) == losses_of(plain.parent)

@@ -17,8 +17,8 @@ from running import ROOT
 from scanning import samples_of, scanned, stub_text, stub_vae
 
 from library.data.cache import LatentsOnDisk, TextOnDisk, TextPlan
-from library.data.fill_cache import fill_latents, fill_text
-from library.data.known_files import KnownFiles
+from library.data.fill_cache import audit, fill_latents, fill_text
+from library.data.known_files import KnownFiles, stamp_of
 from library.errors import RunError
 
 
@@ -360,3 +360,32 @@ def test_text_plan_keeps_one_text_where_nothing_is_drawn_and_the_empty_one_where
     assert TextPlan(5).of(sample) == (sample.caption,)
     (dropped, *_) = samples_in(pictures, "--caption_dropout_rate", 0.5)
     assert TextPlan(5).of(dropped) == (sample.caption, "")
+
+
+def test_fault_26_damage_that_no_decoder_sees_is_seen_by_the_recorded_content(pictures, tmp_path):
+    """A flipped bit in a JPEG decodes; the index holds the hash of what was audited, and the cache that of what it encodes."""
+    file = pictures / "2_shapes" / "photo.jpg"
+    Image.effect_noise((128, 128), 60).convert("RGB").save(file, quality=90)
+    os.utime(file, (1_500_000_000, 1_500_000_000))
+    known = KnownFiles(tmp_path / "index")
+    samples = samples_in(pictures)
+    assert audit(samples, known) == []
+    recorded = known.get(str(file.parent), file.name, stamp_of(file))
+    assert recorded["decoded"] and len(recorded["content"]) == 32
+    cache = filled(samples)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 0x10
+    file.write_bytes(raw)
+    assert known.get(str(file.parent), file.name, stamp_of(file)) == {}
+    (sample,) = (sample for sample in samples if sample.path == file)
+    assert cache.problem(sample) == "the picture has changed"
+
+
+def test_the_audit_decodes_each_picture_once_in_its_life(pictures, tmp_path, monkeypatch):
+    for file in pictures.rglob("*.png"):
+        os.utime(file, (1_500_000_000, 1_500_000_000))
+    known = KnownFiles(tmp_path / "index")
+    samples = samples_in(pictures)
+    audit(samples, known)
+    monkeypatch.setattr("library.data.images.decode", lambda *_, **__: pytest.fail("decoded again"))
+    assert audit(samples, known) == []
