@@ -211,3 +211,25 @@ def test_a_picture_replaced_since_the_scan_is_told(samples):
     Image.new("RGB", (33, 44)).save(samples[0].path)
     (bad,) = audit(samples[:1], KnownFiles())
     assert "when the dataset was read, and is 33x44 now" in bad.reason
+
+
+@pytest.mark.parametrize("batch_size, expected", [(1, {1}), (4, {4}), (3, {2})])
+def test_mirrored_twins_are_encoded_with_their_pictures_in_batches_of_the_size_asked_for(
+    batch_size, expected, tmp_path
+):
+    from tools.make_tiny_dataset import make_pictures
+
+    paths = make_pictures(tmp_path / "1_x", 4)
+    for path in paths[1:]:
+        path.write_bytes(paths[0].read_bytes())
+    samples = samples_in(tmp_path, "--flip_aug")
+    calls = []
+
+    def encode(images, noise):
+        calls.append(images)
+        return stub_vae(images, noise)
+
+    fill_latents(samples, LatentsInMemory(), encode, batch_size)
+    assert {len(images) for images in calls} == expected and sum(map(len, calls)) == 8
+    if batch_size == 4:
+        assert torch.equal(calls[0][0], calls[0][2].flip(-1)) and torch.equal(calls[0][1], calls[0][3].flip(-1))

@@ -175,3 +175,54 @@ def test_fault_59_cached_text_and_captions_that_change_exclude_each_other(name, 
     )
     (mistake,) = check_datasets(options)
     assert name in mistake.text and "--cache_text_encoder_outputs rules out" in mistake.text
+
+
+@pytest.mark.parametrize("name, value", [("shuffle_caption", ()), ("caption_dropout_rate", (0.5,)), ("caption_tag_dropout_rate", (0.5,)), ("enable_wildcard", ()), ("caption_dropout_every_n_epochs", (2,))])  # fmt: skip
+def test_cached_variants_lift_the_refusal_of_captions_that_change(name, value, tmp_path):
+    (tmp_path / "1_x").mkdir()
+    words = ["--train_data_dir", tmp_path, "--resolution", 64, "--cache_text_encoder_outputs", f"--{name}", *value]
+    (mistake,) = check_datasets(options_of(*words))
+    assert "--text_cache_variants 8" in mistake.text
+    assert list(check_datasets(options_of(*words, "--text_cache_variants", 4))) == []
+
+
+def test_token_warmup_cant_be_cached_at_all(tmp_path):
+    (tmp_path / "1_x").mkdir()
+    words = [
+        "--train_data_dir",
+        tmp_path,
+        "--resolution",
+        64,
+        "--cache_text_encoder_outputs",
+        "--token_warmup_step",
+        10,
+    ]
+    for more in ([], ["--text_cache_variants", 4]):
+        (mistake,) = check_datasets(options_of(*words, *more))
+        assert "token_warmup_step changes captions by the step" in mistake.text
+
+
+@pytest.mark.parametrize("name", ["color_aug", "random_crop"])
+def test_cached_latents_and_pixels_that_change_exclude_each_other(name, tmp_path):
+    (tmp_path / "1_x").mkdir()
+    (mistake,) = check_datasets(
+        options_of("--train_data_dir", tmp_path, "--resolution", 64, "--cache_latents", f"--{name}")
+    )
+    assert f"{name} changes pixels" in mistake.text
+
+
+def test_settings_that_have_no_effect_are_told(tmp_path):
+    (tmp_path / "a").mkdir()
+    text = "[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 32\nnetwork_multiplier = 0.5\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\nface_crop_aug_range = [1.0, 2]\n"  # fmt: skip
+    path = tmp_path / "data.toml"
+    path.write_text(text.replace("DIR", tmp_path.as_posix()), encoding="utf-8")
+    plans, notices = read_datasets(options_of("--dataset_config", path))
+    assert any("face_crop_aug_range is not used" in notice for notice in notices)
+    assert any("network_multiplier changes nothing" in notice for notice in notices)
+    assert plans[0].subsets[0].pixels.face_crop_aug_range == (1.0, 2.0)
+
+
+def test_metadata_and_folders_cant_share_a_dataset(tmp_path):
+    (tmp_path / "m.json").write_text("{}")
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n[[datasets.subsets]]\nmetadata_file = 'DIR/m.json'\n"  # fmt: skip
+    assert any("put them into two [[datasets]]" in mistake for mistake in mistakes_of(tmp_path, text))

@@ -29,7 +29,7 @@ Stamp = tuple[int, int]
 
 def stamp_of(path: str | Path | os.DirEntry) -> Stamp:
     """The file's stamp. Raises OSError."""
-    found = path.stat() if isinstance(path, os.DirEntry) else os.stat(path)
+    found = os.stat(path) if isinstance(path, str | Path) else path.stat()
     return found.st_size, found.st_mtime_ns
 
 

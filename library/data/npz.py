@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -122,30 +123,53 @@ def _fingerprint(archive: zipfile.ZipFile, checksums: Mapping[str, int]) -> Mapp
     return fingerprint
 
 
-def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+def read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The arrays of these names, checked against their sums. Raises BadFile, for a file that isn't there too."""
     try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            return {name: _array(file, archive, archive.getinfo(f"{name}.npy")) for name in names}
+        with open(path, "rb", buffering=0) as file:
+            found = _read_in_order(file, names)
+            if found is None:
+                with zipfile.ZipFile(file) as archive:
+                    found = {name: _as_array(archive.read(f"{name}.npy")) for name in names}
+            return found
     except _UNREADABLE as error:
         raise BadFile(str(error)) from error
 
 
-def _array(file: io.BufferedReader, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    """One array. What is stored uncompressed is used where it was read to, as each copy costs as much as the checksum."""
-    if info.compress_type != zipfile.ZIP_STORED:
-        return np.lib.format.read_array(archive.open(info), allow_pickle=False)
-    file.seek(info.header_offset + 26)
-    lengths = file.read(4)  # of the name and of the extra field behind the entry's 30 bytes
-    file.seek(int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little"), os.SEEK_CUR)
-    content = bytearray(info.file_size)
-    if file.readinto(content) != len(content) or zlib.crc32(content) != info.CRC:
-        raise BadFile(f"its {info.filename} is damaged")
-    if match := _FLOATS.match(content):
+_LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")  # of a zip's member, which its name, extra field and content follow
+
+
+def _read_in_order(file: io.FileIO, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """The arrays by the headers before them, as write() lays them out; None for files that others laid out otherwise.
+
+    Reading a zip's directory takes as long as reading the latents of a picture.
+    """
+    found: dict[str, np.ndarray] = {}
+    while len(found) < len(names):
+        header = file.read(_LOCAL_HEADER.size)
+        if len(header) < _LOCAL_HEADER.size:
+            return None
+        mark, _, flags, method, _, _, checksum, _, size, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        if mark != b"PK\x03\x04" or flags or method or size == 0xFFFFFFFF:
+            return None
+        name = file.read(name_length).decode().removesuffix(".npy")
+        if name not in names:
+            file.seek(extra_length + size, os.SEEK_CUR)
+            continue
+        file.seek(extra_length, os.SEEK_CUR)
+        content = bytearray(size)
+        if file.readinto(content) != size or zlib.crc32(content) != checksum:
+            raise BadFile(f"its {name} are damaged")
+        found[name] = _as_array(content)
+    return {name: found[name] for name in names}
+
+
+def _as_array(content: bytes | bytearray) -> np.ndarray:
+    """The array of an .npy member; of the usual kind, where it lies in `content`, as a copy costs as much as the checksum."""
+    if isinstance(content, bytearray) and (match := _FLOATS.match(content)):
         shape = tuple(map(int, match[1].replace(b",", b" ").split()))
         return np.frombuffer(content, np.float32, offset=match.end()).reshape(shape)
-    member = io.BytesIO(content)
-    return np.lib.format.read_array(member, allow_pickle=False)
+    return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
 
 
 # The header that numpy writes for float32; its own reader takes longer over it than the disk over the array.

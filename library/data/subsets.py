@@ -188,6 +188,13 @@ class _Scanner:
         sample has that already (docs/differences.md)."""
         base = f"{folder if self.cache_dir is None else self._cache_folder(folder)}{os.sep}{name}"
         stem = base.rpartition(".")[0]
+        key = os.path.normcase(stem)
+        if key not in self.cache_stems:
+            self.cache_stems.add(key)
+            return stem
+        return self._longer_stem(stem, base, bucket, number)
+
+    def _longer_stem(self, stem: str, base: str, bucket: Size, number: int) -> str:
         for free in self._stems(stem, base, bucket, number):
             key = os.path.normcase(free)
             if key not in self.cache_stems:
@@ -196,7 +203,6 @@ class _Scanner:
         raise AssertionError("there is no end of names")
 
     def _stems(self, stem: str, base: str, bucket: Size, number: int) -> Iterator[str]:
-        yield stem
         if number > 0:
             yield f"{stem}_{bucket}"
         yield base
