@@ -1,5 +1,6 @@
 """The loader: what a batch holds, and that it doesn't depend on workers or how they start."""
 
+import dataclasses
 from itertools import islice
 
 import pytest
@@ -9,7 +10,7 @@ from scanning import samples_of, scanned, stub_text, stub_vae
 from library.data.cache import LatentsInMemory, LatentsOnDisk, TextInMemory, TextPlan
 from library.data.dataset import Batches, group_samples, load_batches
 from library.data.fill_cache import fill_latents, fill_text
-from library.data.order import Order
+from library.data.order import MicroBatch, Order, Place
 from library.data.pixels import load_pixels
 from library.errors import RunError
 
@@ -190,6 +191,16 @@ def test_conditioning_images_come_with_their_pictures(pictures, tmp_path):
     batches = Batches(samples, None, None, seed=3, max_train_steps=10)
     for batch in loaded(batches, Order(group_samples(datasets, samples), seed=3), 8):
         assert torch.equal(batch.conditioning, batch.images)  # here they are the pictures themselves
+    without = [dataclasses.replace(sample, conditioning=None) if i % 2 else sample for i, sample in enumerate(samples)]
+    mixed = Batches(without, None, None, seed=3, max_train_steps=10)
+    for i, sample in enumerate(without):
+        batch = mixed[MicroBatch(Place(0, 0, 0, 0, 2, True, False), (i, i))]
+        assert (batch.conditioning is None) == (sample.conditioning is None)
+    whites = Batches(
+        [without[0], dataclasses.replace(without[0], conditioning=None)], None, None, seed=3, max_train_steps=1
+    )
+    batch = whites[MicroBatch(Place(0, 0, 0, 0, 2, True, False), (0, 1))]
+    assert (batch.conditioning[1] == 1.0).all() and not (batch.conditioning[0] == 1.0).all()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -135,10 +135,15 @@ class Batches(TorchDataset):
         return _Picture(torch.from_numpy(images.normalised(pixels.rgb)), mask, pixels.crop_top_left)
 
     def _conditioning(self, samples: Sequence[Sample], flips: Sequence[bool]) -> Tensor | None:
-        if samples[0].conditioning is None:
+        """The conditioning images; samples without one (regularisation) get white, which masks nothing."""
+        if all(sample.conditioning is None for sample in samples):
             return None
+        bucket = samples[0].fit.bucket
         loaded = []
         for sample, flipped in zip(samples, flips, strict=True):
+            if sample.conditioning is None:
+                loaded.append(torch.ones(3, bucket.height, bucket.width))
+                continue
             try:
                 loaded.append(torch.from_numpy(images.normalised(load_conditioning(sample, flipped=flipped))))
             except (OSError, BadImage) as error:

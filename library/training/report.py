@@ -50,7 +50,6 @@ class Report:
         self._log: IO[str] | None = open(log_file, "w", encoding="utf-8") if is_main else None  # noqa: SIM115
         self._started = time.monotonic()
         self.overflows = 0
-        self.first_loss = self.last_loss = float("nan")
 
     def step(self, step: int, epoch: int, updated: Updated, seen: Sequence[Seen], rates: Mapping[str, float]) -> None:
         """Take note of a step (counted from 1); tell of the one before it."""
@@ -90,9 +89,6 @@ class Report:
         )
 
     def _tell(self, pending: _Pending, loss: float, norm: float) -> None:
-        if not self._recent and not self._epoch_losses:
-            self.first_loss = loss
-        self.last_loss = loss
         if not pending.overflowed:
             self._recent.append(loss)
             self._epoch_losses.append(loss)
