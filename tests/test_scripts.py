@@ -395,3 +395,22 @@ def test_other_formats_of_the_network_hold_the_same_tensors(ending, golden_model
     path = train_network(golden_model, pictures, tmp_path / "a", "--max_train_steps", "1")
     train_network(golden_model, pictures, tmp_path / "b", "--max_train_steps", "1", "--save_model_as", ending)
     assert_bit_equal(tensors_of(path), torch.load(tmp_path / "b" / f"lora.{ending}", weights_only=True))
+
+
+def test_weighted_captions_change_what_is_learnt_cached_or_not(golden_model, pictures, tmp_path):
+    """(word:1.5) is text unless --weighted_captions reads it; a cache of the one doesn't serve the other."""
+    for file in (pictures / "2_shapes").glob("*.txt"):
+        file.write_text("a (red:1.8) [square]")
+    losses = {}
+    for name, extra in {
+        "plain": [],
+        "weighted": ["--weighted_captions"],
+        "cached": ["--weighted_captions", "--cache_text_encoder_outputs_to_disk"],
+        "cached plain": ["--cache_text_encoder_outputs_to_disk"],
+    }.items():
+        words = without(QUICK, "--cache_text_encoder_outputs") if "cached" not in name else QUICK
+        train_network(golden_model, pictures, tmp_path / name, "--max_train_steps", "3", *extra, quick=words)
+        losses[name] = losses_of(tmp_path / name)
+    assert losses["weighted"] == pytest.approx(losses["cached"], abs=1e-5)
+    assert losses["plain"] == pytest.approx(losses["cached plain"], abs=1e-5)
+    assert losses["plain"] != pytest.approx(losses["weighted"], abs=1e-5)

@@ -137,6 +137,7 @@ class CaptionOptions(OptionGroup):
     caption_tag_dropout_rate: float = option(
         0.0, "probability of leaving out each tag that isn't kept", at_least=0, at_most=1
     )
+    weighted_captions: bool = option(False, "read (word:1.2), (word) and [word] in captions as weights")
     token_warmup_min: int = option(1, "tags used at step 0 of the tag warm-up", at_least=1)
     token_warmup_step: float = option(
         0, "optimizer step at which all tags are in use; below 1 a share of all steps", at_least=0

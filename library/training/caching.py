@@ -91,7 +91,8 @@ def fill(options: Options) -> None:
         tokenizer_folder=model.tokenizer_cache_dir,
     )
     prepared = fill_caches(
-        datasets, models, cache, accelerator, known, num_tokens=model.num_tokens, skip_bad_images=data.skip_bad_images
-    )
+        datasets, models, cache, accelerator, known,
+        num_tokens=model.num_tokens, weighted_captions=options[CaptionOptions].weighted_captions, skip_bad_images=data.skip_bad_images,
+    )  # fmt: skip
     log.info("done: the caches of %d pictures are complete", len(prepared.samples))
     accelerator.end_training()

@@ -49,6 +49,7 @@ def fill_caches(
     known: KnownFiles,
     *,
     num_tokens: int,
+    weighted_captions: bool,
     skip_bad_images: bool,
 ) -> Prepared:
     """Fill the caches that the options ask for, on all processes, and see that they are complete.
@@ -62,7 +63,9 @@ def fill_caches(
         latents, found = cache_latents(samples, models, options, known, share)
         kept = _without(kept, _of_all_processes(found, samples), skip=skip_bad_images)
     if options.text:
-        text = cache_text(_samples(kept), models, options, known, share, num_tokens=num_tokens)
+        text = cache_text(
+            _samples(kept), models, options, known, share, num_tokens=num_tokens, weighted=weighted_captions
+        )
     finish_caches(_samples(kept), (latents, text), accelerator, known)
     return Prepared(kept, latents, text)
 
@@ -75,6 +78,7 @@ def prepare(
     known: KnownFiles,
     *,
     num_tokens: int,
+    weighted_captions: bool,
     skip_bad_images: bool,
 ) -> Prepared:
     """Everything that training reads: caches filled; pictures that no cache decodes decoded once, to find damaged ones.
@@ -87,7 +91,14 @@ def prepare(
         found = audit(samples, known, share=(accelerator.process_index, accelerator.num_processes))
         kept = _without(kept, _of_all_processes(found, samples), skip=skip_bad_images)
     return fill_caches(
-        kept, models, options, accelerator, known, num_tokens=num_tokens, skip_bad_images=skip_bad_images
+        kept,
+        models,
+        options,
+        accelerator,
+        known,
+        num_tokens=num_tokens,
+        weighted_captions=weighted_captions,
+        skip_bad_images=skip_bad_images,
     )
 
 
@@ -129,18 +140,20 @@ def cache_text(
     share: tuple[int, int],
     *,
     num_tokens: int,
+    weighted: bool,
 ) -> TextCache:
     """The filled cache. Args: share: (rank, processes)."""
 
     @torch.no_grad()
     def encode(captions: Sequence[str]) -> EncodedText:
-        return EncodedText(*(part.cpu() for part in models.encode_texts(captions, num_tokens)))
+        return EncodedText(*(part.cpu() for part in models.encode_texts(captions, num_tokens, weighted=weighted)))
 
     texts = TextPlan(options.text_cache_variants)
     cache: TextCache = TextInMemory(texts)
     if options.cache_text_encoder_outputs_to_disk:
         parts = ["text_encoder_1", "text_encoder_2"]
         identity = "" if options.skip_cache_check else _identity(models, parts, models.precision.compute, known)
+        identity += ", captions weighted" if weighted else ""
         one, two = (_width(models, part) for part in parts)
         cache = TextOnDisk(num_tokens + 2, (one, two), identity, texts, known, trusted=options.skip_cache_check)
     fill_text(samples, cache, encode, share=_share(share, cache))

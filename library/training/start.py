@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.batch import Batch
 from library.data.dataset import Batches, group_samples, load_batches
-from library.data.options import CacheOptions, DatasetOptions
+from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.order import Order
 from library.errors import OptionError
 from library.log import log, muted
@@ -103,7 +103,7 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     _rehearse(kind, models, options)
     prepared = prepare(
         found.datasets, models, options[CacheOptions], accelerator, found.known,
-        num_tokens=options[ModelOptions].num_tokens, skip_bad_images=options[DatasetOptions].skip_bad_images,
+        num_tokens=options[ModelOptions].num_tokens, weighted_captions=options[CaptionOptions].weighted_captions, skip_bad_images=options[DatasetOptions].skip_bad_images,
     )  # fmt: skip
     models.release(*(["vae"] if prepared.latents else []), *(["text_encoders"] if prepared.text else []))
     plan = _plan(options[RunOptions], prepared, accelerator, seed)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from library.data.batch import Batch
-from library.data.options import CacheOptions
+from library.data.options import CacheOptions, CaptionOptions
 from library.log import log
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
@@ -51,10 +51,17 @@ class NetworkTask(Task):
     default_title = "LoRA"
 
     def __init__(
-        self, models: SdxlModels, options: NetworkOptions, *, lr: float, num_tokens: int, text_is_cached: bool
+        self,
+        models: SdxlModels,
+        options: NetworkOptions,
+        *,
+        lr: float,
+        num_tokens: int,
+        text_is_cached: bool,
+        weighted_captions: bool = False,
     ):
         """Args: lr: the base learning rate. text_is_cached: captions come encoded, and the text encoders aren't needed."""
-        self._models, self._num_tokens = models, num_tokens
+        self._models, self._num_tokens, self._weighted = models, num_tokens, weighted_captions
         self.is_terse = options.no_metadata
         self._encoders = () if text_is_cached else models.text_encoders
         self.unet = models.unet
@@ -76,6 +83,7 @@ class NetworkTask(Task):
             lr=options[OptimizerOptions].learning_rate,
             num_tokens=options[ModelOptions].num_tokens,
             text_is_cached=options[CacheOptions].text,
+            weighted_captions=options[CaptionOptions].weighted_captions,
         )
 
     def _build(self, options: NetworkOptions, *, over_text: bool) -> LoraNetwork:
@@ -118,7 +126,9 @@ class NetworkTask(Task):
         if batch.text is not None:
             return cached_text(batch.text, self.compute_dtype)
         with torch.set_grad_enabled(self._trains_text and torch.is_grad_enabled()):
-            return TextConditioning.of(self._models.encode_texts(batch.captions, self._num_tokens))
+            return TextConditioning.of(
+                self._models.encode_texts(batch.captions, self._num_tokens, weighted=self._weighted)
+            )
 
     def metadata(self, options: Options, facts: RunFacts) -> dict[str, str]:
         network = options[NetworkOptions]
