@@ -123,6 +123,20 @@ class LoraModule(nn.Module):
         h = self._dropped(self.lora_down(x)).flatten(0, -2)
         return y.addmm_(h, self.lora_up.weight.to(h.dtype).t(), alpha=scale).unflatten(0, x.shape[:-1])
 
+    @torch.no_grad()
+    def limit_norm(self, most: float) -> Tensor:
+        """Scale both projections down so that the change's Frobenius norm is at most `most`; returns its norm before, [].
+
+        The norm of up @ down is taken from two r x r products, so the change itself is never made.
+        Source: contract, training_math.md section 7.
+        """
+        up, down = self.lora_up.weight.flatten(1).float(), self.lora_down.weight.flatten(1).float()
+        norm = self.alpha / self.rank * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+        factor = (most / norm.clamp(min=most)).sqrt()
+        self.lora_up.weight.mul_(factor)
+        self.lora_down.weight.mul_(factor)
+        return norm
+
     def _dropped(self, h: Tensor) -> Tensor:
         """Dropout of single values and, per sample, of whole ranks. h: [B, ..., r], or [B, r, H, W]."""
         if not self.training:
@@ -184,6 +198,11 @@ class LoraNetwork(nn.Module):
     def set_multiplier(self, multiplier: float) -> None:
         for lora in self.loras():
             lora.multiplier = multiplier
+
+    def limit_norms(self, most: float) -> None:
+        """--scale_weight_norms: no module's change is larger than `most`."""
+        for lora in self.loras():
+            lora.limit_norm(most)
 
     def untrainable(self) -> list[str]:
         """The modules that can't get a gradient, as nothing depends on their layer. They are saved all the same."""

@@ -46,6 +46,12 @@ class NetworkOptions(OptionGroup):
         "learning rate of the text encoders' modules, one number or one for each encoder; unset: --learning_rate; 0: not trained",
         at_least=0,
     )
+    scale_weight_norms: float | None = option(
+        None,
+        "scale each module down, after every step, to a change of at most this norm (1 is usual)",
+        above=0,
+        unset=(0,),
+    )
     save_model_as: str = option("safetensors", "format of the saved file", choices=("safetensors", "ckpt", "pt"))
     no_metadata: bool = option(False, "write only the metadata that other programs need to load the file")
     training_comment: str | None = option(None, "written to the metadata")

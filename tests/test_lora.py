@@ -308,3 +308,30 @@ def test_a_files_alpha_is_used_and_saved(network):
     }
     load_into(network, tensors, source=Path("x"), allow_partial=False)
     assert {lora.alpha for lora in network.loras()} == {0.5}
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_the_norm_of_a_change_is_limited_to_what_was_asked_for(conv):
+    """By hand: the norm of (alpha / r) up @ down, and both factors times the root of limit / norm."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(6, 5, 3) if conv else torch.nn.Linear(6, 5)
+    lora = LoraModule(layer, 3, 1.5)
+    torch.nn.init.normal_(lora.lora_up.weight)
+
+    def change() -> torch.Tensor:
+        return 0.5 * lora.lora_up.weight.flatten(1) @ lora.lora_down.weight.flatten(1)
+
+    before, up = change().detach(), lora.lora_up.weight.detach().clone()
+    norm = before.norm().item()
+    assert lora.limit_norm(norm * 2).item() == pytest.approx(norm, rel=1e-5)
+    torch.testing.assert_close(change(), before)
+    lora.limit_norm(norm / 4)
+    torch.testing.assert_close(change(), before / 4)
+    torch.testing.assert_close(lora.lora_up.weight, up / 2)
+
+
+def test_a_module_that_changes_nothing_yet_stays_as_it_is():
+    lora = LoraModule(torch.nn.Linear(6, 5), 3, 1.0)
+    down = lora.lora_down.weight.detach().clone()
+    lora.limit_norm(0.1)
+    assert torch.equal(lora.lora_down.weight, down) and not lora.lora_up.weight.any()

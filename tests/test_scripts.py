@@ -414,3 +414,19 @@ def test_weighted_captions_change_what_is_learnt_cached_or_not(golden_model, pic
     assert losses["weighted"] == pytest.approx(losses["cached"], abs=1e-5)
     assert losses["plain"] == pytest.approx(losses["cached plain"], abs=1e-5)
     assert losses["plain"] != pytest.approx(losses["weighted"], abs=1e-5)
+
+
+def test_scale_weight_norms_holds_every_module_of_a_run_below_its_limit(golden_model, pictures, tmp_path):
+    limit = 1e-3
+    words = ["--max_train_steps", "4", "--learning_rate", "1e-2"]
+    free = tensors_of(train_network(golden_model, pictures, tmp_path / "free", *words))
+    held = tensors_of(train_network(golden_model, pictures, tmp_path / "held", *words, "--scale_weight_norms", limit))
+
+    def norms(tensors):
+        names = {name.partition(".")[0] for name in tensors}
+        return [
+            (tensors[f"{n}.alpha"] / len(tensors[f"{n}.lora_down.weight"]) * tensors[f"{n}.lora_up.weight"].flatten(1) @ tensors[f"{n}.lora_down.weight"].flatten(1)).norm().item()
+            for n in names
+        ]  # fmt: skip
+
+    assert max(norms(free)) > 2 * limit and max(norms(held)) <= limit * 1.001

@@ -46,6 +46,8 @@ def loop(run: Run, progress: Progress) -> None:
             continue
         rates = update.learning_rates()
         updated = update.step()
+        for part in run.parts:
+            part.after_step()
         progress.step += 1
         progress.samples += place.window_samples
         report.step(progress.step, place.epoch, updated, seen, rates)

@@ -37,7 +37,7 @@ SPEC_VERSION = "1.0.1"
 
 # What the reference records of options that this version doesn't have.
 _ABSENT = {
-    "ss_full_fp16": False, "ss_fp8_base": False, "ss_fp8_base_unet": False, "ss_scale_weight_norms": None,
+    "ss_full_fp16": False, "ss_fp8_base": False, "ss_fp8_base_unet": False,
     "ss_max_validation_steps": None, "ss_validate_every_n_epochs": None, "ss_validate_every_n_steps": None,
     "ss_sd_scripts_commit_hash": "(unknown)",
 }  # fmt: skip

@@ -40,7 +40,7 @@ _REFUSED = (
     ("fused_backward_pass", f"it {_LATER}; a network's gradients are small, so leave it out"),
     ("cpu_offload_checkpointing", f"it {_LATER}; take --gradient_checkpointing alone"),
     ("dataset_class", "a class of sd-scripts can't be loaded here; describe the pictures by --dataset_config"),
-    ("base_weights base_weights_multiplier scale_weight_norms", f"it {_LATER}; leave it out"),
+    ("base_weights base_weights_multiplier", f"it {_LATER}; leave it out"),
 )
 
 REFUSED = {name: reason for names, reason in _REFUSED for name in names.split()}

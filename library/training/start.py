@@ -48,7 +48,7 @@ from library.training.processes import start_processes
 from library.training.report import Report, open_tracker
 from library.training.saving import Saver, make_output_folder
 from library.training.step import Step
-from library.training.task import Objective, Task
+from library.training.task import Objective, Part, Task
 from library.training.update import Update
 
 
@@ -61,6 +61,7 @@ class Run:
     """
 
     accelerator: Accelerator
+    parts: Sequence[Part]
     update: Update
     order: Order
     batches: Batches
@@ -132,7 +133,7 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
         options[DatasetOptions].prior_loss_weight,
     )
     num_workers = min(options[CacheOptions].max_data_loader_n_workers, os.cpu_count() or 1)
-    return Run(accelerator, update, plan.order, batches, report, saver, seed, plan.total_steps, num_workers)
+    return Run(accelerator, task.parts, update, plan.order, batches, report, saver, seed, plan.total_steps, num_workers)
 
 
 def _rehearse(kind: type[Task], models: SdxlModels, options: Options) -> None:

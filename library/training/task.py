@@ -37,6 +37,10 @@ class Part(Protocol):
         """What is trained of it, by learning rate."""
         ...
 
+    def after_step(self) -> None:
+        """What is done to it after every optimizer step."""
+        ...
+
     def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
         """Write the file `stem` plus the part's ending; returns its path. dtype None: the tensors' own."""
         ...

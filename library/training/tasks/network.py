@@ -28,14 +28,20 @@ from networks.options import NetworkOptions, read_network_args
 class NetworkPart(Part):
     """The modules of one network."""
 
-    def __init__(self, network: LoraNetwork, groups: list[ParamGroup], extension: str):
+    def __init__(self, network: LoraNetwork, groups: list[ParamGroup], extension: str, largest_norm: float | None):
+        """Args: largest_norm: of each module's change (--scale_weight_norms)."""
         self._network, self._groups, self._extension = network, groups, extension
+        self._largest_norm = largest_norm
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return dict(self._network.named_parameters())
 
     def groups(self) -> list[ParamGroup]:
         return self._groups
+
+    def after_step(self) -> None:
+        if self._largest_norm is not None:
+            self._network.limit_norms(self._largest_norm)
 
     def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
         path = stem.with_name(f"{stem.name}.{self._extension}")
@@ -73,7 +79,7 @@ class NetworkTask(Task):
         for name, parameter in self._network.named_parameters():
             parameter.requires_grad_(name in trained)
         self._trains_text = any(name.startswith("lora_te") for name in trained)
-        self.parts = [NetworkPart(self._network, groups, options.save_model_as)]
+        self.parts = [NetworkPart(self._network, groups, options.save_model_as, options.scale_weight_norms)]
 
     @classmethod
     def from_options(cls, models: SdxlModels, options: Options) -> "NetworkTask":
@@ -136,6 +142,7 @@ class NetworkTask(Task):
             return {"ss_v2": "False", "ss_base_model_version": BASE_MODEL_VERSION, **self._shape_metadata(network)}
         own = {
             "ss_network_dropout": network.network_dropout,
+            "ss_scale_weight_norms": network.scale_weight_norms,
             "ss_unet_lr": network.unet_lr,
             "ss_text_encoder_lr": (network.text_encoder_lr or (None,))[0],
             "ss_training_comment": network.training_comment,
