@@ -50,7 +50,7 @@ def train_network(model: Path, pictures: Path, output: Path, *extra: object, qui
 
 def losses_of(output: Path) -> list[float]:
     lines = (output / "lora-log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["loss/current"] for line in lines]
+    return [row["loss/current"] for row in map(json.loads, lines) if "loss/current" in row]
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:

@@ -52,15 +52,29 @@ def loop(run: Run, progress: Progress) -> None:
         progress.samples += place.window_samples
         report.step(progress.step, place.epoch, updated, seen, rates)
         seen = []
+        if run.validation.is_due(step=progress.step):
+            validate(run, progress)
         if run.saver.step_is_due(progress.step):
             save(run, progress)
         if progress.step % run.order.steps_per_epoch == 0:
             progress.epoch += 1
             report.epoch_ended(progress.epoch)
+            if run.validation.is_due(epoch=progress.epoch):
+                validate(run, progress, epoch_ended=True)
             if run.saver.epoch_is_due(progress.epoch):
                 save(run, progress, epoch_ended=True)
         if progress.step >= run.total_steps:
             return
+
+
+def validate(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
+    """Take and tell the loss of the pictures that are held out."""
+    accelerator, update = run.accelerator, run.update
+    switch_mode(update.optimizer, "eval")
+    share = (accelerator.process_index, accelerator.num_processes)
+    loss = run.validation.loss(update.step_module, accelerator.device, share)
+    switch_mode(update.optimizer, "train")
+    run.report.validated(loss, progress.step, progress.epoch if epoch_ended else None)
 
 
 def save(run: Run, progress: Progress, *, epoch_ended: bool = False, final: bool = False) -> list[Path]:

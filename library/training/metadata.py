@@ -28,6 +28,7 @@ from library.training.options import (
     RunOptions,
     SavingOptions,
     ScheduleOptions,
+    ValidationOptions,
 )
 
 BASE_MODEL_VERSION = "sdxl_base_v1-0"  # A1111 takes a file for SD 1 unless this starts with sdxl_
@@ -38,7 +39,6 @@ SPEC_VERSION = "1.0.1"
 # What the reference records of options that this version doesn't have.
 _ABSENT = {
     "ss_full_fp16": False, "ss_fp8_base": False, "ss_fp8_base_unet": False,
-    "ss_max_validation_steps": None, "ss_validate_every_n_epochs": None, "ss_validate_every_n_steps": None,
     "ss_sd_scripts_commit_hash": "(unknown)",
 }  # fmt: skip
 
@@ -65,6 +65,7 @@ def training_metadata(options: Options, facts: RunFacts) -> dict[str, str]:
     model, cache, run = options[ModelOptions], options[CacheOptions], options[RunOptions]
     noise, loss, caption = options[NoiseOptions], options[LossOptions], options[CaptionOptions]
     optimizer, schedule = options[OptimizerOptions], options[ScheduleOptions]
+    validation = options[ValidationOptions]
     values: dict[str, Any] = {
         **_ABSENT,
         "ss_session_id": facts.session_id,
@@ -85,6 +86,9 @@ def training_metadata(options: Options, facts: RunFacts) -> dict[str, str]:
         "ss_v2": model.v2,
         "ss_base_model_version": BASE_MODEL_VERSION,
         "ss_clip_skip": model.clip_skip,
+        "ss_max_validation_steps": validation.max_validation_steps,
+        "ss_validate_every_n_epochs": validation.validate_every_n_epochs,
+        "ss_validate_every_n_steps": validation.validate_every_n_steps,
         "ss_max_token_length": model.max_token_length,
         "ss_cache_latents": cache.latents,
         "ss_seed": facts.seed,

@@ -26,10 +26,13 @@ class Noisy(NamedTuple):
     timesteps: Tensor
 
 
-def make_noisy(scaled: Tensor, draws: Draws, schedule: NoiseSchedule, options: NoiseOptions) -> Noisy:
-    """Add drawn noise to scaled latents [B, C, H, W] at drawn timesteps."""
+def make_noisy(
+    scaled: Tensor, draws: Draws, schedule: NoiseSchedule, options: NoiseOptions, timesteps: Tensor | None = None
+) -> Noisy:
+    """Add drawn noise to scaled latents [B, C, H, W] at the given timesteps [B], or at drawn ones."""
     noise = draw_noise(scaled, draws, options)
-    timesteps = draw_timesteps(draws, options.min_timestep, options.max_timestep)
+    if timesteps is None:
+        timesteps = draw_timesteps(draws, options.min_timestep, options.max_timestep)
     added = noise
     if options.ip_noise_gamma:
         gamma = _strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, "ip noise strength", draws)

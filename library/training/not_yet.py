@@ -20,10 +20,6 @@ _REFUSED = (
         f"samples during training {_LATER}; leave it out, and draw with tools/before_after.py",
     ),
     (
-        "validate_every_n_steps validate_every_n_epochs max_validation_steps",
-        f"validation {_LATER}; leave it out",
-    ),
-    (
         "wandb_api_key log_tracker_config log_config",
         f"wandb and tracker settings {_LATER}; use --logging_dir for TensorBoard",
     ),

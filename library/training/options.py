@@ -276,6 +276,17 @@ class TrackerOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
+class ValidationOptions(OptionGroup):
+    """Validation (of the pictures that --validation_split holds out)"""
+
+    validate_every_n_steps: int | None = option(None, "validate after every N optimizer steps", at_least=1, unset=(0,))
+    validate_every_n_epochs: int | None = option(
+        None, "validate after every N epochs; unset: after every one", at_least=1, unset=(0,)
+    )
+    max_validation_steps: int | None = option(None, "at most so many batches", at_least=1, unset=(0,))
+
+
+@dataclass(frozen=True)
 class MetadataOptions(OptionGroup):
     """Metadata of the saved file (modelspec)"""
 
@@ -294,7 +305,7 @@ class MetadataOptions(OptionGroup):
 
 COMMON_TRAINING = (
     ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, OptimizerOptions, ScheduleOptions, NoiseOptions, LossOptions,
-    SavingOptions, TrackerOptions, MetadataOptions, LogOptions,
+    ValidationOptions, SavingOptions, TrackerOptions, MetadataOptions, LogOptions,
 )  # fmt: skip
 
 

@@ -59,11 +59,6 @@ def look_at_data(options: Options, seed: int | None) -> tuple[list[Dataset], Kno
         cache_dir=cache_dir,
         seed=(seed if data.validation_seed is None else data.validation_seed) or 0,
     )
-    held_out = sum(len(dataset.validation) for dataset in datasets)
-    if held_out:
-        log.warning(
-            "%d pictures are held out by validation_split; their loss is not computed yet in this version", held_out
-        )
     return datasets, known
 
 

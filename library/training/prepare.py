@@ -38,7 +38,11 @@ class Prepared(NamedTuple):
 
     @property
     def samples(self) -> list[Sample]:
-        return _samples(self.datasets)
+        return [sample for dataset in self.datasets for sample in dataset.samples]
+
+    @property
+    def validation(self) -> list[Sample]:
+        return [sample for dataset in self.datasets for sample in dataset.validation]
 
 
 def fill_caches(
@@ -103,14 +107,15 @@ def prepare(
 
 
 def _samples(datasets: Sequence[Dataset]) -> list[Sample]:
-    return [sample for dataset in datasets for sample in dataset.samples]
+    """All samples, those held out too: their caches are filled, and they are looked at, like the others'."""
+    return [sample for dataset in datasets for sample in (*dataset.samples, *dataset.validation)]
 
 
 def _without(datasets: Sequence[Dataset], bad: Sequence[Bad], *, skip: bool) -> list[Dataset]:
     """The datasets without their bad samples, if those may be left out. Raises RunError if not, or if nothing is left."""
     refuse_or_skip(bad, skip=skip)
     kept = [dataset.kept([one.sample for one in bad]) for dataset in datasets]
-    if not _samples(kept):
+    if not any(dataset.samples for dataset in kept):
         raise RunError("none of the pictures can be used")
     return kept
 

@@ -120,6 +120,21 @@ class Report:
             self._tracker.log({"loss/epoch_average": sum(self._epoch_losses) / len(self._epoch_losses)}, epoch)
         self._epoch_losses = []
 
+    def validated(self, loss: float, step: int, epoch: int | None) -> None:
+        """Tell a validation loss, and how far it is above the training loss. Args: epoch: counted from 1, at its end."""
+        self.settle()
+        kind, number = ("step", step) if epoch is None else ("epoch", epoch)
+        values = {
+            f"loss/validation/{kind}_average": loss,
+            f"loss/validation/{kind}_divergence": loss - self.average(),
+        }
+        log.info("%s %d: validation loss %.4f, training loss %.4f", kind, number, loss, self.average())
+        if self._tracker is not None:
+            self._tracker.log(values, number)
+        if self._log is not None:
+            self._log.write(json.dumps({"step": step, **values}) + "\n")
+            self._log.flush()
+
     def average(self) -> float:
         """Mean loss of the last epoch's worth of steps."""
         return sum(self._recent) / max(1, len(self._recent))

@@ -1,5 +1,6 @@
 """Start: from options to everything that the loop touches: processes, models, caches, task, optimizer, saver."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -40,6 +41,7 @@ from library.training.options import (
     SavingOptions,
     ScheduleOptions,
     TrackerOptions,
+    ValidationOptions,
     read_arguments,
 )
 from library.training.preflight import Preflight
@@ -50,6 +52,7 @@ from library.training.saving import Saver, make_output_folder
 from library.training.step import Step
 from library.training.task import Objective, Part, Task
 from library.training.update import Update
+from library.training.validation import Validation, fixed_timesteps, validation_batches
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Run:
     accelerator: Accelerator
     parts: Sequence[Part]
     update: Update
+    validation: Validation
     order: Order
     batches: Batches
     report: Report
@@ -133,7 +137,20 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
         options[DatasetOptions].prior_loss_weight,
     )
     num_workers = min(options[CacheOptions].max_data_loader_n_workers, os.cpu_count() or 1)
-    return Run(accelerator, task.parts, update, plan.order, batches, report, saver, seed, plan.total_steps, num_workers)
+    validation = _make_validation(prepared, batches, options, seed, plan.total_steps)
+    return Run(
+        accelerator,
+        task.parts,
+        update,
+        validation,
+        plan.order,
+        batches,
+        report,
+        saver,
+        seed,
+        plan.total_steps,
+        num_workers,
+    )
 
 
 def _rehearse(kind: type[Task], models: SdxlModels, options: Options) -> None:
@@ -246,6 +263,24 @@ def _make_update(
         max_grad_norm=options[OptimizerOptions].max_grad_norm,
         scales_loss=options[RunOptions].mixed_precision == "fp16",
         processes=accelerator.num_processes,
+    )
+
+
+def _make_validation(prepared: Prepared, batches: Batches, options: Options, seed: int, total_steps: int) -> Validation:
+    chosen, noise = options[ValidationOptions], options[NoiseOptions]
+    own_seed = options[DatasetOptions].validation_seed
+    samples = prepared.validation
+    if samples:
+        log.info("%d pictures are held out for validation", len(samples))
+    elif chosen.validate_every_n_steps or chosen.validate_every_n_epochs:
+        log.warning("there is nothing to validate on: give --validation_split, or validation_split in the dataset file")
+    return Validation(
+        dataclasses.replace(batches, samples=samples, seed=seed if own_seed is None else own_seed),
+        validation_batches(group_samples(prepared.datasets, samples), total_steps, chosen.max_validation_steps),
+        fixed_timesteps(noise.min_timestep, noise.max_timestep),
+        seed if own_seed is None else own_seed,
+        chosen.validate_every_n_steps,
+        chosen.validate_every_n_epochs or 1,
     )
 
 

@@ -29,12 +29,12 @@ class Step(nn.Module):
         self._task, self._objective, self._noise, self._loss = task, objective, noise, loss
         self._encode_images = encode_images
 
-    def forward(self, batch: Batch, draws: Draws) -> Tensor:
-        """The weighted loss of each sample: [B], float32."""
+    def forward(self, batch: Batch, draws: Draws, timesteps: Tensor | None = None) -> Tensor:
+        """The weighted loss of each sample: [B], float32. Args: timesteps: [B]; drawn if not given."""
         task, objective = self._task, self._objective
         latents = scale_latents(self._raw_latents(batch, draws))
         text = task.encode_text(batch)
-        noisy = make_noisy(latents, draws, objective.schedule, self._noise)
+        noisy = make_noisy(latents, draws, objective.schedule, self._noise, timesteps)
         prediction = task.predict(noisy, text, batch)
         target = task.target(noisy, batch, objective)
         losses = sample_losses(

@@ -1,0 +1,98 @@
+"""Validation: fixed noise and timesteps, a split that doesn't overlap, and training that doesn't notice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from running import QUICK, ROOT, arguments, assert_bit_equal, losses_of, tensors_of, train_network, without
+
+from library.data.order import Group
+from library.training.validation import fixed_timesteps, validation_batches
+
+SPLIT = ["--validation_split", "0.5", "--validation_seed", "3", "--max_train_steps", "6"]
+
+
+def validation_lines(output: Path) -> list[dict]:
+    lines = map(json.loads, (output / "lora-log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if any("validation" in key for key in line)]
+
+
+def step_losses(output: Path) -> list[float]:
+    name = "loss/validation/step_average"
+    return [line[name] for line in validation_lines(output) if name in line]
+
+
+def test_timesteps_are_the_inner_points_of_the_trained_range():
+    assert fixed_timesteps(None, None) == [200, 400, 600, 800]
+    assert fixed_timesteps(100, 600) == [200, 300, 400, 500]
+    assert fixed_timesteps(999, 1000) == [999] * 4
+
+
+def test_held_out_samples_are_batched_once_each_up_to_a_limit():
+    groups = [Group((0, 1, 2), 2), Group((3,), 2)]
+    batches = validation_batches(groups, 100, None)
+    assert [batch.samples for batch in batches] == [(0, 1), (2,), (3,)]
+    assert [batch.place.first for batch in batches] == [0, 2, 3] and batches[0].place.step == 100
+    assert len(validation_batches(groups, 100, 2)) == 2
+
+
+@pytest.mark.parametrize("caches", [[], ["--cache_latents", "--cache_text_encoder_outputs"]])
+def test_training_doesnt_notice_validation(caches, golden_model, pictures, tmp_path):
+    words = [*without(QUICK, "--cache_latents", "--cache_text_encoder_outputs"), *caches, "--network_dropout", "0.3"]
+    rare = train_network(
+        golden_model, pictures, tmp_path / "rare", *SPLIT, "--validate_every_n_epochs", 100, quick=words
+    )
+    often = train_network(
+        golden_model, pictures, tmp_path / "often", *SPLIT, "--validate_every_n_steps", 1, quick=words
+    )
+    assert losses_of(tmp_path / "rare") == losses_of(tmp_path / "often")
+    assert_bit_equal(tensors_of(rare), tensors_of(often))
+    assert validation_lines(tmp_path / "rare") == []
+    told = validation_lines(tmp_path / "often")
+    assert [line["step"] for line in told if "loss/validation/step_average" in line] == [1, 2, 3, 4, 5, 6]
+    # Two pictures, twice each, are trained: four steps an epoch.
+    assert [line["step"] for line in told if "loss/validation/epoch_average" in line] == [4]
+
+
+def test_the_same_weights_have_the_same_validation_loss(golden_model, pictures, tmp_path):
+    train_network(
+        golden_model, pictures, tmp_path / "out", *SPLIT, "--learning_rate", "1e-12", "--validate_every_n_steps", 1
+    )
+    losses = step_losses(tmp_path / "out")
+    assert losses == pytest.approx([losses[0]] * 6, rel=1e-6) and losses[0] > 0
+    train_network(golden_model, pictures, tmp_path / "other", *SPLIT, "--learning_rate", "1e-12", "--seed", "99", "--validate_every_n_steps", 6)  # fmt: skip
+    (other,) = step_losses(tmp_path / "other")
+    assert other == pytest.approx(losses[0], rel=1e-5)  # --validation_seed alone decides
+
+
+def test_pictures_that_are_held_out_are_never_trained(golden_model, pictures, tmp_path):
+    train_network(golden_model, pictures, tmp_path / "out", *SPLIT)
+    from library.safetensors_io import read_header
+
+    metadata = read_header(tmp_path / "out" / "lora.safetensors").metadata
+    assert metadata["ss_num_train_images"] == "4" and metadata["ss_num_validation_images"] == "2"
+    assert metadata["ss_validation_split"] == "0.5" and metadata["ss_validation_seed"] == "3"
+
+
+def test_without_pictures_to_validate_on_the_user_is_told(golden_model, pictures, tmp_path, capsys):
+    train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", "1", "--validate_every_n_steps", "1")
+    assert "there is nothing to validate on" in capsys.readouterr().err
+    assert validation_lines(tmp_path / "out") == []
+
+
+def test_two_processes_validate_as_one(golden_model, pictures, tmp_path):
+    def losses(processes: int) -> list[float]:
+        output = tmp_path / str(processes)
+        words = arguments(
+            golden_model, pictures, output, *SPLIT, "--learning_rate", "1e-12", "--validate_every_n_steps", 2
+        )
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        done = subprocess.run([*launch, str(ROOT / "sdxl_train_network.py"), *words], env=env, capture_output=True, text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return step_losses(output)
+
+    assert losses(2) == pytest.approx(losses(1), rel=1e-5)
