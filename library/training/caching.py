@@ -39,16 +39,18 @@ _FLUX = (
 )
 
 
-def _options_of_training() -> dict[str, str]:
-    """The options that a config file of a training run has beside ours."""
+def unused_options() -> dict[str, str]:
+    """The options that a config file of a training run has beside ours, and those for other models, with the reason."""
     ours = {spec.name for group in GROUPS for spec in specs_of(group)}
     theirs = [spec.name for group in (*COMMON_TRAINING, NetworkOptions) for spec in specs_of(group)]
-    return {name: "it is for training" for name in [*theirs, *REFUSED, *UNUSED] if name not in ours}
+    names = {
+        name: "it is for training" for name in [*theirs, *REFUSED, *UNUSED] if name not in (*ours, "dataset_class")
+    }
+    return names | dict.fromkeys(_FLUX.split(), "it is for FLUX")
 
 
 def read_tool_options(description: str, argv: list[str] | None, **cache: Any) -> Options:
     """The options of a caching tool. Args: cache: the cache options that the tool itself is."""
-    unused = _options_of_training() | dict.fromkeys(_FLUX.split(), "it is for FLUX")
 
     if not cache.get("cache_text_encoder_outputs"):
         cache["text_cache_variants"] = None  # which a run's config file may hold
@@ -62,7 +64,7 @@ def read_tool_options(description: str, argv: list[str] | None, **cache: Any) ->
         argv,
         checks=[lambda options: check_datasets(with_cache(options))],
         refused={"flux": "this tool is for SDXL", "dataset_class": REFUSED["dataset_class"]},
-        unused={name: why for name, why in unused.items() if name != "dataset_class"},
+        unused=unused_options(),
     )
     return with_cache(options)
 

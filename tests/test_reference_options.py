@@ -1,0 +1,75 @@
+"""Every option of the reference's scripts: here, refused with a reason, or told that it changes nothing. None is forgotten.
+
+reference_options.tsv has name, type, default and choices of each, by script. What differs is listed in one place, below.
+"""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from library.option_values import Spec, specs_of
+from library.options import ConfigOptions
+from library.training import caching
+from library.training.not_yet import REFUSED, UNUSED
+from library.training.options import COMMON_TRAINING
+from networks.options import NetworkOptions
+
+ROWS = list(csv.DictReader((Path(__file__).parent / "reference_options.tsv").open(encoding="utf-8"), delimiter="\t"))
+
+# option -> what differs, and why.
+CHOICES = {
+    "resize_interpolation": "box, which the dataset file has, is an option too",
+    "lr_scheduler": "any text there, which fails late; here the names that work",
+    "log_with": "wandb and all can't be used yet",
+}
+OWN = {
+    "allow_missing_captions",
+    "allow_partial",
+    "cache_dir",
+    "skip_bad_images",
+    "strict_config",
+    "text_cache_variants",
+}
+
+
+def rows_of(script: str) -> dict[str, dict[str, str]]:
+    return {row["option"]: row for row in ROWS if script in row["scripts"].split(",")}
+
+
+def specs_in(groups: Iterable[type]) -> dict[str, Spec]:
+    return {spec.name: spec for group in groups for spec in specs_of(group)}
+
+
+NETWORK = specs_in((ConfigOptions, NetworkOptions, *COMMON_TRAINING))
+
+
+@pytest.mark.parametrize("name", [name for name in rows_of("network") if name in NETWORK])
+def test_type_default_and_choices_are_the_references(name):
+    row, spec = rows_of("network")[name], NETWORK[name]
+    kinds = {"Path": "str"}
+    types = "int_or_float" if spec.kinds == (int, float) else kinds.get(spec.kinds[0].__name__, spec.kinds[0].__name__)
+    assert types == ("str" if row["type"] == "Path" else row["type"])
+    default = {"1": "1.0"}.get(row["default"], row["default"]) if spec.kinds == (float,) else row["default"]
+    assert str(spec.default) in (default, row["default"])
+    choices = spec.rules["choices"]
+    if name in CHOICES:
+        wanted = set() if row["choices"] == "-" else set(row["choices"].split(","))
+        assert choices and set(choices) != wanted, f"{name} is listed as different, and isn't"
+        return
+    wanted = None if row["choices"] == "-" else set(row["choices"].split(",")) - {"None"}
+    assert (None if choices is None else set(map(str, choices))) == wanted
+
+
+def test_the_network_script_forgets_no_option_and_has_few_of_its_own():
+    reference = set(rows_of("network"))
+    assert reference - set(NETWORK) - set(REFUSED) - set(UNUSED) == set()
+    assert set(NETWORK) - reference == OWN
+    assert not set(NETWORK) & (set(REFUSED) | set(UNUSED)), "an option can't be there and refused"
+
+
+@pytest.mark.parametrize("script", ["cache_latents", "cache_text"])
+def test_the_caching_tools_forget_no_option(script):
+    known = set(specs_in((ConfigOptions, *caching.GROUPS))) | set(caching.unused_options()) | {"flux", "dataset_class"}
+    assert set(rows_of(script)) - known == set()
