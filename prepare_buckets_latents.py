@@ -18,7 +18,7 @@ from library.data.metadata_merge import (
     start_tool_logging,
     write_metadata,
 )
-from library.errors import OptionError, run
+from library.errors import OptionError, RunError, run
 from library.log import log
 
 
@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     given = _parser().parse_args(argv)
     start_tool_logging(debug=False)
     plan = _plan(given)
+    if given.max_data_loader_n_workers is not None:
+        log.warning("--max_data_loader_n_workers changes nothing here: threads always decode ahead")
     if given.recursive and not given.full_path:
         raise OptionError("--recursive needs --full_path: pictures of two folders may have one name")
     keyed = key_pictures(find_pictures(given.train_data_dir, recursive=given.recursive), full_path=given.full_path)
@@ -36,13 +38,13 @@ def main(argv: list[str] | None = None) -> None:
             "%d pictures are not in %s and are left out, among them %s", len(unknown), given.in_json, unknown[0]
         )
     samples = _samples({key: path for key, path in keyed.items() if key in metadata}, plan, given)
-    bad = _fill(list(samples.values()), given)
+    _fill(list(samples.values()), given)
     for key, sample in samples.items():
         bucket = sample.fit.bucket
         metadata[key]["train_resolution"] = [bucket.width // 8 * 8, bucket.height // 8 * 8]
         metadata[key]["image_size"] = list(sample.size)
     write_metadata(given.out_json, metadata)
-    log.info("%s: %d pictures have latents, %d couldn't be encoded", given.out_json, len(samples) - bad, bad)
+    log.info("%s: %d pictures have latents", given.out_json, len(samples))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,12 +135,12 @@ def _samples(keyed: dict[str, Path], plan: Any, given: argparse.Namespace) -> di
     return samples
 
 
-def _fill(samples: Sequence[Any], given: argparse.Namespace) -> int:
-    """Encode what is missing; returns how many pictures can't be."""
+def _fill(samples: Sequence[Any], given: argparse.Namespace) -> None:
+    """Encode the pictures. Raises RunError with all that can't be."""
     import torch
 
     from library.data.cache import LatentsOnDisk
-    from library.data.fill_cache import fill_latents, refuse_or_skip
+    from library.data.fill_cache import fill_latents
     from library.data.known_files import KnownFiles
     from library.models.identity import weights_hash
     from library.models.sdxl import load_vae, vae_tensors
@@ -151,20 +153,21 @@ def _fill(samples: Sequence[Any], given: argparse.Namespace) -> int:
     vae = load_vae(tensors, dtype, device, what=given.model_name_or_path)
     known = KnownFiles()
     cache = LatentsOnDisk(f"{weights_hash(tensors)} in {str(dtype).removeprefix('torch.')}", known, old_names=True)
-    if not given.skip_existing:
-        for sample in samples:
-            sample.old_latents_file.unlink(missing_ok=True)
 
     def encode_images(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return encode(
             vae, images, noise, lambda: load_vae(tensors, torch.float32, device, what=given.model_name_or_path)
         )
 
-    bad = fill_latents(samples, cache, encode_images, given.batch_size)
-    refuse_or_skip(bad, skip=True)
+    bad = fill_latents(samples, cache, encode_images, given.batch_size, anew=not given.skip_existing)
     cache.settle()
     known.save()
-    return len(bad)
+    if bad:
+        told = "\n  ".join(f"{sample.path}: {reason}" for sample, reason in bad)
+        raise RunError(
+            f"{len(bad)} pictures can't be encoded, so {given.out_json} is not written; mend or remove them, and run again "
+            f"with --skip_existing:\n  {told}"
+        )
 
 
 if __name__ == "__main__":

@@ -36,6 +36,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def make_writable_folder(folder: Path) -> None:
+    """Make the folder and write in it, so that hours of work don't come before the first failure. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe.{os.getpid()}"
+    probe.write_bytes(b"")
+    probe.unlink()
+
+
 def read_small_file(path: str | Path) -> bytes:
     """A file's content, in half the time that open() takes: scans read a caption for every picture. Raises OSError."""
     descriptor = os.open(path, _READ)

@@ -201,7 +201,20 @@ def test_debug_dataset_prints_and_writes_a_page_without_training(golden_model, p
 
 @pytest.mark.parametrize("name", ["cache_latents", "cache_text_encoder_outputs"])
 def test_the_tools_tell_mistakes_before_torch(name, tmp_path):
-    done = script(ROOT / "tools" / f"{name}.py", "--resolutoin", "64", "--flux")
+    done = script(ROOT / "tools" / f"{name}.py", "--resolutoin", "64", "--flux", "--debug_dataset")
     assert (
         done.returncode == 2 and "did you mean 'resolution'" in done.stderr and "this tool is for SDXL" in done.stderr
     )
+    assert "--debug_dataset is for the training scripts" in done.stderr
+
+
+def test_prepare_buckets_writes_no_metadata_when_a_picture_cant_be_encoded(golden_model, pictures, tmp_path):
+    folder = pictures / "2_shapes"
+    call("tools.merge_captions_to_metadata", folder, tmp_path / "in.json", "--caption_extension", ".txt")
+    raw = (folder / "picture1.png").read_bytes()
+    (folder / "picture1.png").write_bytes(raw[:60] + bytes(len(raw) - 60))  # its header is whole
+    words = [folder, tmp_path / "in.json", tmp_path / "out.json", golden_model, "--max_resolution", "64,64", "--min_bucket_reso", 32, "--bucket_reso_steps", 32]  # fmt: skip
+    done = script(ROOT / "prepare_buckets_latents.py", *map(str, words), "--max_data_loader_n_workers", "2")
+    assert done.returncode == 1 and "picture1.png: damaged" in done.stderr and "--skip_existing" in done.stderr
+    assert "--max_data_loader_n_workers changes nothing here" in done.stderr
+    assert not (tmp_path / "out.json").exists() and len(list(folder.glob("*.npz"))) == 3

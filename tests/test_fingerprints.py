@@ -340,8 +340,44 @@ def test_fault_54_two_processes_caching_one_folder_do_no_harm(tmp_path):
 def test_fault_50_a_folder_that_cant_be_written_is_told_with_its_path(pictures):
     samples = samples_in(pictures)
     blocked = [replace(sample, cache_stem=str(sample.path / "below a file")) for sample in samples]
-    with pytest.raises((RunError, OSError)):
-        fill_latents(blocked, LatentsOnDisk("vae"), stub_vae, 1)
+    never = lambda *_: pytest.fail("encoded before the folder was tried")
+    with pytest.raises(RunError, match=r"below a file|\.png: caches can't be written here .* give --cache_dir"):
+        fill_latents(blocked, LatentsOnDisk("vae"), never, 1)
+
+
+def test_latents_made_anew_are_kept_until_the_new_ones_are_whole(pictures):
+    samples = samples_in(pictures)
+    filled(samples)
+    before = contents(pictures)
+
+    def broken(images, noise):
+        raise RunError("the card is gone")
+
+    with pytest.raises(RunError, match="the card is gone"):
+        fill_latents(samples, LatentsOnDisk("vae"), broken, 2, anew=True)
+    after = contents(pictures)
+    assert before.keys() == after.keys() and all(
+        np.array_equal(before[n]["latents"], after[n]["latents"]) for n in before
+    )
+    seen = []
+    fill_latents(samples, LatentsOnDisk("vae"), lambda *given: seen.append(1) or stub_vae(*given), 1, anew=True)
+    assert len(seen) == 4
+
+
+def test_a_hole_in_a_cache_stops_the_run_before_the_first_step(pictures):
+    from library.training.prepare import finish_caches
+
+    class OneProcess:
+        is_main_process = False
+
+        def wait_for_everyone(self) -> None: ...
+
+    samples = samples_in(pictures)
+    cache = filled(samples)
+    finish_caches(samples, (cache, None), OneProcess(), KnownFiles())
+    samples[1].latents_file.unlink()
+    with pytest.raises(RunError, match=r"1 pictures have no cache after caching: .*picture1.png"):
+        finish_caches(samples, (cache, None), OneProcess(), KnownFiles())
 
 
 # ------------------------------------------------------------------------------------------------- drawn captions, cached

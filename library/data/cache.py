@@ -206,7 +206,6 @@ class _OnDisk:
         self._known.learn(folder, name, stamp, npz=contents.as_json())
 
     def _write(self, path: Path, arrays: Mapping[str, np.ndarray], made_of: Mapping[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._written[path] = npz.write(path, arrays, made_of)
 
 

@@ -153,7 +153,7 @@ class CacheInfo:
                     str(row["caption"]),
                     Size(int(width), int(height)),
                 )
-        except FileNotFoundError:
+        except FileNotFoundError:  # there is none yet
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s: can't be used and is written anew: %s", self.path, error)

@@ -224,6 +224,10 @@ class _Definition:
                 where, "random_crop can't be used with conditioning_data_dir, whose pictures are not cropped along"
             )
         attributes = self._value("custom_attributes", tables) or {}
+        if attributes:
+            self.notices.append(
+                f"{self.name}, {where}: custom_attributes go with the pictures; training reads none of them"
+            )
         if attributes.get("diff_output_preservation"):
             self._mistake(where, "custom_attributes.diff_output_preservation can't be used yet in this version")
         return Subset(

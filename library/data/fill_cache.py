@@ -27,7 +27,7 @@ from library.data.sample import Sample
 from library.data.size import Size
 from library.draws import generator
 from library.errors import RunError
-from library.files import remove_left_over
+from library.files import make_writable_folder, remove_left_over
 from library.log import log, progress_bar
 from library.models.text_encoders import EncodedText
 from library.models.vae import finite_samples
@@ -74,19 +74,22 @@ def fill_latents(
     batch_size: int,
     *,
     share: tuple[int, int] = (0, 1),
+    anew: bool = False,
 ) -> list[Bad]:
     """Encode the samples whose latents the cache lacks; returns those that can't be.
 
     Args:
         batch_size: pictures that are encoded at once, mirrored ones counted.
+        anew: encode those that it has, too; each is kept until its new one is whole.
         share: (rank, processes): look after every so many-th sample. Shares are cut from all samples, not from the missing
             ones, which change while other processes write.
     """
     rank, processes = share
-    missing = _missing(samples[rank::processes], cache, "latents")
+    mine = samples[rank::processes]
+    missing = list(mine) if anew else _missing(mine, cache, "latents")
     if not missing:
         return []
-    _remove_left_over(sample.latents_file.parent for sample in missing if not cache.in_memory)
+    _try_folders(sample.latents_file.parent for sample in missing if not cache.in_memory)
     bad: list[Bad] = []
     with progress_bar("caching latents", len(missing), unit="pictures") as bar, _background_writer() as write:
         for batch, loaded in _ahead_in_batches(_load, _batches_by_bucket(missing, batch_size)):
@@ -228,7 +231,7 @@ def fill_text(
     missing = _missing(samples[rank::processes], cache, "text-encoder outputs")
     if not missing:
         return
-    _remove_left_over(sample.text_file.parent for sample in missing if not cache.in_memory)
+    _try_folders(sample.text_file.parent for sample in missing if not cache.in_memory)
     texts = {id(sample): cache.texts.of(sample) for sample in missing}
     # By length, so that a batch isn't as long as one odd text in it; equal captions stand beside each other.
     missing.sort(key=lambda sample: (len(texts[id(sample)][0]), texts[id(sample)]))
@@ -289,10 +292,16 @@ def _missing(samples: Sequence[Sample], cache: LatentCache | TextCache, what: st
     return missing
 
 
-def _remove_left_over(folders: Iterable[Path]) -> None:
+def _try_folders(folders: Iterable[Path]) -> None:
+    """Make the folders and write in them, before anything is encoded; what killed processes left there is removed."""
     for folder in set(folders):
-        if folder.is_dir():
-            remove_left_over(folder)
+        try:
+            make_writable_folder(folder)
+        except OSError as error:
+            raise RunError(
+                f"{folder}: caches can't be written here ({error.strerror}); give --cache_dir a folder where they can"
+            ) from None
+        remove_left_over(folder)
 
 
 @contextmanager

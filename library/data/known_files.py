@@ -101,7 +101,7 @@ class KnownFiles:
                 return {
                     name: row for name, row in content["files"].items() if len(row) == 3 and isinstance(row[2], dict)
                 }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or spoilt: learnt anew
             pass
         return {}
 

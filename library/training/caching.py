@@ -4,11 +4,13 @@ The options are those of training, so that a run's own config file says what to 
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from library.data.dataset_config import check_datasets
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.errors import Mistake
 from library.log import LogOptions
 from library.models.options import ModelOptions
 from library.option_values import specs_of
@@ -62,11 +64,16 @@ def read_tool_options(description: str, argv: list[str] | None, **cache: Any) ->
         description,
         GROUPS,
         argv,
-        checks=[lambda options: check_datasets(with_cache(options))],
+        checks=[lambda options: check_datasets(with_cache(options)), _check_tool],
         refused={"flux": "this tool is for SDXL", "dataset_class": REFUSED["dataset_class"]},
         unused=unused_options(),
     )
     return with_cache(options)
+
+
+def _check_tool(options: Options) -> Iterator[Mistake]:
+    if options[DatasetOptions].debug_dataset:
+        yield Mistake("--debug_dataset is for the training scripts; give it to the run that the caches are for")
 
 
 def fill(options: Options) -> None:
@@ -80,7 +87,7 @@ def fill(options: Options) -> None:
     from library.log import log
     from library.models.sdxl import SdxlModels
     from library.precision import Precision
-    from library.training.prepare import fill_caches
+    from library.training.prepare import prepare
     from library.training.processes import start_processes
 
     accelerator = start_processes()
@@ -92,9 +99,9 @@ def fill(options: Options) -> None:
         vae=model.vae,
         tokenizer_folder=model.tokenizer_cache_dir,
     )
-    prepared = fill_caches(
+    prepared = prepare(
         datasets, models, cache, accelerator, known,
-        num_tokens=model.num_tokens, weighted_captions=options[CaptionOptions].weighted_captions, skip_bad_images=data.skip_bad_images,
+        num_tokens=model.num_tokens, weighted_captions=options[CaptionOptions].weighted_captions, skip_bad_images=data.skip_bad_images, audits=False,
     )  # fmt: skip
     log.info("done: the caches of %d pictures are complete", len(prepared.samples))
     accelerator.end_training()

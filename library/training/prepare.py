@@ -45,35 +45,6 @@ class Prepared(NamedTuple):
         return [sample for dataset in self.datasets for sample in dataset.validation]
 
 
-def fill_caches(
-    datasets: Sequence[Dataset],
-    models: SdxlModels,
-    options: CacheOptions,
-    accelerator: Accelerator,
-    known: KnownFiles,
-    *,
-    num_tokens: int,
-    weighted_captions: bool,
-    skip_bad_images: bool,
-) -> Prepared:
-    """Fill the caches that the options ask for, on all processes, and see that they are complete.
-
-    Raises RunError with all pictures that can't be used, unless they may be skipped.
-    """
-    share = (accelerator.process_index, accelerator.num_processes)
-    kept, latents, text = list(datasets), None, None
-    if options.latents:
-        samples = _samples(kept)
-        latents, found = cache_latents(samples, models, options, known, share)
-        kept = _without(kept, _of_all_processes(found, samples), skip=skip_bad_images)
-    if options.text:
-        text = cache_text(
-            _samples(kept), models, options, known, share, num_tokens=num_tokens, weighted=weighted_captions
-        )
-    finish_caches(_samples(kept), (latents, text), accelerator, known)
-    return Prepared(kept, latents, text)
-
-
 def prepare(
     datasets: Sequence[Dataset],
     models: SdxlModels,
@@ -84,26 +55,32 @@ def prepare(
     num_tokens: int,
     weighted_captions: bool,
     skip_bad_images: bool,
+    audits: bool = True,
 ) -> Prepared:
-    """Everything that training reads: caches filled; pictures that no cache decodes decoded once, to find damaged ones.
+    """Fill the caches that the options ask for, on all processes, and see that they are complete.
+
+    Args:
+        audits: decode pictures that no cache decodes once, to find damaged ones before training does.
 
     Raises RunError with all pictures that can't be used, unless they may be skipped.
     """
+    share = (accelerator.process_index, accelerator.num_processes)
     kept = list(datasets)
-    if not options.latents:
-        samples = _samples(kept)
-        found = audit(samples, known, share=(accelerator.process_index, accelerator.num_processes))
-        kept = _without(kept, _of_all_processes(found, samples), skip=skip_bad_images)
-    return fill_caches(
-        kept,
-        models,
-        options,
-        accelerator,
-        known,
-        num_tokens=num_tokens,
-        weighted_captions=weighted_captions,
-        skip_bad_images=skip_bad_images,
-    )
+    samples = _samples(kept)
+    latents: LatentCache | None = None
+    text: TextCache | None = None
+    found: list[Bad] = []
+    if options.latents:
+        latents, found = cache_latents(samples, models, options, known, share)
+    elif audits:
+        found = audit(samples, known, share=share)
+    kept = _without(kept, _of_all_processes(found, samples), skip=skip_bad_images)
+    if options.text:
+        text = cache_text(
+            _samples(kept), models, options, known, share, num_tokens=num_tokens, weighted=weighted_captions
+        )
+    finish_caches(_samples(kept), (latents, text), accelerator, known)
+    return Prepared(kept, latents, text)
 
 
 def _samples(datasets: Sequence[Dataset]) -> list[Sample]:

@@ -3,13 +3,13 @@
 Names and retention: contract, formats.md section 6. E is the 1-based epoch, S the optimizer step.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from library.errors import OptionError
+from library.files import make_writable_folder
 from library.log import log
 from library.training.options import SavingOptions
 from library.training.progress import Progress
@@ -20,12 +20,9 @@ MakeMetadata = Callable[[int, int], Mapping[str, str]]
 
 
 def make_output_folder(folder: Path) -> None:
-    """Make the folder and write in it, so that hours of caching don't come before the first failure."""
-    probe = folder / f".probe.{os.getpid()}"
+    """See that the output folder can be written in. Raises OptionError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        make_writable_folder(folder)
     except OSError as error:
         raise OptionError(f"--output_dir {folder}: can't be made or written in: {error.strerror}") from None
 
