@@ -26,6 +26,11 @@ class OptionError(ValueError):
         super().__init__("\n".join(m.text for m in self.mistakes))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that isn't blank, or its kind."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call an entry script's main and turn the user's mistakes into words on stderr and an exit status.
 

@@ -18,11 +18,11 @@ _GENERATION = "ckpt outdir prompt from_file images_per_prompt sampler steps scal
 
 # Written by GUIs for their own use, or for scripts that are no SDXL scripts.
 _GUI = (
-    "epoch max_resolution noise_offset_type sdxl sdxl_cache_text_encoder_outputs sdxl_no_half_vae stop_text_encoder_training"
+    "epoch max_resolution noise_offset_type sdxl sdxl_cache_text_encoder_outputs sdxl_no_half_vae"
     " flux1_checkbox sd3_checkbox LoRA_type additional_parameters num_machines num_processes num_cpu_threads_per_process"
     " dynamo_use_dynamic dynamo_use_fullgraph dynamo_mode extra_accelerate_launch_args main_process_port multi_gpu gpu_ids"
-    " t5xxl clip_l ae guidance_scale discrete_flow_shift model_prediction_type timestep_sampling sigmoid_scale"
-    " weighting_scheme logit_mean logit_std mode_scale blocks_to_swap apply_t5_attn_mask t5xxl_max_token_length"
+    " t5xxl clip_l ae guidance_scale discrete_flow_shift model_prediction_type sigmoid_scale"
+    " weighting_scheme blocks_to_swap apply_t5_attn_mask t5xxl_max_token_length"
     " controlnet_model_name_or_path model_type"
 )
 

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from library.errors import RunError
 from library.files import write_atomically
+from library.log import log
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_HEADER_MARGIN = 1 << 16  # for hashes that are added to the metadata later
 _CHUNK = 1 << 24
 
 # Format name -> torch name, bytes per element; in the order in which the reference library sorts tensors, last first.
@@ -166,6 +168,25 @@ def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
+def storable_metadata(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, object]) -> dict[str, str]:
+    """The metadata as a header can hold them: everything text, without None. What is too large is left out, largest first.
+
+    Weights are saved whatever their metadata are.
+    """
+    texts = {
+        str(key): str(value).encode("utf-8", "backslashreplace").decode()
+        for key, value in metadata.items()
+        if value is not None
+    }
+    left_out = []
+    while len(_encode_header(_plan(tensors, None), texts)) > MAX_HEADER_BYTES - _HEADER_MARGIN and texts:
+        left_out.append(max(texts, key=lambda key: len(texts[key])))
+        del texts[left_out[-1]]
+    if left_out:
+        log.warning("metadata too large for a file's header are left out: %s", ", ".join(left_out))
+    return texts
+
+
 class _Planned(NamedTuple):
     name: str
     dtype: str
@@ -176,7 +197,7 @@ class _Planned(NamedTuple):
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, "Tensor"],
-    metadata: Mapping[str, str],
+    metadata: Mapping[str, object],
     *,
     dtype_of: Callable[[str, "Tensor"], "str | None"] | None = None,
 ) -> None:
@@ -189,9 +210,7 @@ def write_safetensors(
     the path if the disk refuses; what was there before stays.
     """
     plan = _plan(tensors, dtype_of)
-    header = _encode_header(plan, metadata)
-    if len(header) > MAX_HEADER_BYTES:
-        raise RunError(f"{path}: the metadata take {len(header):,} bytes, safetensors allows {MAX_HEADER_BYTES:,}")
+    header = _encode_header(plan, storable_metadata(tensors, metadata))
 
     def write(file: BinaryIO) -> None:
         file.write(len(header).to_bytes(8, "little"))
@@ -222,7 +241,7 @@ def _encode_header(plan: list[_Planned], metadata: Mapping[str, str]) -> bytes:
             "data_offsets": (position, position + entry.size),
         }
         position += entry.size
-    raw = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    raw = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     return raw + b" " * (-len(raw) % 8)
 
 

@@ -160,10 +160,20 @@ class LoraNetwork(nn.Module):
     It isn't called: once attached, its modules work when the layers are called.
     """
 
-    def __init__(self, targets: Iterable[Target], ranks: Mapping[str, tuple[int, float]], settings: LoraSettings):
-        """Args: ranks: (rank, alpha) by module name; a target that isn't there, or has rank 0, gets no module."""
+    def __init__(
+        self,
+        targets: Iterable[Target],
+        ranks: Mapping[str, tuple[int, float]],
+        settings: LoraSettings,
+        *,
+        from_file: bool = False,
+    ):
+        """Args:
+        ranks: (rank, alpha) by module name; a target that isn't there, or has rank 0, gets no module.
+        from_file: they are a file's, not the settings'.
+        """
         super().__init__()
-        self.settings = settings
+        self.settings, self._from_file = settings, from_file
         self.targets: list[Target] = []
         dropouts = {
             "dropout": settings.dropout,
@@ -181,6 +191,21 @@ class LoraNetwork(nn.Module):
         """A new network: which layers get modules, and of which rank, is what the settings say."""
         targets = list(targets)
         return cls(targets, {target.name: _rank(target, settings) for target in targets}, settings)
+
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+    @property
+    def shape(self) -> tuple[object, object]:
+        """Rank and alpha, for the metadata; those of a file where it has one of each (--dim_from_weights)."""
+        if not self._from_file:
+            return self.settings.dim, self.settings.alpha
+        shapes = {(lora.rank, lora.alpha) for lora in self.loras()}
+        return shapes.pop() if len(shapes) == 1 else ("Dynamic", "Dynamic")
+
+    def tensors(self) -> Mapping[str, nn.Parameter]:
+        return dict(self.named_parameters())
 
     def lora(self, name: str) -> LoraModule:
         lora = self.get_submodule(name)

@@ -15,30 +15,38 @@ from library.log import log
 from library.models.checkpoint import identify, open_tensors
 from library.models.key_maps import Renaming, unet_pairs_of_config
 from library.models.unet import UNet
-from library.safetensors_io import network_hashes, write_safetensors
+from library.safetensors_io import network_hashes, storable_metadata, write_safetensors
 from networks.lora import UNET, LoraNetwork, Target, module_key
 from networks.options import LoraSettings
 
 _SHOWN = 5
 
 
-def read_lora(path: Path, unet: UNet) -> dict[str, Tensor]:
-    """The tensors of a LoRA file, U-Net names in Diffusers' spelling (lora_unet_down_blocks_…) turned into the original's.
-
-    Raises OptionError for what is no LoRA, or holds numbers that aren't finite.
-    """
+def read_tensors(path: Path, *, flag: str = "--network_weights") -> dict[str, Tensor]:
+    """The tensors of a network file. Raises OptionError if it can't be read or holds numbers that aren't finite."""
     try:
         file = open_tensors(path, mapped=False)
         tensors = {name: file[name] for name in file.shapes}
     except RunError as error:
-        raise OptionError(f"--network_weights {error}") from None
-    bad = [name for name, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
+        raise OptionError(f"{flag} {error}") from None
+    bad = [name for name, tensor in tensors.items() if tensor.ndim and not _is_finite(tensor)]
     if bad:
-        raise OptionError(f"--network_weights {path}: {len(bad)} tensors hold no finite numbers ({_some(bad)})")
+        raise OptionError(f"{flag} {path}: {len(bad)} tensors hold no finite numbers ({_some(bad)})")
+    return tensors
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
+
+
+def read_lora(path: Path, unet: UNet, *, flag: str = "--network_weights") -> dict[str, Tensor]:
+    """The tensors of a LoRA file, U-Net names in Diffusers' spelling (lora_unet_down_blocks_…) turned into the original's.
+
+    Raises OptionError for what is no LoRA, or holds numbers that aren't finite.
+    """
+    tensors = read_tensors(path, flag=flag)
     if not any(name.endswith(".lora_down.weight") for name in tensors):
-        raise OptionError(
-            f"--network_weights {path}: this is {identify(tensors)}; a LoRA with .lora_down.weight keys is needed"
-        )
+        raise OptionError(f"{flag} {path}: this is {identify(tensors)}; a LoRA with .lora_down.weight keys is needed")
     respelt = _diffusers_names(unet)
     return {
         f"{respelt.get(module, module)}.{rest}": tensor
@@ -71,8 +79,21 @@ def load_into(network: LoraNetwork, tensors: Mapping[str, Tensor], *, source: Pa
     Raises OptionError with counts and the first names if modules are missing, left over or of another shape, unless
     `allow_partial`; and always if none fits.
     """
-    wanted = dict(network.named_parameters())
     weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
+    fitting = copy_fitting(weights, dict(network.named_parameters()), source=source, allow_partial=allow_partial)
+    for module, (_, alpha) in ranks_in_file(
+        {name: tensors[name] for name in tensors if name in fitting or name.endswith(".alpha")}
+    ).items():
+        network.lora(
+            module
+        ).alpha = alpha  # scale and file agree, where sd-scripts keeps the option's scale and the file's alpha
+
+
+@torch.no_grad()
+def copy_fitting(
+    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, source: Path, allow_partial: bool
+) -> list[str]:
+    """Copy the weights into the tensors of the same name and shape; returns their names. Raises as load_into does."""
     fitting = [name for name in weights if name in wanted and weights[name].shape == wanted[name].shape]
     problems = {
         "are missing in it": [name for name in wanted if name not in weights],
@@ -92,20 +113,14 @@ def load_into(network: LoraNetwork, tensors: Mapping[str, Tensor], *, source: Pa
         log.warning(
             "--network_weights %s: %s; the rest, %d tensors, is taken (--allow_partial)", source, told, len(fitting)
         )
-    with torch.no_grad():
-        for name in fitting:
-            wanted[name].copy_(weights[name])
-    for module, (_, alpha) in ranks_in_file(
-        {name: tensors[name] for name in tensors if name in fitting or name.endswith(".alpha")}
-    ).items():
-        network.lora(
-            module
-        ).alpha = alpha  # scale and file agree, where sd-scripts keeps the option's scale and the file's alpha
+    for name in fitting:
+        wanted[name].copy_(weights[name])
+    return fitting
 
 
 def network_from_file(targets: Iterable[Target], tensors: Mapping[str, Tensor], settings: LoraSettings) -> LoraNetwork:
     """A network with the modules, ranks and alphas of a file (--dim_from_weights); its weights are not copied yet."""
-    return LoraNetwork(targets, ranks_in_file(tensors), settings)
+    return LoraNetwork(targets, ranks_in_file(tensors), settings, from_file=True)
 
 
 def _shapes(name: str, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
@@ -127,5 +142,6 @@ def write_lora(
     if path.suffix != ".safetensors":
         write_atomically(path, lambda file: torch.save(stored, file))
         return
-    model_hash, legacy_hash = network_hashes(stored, metadata)
-    write_safetensors(path, stored, {**metadata, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash})
+    texts = storable_metadata(stored, metadata)
+    model_hash, legacy_hash = network_hashes(stored, texts)
+    write_safetensors(path, stored, {**texts, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash})

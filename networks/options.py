@@ -1,6 +1,8 @@
 """Options of the networks room: --network_…, and the arguments in --network_args. No torch here."""
 
+import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,9 @@ _SIDE_BLOCKS, _MIDDLE_BLOCKS = 9, 3
 class NetworkOptions(OptionGroup):
     """Network"""
 
-    network_module: str | None = option(None, "the kind of network: networks.lora")
+    network_module: str | None = option(
+        None, "the kind of network: networks.lora, or another package's module with create_network: lycoris.kohya"
+    )
     network_dim: int | None = option(None, "rank; 4 when unset", at_least=1)
     network_alpha: float = option(
         1.0, "the network's effect is scaled by alpha / rank; 0 means alpha = rank", at_least=0
@@ -35,6 +39,13 @@ class NetworkOptions(OptionGroup):
     dim_from_weights: bool = option(False, "take modules, ranks and alphas from --network_weights")
     allow_partial: bool = option(
         False, "take --network_weights though some of its modules don't fit or some are missing"
+    )
+    base_weights: tuple[Path, ...] | None = option(
+        None,
+        "LoRA files that are merged into the base model first; what is trained and saved is the difference to that",
+    )
+    base_weights_multiplier: tuple[float, ...] | None = option(
+        None, "how strongly each of --base_weights is merged; 1 where one is missing"
     )
     network_train_unet_only: bool = option(False, "leave the text encoders alone")
     network_train_text_encoder_only: bool = option(False, "leave the U-Net alone")
@@ -59,11 +70,8 @@ class NetworkOptions(OptionGroup):
     def mistakes(self) -> Iterable[Mistake]:
         if self.network_module is None:
             yield Mistake("--network_module is missing: networks.lora trains a LoRA", ("network_module",))
-        elif self.network_module != "networks.lora":
-            yield Mistake(
-                f"--network_module {self.network_module}: can't be used yet in this version; take networks.lora",
-                ("network_module",),
-            )
+        elif not self.is_own:
+            yield from _check_module(self.network_module)
         if self.network_train_unet_only and self.network_train_text_encoder_only:
             yield Mistake(
                 "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train",
@@ -81,14 +89,55 @@ class NetworkOptions(OptionGroup):
                 f"--text_encoder_lr: SDXL has two text encoders, got {len(self.text_encoder_lr or ())} numbers",
                 ("text_encoder_lr",),
             )
-        if self.network_module in (None, "networks.lora"):
+        for path in self.base_weights or ():
+            if not path.is_file():
+                yield Mistake(f"--base_weights {path}: no such file", ("base_weights",))
+        if len(self.base_weights_multiplier or ()) > len(self.base_weights or ()):
+            yield Mistake(
+                "--base_weights_multiplier: more numbers than --base_weights has files", ("base_weights_multiplier",)
+            )
+        if self.is_own:
             yield from read_network_args(self)[1]
+        else:
+            bad = [pair for pair in self.network_args or () if "=" not in pair]
+            if bad:
+                yield Mistake(f"--network_args {bad[0]!r}: expected key=value", ("network_args",))
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the network is one of this suite's."""
+        return self.network_module in (None, "networks.lora")
 
     @property
     def text_encoder_lrs(self) -> tuple[float | None, float | None]:
         """The learning rate of each text encoder; None: the base learning rate."""
         given = self.text_encoder_lr or (None,)
         return given[0], given[-1]
+
+
+_ELSEWHERE = {
+    "networks.lora_fa": "take networks.lora with loraplus_lr_ratio, which also lets the up projections learn more",
+    "networks.dylora": "take --network_module lycoris.kohya --network_args algo=dylora",
+    "networks.oft": "take --network_module lycoris.kohya --network_args algo=diag-oft",
+}
+_PIP_NAMES = {"lycoris": "lycoris-lora"}
+
+
+def _check_module(name: str) -> Iterable[Mistake]:
+    """Whether a module from elsewhere is there, without importing it."""
+    package = name.partition(".")[0]
+    if name in _ELSEWHERE:
+        yield Mistake(f"--network_module {name}: it isn't part of this suite; {_ELSEWHERE[name]}", ("network_module",))
+    elif package == "networks" or not re.fullmatch(r"\w+(\.\w+)*", name):
+        yield Mistake(
+            f"--network_module {name}: no such module; networks.lora trains a LoRA{did_you_mean(name, ['networks.lora', 'lycoris.kohya'])}",
+            ("network_module",),
+        )
+    elif importlib.util.find_spec(package) is None:
+        yield Mistake(
+            f"--network_module {name}: {package} isn't installed; pip install {_PIP_NAMES.get(package, package)}",
+            ("network_module",),
+        )
 
 
 @dataclass(frozen=True)
@@ -259,15 +308,20 @@ def _block_lr_weights(values: dict[str, Any]) -> tuple[float, ...] | None:
     return tuple(0.0 if weight <= threshold else weight for weight in weights)
 
 
-def check_weights(path: Path) -> Iterable[Mistake]:
-    """What is wrong with a file given as --network_weights, by its header alone."""
-    try:
-        names = read_header(path).tensors
-    except RunError as error:
-        yield Mistake(f"--network_weights {error}", ("network_weights",))
-        return
-    if not any(name.endswith(".lora_down.weight") for name in names):
-        yield Mistake(
-            f"--network_weights {path}: this is {identify(names)}; a LoRA with .lora_down.weight keys is needed",
-            ("network_weights",),
-        )
+def check_weights(options: NetworkOptions) -> Iterable[Mistake]:
+    """What is wrong with the network files that are read, by their headers alone."""
+    given = [("--base_weights", path) for path in options.base_weights or ()]
+    if options.network_weights is not None and options.is_own:
+        given.append(("--network_weights", options.network_weights))
+    for flag, path in given:
+        if path.suffix != ".safetensors" or not path.is_file():
+            continue
+        try:
+            names = read_header(path).tensors
+        except RunError as error:
+            yield Mistake(f"{flag} {error}", (flag[2:],))
+            continue
+        if not any(name.endswith(".lora_down.weight") for name in names):
+            yield Mistake(
+                f"{flag} {path}: this is {identify(names)}; a LoRA with .lora_down.weight keys is needed", (flag[2:],)
+            )

@@ -273,31 +273,6 @@ def test_a_folders_scheduler_says_what_the_model_predicts(golden_models, tmp_pat
     assert found.v_prediction and found.zero_terminal_snr
 
 
-def test_hub_ids_get_one_variant_of_each_component(folder, monkeypatch):
-    import huggingface_hub
-
-    asked = {}
-
-    class Api:
-        def list_repo_files(self, repo_id):
-            asked["listed"] = repo_id
-            files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-            return files + [
-                name.replace(".safetensors", ".fp16.safetensors") for name in files if name.endswith(".safetensors")
-            ]
-
-    def snapshot_download(repo_id, allow_patterns=None):
-        asked["patterns"] = allow_patterns
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert open_checkpoint("someone/some-model", prefer_fp16=True).is_folder
-    weights = [name for name in asked["patterns"] if name.endswith(".safetensors")]
-    assert len(weights) == 4 and all(".fp16." in name for name in weights)
-
-
 def test_a_hub_that_cant_be_reached_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OptionError, match=r"^nobody/nothing: no such file or folder here, and the hub says: "):

@@ -22,15 +22,24 @@ ROWS = list(csv.DictReader((Path(__file__).parent / "reference_options.tsv").ope
 CHOICES = {
     "resize_interpolation": "box, which the dataset file has, is an option too",
     "lr_scheduler": "any text there, which fails late; here the names that work",
-    "log_with": "wandb and all can't be used yet",
+    "huggingface_repo_type": "any text there, which fails when the first file is sent",
 }
 OWN = {
     "allow_missing_captions",
     "allow_partial",
     "cache_dir",
+    "early_stop_patience",
+    "ema_decay",
+    "ema_device",
+    "logit_mean",
+    "logit_std",
+    "mode_scale",
+    "save_best",
     "skip_bad_images",
+    "stop_text_encoder_training",
     "strict_config",
     "text_cache_variants",
+    "timestep_sampling",
 }
 
 

@@ -356,7 +356,6 @@ def test_what_a_gui_writes_is_taken_with_a_few_lines(golden_model, pictures, tmp
         "epoch",
         "noise_offset_type",
         "sdxl",
-        "wandb_run_name",
         "dynamo_backend",
         "clip_skip changes nothing",
     ):

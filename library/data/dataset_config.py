@@ -17,7 +17,7 @@ from library.data.captions import CaptionSettings
 from library.data.class_folders import implied_tables
 from library.data.dataset_keys import ALLOWED, FOLDER_KEYS, LEVELS, SPECS, default_of
 from library.data.options import CacheOptions, DatasetOptions, parse_range, parse_resolution
-from library.data.sample import DatasetPlan, PixelSettings, Subset
+from library.data.sample import PRESERVE_OUTPUT, DatasetPlan, PixelSettings, Subset
 from library.data.size import Size
 from library.errors import Mistake, OptionError
 from library.option_values import UNSET, did_you_mean, read_value
@@ -224,12 +224,8 @@ class _Definition:
                 where, "random_crop can't be used with conditioning_data_dir, whose pictures are not cropped along"
             )
         attributes = self._value("custom_attributes", tables) or {}
-        if attributes:
-            self.notices.append(
-                f"{self.name}, {where}: custom_attributes go with the pictures; training reads none of them"
-            )
-        if attributes.get("diff_output_preservation"):
-            self._mistake(where, "custom_attributes.diff_output_preservation can't be used yet in this version")
+        if idle := sorted(set(attributes) - {PRESERVE_OUTPUT}):
+            self.notices.append(f"{self.name}, {where}: custom_attributes {', '.join(idle)} change nothing in training")
         return Subset(
             image_dir=folder,
             num_repeats=repeats,

@@ -9,6 +9,9 @@ from library.data.buckets import BucketPlan, Crop, Fit, crop_for_conditioning
 from library.data.captions import CaptionSettings
 from library.data.size import Size
 
+PRESERVE_OUTPUT = "diff_output_preservation"
+"""Custom attribute: beside a network, pictures whose target is what the base model makes of them."""
+
 
 @dataclass(frozen=True)
 class PixelSettings:

@@ -7,13 +7,13 @@ replacing one on disk can't change what a later save takes over from it.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from library.errors import OptionError, RunError
+from library.errors import OptionError, RunError, first_line
+from library.hub import hub_errors, hub_files
 from library.models import conversion
 from library.models.key_maps import FILE_PREFIXES, FOLDERS, PARTS
 from library.models.unet_config import UNetConfig
@@ -251,7 +251,7 @@ class _PickledTensors:
                 f"{path}: refused: it holds more than tensors, which could run code on loading{what}"
             ) from None
         except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
-            raise RunError(f"{path}: can't be read as a torch file: {_first_line(error)}") from None
+            raise RunError(f"{path}: can't be read as a torch file: {first_line(error)}") from None
         loaded = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
         if not isinstance(loaded, Mapping):
             loaded = {}
@@ -264,10 +264,6 @@ class _PickledTensors:
 
     def __getitem__(self, name: str) -> "torch.Tensor":
         return self._tensors[name]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _locate(name: str, *, prefer_fp16: bool) -> Path:
@@ -301,8 +297,8 @@ def locate_vae(name: str) -> Path:
         raise OptionError(f"--vae {name}: no such file or folder")
     import huggingface_hub
 
-    with _hub_errors(f"--vae {name}"):
-        there = huggingface_hub.HfApi().list_repo_files(name)
+    with hub_errors(f"--vae {name}"):
+        there = hub_files(name)
         if "model_index.json" in there:
             return _from_hub(name, prefer_fp16=False)
         chosen = choose_weights(there, prefer_fp16=False)
@@ -321,9 +317,11 @@ def _looks_like_hub_id(name: str) -> bool:
 
 
 def _from_hub(repo_id: str, *, prefer_fp16: bool) -> Path:
-    """Download (or find in the hub's cache) one variant of each component, its configurations and tokenizers."""
+    """Download (or find in the hub's cache) one variant of each component, its configurations and tokenizers.
+
+    The client takes up a cut download where it broke, and a file has its name in the cache only when it is whole.
+    """
     import huggingface_hub
-    from huggingface_hub import constants
 
     wanted = [
         "model_index.json",
@@ -332,22 +330,9 @@ def _from_hub(repo_id: str, *, prefer_fp16: bool) -> Path:
         "tokenizer_2/*",
         *(f"{folder}/*.json" for folder in FOLDERS.values()),
     ]
-    with _hub_errors(repo_id):
-        if constants.HF_HUB_OFFLINE:
-            return Path(huggingface_hub.snapshot_download(repo_id))
-        there = huggingface_hub.HfApi().list_repo_files(repo_id)
+    with hub_errors(repo_id):
+        there = hub_files(repo_id)
         for folder in FOLDERS.values():
             files = [name.removeprefix(f"{folder}/") for name in there if name.startswith(f"{folder}/")]
             wanted += [f"{folder}/{name}" for name in choose_weights(files, prefer_fp16=prefer_fp16)]
         return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=wanted))
-
-
-@contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    """Turns what the hub's client raises (no network, no such id, no permission) into one line."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        yield
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise OptionError(f"{name}: no such file or folder here, and the hub says: {_first_line(error)}") from None

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,25 @@ _TOLD_CUT = 5
 _LOADED = ("unet", "vae", "text_encoders", "tokenizers")
 
 
+class Change(Protocol):
+    """What is done to weights when they are loaded."""
+
+    def text_identity(self) -> str:
+        """What tells text encoders that are changed so from others; "" if they aren't changed."""
+        ...
+
+    def apply(self, part: str, module: Any) -> None:
+        """Change a loaded part: "unet", "text_encoder_1" or "text_encoder_2"."""
+        ...
+
+
 class SdxlModels:
     """The modules of a checkpoint: frozen, in eval mode, in the run's dtypes, on `device`.
 
     What no one asks for is never read: with complete caches that is everything but the U-Net.
+
+    Attributes:
+        change: what is done to weights when they are loaded; set before any is.
     """
 
     def __init__(
@@ -56,6 +71,7 @@ class SdxlModels:
         self._tokenizer_folder = tokenizer_folder
         self._attention = attention
         self._gradient_checkpointing = gradient_checkpointing
+        self.change: Change | None = None
         self._cut: set[str] = set()
 
     @cached_property
@@ -63,7 +79,7 @@ class SdxlModels:
         with torch.device("meta"):
             unet = UNet(self.checkpoint.unet, self._attention, gradient_checkpointing=self._gradient_checkpointing)
         what = f"{self.checkpoint.path}: U-Net"
-        self._load(unet, self.checkpoint.tensors("unet"), self.precision.compute, what=what)
+        self._load(unet, "unet", self.checkpoint.tensors("unet"), what=what)
         return unet
 
     @cached_property
@@ -81,7 +97,8 @@ class SdxlModels:
             )
         encoder: Any = build_text_encoder(tensors, number)
         what = f"{self.checkpoint.path}: text encoder {number}"
-        self._load(encoder, tensors, self.precision.compute, what=what, name_of=lambda name: module_name(encoder, name))
+        part = f"text_encoder_{number}"
+        self._load(encoder, part, tensors, what=what, name_of=lambda name: module_name(encoder, name))
         if self._gradient_checkpointing:
             # transformers renames it; version 6 will know the new name only.
             enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
@@ -112,11 +129,13 @@ class SdxlModels:
 
         return decode(self.vae, raw, self._vae_in_float32)
 
-    def _load(self, module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, *, what: str, name_of: Callable[[str], str] = lambda name: name) -> None:  # fmt: skip
+    def _load(self, module: nn.Module, part: str, tensors: Mapping[str, Tensor], *, what: str, name_of: Callable[[str], str] = lambda name: name) -> None:  # fmt: skip
         if self.device.type == "meta":
             module.requires_grad_(False).eval()
-        else:
-            load_weights(module, tensors, dtype, self.device, what=what, name_of=name_of)
+            return
+        load_weights(module, tensors, self.precision.compute, self.device, what=what, name_of=name_of)
+        if self.change is not None:
+            self.change.apply(part, module)
 
     def without_weights(self) -> "SdxlModels":
         """The same modules on the meta device, for building what goes on them without reading a weight."""

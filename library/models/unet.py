@@ -20,13 +20,13 @@ from library.models.attention import AttentionFunction, sdpa
 from library.models.unet_blocks import (
     GROUPS,
     Conv2d,
-    Downsample,
+    Downsample2D,
     GroupNorm,
     Linear,
-    ResBlock,
-    SpatialTransformer,
+    ResnetBlock2D,
     Stage,
-    Upsample,
+    Transformer2DModel,
+    Upsample2D,
     sinusoidal_embedding,
 )
 from library.models.unet_config import BlockPlan, UNetConfig
@@ -50,27 +50,27 @@ class UNet(nn.Module):
         emb = config.time_channels
 
         def stage(plan: BlockPlan, *resampling: nn.Module) -> Stage:
-            layers: list[nn.Module] = [ResBlock(plan.channels_in, plan.channels_out, emb)]
+            layers: list[nn.Module] = [ResnetBlock2D(plan.channels_in, plan.channels_out, emb)]
             if plan.depth:
                 layers.append(transformer(plan.channels_out, plan.depth))
             return Stage([*layers, *resampling])
 
-        def transformer(channels: int, depth: int) -> SpatialTransformer:
-            return SpatialTransformer(channels, config.context_channels, depth, attention)
+        def transformer(channels: int, depth: int) -> Transformer2DModel:
+            return Transformer2DModel(channels, config.context_channels, depth, attention)
 
         # The order is the checkpoint's: it decides the order of learning-rate groups and of network modules.
         self.time_embed = nn.Sequential(Linear(config.model_channels, emb), nn.SiLU(), Linear(emb, emb))
         self.label_emb = nn.Sequential(nn.Sequential(Linear(config.vector_channels, emb), nn.SiLU(), Linear(emb, emb)))
         self.input_blocks = nn.ModuleList([Stage([Conv2d(config.in_channels, config.model_channels, 3, padding=1)])])
         for plan in config.input_blocks:
-            self.input_blocks.append(Stage([Downsample(plan.channels_out)]) if plan.resample else stage(plan))
+            self.input_blocks.append(Stage([Downsample2D(plan.channels_out)]) if plan.resample else stage(plan))
         middle = config.input_blocks[-1].channels_out
-        self.middle_block = Stage([ResBlock(middle, middle, emb)])
+        self.middle_block = Stage([ResnetBlock2D(middle, middle, emb)])
         if config.middle_depth is not None:
-            self.middle_block += [transformer(middle, config.middle_depth), ResBlock(middle, middle, emb)]
+            self.middle_block += [transformer(middle, config.middle_depth), ResnetBlock2D(middle, middle, emb)]
         self.output_blocks = nn.ModuleList()
         for plan in config.output_blocks:
-            self.output_blocks.append(stage(plan, *([Upsample(plan.channels_out)] if plan.resample else [])))
+            self.output_blocks.append(stage(plan, *([Upsample2D(plan.channels_out)] if plan.resample else [])))
         last = config.output_blocks[-1].channels_out
         self.out = nn.Sequential(
             GroupNorm(GROUPS, last, eps=1e-5), nn.SiLU(), Conv2d(last, config.out_channels, 3, padding=1)

@@ -62,7 +62,7 @@ def sinusoidal_embedding(positions: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class ResBlock(nn.Module):
+class ResnetBlock2D(nn.Module):
     """Two 3x3 convolutions with the timestep embedding added between them, and a skip around both."""
 
     def __init__(self, channels_in: int, channels_out: int, time_channels: int):
@@ -130,7 +130,7 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class TransformerBlock(nn.Module):
+class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward; each behind a norm and around a skip."""
 
     def __init__(self, channels: int, context_channels: int, attention: AttentionFunction):
@@ -151,7 +151,7 @@ class TransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
-class SpatialTransformer(nn.Module):
+class Transformer2DModel(nn.Module):
     """Transformer blocks over the positions of a feature map, around a skip."""
 
     def __init__(self, channels: int, context_channels: int, depth: int, attention: AttentionFunction):
@@ -159,7 +159,7 @@ class SpatialTransformer(nn.Module):
         self.norm = GroupNorm(GROUPS, channels, eps=1e-6)
         self.proj_in = Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, context_channels, attention) for _ in range(depth)
+            BasicTransformerBlock(channels, context_channels, attention) for _ in range(depth)
         )
         self.proj_out = Linear(channels, channels)
 
@@ -173,7 +173,7 @@ class SpatialTransformer(nn.Module):
         return x + h
 
 
-class Downsample(nn.Module):
+class Downsample2D(nn.Module):
     """Halves height and width with a strided convolution."""
 
     def __init__(self, channels: int):
@@ -184,7 +184,7 @@ class Downsample(nn.Module):
         return self.op(x)
 
 
-class Upsample(nn.Module):
+class Upsample2D(nn.Module):
     """Doubles height and width (nearest neighbour), then a convolution."""
 
     def __init__(self, channels: int):
@@ -200,9 +200,9 @@ class Stage(nn.ModuleList):
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, run: Run) -> Tensor:
         for layer in self:
-            if isinstance(layer, ResBlock):
+            if isinstance(layer, ResnetBlock2D):
                 x = run(layer, x, emb)
-            elif isinstance(layer, SpatialTransformer):
+            elif isinstance(layer, Transformer2DModel):
                 x = layer(x, context, run)
             else:
                 x = layer(x)

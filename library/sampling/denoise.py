@@ -3,6 +3,7 @@
 Shapes: B pictures, H and W in pixels.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ def denoise(
     *,
     steps: int,
     scale: float,
+    generator: torch.Generator | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Draw pictures: scaled latents, [B, 4, H/8, W/8], in the dtype of the noise.
@@ -33,6 +35,7 @@ def denoise(
         noise: standard normal, [B, 4, H/8, W/8].
         prompt, negative: [B, T, ...] each.
         scale: strength of the prompt against the negative one; 1 or below leaves the negative one out.
+        generator: of the noise that samplers like euler_a add at each step; the global one if None.
 
     Source: Ho & Salimans 2022, arXiv:2207.12598, equation 6.
     """
@@ -41,6 +44,7 @@ def denoise(
     size = torch.tensor([[noise.shape[2] * 8, noise.shape[3] * 8]], device=noise.device).expand(len(text.pooled), 2)
     vector = conditioning_vector(text.pooled, size, torch.zeros_like(size), size)
     sampler.set_timesteps(steps, device=noise.device)
+    draws = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
     latents = noise * sampler.init_noise_sigma
     for timestep in sampler.timesteps:
         doubled = torch.cat([latents, latents]) if guided else latents
@@ -49,6 +53,6 @@ def denoise(
         if guided:
             without, with_prompt = predicted.chunk(2)
             predicted = without + scale * (with_prompt - without)
-        latents = sampler.step(predicted, timestep, latents, return_dict=False)[0]
+        latents = sampler.step(predicted, timestep, latents, return_dict=False, **draws)[0]
         on_step()
     return latents

@@ -1,23 +1,41 @@
-"""Samplers: Diffusers' schedulers with SDXL's noise schedule, by the names that users know."""
+"""Samplers: Diffusers' schedulers with SDXL's noise schedule, by the names that users know (library/sampling/options.py)."""
 
+import inspect
 from typing import Any
 
+from library.errors import OptionError
 from library.imports import import_diffusers
-from library.models.noise_schedule import BETA_END, BETA_START, NUM_TIMESTEPS
+from library.models.noise_schedule import BETA_END, BETA_START, NUM_TIMESTEPS, NoiseSchedule
+from library.sampling.options import SAMPLERS
 
-SAMPLERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler"}
+_LEAST_ALPHA_BAR = 2.0**-24  # Diffusers' own, of schedules whose last signal-to-noise ratio is zero
 
 
 def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool) -> Any:
-    """The Diffusers scheduler of that name, for what the model predicts."""
-    own = {"clip_sample": False} if name == "ddim" else {}
-    return getattr(import_diffusers(), SAMPLERS[name])(
-        num_train_timesteps=NUM_TIMESTEPS,
-        beta_start=BETA_START,
-        beta_end=BETA_END,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction" if v_prediction else "epsilon",
-        rescale_betas_zero_snr=zero_terminal_snr,
-        steps_offset=1,
-        **own,
-    )
+    """The Diffusers scheduler of that name, for what the model predicts. Raises OptionError if a package is missing."""
+    kind = SAMPLERS[name]
+    try:
+        scheduler = getattr(import_diffusers(), kind.scheduler)
+        arguments: dict[str, Any] = {
+            "num_train_timesteps": NUM_TIMESTEPS,
+            "beta_start": BETA_START,
+            "beta_end": BETA_END,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": "v_prediction" if v_prediction else "epsilon",
+            **kind.arguments,
+        }
+        if zero_terminal_snr:
+            arguments |= _zero_terminal_snr(scheduler)
+        return scheduler(**arguments)
+    except ImportError:
+        raise OptionError(f"sampler {name}: Diffusers needs scipy for it; pip install scipy, or take euler_a") from None
+
+
+def _zero_terminal_snr(scheduler: Any) -> dict[str, Any]:
+    """How a scheduler is told of the schedule: those that don't know it get its betas."""
+    if "rescale_betas_zero_snr" in inspect.signature(scheduler.__init__).parameters:
+        return {"rescale_betas_zero_snr": True}
+    alpha_bar = NoiseSchedule.sdxl(zero_terminal_snr=True).alpha_bar.clamp(min=_LEAST_ALPHA_BAR)
+    ratios = alpha_bar.clone()
+    ratios[1:] /= alpha_bar[:-1]
+    return {"trained_betas": (1 - ratios).tolist()}

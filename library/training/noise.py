@@ -4,6 +4,7 @@ Shapes: B samples, C = 4 latent channels, H and W of the latents. Every function
 sample's draws come from its own place (library/draws.py), where sd-scripts has one running stream for the batch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -32,7 +33,7 @@ def make_noisy(
     """Add drawn noise to scaled latents [B, C, H, W] at the given timesteps [B], or at drawn ones."""
     noise = draw_noise(scaled, draws, options)
     if timesteps is None:
-        timesteps = draw_timesteps(draws, options.min_timestep, options.max_timestep)
+        timesteps = draw_timesteps(draws, options)
     added = noise
     if options.ip_noise_gamma:
         gamma = _strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, "ip noise strength", draws)
@@ -57,12 +58,38 @@ def _strength(most: float, is_random: bool, purpose: str, draws: Draws) -> Tenso
     return most * draws.uniform(purpose, (1, 1, 1)) if is_random else most
 
 
-def draw_timesteps(draws: Draws, low: int | None, high: int | None) -> Tensor:
-    """Uniform timesteps in low..high, high not included: [B], int64. All are `high` where that range is empty."""
-    low, high = low or 0, NUM_TIMESTEPS if high is None else high
+def draw_timesteps(draws: Draws, options: NoiseOptions) -> Tensor:
+    """Timesteps in --min_timestep..--max_timestep, the upper one not included: [B], int64. All are it where that range is empty."""
+    low, high = options.min_timestep or 0, NUM_TIMESTEPS if options.max_timestep is None else options.max_timestep
     if low >= high:
         return torch.full((draws.count,), high, device=draws.device)
-    return draws.integers("timestep", low, high)
+    if options.timestep_sampling == "uniform":
+        return draws.integers("timestep", low, high)
+    share = _noise_share(draws, options)
+    return (low + share * (high - low)).long().clamp(low, high - 1)
+
+
+def _noise_share(draws: Draws, options: NoiseOptions) -> Tensor:
+    """How far into the range of timesteps each sample lies, 0 clean and 1 noise: [B]."""
+    if options.timestep_sampling == "logit_normal":
+        return logit_normal(draws.normal("timestep", ()), mean=options.logit_mean, std=options.logit_std)
+    uniform = draws.uniform("timestep")
+    return mode(uniform, options.mode_scale) if options.timestep_sampling == "mode" else cosmap(uniform)
+
+
+def logit_normal(normal: Tensor, *, mean: float, std: float) -> Tensor:
+    """Shares of noise around the middle, from standard normal numbers. Source: Esser et al. 2024, arXiv:2403.03206, section 3.1."""
+    return torch.sigmoid(mean + std * normal)
+
+
+def mode(uniform: Tensor, scale: float) -> Tensor:
+    """Shares of noise with more (scale above 0) or fewer of the middle; scale 0 is uniform. Source: the same, equation 20."""
+    return 1 - uniform - scale * (torch.cos(math.pi / 2 * uniform) ** 2 - 1 + uniform)
+
+
+def cosmap(uniform: Tensor) -> Tensor:
+    """Shares of noise in the density of the cosine schedule, 2 / (pi - 2 pi t + 2 pi t^2). Source: the same, equation 21."""
+    return 1 - 1 / (torch.tan(math.pi / 2 * uniform) + 1)
 
 
 def offset_noise(

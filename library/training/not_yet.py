@@ -11,17 +11,8 @@ _REFUSED = (
         f"saving and resuming states {_LATER}; --save_every_n_steps with --network_weights goes on from saved weights",
     ),
     (
-        "huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token huggingface_repo_visibility"
-        " save_state_to_huggingface resume_from_huggingface async_upload",
-        f"uploading {_LATER}; upload the saved files with the hub's own command, hf upload",
-    ),
-    (
-        "sample_every_n_steps sample_every_n_epochs sample_at_first",
-        f"samples during training {_LATER}; leave it out, and draw with tools/before_after.py",
-    ),
-    (
-        "wandb_api_key log_tracker_config log_config",
-        f"wandb and tracker settings {_LATER}; use --logging_dir for TensorBoard",
+        "save_state_to_huggingface resume_from_huggingface",
+        f"uploading and downloading states {_LATER}; saved models are uploaded with --huggingface_repo_id",
     ),
     (
         "deepspeed offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path zero3_init_flag"
@@ -36,15 +27,11 @@ _REFUSED = (
     ("fused_backward_pass", f"it {_LATER}; a network's gradients are small, so leave it out"),
     ("cpu_offload_checkpointing", f"it {_LATER}; take --gradient_checkpointing alone"),
     ("dataset_class", "a class of sd-scripts can't be loaded here; describe the pictures by --dataset_config"),
-    ("base_weights base_weights_multiplier", f"it {_LATER}; leave it out"),
 )
 
 REFUSED = {name: reason for names, reason in _REFUSED for name in names.split()}
 
 UNUSED = {
-    "sample_sampler": "there are no samples during training yet",
-    "sample_prompts": "there are no samples during training yet",
-    "wandb_run_name": "there is no --log_with wandb yet",
     "zero_stage": "there is no --deepspeed yet",
     "dynamo_backend": "there is no --torch_compile yet",
 }

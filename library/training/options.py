@@ -11,6 +11,7 @@ from library.errors import Mistake
 from library.log import LogOptions
 from library.models.options import ModelOptions
 from library.options import OptionGroup, Options, option
+from library.sampling.options import SAMPLERS
 from networks.options import NetworkOptions, check_weights
 
 SCHEDULERS = (
@@ -35,11 +36,22 @@ class RunOptions(OptionGroup):
     gradient_checkpointing: bool = option(
         False, "keep fewer activations and compute them again in backward: a third slower, far less memory"
     )
+    stop_text_encoder_training: int | None = option(
+        None, "text encoders are trained for the first N optimizer steps only", unset=(0,)
+    )
     ddp_timeout: int | None = option(None, "minutes after which a process that waits for another gives up", at_least=0)
     ddp_gradient_as_bucket_view: bool = option(
         False, "several processes: gradients are views of the buckets that are exchanged, which saves memory"
     )
     ddp_static_graph: bool = option(False, "several processes: promise that every step uses the same parameters")
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if (self.stop_text_encoder_training or 0) < 0:
+            yield Mistake(
+                f"--stop_text_encoder_training {self.stop_text_encoder_training}: expected a number of steps; "
+                "--network_train_unet_only leaves the text encoders alone",
+                ("stop_text_encoder_training",),
+            )
 
 
 @dataclass(frozen=True)
@@ -222,6 +234,15 @@ class NoiseOptions(OptionGroup):
     max_timestep: int | None = option(
         None, "timesteps below this one are drawn; 1000 when unset", at_least=1, at_most=1000
     )
+    timestep_sampling: str = option(
+        "uniform",
+        "how timesteps are distributed over that range: evenly, around the middle (logit_normal, cosmap), or by mode",
+        choices=("uniform", "logit_normal", "mode", "cosmap"),
+        unset=("sigma",),
+    )
+    logit_mean: float = option(0.0, "of logit_normal: above 0 for more noise, below for less")
+    logit_std: float = option(1.0, "width of logit_normal", above=0)
+    mode_scale: float = option(1.29, "of mode: above 0 for the middle, below for both ends", at_least=-1, at_most=1.75)
 
     def mistakes(self) -> Iterable[Mistake]:
         if self.adaptive_noise_scale is not None and not self.noise_offset:
@@ -260,19 +281,91 @@ class LossOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
+class EmaOptions(OptionGroup):
+    """Moving average of what is trained (EMA)"""
+
+    ema_decay: float | None = option(
+        None, "keep a moving average of the weights with this decay (0.999 is usual), saved beside as NAME-ema", above=0, at_most=0.999999, unset=(0,)
+    )  # fmt: skip
+    ema_device: str = option(
+        "accelerator", "where the average lies; cpu takes no memory of the card and some time", choices=("accelerator", "cpu")
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PreviewOptions(OptionGroup):
+    """Samples during training (OUTPUT_DIR/sample)"""
+
+    sample_prompts: Path | None = option(None, "file of prompts: .txt with one a line, .toml or .json")
+    sample_every_n_steps: int | None = option(None, "draw after every N optimizer steps", at_least=1, unset=(0, -1))
+    sample_every_n_epochs: int | None = option(
+        None, "draw after every N epochs; wins over --sample_every_n_steps", at_least=1, unset=(0, -1)
+    )
+    sample_at_first: bool = option(False, "draw before the first step too")
+    sample_sampler: str = option("ddim", "sampler of prompts that name none", choices=tuple(SAMPLERS))
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.sample_every_n_steps or self.sample_every_n_epochs or self.sample_at_first)
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.is_on and self.sample_prompts is None:
+            yield Mistake("samples during training need --sample_prompts, the file of prompts", ("sample_prompts",))
+        if self.is_on and self.sample_prompts is not None and not self.sample_prompts.is_file():
+            yield Mistake(f"--sample_prompts {self.sample_prompts}: no such file", ("sample_prompts",))
+
+
+@dataclass(frozen=True)
 class TrackerOptions(OptionGroup):
     """Trackers"""
 
     logging_dir: Path | None = option(
         None, "folder of the TensorBoard logs; given alone it means --log_with tensorboard"
     )
-    log_with: str | None = option(None, "where losses and learning rates are sent", choices=("tensorboard",))
+    log_with: str | None = option(
+        None, "where losses, learning rates and samples are sent", choices=("tensorboard", "wandb", "all")
+    )
     log_prefix: str | None = option(None, "start of the run folder's name")
-    log_tracker_name: str | None = option(None, "folder within the run folder; network_train when unset")
+    log_tracker_name: str | None = option(
+        None, "folder within the run folder, and project at wandb; network_train when unset"
+    )
+    wandb_run_name: str | None = option(None, "name of the run at wandb")
+    log_tracker_config: Path | None = option(
+        None, "TOML file with a table for each tracker: arguments of its start; wins over --wandb_run_name"
+    )
+    wandb_api_key: str | None = option(None, "key for wandb; WANDB_API_KEY keeps it out of the command line")
+    log_config: bool = option(False, "send the options too, without keys, paths and file names")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The trackers asked for."""
+        if self.log_with is None:
+            return () if self.logging_dir is None else ("tensorboard",)
+        return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)
 
     def mistakes(self) -> Iterable[Mistake]:
-        if self.log_with is not None and self.logging_dir is None:
+        if "tensorboard" in self.names and self.logging_dir is None:
             yield Mistake(f"--log_with {self.log_with} needs --logging_dir", ("logging_dir",))
+        if self.log_tracker_config is not None and not self.log_tracker_config.is_file():
+            yield Mistake(f"--log_tracker_config {self.log_tracker_config}: no such file", ("log_tracker_config",))
+
+
+@dataclass(frozen=True)
+class UploadOptions(OptionGroup):
+    """Upload to the Hugging Face hub"""
+
+    huggingface_repo_id: str | None = option(None, "repository that every saved file is sent to; made when absent")
+    huggingface_repo_type: str | None = option(
+        None, "kind of repository; model when unset", choices=("model", "dataset", "space")
+    )
+    huggingface_path_in_repo: str | None = option(None, "folder within the repository")
+    huggingface_token: str | None = option(None, "token; HF_TOKEN, or hf auth login, keep it out of the command line")
+    huggingface_repo_visibility: str | None = option(
+        None, "of a repository that is made: public, or anything else for private"
+    )
+    async_upload: bool = option(
+        False, "", no_effect="files are always sent in the background, and waited for at the end"
+    )
 
 
 @dataclass(frozen=True)
@@ -284,6 +377,14 @@ class ValidationOptions(OptionGroup):
         None, "validate after every N epochs; unset: after every one", at_least=1, unset=(0,)
     )
     max_validation_steps: int | None = option(None, "at most so many batches", at_least=1, unset=(0,))
+    save_best: bool = option(False, "save NAME-best whenever the validation loss is the lowest so far")
+    early_stop_patience: int | None = option(
+        None, "end the run when so many validations in a row brought no lower loss; saves NAME-best too", at_least=1, unset=(0,)
+    )  # fmt: skip
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.save_best or self.early_stop_patience is not None
 
 
 @dataclass(frozen=True)
@@ -305,7 +406,7 @@ class MetadataOptions(OptionGroup):
 
 COMMON_TRAINING = (
     ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, OptimizerOptions, ScheduleOptions, NoiseOptions, LossOptions,
-    ValidationOptions, SavingOptions, TrackerOptions, MetadataOptions, LogOptions,
+    ValidationOptions, PreviewOptions, EmaOptions, SavingOptions, UploadOptions, TrackerOptions, MetadataOptions, LogOptions,
 )  # fmt: skip
 
 
@@ -338,6 +439,11 @@ def check_training(options: Options) -> Iterable[Mistake]:
             "--lr_scheduler adafactor goes with --optimizer_type Adafactor that finds its own rate (relative_step) only",
             ("lr_scheduler", "optimizer_type"),
         )
+    if options[EmaOptions].ema_decay and optimizer.name.lower().endswith("schedulefree"):
+        yield Mistake(
+            f"--ema_decay: --optimizer_type {optimizer.name} averages the weights itself; leave it out",
+            ("ema_decay", "optimizer_type"),
+        )
     if options[RunOptions].ddp_static_graph and options[RunOptions].gradient_accumulation_steps > 1:
         yield Mistake(
             "--ddp_static_graph can't go with --gradient_accumulation_steps: its batches don't all exchange gradients",
@@ -358,9 +464,9 @@ def check_network(options: Options) -> Iterable[Mistake]:
             "--cache_text_encoder_outputs: captions are encoded before training, so the text encoders can't be trained; give --network_train_unet_only too",
             ("cache_text_encoder_outputs", "network_train_unet_only"),
         )
-    if (
-        network.network_weights is not None
-        and network.network_weights.suffix == ".safetensors"
-        and network.network_weights.is_file()
-    ):
-        yield from check_weights(network.network_weights)
+    if options[RunOptions].stop_text_encoder_training and network.network_train_text_encoder_only:
+        yield Mistake(
+            "--stop_text_encoder_training with --network_train_text_encoder_only leaves nothing to train after that",
+            ("stop_text_encoder_training", "network_train_text_encoder_only"),
+        )
+    yield from check_weights(network)

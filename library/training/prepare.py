@@ -136,6 +136,8 @@ def cache_text(
         parts = ["text_encoder_1", "text_encoder_2"]
         identity = "" if options.skip_cache_check else _identity(models, parts, models.precision.compute, known)
         identity += ", captions weighted" if weighted else ""
+        change = models.change.text_identity() if models.change is not None else ""
+        identity += f", with {change}" if change else ""
         one, two = (_width(models, part) for part in parts)
         cache = TextOnDisk(num_tokens + 2, (one, two), identity, texts, known, trusted=options.skip_cache_check)
     fill_text(samples, cache, encode, share=_share(share, cache))

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from library.devices import Arriving
-from library.errors import OptionError, RunError
+from library.errors import RunError
 from library.log import log, progress_bar
-from library.training.options import TrackerOptions
+from library.training.trackers import Trackers
 from library.training.update import Updated
 
 
@@ -40,12 +41,12 @@ class Report:
     """Speaks on the main process; on every process it stops the run when a number isn't finite."""
 
     def __init__(
-        self, total_steps: int, steps_per_epoch: int, *, is_main: bool, tracker: "Tracker | None", log_file: Path
+        self, total_steps: int, steps_per_epoch: int, *, is_main: bool, trackers: Trackers | None, log_file: Path
     ):
         self._bar = progress_bar("steps", total_steps)
         self._recent: deque[float] = deque(maxlen=steps_per_epoch)
         self._epoch_losses: list[float] = []
-        self._tracker = tracker
+        self._trackers = trackers
         self._pending: _Pending | None = None
         self._log: IO[str] | None = open(log_file, "w", encoding="utf-8") if is_main else None  # noqa: SIM115
         self._started = time.monotonic()
@@ -100,24 +101,35 @@ class Report:
             "loss/average": average,
             **{f"lr/{name}": rate for name, rate in pending.rates.items()},
         }
-        if self._tracker is not None:
-            self._tracker.log(values, pending.step)
-        if self._log is not None:
-            line = {
+        if self._trackers is not None:
+            self._trackers.log(values, pending.step)
+        self._write(
+            {
                 "step": pending.step,
                 "epoch": pending.epoch + 1,
                 "grad_norm": norm if math.isfinite(norm) else None,
                 "seconds": round(time.monotonic() - self._started, 3),
                 **values,
             }
+        )
+
+    def _write(self, line: Mapping[str, object]) -> None:
+        """Add a line to the log file. A full disk there doesn't end the run."""
+        if self._log is None:
+            return
+        try:
             self._log.write(json.dumps(line) + "\n")
             self._log.flush()
+        except OSError as error:
+            log.warning("%s: can't be written, and is left as it is: %s", self._log.name, error.strerror)
+            self._log = None
 
-    def epoch_ended(self, epoch: int) -> None:
-        """Tell the epoch's mean loss; `epoch` is counted from 1."""
+    def epoch_ended(self, epoch: int, step: int) -> None:
+        """Tell the epoch's mean loss; `epoch` is counted from 1, `step` is its last."""
         self.settle()
-        if self._tracker is not None and self._epoch_losses:
-            self._tracker.log({"loss/epoch_average": sum(self._epoch_losses) / len(self._epoch_losses)}, epoch)
+        if self._trackers is not None and self._epoch_losses:
+            mean = sum(self._epoch_losses) / len(self._epoch_losses)
+            self._trackers.log({"loss/epoch_average": mean}, step, epoch=epoch)
         self._epoch_losses = []
 
     def validated(self, loss: float, step: int, epoch: int | None) -> None:
@@ -129,11 +141,14 @@ class Report:
             f"loss/validation/{kind}_divergence": loss - self.average(),
         }
         log.info("%s %d: validation loss %.4f, training loss %.4f", kind, number, loss, self.average())
-        if self._tracker is not None:
-            self._tracker.log(values, number)
-        if self._log is not None:
-            self._log.write(json.dumps({"step": step, **values}) + "\n")
-            self._log.flush()
+        if self._trackers is not None:
+            self._trackers.log(values, step, epoch=epoch)
+        self._write({"step": step, **values})
+
+    def sampled(self, pictures: Sequence[tuple[str, np.ndarray]], step: int) -> None:
+        """Send sample pictures to the trackers."""
+        if self._trackers is not None and pictures:
+            self._trackers.pictures(pictures, step)
 
     def average(self) -> float:
         """Mean loss of the last epoch's worth of steps."""
@@ -141,40 +156,9 @@ class Report:
 
     def close(self) -> None:
         self._bar.close()
-        if self._tracker is not None:
-            self._tracker.close()
+        if self._trackers is not None:
+            self._trackers.close()
         if self._log is not None:
             self._log.close()
         if self.overflows:
             log.warning("%d steps were left out because float16 gradients overflowed", self.overflows)
-
-
-class Tracker:
-    """TensorBoard's log of one run."""
-
-    def __init__(self, folder: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise OptionError("--log_with tensorboard: TensorBoard isn't installed; pip install tensorboard") from None
-        try:
-            self._writer = SummaryWriter(str(folder))
-        except OSError as error:
-            raise OptionError(f"--logging_dir {folder}: can't be written in: {error.strerror}") from None
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def open_tracker(options: TrackerOptions, default_name: str) -> Tracker | None:
-    """The tracker asked for, in a folder of its own: LOGGING_DIR/PREFIXYYYYmmddHHMMSS/NAME."""
-    if options.logging_dir is None:
-        return None
-    run = options.logging_dir / f"{options.log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
-    folder = run / (options.log_tracker_name or default_name)
-    log.info("TensorBoard: %s (tensorboard --logdir %s)", folder, options.logging_dir)
-    return Tracker(folder)

@@ -11,9 +11,11 @@ import torch
 from library.errors import OptionError
 from library.files import make_writable_folder
 from library.log import log
+from library.training.ema import Ema
 from library.training.options import SavingOptions
 from library.training.progress import Progress
 from library.training.task import Part
+from library.training.uploads import Uploads
 
 MakeMetadata = Callable[[int, int], Mapping[str, str]]
 """(steps done, epoch to record) -> the file's metadata"""
@@ -39,6 +41,8 @@ class Saver:
         num_epochs: int,
         *,
         is_main: bool,
+        ema: Ema | None = None,
+        uploads: Uploads | None = None,
     ):
         assert options.output_dir is not None
         self._options, self._parts, self._metadata, self._dtype = options, parts, metadata, dtype
@@ -46,6 +50,7 @@ class Saver:
         self._every_epochs = options.save_every_n_epochs or 0
         if options.save_n_epoch_ratio:
             self._every_epochs = num_epochs // options.save_n_epoch_ratio or 1
+        self._ema, self._uploads = ema, uploads
         self._saved: dict[str, list[Path]] = {}
 
     @property
@@ -82,6 +87,15 @@ class Saver:
     def save_final(self, progress: Progress) -> list[Path]:
         return self._save(self._options.output_name or "last", progress.step, self._num_epochs)
 
+    def save_best(self, progress: Progress) -> list[Path]:
+        """In the place of the best one before."""
+        return self._save(f"{self._options.output_name or 'last'}-best", progress.step, progress.epoch)
+
+    def close(self) -> None:
+        """Wait for what is still uploaded."""
+        if self._uploads is not None:
+            self._uploads.close()
+
     def _step_stem(self, step: int) -> str:
         return f"{self._options.output_name or 'at'}-step{step:08d}"
 
@@ -91,8 +105,15 @@ class Saver:
     def _save(self, stem: str, steps: int, epoch: int) -> list[Path]:
         if not self._is_main:
             return []
-        paths = [part.save(self._folder / stem, self._dtype, self._metadata(steps, epoch)) for part in self._parts]
+        metadata = self._metadata(steps, epoch)
+        paths = [part.save(self._folder / stem, self._dtype, metadata) for part in self._parts]
+        if self._ema is not None:
+            with self._ema.applied():
+                paths += [part.save(self._folder / f"{stem}-ema", self._dtype, metadata) for part in self._parts]
         self._saved[stem] = paths
+        if self._uploads is not None:
+            for path in paths:
+                self._uploads.send(path)
         log.info("saved %s", ", ".join(map(str, paths)))
         return paths
 

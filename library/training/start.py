@@ -30,29 +30,40 @@ from library.models.sdxl import SdxlModels
 from library.options import Options
 from library.param_group import ParamGroup
 from library.precision import Precision
+from library.sampling.prompts import SamplePrompt, at_size, read_sample_prompts
+from library.sampling.samplers import make_sampler
+from library.training.ema import Ema
 from library.training.lr_schedules import make_scheduler
 from library.training.metadata import RunFacts, at_save, model_metadata, modelspec
 from library.training.optimizers import make_optimizer, optimizer_in_words, switch_mode
 from library.training.options import (
+    EmaOptions,
     LossOptions,
     NoiseOptions,
     OptimizerOptions,
+    PreviewOptions,
     RunOptions,
     SavingOptions,
     ScheduleOptions,
     TrackerOptions,
+    UploadOptions,
     ValidationOptions,
     read_arguments,
 )
+from library.training.pace import Pace
 from library.training.preflight import Preflight
 from library.training.prepare import Prepared, prepare
+from library.training.preview import Preview, encode_prompts
 from library.training.processes import start_processes
-from library.training.report import Report, open_tracker
+from library.training.report import Report
 from library.training.saving import Saver, make_output_folder
 from library.training.step import Step
 from library.training.task import Objective, Part, Task
+from library.training.trackers import logged_config, open_trackers
 from library.training.update import Update
-from library.training.validation import Validation, fixed_timesteps, validation_batches
+from library.training.uploads import Uploads, open_uploads
+from library.training.validation import Best, Validation, fixed_timesteps, validation_batches
+from library.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -60,13 +71,22 @@ class Run:
     """Everything that the loop touches.
 
     Attributes:
+        trained: everything that an optimizer changes, by its name in files.
+        keeps_best: whether the weights of the lowest validation loss are saved.
         total_steps: optimizer steps of the whole run.
     """
 
     accelerator: Accelerator
     parts: Sequence[Part]
+    trained: Mapping[str, nn.Parameter]
     update: Update
+    ema: Ema | None
+    watch: Watch
+    pace: Pace
     validation: Validation
+    best: Best
+    keeps_best: bool
+    preview: Preview
     order: Order
     batches: Batches
     report: Report
@@ -102,14 +122,21 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     folder = options[SavingOptions].output_dir
     assert folder is not None
     make_output_folder(folder)  # by every process, so that all fail alike
-    tracker = open_tracker(options[TrackerOptions], kind.tracker_name) if accelerator.is_main_process else None
+    trackers = None
+    if accelerator.is_main_process:
+        config = logged_config(options) if options[TrackerOptions].log_config else {}
+        trackers = open_trackers(options[TrackerOptions], kind.tracker_name, config)
     seed = _shared_seed(options[RunOptions].seed)
     models = _open_models(options, found, accelerator.device)
+    models.change = kind.change(models.without_weights(), options)
     _rehearse(kind, models, options)
+    prompts = _sample_prompts(options, found)
     prepared = prepare(
         found.datasets, models, options[CacheOptions], accelerator, found.known,
         num_tokens=options[ModelOptions].num_tokens, weighted_captions=options[CaptionOptions].weighted_captions, skip_bad_images=options[DatasetOptions].skip_bad_images,
     )  # fmt: skip
+    # Once captions are encoded, the text encoders go; so do prompts that they would have to encode later.
+    texts = encode_prompts(models, prompts, options[ModelOptions].num_tokens) if prepared.text and prompts else None
     models.release(*(["vae"] if prepared.latents else []), *(["text_encoders"] if prepared.text else []))
     plan = _plan(options[RunOptions], prepared, accelerator, seed)
 
@@ -120,12 +147,14 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     update = _make_update(
         _wrapped_step(task, models, options, found, accelerator), groups, options, plan.total_steps, accelerator
     )
-    saver = _make_saver(task, options, found, prepared, plan, update, accelerator)
+    ema = _make_ema(task, options[EmaOptions])
+    uploads = open_uploads(options[UploadOptions]) if accelerator.is_main_process else None
+    saver = _make_saver(task, options, found, prepared, plan, update, accelerator, ema, uploads)
     report = Report(
         plan.total_steps,
         plan.order.steps_per_epoch,
         is_main=accelerator.is_main_process,
-        tracker=tracker,
+        trackers=trackers,
         log_file=saver.log_file,
     )
     batches = Batches(
@@ -136,27 +165,64 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
         plan.total_steps,
         options[DatasetOptions].prior_loss_weight,
     )
-    num_workers = min(options[CacheOptions].max_data_loader_n_workers, os.cpu_count() or 1)
-    validation = _make_validation(prepared, batches, options, seed, plan.total_steps)
+    sampling, saving, validating = options[PreviewOptions], options[SavingOptions], options[ValidationOptions]
+    preview = Preview(
+        prompts, models, task.unet, texts, options[ModelOptions].num_tokens,
+        folder=folder / "sample", name=saving.output_name, sampler=sampling.sample_sampler, seed=seed, keeps_vae=prepared.latents is None,
+        v_prediction=found.v_prediction, zero_terminal_snr=found.zero_terminal_snr,
+        every_steps=sampling.sample_every_n_steps, every_epochs=sampling.sample_every_n_epochs, at_first=sampling.sample_at_first,
+    )  # fmt: skip
     return Run(
-        accelerator,
-        task.parts,
-        update,
-        validation,
-        plan.order,
-        batches,
-        report,
-        saver,
-        seed,
-        plan.total_steps,
-        num_workers,
+        accelerator=accelerator,
+        parts=task.parts,
+        trained={name: parameter for group in groups for name, parameter in group.parameters.items()},
+        update=update,
+        ema=ema,
+        watch=Watch(groups),
+        pace=Pace(accelerator.device),
+        validation=_make_validation(prepared, batches, options, seed, plan.total_steps),
+        best=Best(validating.early_stop_patience),
+        keeps_best=validating.keeps_best,
+        preview=preview,
+        order=plan.order,
+        batches=batches,
+        report=report,
+        saver=saver,
+        seed=seed,
+        total_steps=plan.total_steps,
+        num_workers=min(options[CacheOptions].max_data_loader_n_workers, os.cpu_count() or 1),
     )
+
+
+def _sample_prompts(options: Options, found: Preflight) -> list[SamplePrompt]:
+    """The prompts of samples during training, with sizes. What is wrong with some is told, and they are drawn without it."""
+    chosen = options[PreviewOptions]
+    if not chosen.is_on or chosen.sample_prompts is None:
+        return []
+    prompts, problems = read_sample_prompts(chosen.sample_prompts)
+    for problem in problems:
+        log.warning(problem)
+    if not prompts:
+        log.warning("--sample_prompts %s: no prompts in it; no samples are drawn", chosen.sample_prompts)
+    for name in {chosen.sample_sampler, *(prompt.sample_sampler or "ddim" for prompt in prompts)}:
+        make_sampler(name, v_prediction=found.v_prediction, zero_terminal_snr=found.zero_terminal_snr)
+    size = found.datasets[0].plan.buckets.resolution
+    return [at_size(prompt, size.width, size.height) for prompt in prompts]
+
+
+def _make_ema(task: Task, options: EmaOptions) -> Ema | None:
+    if options.ema_decay is None:
+        return None
+    return Ema(task.parts, options.ema_decay, torch.device("cpu") if options.ema_device == "cpu" else None)
 
 
 def _rehearse(kind: type[Task], models: SdxlModels, options: Options) -> None:
     """Build network, optimizer and schedule without weights: what can't work is told before hours of caching."""
     with muted():
-        task = kind.from_options(models.without_weights(), options)
+        try:
+            task = kind.from_options(models.without_weights(), options)
+        except NotImplementedError:  # another package's network that needs numbers
+            return
         groups = [group for part in task.parts for group in part.groups()]
         if not groups:
             raise OptionError("nothing is trained: every learning rate is 0")
@@ -219,15 +285,12 @@ def _tell(prepared: Prepared, plan: Plan, groups: Sequence[ParamGroup], processe
         plan.total_steps,
         plan.num_epochs,
     )
-    for group in groups:
-        count = sum(parameter.numel() for parameter in group.parameters.values())
-        log.info(
-            "training %s: %d tensors, %s numbers, learning rate %g",
-            group.name,
-            len(group.parameters),
-            f"{count:,}",
-            group.lr,
-        )
+    counts = [sum(parameter.numel() for parameter in group.parameters.values()) for group in groups]
+    width = max(len(group.name) for group in groups)
+    log.info("%s  tensors        numbers  learning rate", "trained".ljust(width))
+    for group, count in zip(groups, counts, strict=True):
+        until = "" if group.stops_at is None else f" until step {group.stops_at}"
+        log.info("%s  %7d  %13s  %g%s", group.name.ljust(width), len(group.parameters), f"{count:,}", group.lr, until)
 
 
 def _wrapped_step(
@@ -272,7 +335,7 @@ def _make_validation(prepared: Prepared, batches: Batches, options: Options, see
     samples = prepared.validation
     if samples:
         log.info("%d pictures are held out for validation", len(samples))
-    elif chosen.validate_every_n_steps or chosen.validate_every_n_epochs:
+    elif chosen.validate_every_n_steps or chosen.validate_every_n_epochs or chosen.keeps_best:
         log.warning("there is nothing to validate on: give --validation_split, or validation_split in the dataset file")
     return Validation(
         dataclasses.replace(batches, samples=samples, seed=seed if own_seed is None else own_seed),
@@ -292,6 +355,8 @@ def _make_saver(
     plan: Plan,
     update: Update,
     accelerator: Accelerator,
+    ema: Ema | None,
+    uploads: Uploads | None,
 ) -> Saver:
     model, optimizing = options[ModelOptions], options[OptimizerOptions]
     arguments, _ = read_arguments("--optimizer_args", optimizing.optimizer_args)
@@ -319,8 +384,8 @@ def _make_saver(
 
     dtype = Precision.decide("no", options[SavingOptions].save_precision, no_half_vae=True).save
     return Saver(
-        options[SavingOptions], task.parts, metadata, dtype, plan.num_epochs, is_main=accelerator.is_main_process
-    )
+        options[SavingOptions], task.parts, metadata, dtype, plan.num_epochs, is_main=accelerator.is_main_process, ema=ema, uploads=uploads
+    )  # fmt: skip
 
 
 def _in_background(function: Callable[[], Mapping[str, str]], *, wanted: bool) -> Callable[[], Mapping[str, str]]:

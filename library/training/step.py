@@ -36,7 +36,7 @@ class Step(nn.Module):
         text = task.encode_text(batch)
         noisy = make_noisy(latents, draws, objective.schedule, self._noise, timesteps)
         prediction = task.predict(noisy, text, batch)
-        target = task.target(noisy, batch, objective)
+        target = task.target(noisy, text, batch, objective)
         losses = sample_losses(
             prediction, target, noisy.timesteps, objective.schedule, self._loss,
             mask=self._mask(batch), v_prediction=objective.v_prediction,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from library.data.batch import Batch
 from library.models.conditioning import conditioning_vector
 from library.models.noise_schedule import NoiseSchedule
-from library.models.sdxl import SdxlModels
+from library.models.sdxl import Change, SdxlModels
 from library.models.text_encoders import EncodedText, TextConditioning
 from library.models.unet import UNet
 from library.options import Options
@@ -29,7 +29,7 @@ class Objective(NamedTuple):
 class Part(Protocol):
     """Something that is trained. Saves, states and checks go by the names that `tensors` gives."""
 
-    def tensors(self) -> dict[str, nn.Parameter]:
+    def tensors(self) -> Mapping[str, nn.Parameter]:
         """Every parameter that a file of this part holds, trained or not, by its name there."""
         ...
 
@@ -68,6 +68,11 @@ class Task:
     def from_options(cls, models: SdxlModels, options: Options) -> "Task":
         raise NotImplementedError
 
+    @classmethod
+    def change(cls, models: SdxlModels, options: Options) -> Change | None:
+        """What is done to the base model when it is loaded. Args: models: without weights."""
+        return None
+
     def metadata(self, options: Options, facts: RunFacts) -> dict[str, str]:
         """The ss_ keys of the saved files that don't change during the run."""
         raise NotImplementedError
@@ -84,7 +89,7 @@ class Task:
         vector = conditioning_vector(text.pooled, batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
         return self.unet(noisy.latents.to(self.compute_dtype), noisy.timesteps, text.context, vector)
 
-    def target(self, noisy: Noisy, batch: Batch, objective: Objective) -> Tensor:
+    def target(self, noisy: Noisy, text: TextConditioning, batch: Batch, objective: Objective) -> Tensor:
         """What it should make of them."""
         if objective.v_prediction:
             return velocity(noisy.clean, noisy.noise, objective.schedule.at(noisy.timesteps))

@@ -73,8 +73,9 @@ class Update:
         # Wrappers average gradients over processes, where a sum is wanted.
         self._scaler.scale(share * self._processes).backward()
 
-    def step(self) -> Updated:
-        """Clip, step, advance the schedule, and forget the gradients."""
+    def step(self, done: int = 0) -> Updated:
+        """Clip, step, advance the schedule, and forget the gradients. Args: done: optimizer steps before this one."""
+        self._drop_stopped(done)
         loss, self._loss = self._sum_over_processes(self._loss), torch.zeros_like(self._loss)
         if self._scaler.is_enabled():
             self._scaler.unscale_(self.optimizer)
@@ -90,6 +91,16 @@ class Update:
             self._scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Updated(loss, norm, overflowed)
+
+    def _drop_stopped(self, done: int) -> None:
+        """Groups whose time is over stay as they are: optimizers leave alone what has no gradient."""
+        for group in self._groups:
+            if group.stops_at is None or done < group.stops_at:
+                continue
+            for parameter in group.parameters.values():
+                parameter.grad = None
+                if self._processes == 1:  # several exchange the gradients of all that they started with
+                    parameter.requires_grad_(False)
 
     def _apply(self, gradients: Sequence[Tensor], norm: Tensor, clip: Tensor) -> bool:
         """Step on clipped gradients; not at all if they aren't finite. Returns whether float16 overflowed."""

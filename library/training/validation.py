@@ -4,6 +4,7 @@ It calls the training forward, in eval mode and without gradients. All that is d
 on as if nothing had been computed. Source: contract, dataset_config.md section 8.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,30 @@ class Validation:
             torch.distributed.all_reduce(total)
             torch.distributed.all_reduce(count)
         return (total / count).item()
+
+
+@dataclass
+class Best:
+    """The lowest validation loss so far, and for how many validations it has stood."""
+
+    patience: int | None
+    loss: float = math.inf
+    waited: int = 0
+    _step: int = -1
+
+    def is_new(self, loss: float, step: int) -> bool:
+        """Whether the loss after this optimizer step is the lowest so far. Asked twice for one step, the second counts nothing."""
+        if step == self._step:
+            return False
+        self._step = step
+        self.waited = 0 if loss < self.loss else self.waited + 1
+        self.loss = min(self.loss, loss)
+        return not self.waited
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether patience is over (--early_stop_patience)."""
+        return self.patience is not None and self.waited >= self.patience
 
 
 def fixed_timesteps(low: int | None, high: int | None) -> list[int]:

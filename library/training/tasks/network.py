@@ -1,40 +1,48 @@
 """NetworkTask: a network (LoRA) beside the layers of the frozen U-Net and text encoders is trained, and saved alone."""
 
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.data.batch import Batch
 from library.data.options import CacheOptions, CaptionOptions
+from library.data.sample import PRESERVE_OUTPUT
 from library.log import log
 from library.models.options import ModelOptions
-from library.models.sdxl import SdxlModels
+from library.models.sdxl import Change, SdxlModels
 from library.models.text_encoders import TextConditioning
 from library.options import Options
 from library.param_group import ParamGroup
 from library.training.metadata import BASE_MODEL_VERSION, RunFacts, training_metadata
-from library.training.options import OptimizerOptions
-from library.training.task import Part, Task, cached_text
-from networks.lora import LoraNetwork, text_encoder_targets, unet_targets
-from networks.lora_file import load_into, network_from_file, read_lora, write_lora
-from networks.options import NetworkOptions, read_network_args
+from library.training.noise import Noisy
+from library.training.options import OptimizerOptions, RunOptions
+from library.training.task import Objective, Part, Task, cached_text
+from networks.build import build_network
+from networks.lora_file import write_lora
+from networks.merge import BaseWeights
+from networks.network import Network
+from networks.options import NetworkOptions
+
+_PRESERVES = (
+    "diff_output_preservation"  # custom attribute of a subset: its pictures keep what the base model makes of them
+)
 
 
 class NetworkPart(Part):
     """The modules of one network."""
 
-    def __init__(self, network: LoraNetwork, groups: list[ParamGroup], extension: str, largest_norm: float | None):
+    def __init__(self, network: Network, groups: list[ParamGroup], extension: str, largest_norm: float | None):
         """Args: largest_norm: of each module's change (--scale_weight_norms)."""
         self._network, self._groups, self._extension = network, groups, extension
         self._largest_norm = largest_norm
 
-    def tensors(self) -> dict[str, nn.Parameter]:
-        return dict(self._network.named_parameters())
+    def tensors(self) -> Mapping[str, nn.Parameter]:
+        return self._network.tensors()
 
     def groups(self) -> list[ParamGroup]:
         return self._groups
@@ -65,20 +73,30 @@ class NetworkTask(Task):
         num_tokens: int,
         text_is_cached: bool,
         weighted_captions: bool = False,
+        text_stops_at: int | None = None,
     ):
-        """Args: lr: the base learning rate. text_is_cached: captions come encoded, and the text encoders aren't needed."""
+        """Args:
+        lr: the base learning rate.
+        text_is_cached: captions come encoded, and the text encoders aren't needed.
+        text_stops_at: the optimizer step after which the text encoders' modules stay as they are.
+        """
         self._models, self._num_tokens, self._weighted = models, num_tokens, weighted_captions
         self.is_terse = options.no_metadata
         self._encoders = () if text_is_cached else models.text_encoders
         self.unet = models.unet
         self.compute_dtype = models.precision.compute
-        self._network = self._build(options, over_text=not (text_is_cached or options.network_train_unet_only))
+        self._network = build_network(options, self.unet, self._encoders, models.device, models.precision)
         one, two = (lr if own is None else own for own in options.text_encoder_lrs)
-        groups = self._network.groups(lr if options.unet_lr is None else options.unet_lr, (one, two))
+        groups = [
+            replace(group, stops_at=text_stops_at) if group.name.startswith("textencoder") else group
+            for group in self._network.groups(lr if options.unet_lr is None else options.unet_lr, (one, two))
+        ]
         trained = {name for group in groups for name in group.parameters}
-        for name, parameter in self._network.named_parameters():
+        for name, parameter in self._network.tensors().items():
             parameter.requires_grad_(name in trained)
         self._trains_text = any(name.startswith("lora_te") for name in trained)
+        if text_stops_at is not None and not self._trains_text:
+            log.warning("--stop_text_encoder_training changes nothing: the text encoders aren't trained")
         self.parts = [NetworkPart(self._network, groups, options.save_model_as, options.scale_weight_norms)]
 
     @classmethod
@@ -90,43 +108,18 @@ class NetworkTask(Task):
             num_tokens=options[ModelOptions].num_tokens,
             text_is_cached=options[CacheOptions].text,
             weighted_captions=options[CaptionOptions].weighted_captions,
+            text_stops_at=options[RunOptions].stop_text_encoder_training,
         )
 
-    def _build(self, options: NetworkOptions, *, over_text: bool) -> LoraNetwork:
-        settings, _ = read_network_args(options)
-        targets = []
-        if over_text:
-            targets += [
-                target
-                for number, encoder in enumerate(self._encoders, 1)
-                for target in text_encoder_targets(encoder, number)
-            ]
-        if not options.network_train_text_encoder_only:
-            targets += unet_targets(self.unet)
-        tensors = None if options.network_weights is None else read_lora(options.network_weights, self.unet)
-        # Without weights, neither does the network need numbers.
-        with torch.device("meta") if self._models.device.type == "meta" else nullcontext():
-            if options.dim_from_weights and tensors is not None:
-                # Ranks and alphas are the file's; learning-rate factors hold, dropouts don't (as in sd-scripts).
-                settings = replace(settings, dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
-                network = network_from_file(targets, tensors, settings)
-            else:
-                network = LoraNetwork.from_settings(targets, settings)
-        if tensors is not None:
-            assert options.network_weights is not None
-            load_into(network, tensors, source=options.network_weights, allow_partial=options.allow_partial)
-        network.to(self._models.device, self._models.precision.trained)
-        network.attach()
-        if untrainable := network.untrainable():
-            log.info(
-                "%d modules can't be trained and are saved as they start: %s … (the first text encoder's last layer isn't used)",
-                len(untrainable),
-                untrainable[0],
-            )
-        return network
+    @classmethod
+    def change(cls, models: SdxlModels, options: Options) -> Change | None:
+        chosen = options[NetworkOptions]
+        if not chosen.base_weights:
+            return None
+        return BaseWeights(chosen.base_weights, chosen.base_weights_multiplier or (), models.unet, models.text_encoders)
 
     def modules(self) -> list[nn.Module]:
-        return [self._network, self.unet, *self._encoders]
+        return [self._network.module, self.unet, *self._encoders]
 
     def encode_text(self, batch: Batch) -> TextConditioning:
         if batch.text is not None:
@@ -135,6 +128,25 @@ class NetworkTask(Task):
             return TextConditioning.of(
                 self._models.encode_texts(batch.captions, self._num_tokens, weighted=self._weighted)
             )
+
+    def target(self, noisy: Noisy, text: TextConditioning, batch: Batch, objective: Objective) -> Tensor:
+        target = super().target(noisy, text, batch, objective)
+        preserved = [bool(attributes.get(PRESERVE_OUTPUT)) for attributes in batch.attributes]
+        if not any(preserved):
+            return target
+        with torch.no_grad(), self._switched_off():
+            base = self.predict(noisy, self.encode_text(batch) if self._trains_text else text, batch)
+        chosen = torch.tensor(preserved, device=target.device)[:, None, None, None]
+        return torch.where(chosen, base.to(target.dtype), target)
+
+    @contextmanager
+    def _switched_off(self) -> Iterator[None]:
+        """The models work as if there were no network."""
+        self._network.set_multiplier(0.0)
+        try:
+            yield
+        finally:
+            self._network.set_multiplier(1.0)
 
     def metadata(self, options: Options, facts: RunFacts) -> dict[str, str]:
         network = options[NetworkOptions]
@@ -155,11 +167,7 @@ class NetworkTask(Task):
 
     def _shape_metadata(self, network: NetworkOptions) -> dict[str, str]:
         """The keys by which other programs know the network; written with --no_metadata too."""
-        dim: object = self._network.settings.dim
-        alpha: object = self._network.settings.alpha
-        if network.dim_from_weights:
-            shapes = {(lora.rank, lora.alpha) for lora in self._network.loras()}
-            dim, alpha = shapes.pop() if len(shapes) == 1 else ("Dynamic", "Dynamic")
+        dim, alpha = self._network.shape
         values = {
             "ss_network_module": str(network.network_module),
             "ss_network_dim": str(dim),

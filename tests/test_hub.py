@@ -1,0 +1,294 @@
+"""The hub, as trust.md's faults 14 and 24 have it: uploads that never harm a run, downloads that are whole or one line."""
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import FakeHub, environment, use_hub
+from running import ROOT, arguments, script
+
+from library.errors import OptionError
+from library.log import log
+from library.models import checkpoint
+from library.models.checkpoint import locate_vae, open_checkpoint
+from library.models.save_checkpoint import save_diffusers
+from library.training import uploads as uploading
+from library.training.options import UploadOptions
+from library.training.uploads import Uploads, open_uploads
+
+TOKEN = "hf_this_must_never_be_told_to_anybody"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on loopback that this process' client asks, with an empty cache; tries follow each other at once."""
+    monkeypatch.setattr(uploading, "PAUSES", (0.0, 0.0))
+    with FakeHub() as server:
+        use_hub(monkeypatch, server.endpoint, tmp_path / "home")
+        yield server
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The lines of the log."""
+    lines: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    level = log.level
+    monkeypatch.setattr(log, "handlers", [Listener()])
+    log.setLevel(logging.INFO)
+    yield lines
+    log.setLevel(level)
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    path = tmp_path / "output" / "lora.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(bytes(range(256)) * 4)
+    return path
+
+
+def uploads_to(repo_id: str = "me/loras", **options: object) -> Uploads:
+    uploads = open_uploads(replace(UploadOptions(), huggingface_repo_id=repo_id, huggingface_token=TOKEN, **options))
+    assert uploads is not None
+    return uploads
+
+
+def send(*paths: Path, **options: object) -> None:
+    uploads = uploads_to(**options)
+    for path in paths:
+        uploads.send(path)
+    uploads.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- uploads
+
+
+def test_files_and_folders_arrive_under_their_names_in_a_private_repository(hub, saved, told):
+    state = saved.parent / "lora-state"
+    (state / "inner").mkdir(parents=True)
+    (state / "inner" / "step.json").write_text("{}")
+    send(saved, state, huggingface_path_in_repo="runs/1/")
+    assert hub.repos["me/loras"] == {
+        "runs/1/lora.safetensors": saved.read_bytes(),
+        "runs/1/lora-state/inner/step.json": b"{}",
+    }
+    assert [(made["organization"], made["name"], made["visibility"]) for made in hub.made] == [
+        ("me", "loras", "private")
+    ]
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert told[-2:] == ["uploaded lora.safetensors to me/loras", "uploaded lora-state to me/loras"]
+
+
+def test_the_repository_may_be_public_a_dataset_or_a_name_alone(hub, saved):
+    send(saved, repo_id="loras", huggingface_repo_visibility="public", huggingface_repo_type="dataset")
+    assert (hub.made[0]["visibility"], hub.made[0]["type"]) == ("public", "dataset")
+    assert list(hub.repos["me/loras"]) == ["lora.safetensors"]
+    assert "POST /api/datasets/me/loras/commit/main" in hub.requests
+
+
+def test_without_a_repository_nothing_is_started():
+    assert open_uploads(UploadOptions()) is None
+
+
+def test_sending_takes_no_time_and_closing_waits_and_says_so(hub, saved, told):
+    hub.delay = 0.5
+    uploads = uploads_to()
+    start = time.monotonic()
+    uploads.send(saved)
+    assert time.monotonic() - start < 0.2
+    uploads.close()
+    assert list(hub.repos["me/loras"]) == ["lora.safetensors"]
+    assert told == [
+        "waiting for the upload of lora.safetensors to me/loras, at most 10 minutes",
+        "uploaded lora.safetensors to me/loras",
+    ]
+
+
+def test_a_hub_that_fails_twice_gets_the_file_at_the_third_try(hub, saved, told):
+    hub.failing = [("/commit/", 500), ("/commit/", 502)]
+    send(saved)
+    assert hub.repos["me/loras"] == {"lora.safetensors": saved.read_bytes()}
+    assert not any("not uploaded" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    "status, reason",
+    [(401, "not logged in (401"), (403, "no permission (403"), (404, "no such repository (404"), (500, "(500")],
+)
+def test_fault_14_a_refusal_is_told_in_a_line_without_the_token(status, reason, hub, saved, told):
+    hub.status = status
+    send(saved)
+    made, sent = [line for line in told if not line.startswith("waiting for")]
+    assert made.startswith("me/loras: the hub repository can't be made") and reason in made
+    assert sent.startswith(f"{saved}: not uploaded to me/loras: ") and reason in sent
+    assert TOKEN not in "".join(told) and "\n" not in made + sent
+    asked = sum(line == "POST /api/repos/create" for line in hub.requests)
+    assert asked == (6 if status == 500 else 2), "only what may pass is tried again"
+
+
+def test_fault_14_a_dead_or_silent_hub_is_told_and_never_raises(hub, saved, told, monkeypatch):
+    monkeypatch.setattr(uploading, "SECONDS_WITHOUT_ANSWER", 0.1)
+    hub.silent = True
+    send(saved)
+    use_hub(monkeypatch, "http://127.0.0.1:9", saved.parent)
+    send(saved)
+    lines = [line for line in told if "not uploaded" in line]
+    assert f"{hub.endpoint} does not answer in time" in lines[0]
+    assert "http://127.0.0.1:9 can't be reached" in lines[1] and len(lines) == 2
+    assert TOKEN not in "".join(told)
+
+
+def test_fault_14_a_run_ends_though_the_hub_never_does(hub, saved, told, monkeypatch):
+    monkeypatch.setattr(uploading, "SECONDS_TO_FINISH", 0.1)
+    hub.silent = True
+    uploads = uploads_to()
+    uploads.send(saved)
+    uploads.close()
+    assert told[-1] == f"{saved}: not uploaded to me/loras: there was no time left; hf upload sends it"
+    hub.closing.set()
+    uploads._thread.join(10)  # it would tell the next test's log
+
+
+def test_fault_14_python_ends_though_an_upload_hangs(hub, saved):
+    hub.silent = True
+    program = (
+        "import pathlib\nfrom library.training.uploads import open_uploads\nfrom library.training.options import UploadOptions\n"
+        f"uploads = open_uploads(UploadOptions(huggingface_repo_id='me/loras'))\nuploads.send(pathlib.Path({str(saved)!r}))\n"
+        "raise SystemExit(3)"
+    )
+    assert script("-c", program, env=environment(hub.endpoint, saved.parent), timeout=30).returncode == 3
+
+
+def test_a_file_that_was_removed_before_its_turn_is_told_and_the_next_one_arrives(hub, saved, told):
+    gone = saved.with_name("lora-000001.safetensors")
+    send(gone, saved)
+    assert f"{gone}: not uploaded to me/loras: it was removed before its turn" in told
+    assert list(hub.repos["me/loras"]) == ["lora.safetensors"]
+
+
+def test_offline_uploads_are_not_tried(hub, saved, told, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    send(saved)
+    assert f"{saved}: not uploaded to me/loras: HF_HUB_OFFLINE is set; unset it" in told and not hub.requests
+
+
+# ----------------------------------------------------------------------------------------------------------- downloads
+
+
+@pytest.fixture(scope="module")
+def folder(golden_models, tmp_path_factory) -> Path:
+    """The golden model as a Diffusers folder, among files that nobody needs."""
+    path = tmp_path_factory.mktemp("diffusers")
+    save_diffusers(path, golden_models.checkpoint, {}, golden_models.tokenizers)
+    (path / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
+    (path / "README.md").write_text("# a model\n")
+    return path
+
+
+@pytest.fixture
+def model_hub(hub, folder):
+    hub.add_folder("owner/model", folder)
+    hub.repos["owner/vae"] = {Path(VAE).name: (folder / VAE).read_bytes()}
+    return hub
+
+
+def assert_same_unet(found: checkpoint.Checkpoint, golden_models) -> None:
+    tensors = found.tensors("unet")
+    assert all(torch.equal(tensors[n], t) for n, t in golden_models.checkpoint.tensors("unet").items())
+
+
+def test_a_hub_id_brings_one_variant_which_then_serves_offline_too(model_hub, golden_models, monkeypatch):
+    assert_same_unet(open_checkpoint("owner/model"), golden_models)
+    assert not model_hub.downloads("fp16.safetensors") and not model_hub.downloads("README.md")
+    vae = locate_vae("owner/vae")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model_hub.requests.clear()
+    assert_same_unet(open_checkpoint("owner/model"), golden_models)
+    assert_same_unet(open_checkpoint("owner/model", prefer_fp16=True), golden_models)
+    assert locate_vae("owner/vae") == vae and locate_vae("owner/model").is_dir()
+    assert not model_hub.requests
+
+
+def test_a_hub_id_brings_the_fp16_variant_where_it_is_wanted(hub, folder):
+    hub.add_folder("owner/model", folder)
+    both = hub.repos["owner/model"]
+    both |= {name.replace(".safetensors", ".fp16.safetensors"): b for name, b in both.items() if ".fp16." not in name}
+    assert open_checkpoint("owner/model", prefer_fp16=True).is_folder
+    assert hub.downloads(".fp16.safetensors") == 4 == hub.downloads(".safetensors")
+
+
+def test_fault_24_a_cut_download_is_taken_up_where_it_broke(model_hub, golden_models):
+    model_hub.cuts = [(UNET, 1_000_000), (Path(VAE).name, 1000)]
+    assert_same_unet(open_checkpoint("owner/model"), golden_models)
+    locate_vae("owner/vae")
+    assert model_hub.downloads(UNET) == 2
+
+
+def test_fault_24_a_cut_that_nobody_mends_is_one_line_and_leaves_no_torn_file(model_hub, golden_models):
+    model_hub.cuts = [(UNET, 1_000_000)]
+    model_hub.status_after_cut = 404
+    with pytest.raises(OptionError) as error:
+        open_checkpoint("owner/model")
+    assert_one_line(error, "owner/model: ", "(404")
+    model_hub.status = None
+    assert_same_unet(open_checkpoint("owner/model"), golden_models)
+
+
+@pytest.mark.parametrize(
+    "status, pieces",
+    [
+        (401, ["no such repository, or not logged in (401", "hf auth login"]),
+        (403, ["no permission (403", "token"]),
+        (404, ["no such repository (404", "check its name"]),
+        (503, ["(503", "try again later"]),
+    ],
+)
+@pytest.mark.parametrize("locate", [open_checkpoint, locate_vae])
+def test_fault_24_a_refusal_names_what_was_asked_for_and_what_to_do(locate, status, pieces, hub):
+    hub.status = status
+    with pytest.raises(OptionError) as error:
+        locate("owner/model")
+    assert_one_line(error, "owner/model: ", *pieces)
+
+
+def test_fault_24_a_silent_hub_and_none_at_all_are_told_at_once(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SECONDS_TO_ANSWER", 0.2)
+    hub.silent = True
+    with pytest.raises(OptionError) as error:
+        open_checkpoint("owner/model")
+    assert_one_line(error, "owner/model: ", "does not answer in time", "check the network", "HF_HUB_OFFLINE=1")
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    with pytest.raises(OptionError) as error:
+        locate_vae("owner/model")
+    assert_one_line(error, "--vae owner/model: ", "http://127.0.0.1:9 can't be reached", "check the network")
+
+
+def test_an_id_that_no_repository_can_have_is_one_line(hub):
+    with pytest.raises(OptionError) as error:
+        open_checkpoint("owner/two--dashes")
+    assert_one_line(error, "owner/two--dashes: ")
+
+
+def assert_one_line(error: pytest.ExceptionInfo, *pieces: str) -> None:
+    text = str(error.value)
+    assert "\n" not in text and all(piece in text for piece in pieces), text
+
+
+def test_fault_24_offline_without_a_copy_the_script_says_so_and_asks_nobody(hub, pictures, tmp_path):
+    offline = environment(hub.endpoint, tmp_path / "home") | {"HF_HUB_OFFLINE": "1"}
+    words = arguments(Path("owner/model"), pictures, tmp_path / "output")
+    done = script(ROOT / "sdxl_train_network.py", *words, env=offline)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    told = "error: owner/model: no such file or folder here, and the hub says: HF_HUB_OFFLINE is set"
+    assert any(line.startswith(told) for line in done.stderr.splitlines()), done.stderr
+    assert not hub.requests
