@@ -32,6 +32,7 @@ def option(
     unset: Sequence[Any] = (),
     metavar: str | None = None,
     no_effect: str | None = None,
+    secret: bool = False,
 ) -> Any:
     """A dataclass field that is also the command-line option `--<field name>`; its type is the field's annotation.
 
@@ -39,11 +40,12 @@ def option(
         help: one lower-case sentence: effect, unit, what it excludes. The default is added by the help printer.
         choices, at_least, above, at_most: what values are taken; checked for the command line and for TOML alike.
         unset: values that real config files carry to say "not set".
+        secret: its value is never repeated or written.
         no_effect: why the option changes no result here; said in one line when it is set.
     """
     metadata = {
         "help": help, "choices": choices, "at_least": at_least, "above": above, "at_most": at_most,
-        "unset": tuple(unset), "metavar": metavar, "no_effect": no_effect,
+        "unset": tuple(unset), "metavar": metavar, "no_effect": no_effect, "secret": secret,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -100,12 +102,12 @@ class Options:
                 yield field.name, getattr(group, field.name)
 
     def changed(self) -> dict[str, Any]:
-        """The options that differ from their defaults, as values that TOML can hold."""
+        """The options that differ from their defaults, secrets apart, as values that TOML can hold."""
         changed = {}
         for group in self._groups.values():
             for spec in specs_of(type(group)):
                 value = getattr(group, spec.name)
-                if value != spec.default:
+                if value != spec.default and not spec.rules["secret"]:
                     changed[spec.name] = (
                         list(value) if spec.is_list else str(value) if isinstance(value, Path) else value
                     )
@@ -128,7 +130,7 @@ class ConfigOptions(OptionGroup):
     )
 
 
-NEVER_WRITTEN = ("config_file", "output_config", "strict_config", "wandb_api_key", "huggingface_token")
+_NEVER_WRITTEN = ("config_file", "output_config", "strict_config")
 
 
 def read_options(
@@ -262,7 +264,8 @@ class _Reader:
             try:
                 read = read_value(value, spec)
             except ValueError as error:
-                self.mistakes.append(Mistake(f"{where}: {error}, got {value!r}"))
+                got = "something else" if spec.rules["secret"] else repr(value)
+                self.mistakes.append(Mistake(f"{where}: {error}, got {got}"))
                 self.broken.add(name)
                 continue
             if read is UNSET:
@@ -301,7 +304,7 @@ def write_config(path: Path | None, options: Options) -> None:
         raise OptionError("--output_config needs --config_file: the file to write")
     try:
         with open(path, "x", encoding="utf-8") as file:
-            toml.dump({name: value for name, value in options.changed().items() if name not in NEVER_WRITTEN}, file)
+            toml.dump({name: value for name, value in options.changed().items() if name not in _NEVER_WRITTEN}, file)
     except FileExistsError:
         raise RunError(f"--output_config: {path} exists already; remove it or name another --config_file") from None
     print(f"options written to {path}")

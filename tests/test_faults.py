@@ -406,3 +406,14 @@ def test_accelerates_own_settings_change_nothing(golden_model, pictures, output,
     done = run(golden_model, pictures, output, "--max_train_steps", "2", env={"ACCELERATE_DYNAMO_BACKEND": "EAGER", "ACCELERATE_MIXED_PRECISION": "bf16"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses_of(output) == losses_of(plain.parent)
+
+
+def test_fault_70_a_tracker_that_fails_doesnt_end_the_run(golden_model, pictures, output, tmp_path, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    final = train_network(golden_model, pictures, output, "--max_train_steps", "3", "--logging_dir", tmp_path / "log")
+    assert final.exists() and len(losses_of(output)) == 3

@@ -262,7 +262,7 @@ def test_fault_24_a_refusal_names_what_was_asked_for_and_what_to_do(locate, stat
 
 
 def test_fault_24_a_silent_hub_and_none_at_all_are_told_at_once(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SECONDS_TO_ANSWER", 0.2)
+    monkeypatch.setattr("library.hub.SECONDS_TO_ANSWER", 0.2)
     hub.silent = True
     with pytest.raises(OptionError) as error:
         open_checkpoint("owner/model")

@@ -7,7 +7,7 @@ from library.errors import OptionError
 from library.imports import import_diffusers, import_transformers
 from library.param_group import ParamGroup
 from library.training.lr_schedules import factor, make_scheduler, num_steps
-from library.training.optimizers import find_optimizer, make_optimizer, optimizer_in_words, switch_mode
+from library.training.optimizers import as_used, find_optimizer, make_optimizer, optimizer_in_words, start_training
 from library.training.options import OptimizerOptions, ScheduleOptions, read_arguments
 
 
@@ -51,7 +51,7 @@ def test_every_family_steps_and_lowers_a_loss(name):
     if name == "Prodigy":
         made = [ParamGroup(group.name, group.parameters, 1.0) for group in made]
     optimizer = make_optimizer(name, {}, made, 0.01)
-    switch_mode(optimizer, "train")
+    start_training(optimizer)
     parameters = [p for group in made for p in group.parameters.values()]
     first = None
     for _ in range(30):
@@ -60,8 +60,8 @@ def test_every_family_steps_and_lowers_a_loss(name):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    switch_mode(optimizer, "eval")
-    assert sum((p**2).mean() for p in parameters).item() < first
+    with as_used(optimizer):
+        assert sum((p**2).mean() for p in parameters).item() < first
 
 
 def test_each_group_has_its_own_rate_and_nesterov_its_momentum():

@@ -1,5 +1,6 @@
 """Noise and loss: golden 05, the papers' formulas, and draws by place."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -201,8 +202,82 @@ def test_drawn_numbers_have_the_distributions_they_claim():
 
 
 def test_an_empty_range_of_timesteps_gives_its_upper_end():
-    assert noises.draw_timesteps(Draws(0, 0, 0, 3), 500, 500).tolist() == [500] * 3
-    assert noises.draw_timesteps(Draws(0, 0, 0, 3), 600, 500).tolist() == [500] * 3
+    for low in (500, 600):
+        options = object.__new__(NoiseOptions)  # the command line refuses it; the reference's configs may hold it
+        for field in dataclasses.fields(NoiseOptions):
+            object.__setattr__(options, field.name, field.default)
+        object.__setattr__(options, "min_timestep", low)
+        object.__setattr__(options, "max_timestep", 500)
+        assert noises.draw_timesteps(Draws(0, 0, 0, 3), options).tolist() == [500] * 3
+
+
+def test_shares_of_noise_follow_the_papers_formulas():
+    """Esser et al. 2024, equations 19 to 21, at points computed by hand."""
+    torch.testing.assert_close(
+        noises.logit_normal(torch.tensor([0.0, 1.0]), mean=0.0, std=1.0), torch.tensor([0.5, 0.7310586])
+    )
+    assert noises.logit_normal(torch.tensor(0.0), mean=1.0, std=2.0) == pytest.approx(0.7310586)
+    ends = torch.tensor([0.0, 0.5, 1.0])
+    torch.testing.assert_close(noises.mode(ends, 0.0), torch.tensor([1.0, 0.5, 0.0]))
+    torch.testing.assert_close(noises.mode(ends, 1.29), torch.tensor([1.0, 0.5, 0.0]))
+    assert noises.mode(torch.tensor(0.25), 1.0) == pytest.approx(0.75 - (math.cos(math.pi / 8) ** 2 - 0.75))
+    torch.testing.assert_close(noises.cosmap(torch.tensor([0.0, 0.5])), torch.tensor([0.0, 0.5]))
+
+
+@pytest.mark.parametrize(
+    "settings, middle",
+    [
+        ({"timestep_sampling": "logit_normal"}, 0.728),  # sigmoid(+-1.0986): erf of the normal's 1.0986
+        ({"timestep_sampling": "mode", "mode_scale": 0.0}, 0.5),
+        ({"timestep_sampling": "cosmap"}, 0.59),  # 2/pi (atan(1/2) - atan(-1/2)) of its density's integral
+        ({"timestep_sampling": "uniform"}, 0.5),
+    ],
+)
+def test_drawn_timesteps_have_the_share_of_the_middle_that_their_distribution_has(settings, middle):
+    options = NoiseOptions(min_timestep=200, max_timestep=600, **settings)
+    drawn = noises.draw_timesteps(Draws(3, 0, 0, 4000), options)
+    assert drawn.min() >= 200 and drawn.max() < 600 and drawn.dtype == torch.int64
+    found = ((drawn >= 300) & (drawn < 500)).float().mean().item()
+    assert found == pytest.approx(middle, abs=0.03)
+
+
+def test_the_papers_formulas_hold_at_the_first_and_the_last_timestep():
+    """alpha_bar_0 = 1 - beta_0; at T the picture is almost gone, with zero terminal SNR quite."""
+    first, last = torch.tensor([0]), torch.tensor([999])
+    x, e = torch.full((1, 4, 2, 2), 2.0), torch.full((1, 4, 2, 2), 3.0)
+    assert SCHEDULE.at(first).item() == pytest.approx(1 - 0.00085, rel=1e-6)
+    betas = [(0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2 for i in range(1000)]
+    assert SCHEDULE.at(last).item() == pytest.approx(math.prod(1 - beta for beta in betas), rel=1e-4)
+    noisy = noises.add_noise(x, e, SCHEDULE.at(first))
+    torch.testing.assert_close(noisy, torch.full_like(x, 2 * (1 - 0.00085) ** 0.5 + 3 * 0.00085**0.5))
+    # Lin et al. 2023, section 3.1: at T there is only noise to see, and the velocity is the picture turned round.
+    assert torch.equal(noises.add_noise(x, e, ZERO.at(last)), e)
+    assert torch.equal(noises.velocity(x, e, ZERO.at(last)), -x)
+
+
+@pytest.mark.parametrize("timestep", [0, 999])
+def test_the_weights_hold_at_the_first_and_the_last_timestep(timestep):
+    """Hang et al. 2023 and Yu et al. 2024, from the SNR computed in double precision."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1 - betas, 0)[timestep].item()
+    exact = alpha_bar / (1 - alpha_bar)  # 1175 and 0.0047
+    snr = SCHEDULE.snr[timestep : timestep + 1]
+    capped = min(exact, 1000.0)
+    for found, expected in (
+        (losses.min_snr_weight(snr, 5.0, v_prediction=False), min(exact, 5) / exact),
+        (losses.min_snr_weight(snr, 5.0, v_prediction=True), min(exact, 5) / (exact + 1)),
+        (losses.debiased_weight(snr, v_prediction=False), capped**-0.5),
+        (losses.debiased_weight(snr, v_prediction=True), 1 / (capped + 1)),
+        (losses.noise_like_weight(snr), capped / (capped + 1)),
+        (losses.v_like_weight(snr, 0.5), 1 + 0.5 * (capped + 1) / capped),
+    ):
+        assert found.item() == pytest.approx(expected, rel=1e-3)
+    t = torch.tensor([timestep])
+    sigma = ((1 - alpha_bar) / alpha_bar) ** 0.5
+    threshold = losses.huber_threshold(t, SCHEDULE, "snr", c=0.1, scale=1.0).item()
+    assert threshold == pytest.approx(0.9 / (1 + sigma) ** 2 + 0.1, rel=1e-4)
+    falling = losses.huber_threshold(t, SCHEDULE, "exponential", c=0.1, scale=1.0).item()
+    assert falling == pytest.approx(0.1 ** (timestep / 1000), rel=1e-4)
 
 
 def test_golden_03_size_and_timestep_embeddings():

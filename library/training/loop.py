@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 from library.draws import Draws, seed_modules
 from library.log import log
 from library.options import Options
-from library.training.optimizers import switch_mode
+from library.training.optimizers import as_used
 from library.training.preflight import Preflight
 from library.training.progress import Progress
 from library.training.report import Seen
@@ -103,10 +103,9 @@ def end_epoch(run: Run, progress: Progress) -> None:
 def validate(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     """Take and tell the loss of the pictures that are held out; save if it is the best."""
     accelerator, update = run.accelerator, run.update
-    switch_mode(update.optimizer, "eval")
     share = (accelerator.process_index, accelerator.num_processes)
-    loss = run.validation.loss(update.step_module, accelerator.device, share)
-    switch_mode(update.optimizer, "train")
+    with as_used(update.optimizer):
+        loss = run.validation.loss(update.step_module, accelerator.device, share)
     run.report.validated(loss, progress.step, progress.epoch if epoch_ended else None)
     if run.best.is_new(loss, progress.step) and run.keeps_best:
         save(run, progress, best=True)
@@ -117,11 +116,10 @@ def preview(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     """Draw the sample pictures."""
     accelerator, step_module = run.accelerator, run.update.step_module
     label = f"e{progress.epoch:06d}" if epoch_ended or not progress.step else f"{progress.step:06d}"
-    switch_mode(run.update.optimizer, "eval")
     step_module.eval()
-    pictures = run.preview.draw(label, (accelerator.process_index, accelerator.num_processes), gather_object)
+    with as_used(run.update.optimizer):
+        pictures = run.preview.draw(label, (accelerator.process_index, accelerator.num_processes), gather_object)
     step_module.train()
-    switch_mode(run.update.optimizer, "train")
     run.report.sampled(pictures, progress.step)
     run.pace.paused()
 
@@ -132,13 +130,12 @@ def save(
     """Save what is trained, once the last step's numbers are known to be finite and the same everywhere."""
     run.report.settle()
     check_equal(run.trained, run.accelerator.num_processes, progress.step)
-    switch_mode(run.update.optimizer, "eval")
-    if final:
-        paths = run.saver.save_final(progress)
-    elif best:
-        paths = run.saver.save_best(progress)
-    else:
-        paths = run.saver.save_epoch(progress) if epoch_ended else run.saver.save_step(progress)
-    switch_mode(run.update.optimizer, "train")
+    with as_used(run.update.optimizer):
+        if final:
+            paths = run.saver.save_final(progress)
+        elif best:
+            paths = run.saver.save_best(progress)
+        else:
+            paths = run.saver.save_epoch(progress) if epoch_ended else run.saver.save_step(progress)
     run.pace.paused()
     return paths

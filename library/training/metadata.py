@@ -21,6 +21,7 @@ from library.options import Options
 from library.safetensors_io import file_hashes
 from library.training.dataset_metadata import dataset_metadata
 from library.training.options import (
+    EmaOptions,
     LossOptions,
     MetadataOptions,
     NoiseOptions,
@@ -110,6 +111,10 @@ def training_metadata(options: Options, facts: RunFacts) -> dict[str, str]:
         "ss_caption_dropout_every_n_epochs": caption.caption_dropout_every_n_epochs,
         "ss_caption_tag_dropout_rate": caption.caption_tag_dropout_rate,
     }
+    if noise.timestep_sampling != "uniform":  # the reference has no key for these
+        values["ss_timestep_sampling"] = noise.timestep_sampling
+    if options[EmaOptions].ema_decay is not None:
+        values["ss_ema_decay"] = options[EmaOptions].ema_decay
     described = dataset_metadata(
         options, facts.datasets, processes=facts.processes, per_process=run.gradient_accumulation_steps
     )

@@ -6,7 +6,8 @@ with dots, of any package. Packages are imported only when asked for.
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -146,10 +147,30 @@ def optimizer_in_words(optimizer: torch.optim.Optimizer, arguments: Mapping[str,
     return f"{kind.__module__}.{kind.__name__}{told}"
 
 
-def switch_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
-    """Put schedule-free optimizers into "train" or "eval": their parameters are other ones when used than when trained."""
-    if callable(switch := getattr(optimizer, mode, None)):
+def start_training(optimizer: torch.optim.Optimizer) -> None:
+    """Put schedule-free optimizers into the mode in which they are trained."""
+    if callable(switch := getattr(optimizer, "train", None)):
         switch()
+
+
+@contextmanager
+def as_used(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Schedule-free parameters are other ones when they are used than when they are trained: meanwhile the former.
+
+    Switching there and back rounds, so the trained ones are kept: a run that saves often ends as one that doesn't.
+    """
+    if not callable(getattr(optimizer, "eval", None)):
+        yield
+        return
+    parameters = parameters_of(optimizer)
+    kept = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        optimizer.train()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            torch._foreach_copy_(list[torch.Tensor](parameters), kept)
 
 
 def takes_scaled_gradients(optimizer: torch.optim.Optimizer) -> bool:

@@ -333,7 +333,9 @@ class TrackerOptions(OptionGroup):
     log_tracker_config: Path | None = option(
         None, "TOML file with a table for each tracker: arguments of its start; wins over --wandb_run_name"
     )
-    wandb_api_key: str | None = option(None, "key for wandb; WANDB_API_KEY keeps it out of the command line")
+    wandb_api_key: str | None = option(
+        None, "key for wandb; WANDB_API_KEY keeps it out of the command line", secret=True
+    )
     log_config: bool = option(False, "send the options too, without keys, paths and file names")
 
     @property
@@ -359,7 +361,9 @@ class UploadOptions(OptionGroup):
         None, "kind of repository; model when unset", choices=("model", "dataset", "space")
     )
     huggingface_path_in_repo: str | None = option(None, "folder within the repository")
-    huggingface_token: str | None = option(None, "token; HF_TOKEN, or hf auth login, keep it out of the command line")
+    huggingface_token: str | None = option(
+        None, "token; HF_TOKEN, or hf auth login, keep it out of the command line", secret=True
+    )
     huggingface_repo_visibility: str | None = option(
         None, "of a repository that is made: public, or anything else for private"
     )

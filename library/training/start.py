@@ -35,7 +35,7 @@ from library.sampling.samplers import make_sampler
 from library.training.ema import Ema
 from library.training.lr_schedules import make_scheduler
 from library.training.metadata import RunFacts, at_save, model_metadata, modelspec
-from library.training.optimizers import make_optimizer, optimizer_in_words, switch_mode
+from library.training.optimizers import make_optimizer, optimizer_in_words, start_training
 from library.training.options import (
     EmaOptions,
     LossOptions,
@@ -317,7 +317,7 @@ def _make_update(
     step: nn.Module, groups: Sequence[ParamGroup], options: Options, total_steps: int, accelerator: Accelerator
 ) -> Update:
     optimizer, scheduler = _make_optimizer(groups, options, total_steps)
-    switch_mode(optimizer, "train")
+    start_training(optimizer)
     return Update(
         step,
         groups,

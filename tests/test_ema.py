@@ -1,0 +1,59 @@
+"""EMA: the average by hand, in a file of its own, and the weights left alone."""
+
+import torch
+from running import assert_bit_equal, tensors_of, train_network
+from torch import nn
+
+from library.training.ema import Ema
+
+
+class OnePart:
+    def __init__(self, dtype=torch.float32):
+        self.weight = nn.Parameter(torch.ones(3, dtype=dtype))
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+
+    def tensors(self):
+        return {"weight": self.weight, "frozen": self.frozen}
+
+
+def test_the_average_by_hand_with_its_warm_up():
+    part = OnePart()
+    ema = Ema([part], 0.5, None)
+    assert list(ema.averages) == ["weight"]
+    part.weight.data.fill_(2.0)
+    ema.update(1)  # d = 2 / 11
+    first = 2 / 11 * 1 + 9 / 11 * 2
+    torch.testing.assert_close(ema.averages["weight"], torch.full((3,), first))
+    part.weight.data.fill_(5.0)
+    ema.update(100)  # d = min(0.5, 101 / 110)
+    torch.testing.assert_close(ema.averages["weight"], torch.full((3,), 0.5 * first + 2.5))
+
+
+def test_averages_stand_in_the_weights_places_only_meanwhile():
+    part = OnePart(torch.bfloat16)
+    ema = Ema([part], 0.9, torch.device("cpu"))
+    ema.averages["weight"].fill_(4.0)
+    before = part.weight.data
+    with ema.applied():
+        assert part.weight.tolist() == [4.0] * 3 and part.weight.dtype is torch.bfloat16
+    assert part.weight.data is before or part.weight.data_ptr() == before.data_ptr()
+
+
+def test_small_steps_arent_lost_in_bfloat16():
+    part = OnePart(torch.bfloat16)
+    ema = Ema([part], 0.999, None)
+    part.weight.data.fill_(1.0078125)  # the next number
+    for _ in range(10):
+        ema.update(10**6)
+    assert 1.00006 < ema.averages["weight"][0] < 1.0001
+
+
+def test_a_runs_average_lies_between_its_start_and_its_end_and_the_run_is_the_same(golden_model, pictures, tmp_path):
+    plain = train_network(golden_model, pictures, tmp_path / "plain", "--max_train_steps", "3")
+    both = train_network(golden_model, pictures, tmp_path / "ema", "--max_train_steps", "3", "--ema_decay", "0.9", "--save_every_n_steps", "2")  # fmt: skip
+    assert_bit_equal(tensors_of(plain), tensors_of(both))
+    assert (tmp_path / "ema" / "lora-step00000002-ema.safetensors").exists()
+    average, end = tensors_of(both.with_name("lora-ema.safetensors")), tensors_of(both)
+    ups = [name for name in end if name.endswith("lora_up.weight")]  # they start at zero
+    inside = [0 < average[name].norm() < end[name].norm() for name in ups]
+    assert len(ups) > 100 and all(inside)

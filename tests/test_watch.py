@@ -1,0 +1,145 @@
+"""Watch and Pace: what isn't trained, differs between processes, or becomes slow, is told."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from running import ROOT, train_network
+from torch import nn
+
+from library.data.batch import Batch
+from library.data.order import Place
+from library.errors import RunError
+from library.param_group import ParamGroup
+from library.training import pace as pacing
+from library.training.pace import Pace
+from library.training.watch import Watch, check_equal, checksums
+
+
+def trained(steps: int, *, lr: float, use_both: bool = True, dtype=torch.float32, stops_at=None) -> Watch:
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({"used": nn.Linear(2, 2), "other": nn.Linear(2, 2)}).to(dtype)
+    groups = [ParamGroup("all", dict(layers.named_parameters()), lr, stops_at)]
+    optimizer = torch.optim.SGD(layers.parameters(), lr=lr)
+    watch = Watch(groups)
+    for _ in range(steps):
+        x = layers["used"](torch.ones(1, 2, dtype=dtype))
+        (layers["other"](x) if use_both else x).sum().backward()
+        watch.note_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.stepped()
+    return watch
+
+
+def test_what_never_gets_a_gradient_is_an_error_after_50_steps():
+    trained(49, lr=0.1, use_both=False)
+    with pytest.raises(RunError, match=r"^1 of what is trained \(other\) got no gradient in 50 steps"):
+        trained(50, lr=0.1, use_both=False)
+    trained(60, lr=0.1)
+
+
+def test_what_stays_as_it_is_is_an_error_too():
+    with pytest.raises(
+        RunError, match=r"2 of what is trained .*are what they were before 50 steps.*learning rate is too"
+    ):
+        trained(50, lr=1e-6, dtype=torch.bfloat16)
+
+
+def test_short_runs_are_checked_at_their_end_and_very_short_ones_not():
+    with pytest.raises(RunError, match=r"other.* got no gradient in 12 steps"):
+        trained(12, lr=0.1, use_both=False).run_ended()
+    trained(9, lr=0.1, use_both=False).run_ended()
+
+
+def test_what_stops_early_isnt_watched():
+    trained(50, lr=0.1, use_both=False, stops_at=20)
+
+
+def test_checksums_see_every_bit_and_not_the_order():
+    x = torch.arange(6.0)
+    assert torch.equal(checksums([x]), checksums([x.flip(0)]))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        one = torch.ones(5, dtype=dtype)
+        other = one.clone()
+        other[2] = torch.nextafter(other[2].float(), torch.tensor(2.0)) if dtype is torch.float32 else 1.01
+        assert not torch.equal(checksums([one]), checksums([other]))
+
+
+def test_a_run_whose_loss_is_masked_away_ends_with_an_error(golden_model, pictures, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "masks").mkdir()
+    for path in (pictures / "2_shapes").glob("*.png"):
+        Image.new("RGB", Image.open(path).size).save(tmp_path / "masks" / path.name)
+    with pytest.raises(RunError, match=r"got no gradient in 12 steps.*look at masks"):
+        train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", 12, "--masked_loss", "--conditioning_data_dir", tmp_path / "masks")  # fmt: skip
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_processes_with_different_weights_are_told(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch, sys\nfrom library.training.watch import check_equal\nfrom library.errors import RunError\n"
+        "torch.distributed.init_process_group('gloo')\nrank = torch.distributed.get_rank()\n"
+        "same, other = torch.ones(3), torch.ones(3) + rank * 1e-7\n"
+        "check_equal({'a': same}, 2, 1)\n"
+        "try: check_equal({'a': same, 'lora.b': other}, 2, 7)\n"
+        "except RunError as error: print('TOLD', rank, error, flush=True)\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611", str(program)],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    # Rank 0 and rank 1 each see that the other differs.
+    assert done.stdout.count("step 7: the processes have different weights: 1 of what is trained (lora.b)") == 2
+    check_equal({"a": torch.ones(1)}, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- pace
+
+
+class Clock:
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+def batches(clock, waits):
+    size = torch.zeros(1, 2, dtype=torch.int64)
+    for wait in waits:
+        clock.now += wait
+        yield Batch(Place(0, 0, 0, 0, 1, True, False), ("a",), ("",), None, torch.zeros(1, 4, 8, 8), None, size, size, size, torch.ones(1))  # fmt: skip
+
+
+def run_pace(monkeypatch, steps, *, pause_at=None):
+    """What is told of steps given as (seconds waited for the batch, seconds computed)."""
+    clock, told = Clock(), []
+    monkeypatch.setattr(pacing, "time", clock)
+    monkeypatch.setattr(pacing.log, "warning", lambda text, *args: told.append(text % args))
+    pace = Pace(torch.device("cpu"))
+    for i, _ in enumerate(pace.batches(batches(clock, [wait for wait, _ in steps]))):
+        clock.now += steps[i][1]
+        pace.step()
+        if i == pause_at:
+            clock.now += 1000
+            pace.paused()
+    return told
+
+
+def test_steps_twice_as_slow_are_told_once_with_the_cause(monkeypatch):
+    usual = [(0.1, 0.9)] * 30
+    (told,) = run_pace(monkeypatch, [*usual, *[(0.1, 2.9)] * 10])
+    assert told.startswith("steps take 3.0 times as long as before: probably another program")
+    (told,) = run_pace(monkeypatch, [*usual, *[(2.5, 0.5)] * 10])
+    assert "they wait for pictures; take --cache_latents" in told
+
+
+def test_a_single_slow_step_a_pause_and_a_slow_start_are_not_told(monkeypatch):
+    usual = [(0.1, 0.9)] * 30
+    assert run_pace(monkeypatch, [(0, 60), (0, 5), *usual, (0.1, 20), *usual], pause_at=20) == []
