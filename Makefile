@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 THREADS ?= 2
 
-.PHONY: quickstart test test-long lint format benchmarks clean
+.PHONY: quickstart test test-long lint format docs benchmarks clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ lint: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+docs: $(VENV)/installed
+	$(BIN)/python tools/option_docs.py
 
 clean:
 	rm -rf quickstart .pytest_cache .mypy_cache .ruff_cache

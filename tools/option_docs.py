@@ -20,7 +20,7 @@ from library.data.metadata_merge import ToolParser
 from library.errors import RunError, run
 from library.files import write_atomically
 from library.option_values import Spec, specs_of
-from library.options import ConfigOptions, OptionGroup, option, read_options
+from library.options import Check, ConfigOptions, OptionGroup, option, read_options
 
 # In the order of the page. A new script is one line here.
 SCRIPTS = (
@@ -42,7 +42,7 @@ PAGE = ROOT / "docs" / "options.md"
 
 _HEAD = """# Options
 
-Made by `make docs` from what the scripts declare; `python SCRIPT.py --help` tells the same. What they do together is in
+Made by `make docs` from what the scripts declare; each script's `--help` tells the same. What they do together is in
 [training.md](training.md) and [dataset.md](dataset.md).
 
 An option is given on the command line (`--name value`, a switch as `--name`, a list as several words) or, where a script has `--config_file`, as
@@ -78,12 +78,14 @@ class Declared:
     """What a script reads: option groups, or words of a plain parser.
 
     Attributes:
+        checks: functions that look for contradictions between the groups.
         refused, unused: options that end the run, and that change nothing, with the reason.
     """
 
     script: str
     description: str
     groups: Sequence[type[OptionGroup]] = ()
+    checks: Sequence[Check] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, str] = field(default_factory=dict)
     parser: argparse.ArgumentParser | None = None
@@ -95,7 +97,8 @@ class Declared:
     @property
     def names(self) -> set[str]:
         """The options that it knows, be they refused."""
-        return {*self.specs, *self.refused, *self.unused}
+        words = [word for action in _arguments(self.parser) for word in action.option_strings] if self.parser else []
+        return {*self.specs, *self.refused, *self.unused, *(word.removeprefix("--") for word in words)}
 
 
 class _Stopped(Exception):
@@ -110,12 +113,13 @@ def declared_by(script: str) -> Declared:
     def stop(
         description: str,
         groups: Sequence[type[OptionGroup]],
-        *_: Any,
+        argv: Sequence[str] | None = None,
+        *,
+        checks: Sequence[Check] = (),
         refused: Mapping[str, str] | None = None,
         unused: Mapping[str, str] | None = None,
-        **__: Any,
     ) -> NoReturn:
-        raise _Stopped(Declared(script, description, [ConfigOptions, *groups], refused or {}, unused or {}))
+        raise _Stopped(Declared(script, description, [ConfigOptions, *groups], checks, refused or {}, unused or {}))
 
     def stop_parser(parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         raise _Stopped(Declared(script, parser.description or "", parser=parser))
