@@ -17,7 +17,7 @@ from library.options import OptionGroup, option, read_options
 class TinyOptions(OptionGroup):
     """The model"""
 
-    output: Path = option(Path("tiny_sdxl.safetensors"), "file to write, or with --diffusers folder")
+    output: Path = option(Path("tiny_sdxl.safetensors"), "file to write")
     seed: int = option(0, "seed of the weights")
     precision: str = option("float", "dtype of the weights", choices=("float", "fp16", "bf16"))
     v_prediction: bool = option(False, "mark it as a model that predicts velocity, with zero terminal SNR")

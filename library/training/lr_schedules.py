@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.errors import OptionError
 from library.imports import import_transformers
+from library.log import log
 from library.training.options import ScheduleOptions, read_arguments
 
 Factor = Callable[[int], float]
@@ -32,12 +33,23 @@ def make_scheduler(
     """
     arguments, _ = read_arguments("--lr_scheduler_args", options.lr_scheduler_args)
     if type(optimizer).__name__.lower().endswith("schedulefree"):
+        _tell_unused(options, "the optimizer needs no schedule")
         return None
     if optimizer.defaults.get("relative_step"):
+        if options.lr_scheduler != "adafactor":
+            _tell_unused(
+                options,
+                "Adafactor finds its own rate; relative_step=False in --optimizer_args leaves it to the schedule",
+            )
         return import_transformers().optimization.AdafactorSchedule(optimizer, lr)
     if options.lr_scheduler_type:
         return _by_class(optimizer, options.lr_scheduler_type, arguments)
     return LambdaLR(optimizer, factor(options, total_steps, lr, arguments))
+
+
+def _tell_unused(options: ScheduleOptions, why: str) -> None:
+    if options.lr_scheduler != "constant" or options.lr_scheduler_type:
+        log.warning("--lr_scheduler %s changes nothing: %s", options.lr_scheduler_type or options.lr_scheduler, why)
 
 
 def _by_class(optimizer: torch.optim.Optimizer, name: str, arguments: dict[str, Any]) -> LRScheduler:

@@ -165,9 +165,11 @@ class ScheduleOptions(OptionGroup):
     )
 
     def mistakes(self) -> Iterable[Mistake]:
-        if self.lr_warmup_steps and (self.lr_scheduler == "constant" or self.lr_scheduler_type):
+        if self.lr_warmup_steps and (self.lr_scheduler in ("constant", "piecewise_constant") or self.lr_scheduler_type):
             which = (
-                f"--lr_scheduler_type {self.lr_scheduler_type}" if self.lr_scheduler_type else "--lr_scheduler constant"
+                f"--lr_scheduler_type {self.lr_scheduler_type}"
+                if self.lr_scheduler_type
+                else f"--lr_scheduler {self.lr_scheduler}"
             )
             yield Mistake(
                 f"--lr_warmup_steps {self.lr_warmup_steps}: {which} has no warm-up; take --lr_scheduler constant_with_warmup or leave it out",
@@ -182,7 +184,7 @@ class ScheduleOptions(OptionGroup):
         yield from mistakes
         if self.lr_scheduler == "piecewise_constant" and "step_rules" not in arguments and not mistakes:
             yield Mistake(
-                "--lr_scheduler piecewise_constant needs --lr_scheduler_args step_rules='1:10,0.1:20,0.01'",
+                "--lr_scheduler piecewise_constant needs --lr_scheduler_args \"step_rules='1:10,0.1:20,0.01'\"",
                 ("lr_scheduler_args",),
             )
         if arguments and not self.lr_scheduler_type and self.lr_scheduler != "piecewise_constant":
@@ -275,7 +277,7 @@ class LossOptions(OptionGroup):
     )
     v_pred_like_loss: float | None = option(None, "add this much of the loss weighed as a velocity model's", at_least=0)
     masked_loss: bool = option(
-        False, "weigh the loss by masks: the pictures' alpha channels, or the images of conditioning_data_dir"
+        False, "weigh the loss by the images of conditioning_data_dir; --alpha_mask takes the pictures' alpha channels"
     )
     debiased_estimation_loss: bool = option(False, "weigh the loss by 1 / sqrt(SNR); for velocity by 1 / (SNR + 1)")
 

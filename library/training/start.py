@@ -139,6 +139,10 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     texts = encode_prompts(models, prompts, options[ModelOptions].num_tokens) if prepared.text and prompts else None
     models.release(*(["vae"] if prepared.latents else []), *(["text_encoders"] if prepared.text else []))
     plan = _plan(options[RunOptions], prepared, accelerator, seed)
+    if options[LossOptions].masked_loss and not any(
+        sample.conditioning or sample.subset.pixels.alpha_mask for sample in prepared.samples
+    ):
+        log.warning("--masked_loss changes nothing: no picture has a mask; give conditioning_data_dir")
 
     torch.manual_seed(seed)
     task = kind.from_options(models, options)
@@ -336,7 +340,13 @@ def _make_validation(prepared: Prepared, batches: Batches, options: Options, see
     if samples:
         log.info("%d pictures are held out for validation", len(samples))
     elif chosen.validate_every_n_steps or chosen.validate_every_n_epochs or chosen.keeps_best:
-        log.warning("there is nothing to validate on: give --validation_split, or validation_split in the dataset file")
+        shares = [dataset.plan.validation_split for dataset in prepared.datasets]
+        if any(shares):
+            log.warning("there is nothing to validate on: validation_split %g of the pictures is none", max(shares))
+        else:
+            log.warning(
+                "there is nothing to validate on: give --validation_split, or validation_split in the dataset file"
+            )
     return Validation(
         dataclasses.replace(batches, samples=samples, seed=seed if own_seed is None else own_seed),
         validation_batches(group_samples(prepared.datasets, samples), total_steps, chosen.max_validation_steps),

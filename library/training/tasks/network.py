@@ -28,10 +28,6 @@ from networks.merge import BaseWeights
 from networks.network import Network
 from networks.options import NetworkOptions
 
-_PRESERVES = (
-    "diff_output_preservation"  # custom attribute of a subset: its pictures keep what the base model makes of them
-)
-
 
 class NetworkPart(Part):
     """The modules of one network."""
