@@ -62,6 +62,6 @@ class Draws:
         return [generator(self.seed, purpose, self.epoch, self.first + i) for i in range(self.count)]
 
 
-def seed_modules(seed: int, epoch: int, micro: int) -> None:
-    """Seed the global generators for what draws inside modules (dropout), by the micro-batch's place."""
-    torch.manual_seed(seed_of(seed, "modules", epoch, micro))
+def seed_modules(seed: int, epoch: int, micro: int, part: int = 0) -> None:
+    """Seed the global generators for what draws inside modules (dropout), by the micro-batch's place and part."""
+    torch.manual_seed(seed_of(seed, "modules", epoch, micro, *([part] if part else [])))

@@ -10,6 +10,10 @@ class RunError(Exception):
     """Something outside our code is wrong (a file, a disk, a number). Told without a traceback; exit status 1."""
 
 
+class NotFinite(RunError):
+    """What is to be saved holds numbers that aren't finite: not the disk's fault, so the run ends."""
+
+
 @dataclass(frozen=True)
 class Mistake:
     """One thing to mend in the user's options; `about` names the options it speaks of."""

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 import zlib
@@ -16,24 +17,71 @@ _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # bytes as they are, on Window
 _FORGOTTEN = 24 * 3600  # seconds after which a temporary file of another machine is taken for left over
 
 
-def _host() -> str:
+def host_name() -> str:
+    """This machine, in eight digits."""
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call write(binary file) on a temporary file beside `path`, then move it there; the umask decides who may read it."""
-    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine is there and isn't this one. On Windows, which can't ask, always."""
+    if sys.platform == "win32":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return process != os.getpid()
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` by which what a killed process leaves is found again."""
+    return path.with_name(f".{path.name}.{host_name()}-{os.getpid()}.tmp")
+
+
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], check: Callable[[Path], object] = lambda temporary: None
+) -> None:
+    """Call write(binary file) on a temporary file beside `path`, then move it there; the umask decides who may read it.
+
+    Args: check: looks at the written file before it is moved; what it raises leaves `path` as it was.
+    """
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        check(temporary)
         os.replace(temporary, path)
     except OSError as error:
         hint = " (is it open in another program?)" if sys.platform == "win32" else ""
         raise RunError(f"{path}: can't be written: {error.strerror or error}{hint}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Move a whole folder to its place. One that is there already goes aside first: no system replaces folders. Raises OSError."""
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    aside = temporary_name(folder.with_name(f"{folder.name}-old"))
+    os.rename(folder, aside)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        os.rename(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that can still be written in the folder, or in the nearest one above that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def make_writable_folder(folder: Path) -> None:
@@ -58,7 +106,7 @@ def read_small_file(path: str | Path) -> bytes:
 
 
 def remove_left_over(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in `folder`; those of living ones stay."""
+    """Remove the temporary files and folders that killed processes left in `folder`; those of living ones stay."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.name.endswith(".tmp")]
     for name in names:
@@ -66,20 +114,13 @@ def remove_left_over(folder: Path) -> None:
         path = folder / name
         try:
             if match and _is_left_over(path, match[1], int(match[2])):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         except OSError:  # gone already, or on Windows still open
             pass
 
 
 def _is_left_over(path: Path, host: str, process: int) -> bool:
-    if host != _host():
+    if host != host_name():
         return time.time() - path.stat().st_mtime > _FORGOTTEN
-    if sys.platform == "win32":
-        return True  # a file that is still open can't be removed there
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+    # On Windows a file that is still open can't be removed.
+    return sys.platform == "win32" or not (is_alive(process) or process == os.getpid())

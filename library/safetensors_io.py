@@ -206,19 +206,28 @@ def write_safetensors(
     Args:
         dtype_of: gives the torch dtype name in which a tensor is stored; None keeps the tensor's own.
 
-    The file is written beside its place under a temporary name, flushed to the disk, then moved. Raises RunError with
-    the path if the disk refuses; what was there before stays.
+    The file is written beside its place under a temporary name, flushed to the disk, read back and compared, then moved.
+    Raises RunError with the path if the disk refuses; what was there before stays.
     """
     plan = _plan(tensors, dtype_of)
     header = _encode_header(plan, storable_metadata(tensors, metadata))
 
-    def write(file: BinaryIO) -> None:
-        file.write(len(header).to_bytes(8, "little"))
-        file.write(header)
-        for entry in plan:
-            file.write(_bytes(tensors[entry.name], entry.dtype))
+    written = hashlib.sha256()
 
-    write_atomically(path, write)
+    def write(file: BinaryIO) -> None:
+        for start in (len(header).to_bytes(8, "little"), header):
+            file.write(start)
+            written.update(start)
+        for entry in plan:
+            data = _bytes(tensors[entry.name], entry.dtype)
+            file.write(data)
+            written.update(data)
+
+    def check(temporary: Path) -> None:
+        if read_header(temporary).shapes.keys() != tensors.keys() or file_hashes(temporary)[0] != written.hexdigest():
+            raise RunError(f"{path}: what the disk gives back isn't what was written; the file before it stays")
+
+    write_atomically(path, write, check)
 
 
 def _plan(tensors: Mapping[str, "Tensor"], dtype_of: Callable[[str, "Tensor"], "str | None"] | None) -> list[_Planned]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.errors import OptionError, RunError
+from library.errors import NotFinite, OptionError, RunError
 from library.files import write_atomically
 from library.log import log
 from library.models.checkpoint import identify, open_tensors
@@ -138,7 +138,7 @@ def write_lora(
     stored = {name: tensor.to(device="cpu", dtype=dtype or tensor.dtype) for name, tensor in tensors.items()}
     bad = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
     if bad:
-        raise RunError(f"{path}: not saved, as {len(bad)} of its tensors aren't finite ({_some(bad)})")
+        raise NotFinite(f"{path}: not saved, as {len(bad)} of its tensors aren't finite ({_some(bad)})")
     if path.suffix != ".safetensors":
         write_atomically(path, lambda file: torch.save(stored, file))
         return

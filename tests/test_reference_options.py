@@ -27,19 +27,23 @@ CHOICES = {
 OWN = {
     "allow_missing_captions",
     "allow_partial",
+    "auto_resume",
     "cache_dir",
     "early_stop_patience",
     "ema_decay",
     "ema_device",
+    "emergency_dir",
     "logit_mean",
     "logit_std",
     "mode_scale",
+    "resume_anyway",
     "save_best",
     "skip_bad_images",
     "stop_text_encoder_training",
     "strict_config",
     "text_cache_variants",
     "timestep_sampling",
+    "verify_resume",
 }
 
 

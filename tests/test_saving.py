@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 
 from library.errors import OptionError
-from library.training.options import SavingOptions
+from library.training.options import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.saving import Saver
 
 
 class FakePart:
+    def tensors(self):
+        return {}
+
     def save(self, stem: Path, dtype, metadata) -> Path:
         path = stem.with_name(f"{stem.name}.safetensors")
         path.write_text(json.dumps(dict(metadata)))
@@ -22,22 +25,24 @@ def run(folder: Path, *, epochs: int = 5, steps_per_epoch: int = 4, **options) -
     """Save as the loop does over a whole run; returns the files that are left."""
     saver = Saver(
         SavingOptions(output_dir=folder, **options),
+        ResumeOptions(),
         [FakePart()],
         lambda s, e: {"steps": str(s), "epoch": str(e)},
         None,
         epochs,
+        session_id="1",
         is_main=True,
     )
     progress = Progress()
     for step in range(1, epochs * steps_per_epoch + 1):
         progress.step = step
         if saver.step_is_due(step):
-            saver.save_step(progress)
+            saver.save("step", progress)
         if step % steps_per_epoch == 0:
             progress.epoch += 1
             if saver.epoch_is_due(progress.epoch):
-                saver.save_epoch(progress)
-    saver.save_final(progress)
+                saver.save("epoch", progress)
+    saver.save("final", progress)
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -93,5 +98,6 @@ def test_fault_8_an_output_name_that_leaves_its_folder_is_refused(name, tmp_path
 
 
 def test_other_processes_write_nothing(tmp_path):
-    saver = Saver(SavingOptions(output_dir=tmp_path / "new"), [FakePart()], lambda s, e: {}, None, 1, is_main=False)
-    assert saver.save_final(Progress()) == [] and not (tmp_path / "new").exists()
+    options = SavingOptions(output_dir=tmp_path / "new")
+    saver = Saver(options, ResumeOptions(), [FakePart()], lambda s, e: {}, None, 1, session_id="1", is_main=False)
+    assert saver.save("final", Progress()) == [] and not (tmp_path / "new").exists()

@@ -50,6 +50,21 @@ class Batch:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def parts(self, count: int) -> "list[Batch]":
+        """The batch in at most so many parts, each with its place: random draws and losses are those of the whole."""
+        size = -(-len(self) // count)
+        return [self._part(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+
+    def _part(self, start: int, end: int) -> "Batch":
+        cut: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, EncodedText):
+                cut[field.name] = EncodedText(*(part[start:end] for part in value))
+            elif isinstance(value, Tensor) or (isinstance(value, tuple) and field.name != "place"):
+                cut[field.name] = value[start:end]
+        return dataclasses.replace(self, place=self.place._replace(first=self.place.first + start), **cut)
+
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on `device`."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))

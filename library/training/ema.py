@@ -1,6 +1,6 @@
 """Ema: the exponential moving average of what is trained."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,6 +37,11 @@ class Ema:
             for weight, own in zip(self._weights.values(), averages, strict=True)
         ]
         torch._foreach_lerp_(averages, weights, share)
+
+    def restore(self, averages: Mapping[str, Tensor]) -> None:
+        """Go on with those of a state."""
+        for name, own in self.averages.items():
+            own.copy_(averages[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -1,95 +1,174 @@
 """The training loop: the only one. What differs between the scripts is their Task."""
 
+import gc
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 
+from library.data.batch import Batch
 from library.draws import Draws, seed_modules
-from library.log import log
+from library.errors import RunError
+from library.log import is_main_process, log
 from library.options import Options
+from library.output_lock import OutputLock
+from library.signals import Signals, exit_status
 from library.training.optimizers import as_used
+from library.training.options import ResumeOptions, SavingOptions
 from library.training.preflight import Preflight
 from library.training.progress import Progress
 from library.training.report import Seen
-from library.training.start import Run, start
+from library.training.resume import Resumed, capture, look_for_state, place_to_start, restore
+from library.training.run import Run
+from library.training.saving import When, make_output_folder
+from library.training.start import start
 from library.training.task import Task
+from library.training.verify import verify
 from library.training.watch import check_equal
+
+_HELP_WITH_MEMORY = "--gradient_checkpointing, --cache_latents, --cache_text_encoder_outputs, --mixed_precision bf16 or a smaller --resolution"
 
 
 def train(kind: type[Task], options: Options, found: Preflight) -> list[Path]:
-    """Train what the task says, by the options, on what the preflight found. Returns the final files (main process)."""
-    started = time.monotonic()
-    run = start(kind, options, found)
-    progress = Progress()
+    """Train what the task says, by the options, on what the preflight found. Returns the final files (main process).
+
+    Raises SystemExit with a signal's status once the run is saved, if one asked for it.
+    """
+    resumed = look_for_state(options, found.datasets)
+    if resumed is not None and resumed.is_finished and not options[ResumeOptions].verify_resume:
+        steps = resumed.facts["step"]
+        log.info("%s: this run is finished, after %d steps; there is nothing left to do", resumed.folder, steps)
+        return []
+    saving = options[SavingOptions]
+    assert saving.output_dir is not None
+    make_output_folder(saving.output_dir)  # by every process, so that all fail alike
+    lock = OutputLock(saving.output_dir, saving.name) if is_main_process() else None
     try:
-        loop(run, progress)
-        run.report.settle()
-        run.watch.run_ended()
-        paths = save(run, progress, final=True)
+        return _train(kind, options, found, resumed)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _train(kind: type[Task], options: Options, found: Preflight, resumed: Resumed | None) -> list[Path]:
+    started = time.monotonic()
+    run = start(kind, options, found, resumed)
+    paths: list[Path] = []
+    try:
+        with Signals() as signals:
+            progress = restore(run, resumed) if resumed is not None else place_to_start(run, options[ResumeOptions])
+            if resumed is not None and options[ResumeOptions].verify_resume:
+                verify(run, progress, options[ResumeOptions].verify_resume or 1, loop)
+                return []
+            loop(run, progress, signals)
+            run.report.settle()
+            is_broken_off = progress.step < run.total_steps and is_asked_to_end(run, signals)
+            if is_broken_off:
+                save(run, progress, "step", stopped=True)
+            else:
+                run.watch.run_ended()
+                paths = save(run, progress, "final")
     finally:
         run.report.close()
         run.saver.close()
     seconds = time.monotonic() - started
-    log.info("done: %d steps in %.0f s, average loss %.4f", progress.step, seconds, run.report.average())
+    log.info("%d steps in %.0f s, average loss %.4f", progress.step, seconds, run.report.average())
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
+    if run.saver.failures:
+        raise RunError(f"{len(run.saver.failures)} saves failed, the first one: {run.saver.failures[0]}")
+    if is_broken_off:
+        raise SystemExit(0 if signals.asked is None else exit_status(signals.asked))
     return paths
 
 
-def loop(run: Run, progress: Progress) -> None:
-    """From `progress` to the last step, or to where validation has stopped to improve."""
+def loop(run: Run, progress: Progress, signals: Signals) -> None:
+    """From `progress` to the last step, to where validation has stopped to improve, or to where a signal asks for."""
     update, report = run.update, run.report
-    seen: list[Seen] = []
-    if run.preview.is_due():
+    if progress.step == 0 and run.preview.is_due():
         preview(run, progress)
-    for batch in run.pace.batches(run.batches_from(progress.step)):
-        batch = batch.to(run.accelerator.device)
-        place = batch.place
-        seed_modules(run.seed, place.epoch, place.micro)  # for what draws inside modules: dropout
-        with update.window(place):
-            losses = update.step_module(
-                batch, Draws(run.seed, place.epoch, place.first, len(batch), run.accelerator.device)
-            )
-            update.backward(losses, place)
-        seen.append(Seen(batch.paths, losses.detach()))
-        if not place.closes_window:
-            continue
+    for window in run.windows_from(progress.step) if progress.step < run.total_steps else ():
         rates = update.learning_rates()
+        seen = gradients(run, progress, window)
         run.watch.note_gradients()
-        updated = update.step(progress.step)
+        updated = update.step(progress.step, asked=signals.asked is not None)
         for part in run.parts:
             part.after_step()
         progress.step += 1
-        progress.samples += place.window_samples
+        progress.samples += window[0].place.window_samples
         if run.ema is not None:
             run.ema.update(progress.step)
-        report.step(progress.step, place.epoch, updated, seen, rates)
-        seen = []
+        report.step(progress.step, window[0].place.epoch, updated, seen, rates)
         run.pace.step()
         if progress.step == 1:
             check_equal(run.trained, run.accelerator.num_processes, progress.step)
         if all(rates.values()) and not updated.overflowed:
             run.watch.stepped()
-        if run.validation.is_due(step=progress.step):
-            validate(run, progress)
-        if run.preview.is_due(step=progress.step):
-            preview(run, progress)
-        if run.saver.step_is_due(progress.step):
-            save(run, progress)
-        if progress.step % run.order.steps_per_epoch == 0:
-            end_epoch(run, progress)
-        if progress.step >= run.total_steps:
+        after_step(run, progress)
+        if progress.step >= run.total_steps or is_asked_to_end(run, signals):
             return
         if run.best.is_lost:
-            log.info(
-                "the validation loss hasn't improved %d times: the run ends at step %d", run.best.waited, progress.step
-            )
+            waited = run.best.waited
+            log.info("the validation loss hasn't improved %d times: the run ends at step %d", waited, progress.step)
             return
 
 
-def end_epoch(run: Run, progress: Progress) -> None:
-    """What is done after an epoch's last step."""
+def gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Seen]:
+    """Add up the gradients of an optimizer step's batches. If memory runs out, all again in smaller parts."""
+    while True:
+        try:
+            return _gradients(run, progress, window)
+        except torch.OutOfMemoryError as error:
+            largest = max(len(batch) for batch in window)
+            run.update.forget()
+            if run.accelerator.num_processes > 1 or progress.splits >= largest:
+                save(run, progress, "step", stopped=True)
+                raise RunError(
+                    f"step {progress.step + 1}: out of memory ({str(error).splitlines()[0][:200]}). What would help: a smaller "
+                    f"--train_batch_size, {_HELP_WITH_MEMORY}. The run is saved as it was after step {progress.step}"
+                ) from None
+            progress.splits *= 2
+        gc.collect()  # the error's frames hold the tensors of the step
+        torch.cuda.empty_cache()
+        log.warning(
+            "out of memory: from now on each batch is computed in %d parts, with the same result", progress.splits
+        )
+
+
+def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Seen]:
+    update, device = run.update, run.accelerator.device
+    seen = []
+    for batch in window:
+        parts = batch.parts(progress.splits)
+        for number, part in enumerate(parts):
+            part = part.to(device)
+            place = part.place._replace(closes_window=part.place.closes_window and number == len(parts) - 1)
+            # For what draws inside modules: dropout.
+            seed_modules(run.seed, place.epoch, place.micro, number)
+            with update.window(place):
+                losses = update.step_module(part, Draws(run.seed, place.epoch, place.first, len(part), device))
+                update.backward(losses, place)
+            seen.append(Seen(part.paths, losses.detach()))
+    return seen
+
+
+def is_asked_to_end(run: Run, signals: Signals) -> bool:
+    """Whether a signal asked any process to end. Of several, all know it a step later, with that step's loss."""
+    return signals.asked is not None if run.accelerator.num_processes == 1 else run.report.is_asked_to_end
+
+
+def after_step(run: Run, progress: Progress) -> None:
+    """What is done after an optimizer step, and after an epoch's last one."""
+    if run.validation.is_due(step=progress.step):
+        validate(run, progress)
+    if run.preview.is_due(step=progress.step):
+        preview(run, progress)
+    if run.saver.step_is_due(progress.step):
+        save(run, progress, "step")
+    if progress.step % run.order.steps_per_epoch:
+        return
     progress.epoch += 1
     run.report.epoch_ended(progress.epoch, progress.step)
     if run.validation.is_due(epoch=progress.epoch):
@@ -97,18 +176,25 @@ def end_epoch(run: Run, progress: Progress) -> None:
     if run.preview.is_due(epoch=progress.epoch):
         preview(run, progress, epoch_ended=True)
     if run.saver.epoch_is_due(progress.epoch):
-        save(run, progress, epoch_ended=True)
+        save(run, progress, "epoch")
 
 
 def validate(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     """Take and tell the loss of the pictures that are held out; save if it is the best."""
     accelerator, update = run.accelerator, run.update
     share = (accelerator.process_index, accelerator.num_processes)
-    with as_used(update.optimizer):
-        loss = run.validation.loss(update.step_module, accelerator.device, share)
+    try:
+        with as_used(update.optimizer):
+            loss = run.validation.loss(update.step_module, accelerator.device, share)
+    except torch.OutOfMemoryError:
+        if accelerator.num_processes > 1:
+            raise
+        torch.cuda.empty_cache()
+        log.warning("step %d: no memory to validate; take a smaller batch for the validation", progress.step)
+        return
     run.report.validated(loss, progress.step, progress.epoch if epoch_ended else None)
     if run.best.is_new(loss, progress.step) and run.keeps_best:
-        save(run, progress, best=True)
+        save(run, progress, "best")
     run.pace.paused()
 
 
@@ -124,18 +210,18 @@ def preview(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     run.pace.paused()
 
 
-def save(
-    run: Run, progress: Progress, *, epoch_ended: bool = False, best: bool = False, final: bool = False
-) -> list[Path]:
-    """Save what is trained, once the last step's numbers are known to be finite and the same everywhere."""
+def save(run: Run, progress: Progress, when: When, *, stopped: bool = False) -> list[Path]:
+    """Save what is trained, once the last step's numbers are known to be finite and the same everywhere.
+
+    Args: stopped: the run ends before its time, and needs a state to be resumed from.
+    """
     run.report.settle()
     check_equal(run.trained, run.accelerator.num_processes, progress.step)
     with as_used(run.update.optimizer):
-        if final:
-            paths = run.saver.save_final(progress)
-        elif best:
-            paths = run.saver.save_best(progress)
-        else:
-            paths = run.saver.save_epoch(progress) if epoch_ended else run.saver.save_step(progress)
+        paths = run.saver.save(when, progress)
+    at_end = when == "final" or stopped
+    wants_state = run.states.save_state or (run.states.save_state_on_train_end and at_end)
+    if wants_state and when != "best" and run.accelerator.is_main_process:
+        run.saver.save_state(when, progress, capture(run, progress))
     run.pace.paused()
     return paths

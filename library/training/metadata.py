@@ -6,7 +6,6 @@ Keys and values: contract, formats.md section 4. Values are str() of Python valu
 import base64
 import datetime
 import mimetypes
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +56,7 @@ class RunFacts:
     processes: int
     zero_terminal_snr: bool
     base_model: Callable[[], Mapping[str, str]]
-    session_id: int = field(default_factory=lambda: secrets.randbits(32))
+    session_id: str
     started_at: float = field(default_factory=time.time)
 
 

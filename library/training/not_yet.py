@@ -7,10 +7,6 @@ _LATER = "can't be used yet in this version"
 
 _REFUSED = (
     (
-        "save_state save_state_on_train_end save_last_n_epochs_state save_last_n_steps_state resume initial_epoch initial_step skip_until_initial_step",
-        f"saving and resuming states {_LATER}; --save_every_n_steps with --network_weights goes on from saved weights",
-    ),
-    (
         "save_state_to_huggingface resume_from_huggingface",
         f"uploading and downloading states {_LATER}; saved models are uploaded with --huggingface_repo_id",
     ),

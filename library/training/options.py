@@ -73,6 +73,13 @@ class SavingOptions(OptionGroup):
     save_last_n_epochs: int | None = option(None, "keep only the newest N epoch saves", at_least=0)
     save_last_n_steps: int | None = option(None, "remove step saves that are more than N steps old", at_least=0)
 
+    emergency_dir: Path | None = option(None, "folder that is tried when --output_dir can't be written any more")
+
+    @property
+    def name(self) -> str:
+        """What the final file is called, without its ending."""
+        return self.output_name or "last"
+
     def mistakes(self) -> Iterable[Mistake]:
         if self.output_dir is None:
             yield Mistake("--output_dir is missing: the folder to save in", ("output_dir",))
@@ -86,6 +93,57 @@ class SavingOptions(OptionGroup):
                 f"--output_name {self.output_name!r}: give it without its ending, which --save_model_as decides",
                 ("output_name",),
             )
+
+
+@dataclass(frozen=True)
+class ResumeOptions(OptionGroup):
+    """States, and resuming from them"""
+
+    save_state: bool = option(False, "save a state beside each saved model, and at the end")
+    save_state_on_train_end: bool = option(False, "save a state at the end")
+    save_last_n_epochs_state: int | None = option(
+        None, "keep only the newest N epoch states; wins over --save_last_n_epochs", at_least=0
+    )
+    save_last_n_steps_state: int | None = option(
+        None, "remove step states that are more than N steps old; wins over --save_last_n_steps", at_least=0
+    )
+    resume: str | None = option(
+        None, "state folder to go on from, to the bit; latest: the newest whole one of --output_name"
+    )
+    auto_resume: bool = option(False, "go on from the newest whole state of --output_name, or start if there is none")
+    resume_anyway: bool = option(False, "resume though options or pictures differ from those of the state")
+    verify_resume: int | None = option(
+        None, "replay N steps from the state and compare them with the step log; nothing is saved", at_least=1
+    )
+    initial_epoch: int | None = option(
+        None, "epoch to start in, counted from 1, without a state; with --skip_until_initial_step", at_least=1
+    )
+    initial_step: int | None = option(
+        None, "optimizer steps to take as done, without a state; with --skip_until_initial_step", at_least=0
+    )
+    skip_until_initial_step: bool = option(
+        False, "pass over the pictures before --initial_step or --initial_epoch; states do so by themselves"
+    )
+
+    @property
+    def saves_states(self) -> bool:
+        return self.save_state or self.save_state_on_train_end
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.resume and self.auto_resume:
+            yield Mistake("--resume and --auto_resume: give one of them", ("resume", "auto_resume"))
+        starts = [name for name in ("initial_epoch", "initial_step") if getattr(self, name) is not None]
+        if len(starts) == 2:
+            yield Mistake("--initial_epoch and --initial_step: give one of them", ("initial_epoch", "initial_step"))
+        if starts and not self.skip_until_initial_step:
+            yield Mistake(
+                f"--{starts[0]} needs --skip_until_initial_step: without it the reference only numbers epochs otherwise",
+                (starts[0],),
+            )
+        if starts and (self.resume or self.auto_resume):
+            yield Mistake(f"--{starts[0]}: a state knows where it was saved; leave it out", (starts[0],))
+        if self.verify_resume and not self.resume:
+            yield Mistake("--verify_resume needs --resume, the state to replay from", ("verify_resume", "resume"))
 
 
 _WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
@@ -412,7 +470,7 @@ class MetadataOptions(OptionGroup):
 
 COMMON_TRAINING = (
     ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, OptimizerOptions, ScheduleOptions, NoiseOptions, LossOptions,
-    ValidationOptions, PreviewOptions, EmaOptions, SavingOptions, UploadOptions, TrackerOptions, MetadataOptions, LogOptions,
+    ValidationOptions, PreviewOptions, EmaOptions, SavingOptions, ResumeOptions, UploadOptions, TrackerOptions, MetadataOptions, LogOptions,
 )  # fmt: skip
 
 

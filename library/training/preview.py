@@ -1,5 +1,6 @@
 """Preview: sample pictures during training, and one sheet of all of them over time. A failure is told and never ends the run."""
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,6 +93,19 @@ class Preview:
         except Exception as error:
             log.warning("the samples of %s are not saved: %s", label, first_line(error))
         return [(self.prompts[number].prompt, picture) for number, picture in sorted(pictures.items())]
+
+    def recall(self) -> None:
+        """Take the pictures of before into the sheet, when a run is resumed."""
+        start = f"{self.name}_" if self.name else ""
+        found: dict[str, list[Image.Image | None]] = {}
+        pattern = re.compile(re.escape(start) + r"(e?\d{6})_(\d\d)_\d{14}(_-?\d+)?\.png")
+        for path in sorted(self.folder.glob("*.png"), key=lambda path: path.stat().st_mtime):
+            match = pattern.fullmatch(path.name)
+            if match and int(match[2]) < len(self.prompts):
+                row = found.setdefault(match[1], [None] * len(self.prompts))
+                with Image.open(path) as image:
+                    row[int(match[2])] = thumbnail(np.asarray(image.convert("RGB")), _THUMBNAIL)
+        self._rows[:] = list(found.items())[-_MOST_ROWS:]
 
     def _draw_one(self, prompt: SamplePrompt, number: int) -> np.ndarray:
         texts = self.texts or encode_prompts(self.models, [prompt], self.num_tokens)

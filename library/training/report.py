@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -41,22 +41,53 @@ class Report:
     """Speaks on the main process; on every process it stops the run when a number isn't finite."""
 
     def __init__(
-        self, total_steps: int, steps_per_epoch: int, *, is_main: bool, trackers: Trackers | None, log_file: Path
+        self,
+        total_steps: int,
+        steps_per_epoch: int,
+        *,
+        is_main: bool,
+        trackers: Trackers | None,
+        log_file: Path | None,
+        done: int = 0,
     ):
+        """Args: log_file: None for no log. done: steps of a run that goes on, whose lines stay."""
         self._bar = progress_bar("steps", total_steps)
         self._recent: deque[float] = deque(maxlen=steps_per_epoch)
         self._epoch_losses: list[float] = []
         self._trackers = trackers
         self._pending: _Pending | None = None
-        self._log: IO[str] | None = open(log_file, "w", encoding="utf-8") if is_main else None  # noqa: SIM115
+        self._log: IO[str] | None = None
+        if is_main and log_file is not None:
+            self._open_log(log_file, done)
         self._started = time.monotonic()
         self.overflows = 0
+        self.is_asked_to_end = False
+
+    def _open_log(self, path: Path, done: int) -> None:
+        """Begin the log file, or go on behind the lines up to a step; those behind it are of a run that was broken off."""
+        kept = [line for line in read_log(path) if line["step"] <= done] if done else []
+        try:
+            self._log = open(path, "w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            log.warning("%s: can't be written: %s", path, error.strerror)
+        for line in kept:
+            self._write(line)
+
+    def state(self) -> dict[str, Any]:
+        return {"recent": list(self._recent), "epoch_losses": self._epoch_losses, "overflows": self.overflows}
+
+    def restore(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on behind an optimizer step."""
+        self._recent.extend(state["recent"])
+        self._epoch_losses = list(state["epoch_losses"])
+        self.overflows = state["overflows"]
+        self._bar.update(step)
 
     def step(self, step: int, epoch: int, updated: Updated, seen: Sequence[Seen], rates: Mapping[str, float]) -> None:
         """Take note of a step (counted from 1); tell of the one before it."""
         self.settle()
         self._pending = _Pending(
-            step, epoch, Arriving(updated.loss, updated.grad_norm), updated.overflowed, seen, rates
+            step, epoch, Arriving(updated.loss, updated.grad_norm, updated.asked), updated.overflowed, seen, rates
         )
 
     def settle(self) -> None:
@@ -64,7 +95,8 @@ class Report:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        loss, norm = pending.numbers.read()
+        loss, norm, asked = pending.numbers.read()
+        self.is_asked_to_end = asked > 0
         if not math.isfinite(loss) or not (pending.overflowed or math.isfinite(norm)):
             self._stop(pending, loss, norm)
         self.overflows += pending.overflowed
@@ -162,3 +194,16 @@ class Report:
             self._log.close()
         if self.overflows:
             log.warning("%d steps were left out because float16 gradients overflowed", self.overflows)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a step log; a torn one, of a run that was killed, is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+            int(line["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        lines.append(line)
+    return lines

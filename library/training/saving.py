@@ -1,62 +1,78 @@
 """Saver: when a run saves, under which names, and which older files it removes.
 
-Names and retention: contract, formats.md section 6. E is the 1-based epoch, S the optimizer step.
+Names and retention: contract, formats.md section 6. E is the 1-based epoch, S the optimizer step. A save that fails doesn't
+end the run: what was there before stays, --emergency_dir is tried, and the run's exit status tells.
 """
 
+import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from library.errors import OptionError
-from library.files import make_writable_folder
+from library.errors import NotFinite, OptionError, RunError
+from library.files import free_space, make_writable_folder, remove_left_over
 from library.log import log
+from library.safetensors_io import read_header
 from library.training.ema import Ema
-from library.training.options import SavingOptions
+from library.training.options import ResumeOptions, SavingOptions
 from library.training.progress import Progress
+from library.training.state import State, write_state
 from library.training.task import Part
 from library.training.uploads import Uploads
 
 MakeMetadata = Callable[[int, int], Mapping[str, str]]
 """(steps done, epoch to record) -> the file's metadata"""
 
+When = Literal["step", "epoch", "best", "final"]
+
+_SESSION = "ss_session_id"
+
 
 def make_output_folder(folder: Path) -> None:
-    """See that the output folder can be written in. Raises OptionError."""
+    """See that the output folder can be written in, and clear what killed runs left. Raises OptionError."""
     try:
         make_writable_folder(folder)
+        remove_left_over(folder)
     except OSError as error:
         raise OptionError(f"--output_dir {folder}: can't be made or written in: {error.strerror}") from None
 
 
 class Saver:
-    """Saves the parts of a task on the main process."""
+    """Saves the parts of a task, and states, on the main process."""
 
     def __init__(
         self,
         options: SavingOptions,
+        states: ResumeOptions,
         parts: list[Part],
         metadata: MakeMetadata,
         dtype: torch.dtype | None,
         num_epochs: int,
         *,
+        session_id: str,
         is_main: bool,
         ema: Ema | None = None,
         uploads: Uploads | None = None,
     ):
+        """Args: session_id: of this run; files of other ones are moved aside, not replaced."""
         assert options.output_dir is not None
-        self._options, self._parts, self._metadata, self._dtype = options, parts, metadata, dtype
+        self._options, self._states, self._parts, self._metadata = options, states, parts, metadata
+        self._dtype, self._session_id = dtype, session_id
         self._folder, self._num_epochs, self._is_main = options.output_dir, num_epochs, is_main
         self._every_epochs = options.save_every_n_epochs or 0
         if options.save_n_epoch_ratio:
             self._every_epochs = num_epochs // options.save_n_epoch_ratio or 1
         self._ema, self._uploads = ema, uploads
         self._saved: dict[str, list[Path]] = {}
+        self.failures: list[str] = []
 
     @property
     def log_file(self) -> Path:
         """Where the run's step log goes: one JSON object a line."""
-        return self._folder / f"{self._options.output_name or 'last'}-log.jsonl"
+        return self._folder / f"{self._options.name}-log.jsonl"
 
     def step_is_due(self, step: int) -> bool:
         return bool(self._options.save_every_n_steps) and step % (self._options.save_every_n_steps or 1) == 0
@@ -65,60 +81,191 @@ class Saver:
         """epoch: counted from 1. The last one is saved as the final model alone."""
         return bool(self._every_epochs) and epoch % self._every_epochs == 0 and epoch < self._num_epochs
 
-    def save_step(self, progress: Progress) -> list[Path]:
-        """Step saves record the running epoch, counted from 0."""
-        paths = self._save(self._step_stem(progress.step), progress.step, progress.epoch)
-        last, every = self._options.save_last_n_steps, self._options.save_every_n_steps
-        if last and every:
-            old = progress.step - last - 1
-            old -= old % every
-            if old >= 0:
-                self._remove(self._step_stem(old))
+    def check_space(self, total_steps: int) -> None:
+        """See that everything that will lie there at once fits the disk. Raises OptionError with what would help."""
+        steps = total_steps // self._options.save_every_n_steps if self._options.save_every_n_steps else 0
+        if steps and self._options.save_last_n_steps is not None:
+            assert self._options.save_every_n_steps
+            steps = min(steps, self._options.save_last_n_steps // self._options.save_every_n_steps + 2)
+        epochs = (self._num_epochs - 1) // self._every_epochs if self._every_epochs else 0
+        if epochs and self._options.save_last_n_epochs is not None:
+            epochs = min(epochs, self._options.save_last_n_epochs + 1)
+        one, state = self.model_bytes(), self.state_bytes()
+        states = (steps + epochs + 1) if self._states.save_state else int(self._states.save_state_on_train_end)
+        needed, free = (steps + epochs + 1) * one + states * state, free_space(self._folder)
+        if needed > free:
+            raise OptionError(
+                f"--output_dir {self._folder}: {_size(free)} are free, but {steps + epochs + 1} models of {_size(one)} and {states} states of "
+                f"{_size(state)} need {_size(needed)}; save less often, or keep fewer with --save_last_n_steps or --save_last_n_epochs"
+            )
+
+    def model_bytes(self) -> int:
+        """Of one save, the moving average's file too."""
+        per_number = None if self._dtype is None else torch.empty((), dtype=self._dtype).element_size()
+        tensors = [tensor for part in self._parts for tensor in part.tensors().values()]
+        size = sum(tensor.numel() * (per_number or tensor.element_size()) for tensor in tensors)
+        return size * (2 if self._ema is not None else 1)
+
+    def state_bytes(self) -> int:
+        """About those of a state: weights, and two numbers of the optimizer's for each that is trained."""
+        tensors = [tensor for part in self._parts for tensor in part.tensors().values()]
+        weights = sum(tensor.nbytes for tensor in tensors)
+        return weights + 8 * sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
+
+    # ------------------------------------------------------------------------------------------------------------ saves
+
+    def save(self, when: When, progress: Progress) -> list[Path]:
+        """Save all parts. Returns the files; none on other processes, or if the disk refuses."""
+        # Step saves record the running epoch, counted from 0; at an epoch's end `progress` counts it already.
+        epoch = self._num_epochs if when == "final" else progress.epoch
+        paths = self._save(self._stem(when, progress), progress.step, epoch)
+        if paths:
+            self._remove_old(when, progress, self._options.save_last_n_steps, self._options.save_last_n_epochs, "")
         return paths
 
-    def save_epoch(self, progress: Progress) -> list[Path]:
-        """At the end of an epoch, which `progress` counts already."""
-        paths = self._save(self._epoch_stem(progress.epoch), progress.step, progress.epoch)
-        last = self._options.save_last_n_epochs
-        if last and progress.epoch - self._every_epochs * last >= 0:
-            self._remove(self._epoch_stem(progress.epoch - self._every_epochs * last))
-        return paths
+    def save_state(self, when: When, progress: Progress, state: State) -> None:
+        if self._save_state(f"{self._stem(when, progress)}-state", state):
+            steps, epochs = self._states.save_last_n_steps_state, self._states.save_last_n_epochs_state
+            self._remove_old(
+                when,
+                progress,
+                self._options.save_last_n_steps if steps is None else steps,
+                self._options.save_last_n_epochs if epochs is None else epochs,
+                "-state",
+            )
 
-    def save_final(self, progress: Progress) -> list[Path]:
-        return self._save(self._options.output_name or "last", progress.step, self._num_epochs)
-
-    def save_best(self, progress: Progress) -> list[Path]:
-        """In the place of the best one before."""
-        return self._save(f"{self._options.output_name or 'last'}-best", progress.step, progress.epoch)
+    def stop(self) -> None:
+        """No step and no epoch is due any more."""
+        self._options = dataclasses.replace(self._options, save_every_n_steps=None)
+        self._every_epochs = 0
 
     def close(self) -> None:
         """Wait for what is still uploaded."""
         if self._uploads is not None:
             self._uploads.close()
 
-    def _step_stem(self, step: int) -> str:
-        return f"{self._options.output_name or 'at'}-step{step:08d}"
-
-    def _epoch_stem(self, epoch: int) -> str:
-        return f"{self._options.output_name or 'epoch'}-{epoch:06d}"
+    def _stem(self, when: When, progress: Progress) -> str:
+        name = self._options.output_name
+        return {
+            "step": f"{name or 'at'}-step{progress.step:08d}",
+            "epoch": f"{name or 'epoch'}-{progress.epoch:06d}",
+            "best": f"{self._options.name}-best",
+            "final": self._options.name,
+        }[when]
 
     def _save(self, stem: str, steps: int, epoch: int) -> list[Path]:
+        """Save all parts under that stem. What can't be saved is told and remembered."""
         if not self._is_main:
             return []
         metadata = self._metadata(steps, epoch)
-        paths = [part.save(self._folder / stem, self._dtype, metadata) for part in self._parts]
+        for folder in self._folders:
+            try:
+                paths = self._write(folder, stem, metadata)
+            except NotFinite:
+                raise
+            except (RunError, OSError) as error:
+                self._failed(error)
+                continue
+            log.info("saved %s", ", ".join(map(str, paths)))
+            if self._uploads is not None:
+                for path in paths:
+                    self._uploads.send(path)
+            if folder == self._folder:
+                self._saved[stem] = paths
+                return paths
+            break
+        return []
+
+    @property
+    def _folders(self) -> list[Path]:
+        """Where saves are tried."""
+        return [self._folder, *([self._options.emergency_dir] if self._options.emergency_dir else [])]
+
+    def _failed(self, error: Exception) -> None:
+        self.failures.append(str(error))
+        log.error("NOT SAVED: %s", error)
+
+    def _write(self, folder: Path, stem: str, metadata: Mapping[str, str]) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_space(folder, self.model_bytes())
+        self._move_aside(folder, stem)
+        paths = [part.save(folder / stem, self._dtype, metadata) for part in self._parts]
         if self._ema is not None:
             with self._ema.applied():
-                paths += [part.save(self._folder / f"{stem}-ema", self._dtype, metadata) for part in self._parts]
-        self._saved[stem] = paths
-        if self._uploads is not None:
-            for path in paths:
-                self._uploads.send(path)
-        log.info("saved %s", ", ".join(map(str, paths)))
+                paths += [part.save(folder / f"{stem}-ema", self._dtype, metadata) for part in self._parts]
         return paths
+
+    def _save_state(self, name: str, state: State) -> bool:
+        for folder in self._folders:
+            try:
+                _check_space(folder, self.state_bytes())
+                write_state(folder / name, state)
+            except (RunError, OSError) as error:
+                self._failed(error)
+                continue
+            log.info("saved state %s", folder / name)
+            if folder == self._folder:
+                self._saved[name] = [folder / name]
+            return folder == self._folder
+        return False
+
+    def _move_aside(self, folder: Path, stem: str) -> None:
+        """What another run saved under this name gets a name of its own."""
+        for path in folder.glob(f"{stem}.*") if not self._saved.get(stem) else ():
+            if path.suffix not in (".safetensors", ".ckpt", ".pt") or path.stem != stem:
+                continue
+            session = _session_of(path)
+            if session != self._session_id:
+                aside = path.with_name(f"{stem}.{session or int(path.stat().st_mtime)}{path.suffix}")
+                path.rename(aside)
+                log.warning("%s is of another run; it is %s now", path, aside.name)
+
+    def _remove_old(self, when: When, progress: Progress, steps: int | None, epochs: int | None, ending: str) -> None:
+        """Remove what retention no longer wants after a save. Args: ending: of states, "-state"."""
+        every = self._options.save_every_n_steps
+        if when == "step" and steps and every:
+            old = progress.step - steps - 1
+            old -= old % every
+            if old > 0 or (old == 0 and not ending):
+                self._remove(self._stem("step", Progress(step=old)) + ending)
+        if when == "epoch" and epochs and progress.epoch >= self._every_epochs * epochs:
+            self._remove(self._stem("epoch", Progress(epoch=progress.epoch - self._every_epochs * epochs)) + ending)
+
+    def remember(self, saved: Mapping[str, list[str]]) -> None:
+        """Take over what the run had saved before it was resumed, so that retention goes on."""
+        self._saved |= {stem: [Path(path) for path in paths] for stem, paths in saved.items()}
+
+    @property
+    def saved(self) -> dict[str, list[str]]:
+        """What lies there of this run, by stem."""
+        return {stem: [str(path) for path in paths] for stem, paths in self._saved.items()}
 
     def _remove(self, stem: str) -> None:
         """Remove what this run saved under that stem."""
         for path in self._saved.pop(stem, []):
-            path.unlink(missing_ok=True)
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            except OSError as error:  # open in another program
+                log.warning("%s: can't be removed: %s", path, error.strerror)
+                continue
             log.info("removed %s", path)
+
+
+def _session_of(path: Path) -> str | None:
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        return read_header(path).metadata.get(_SESSION)
+    except RunError:
+        return None
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raises RunError if that many bytes can't be free there."""
+    free = free_space(folder)
+    if needed > free:
+        raise RunError(f"{folder}: {_size(needed)} are needed, {_size(free)} are free")
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -5,9 +5,9 @@ import functools
 import math
 import os
 import random
+import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from library.data.batch import Batch
-from library.data.dataset import Batches, group_samples, load_batches
+from library.data.dataset import Batches, group_samples
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.order import Order
 from library.errors import OptionError
@@ -42,6 +41,7 @@ from library.training.options import (
     NoiseOptions,
     OptimizerOptions,
     PreviewOptions,
+    ResumeOptions,
     RunOptions,
     SavingOptions,
     ScheduleOptions,
@@ -56,51 +56,16 @@ from library.training.prepare import Prepared, prepare
 from library.training.preview import Preview, encode_prompts
 from library.training.processes import start_processes
 from library.training.report import Report
-from library.training.saving import Saver, make_output_folder
+from library.training.resume import Resumed, run_facts
+from library.training.run import Run
+from library.training.saving import Saver
 from library.training.step import Step
-from library.training.task import Objective, Part, Task
+from library.training.task import Objective, Task
 from library.training.trackers import logged_config, open_trackers
 from library.training.update import Update
 from library.training.uploads import Uploads, open_uploads
 from library.training.validation import Best, Validation, fixed_timesteps, validation_batches
 from library.training.watch import Watch
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that the loop touches.
-
-    Attributes:
-        trained: everything that an optimizer changes, by its name in files.
-        keeps_best: whether the weights of the lowest validation loss are saved.
-        total_steps: optimizer steps of the whole run.
-    """
-
-    accelerator: Accelerator
-    parts: Sequence[Part]
-    trained: Mapping[str, nn.Parameter]
-    update: Update
-    ema: Ema | None
-    watch: Watch
-    pace: Pace
-    validation: Validation
-    best: Best
-    keeps_best: bool
-    preview: Preview
-    order: Order
-    batches: Batches
-    report: Report
-    saver: Saver
-    seed: int
-    total_steps: int
-    num_workers: int
-
-    def batches_from(self, step: int) -> Iterator[Batch]:
-        """This process's batches from an optimizer step on, without end."""
-        micro_batches = self.order.from_step(step, self.accelerator.process_index)
-        return load_batches(
-            self.batches, micro_batches, num_workers=self.num_workers, pin_memory=self.accelerator.device.type == "cuda"
-        )
 
 
 class Plan(NamedTuple):
@@ -111,8 +76,11 @@ class Plan(NamedTuple):
     num_epochs: int
 
 
-def start(kind: type[Task], options: Options, found: Preflight) -> Run:
-    """Set a run up: fill its caches, load its models, build what it trains. Tells what is going to happen."""
+def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed | None = None) -> Run:
+    """Set a run up: fill its caches, load its models, build what it trains. Tells what is going to happen.
+
+    Args: resumed: the state that it will go on from; here only its seed and session count.
+    """
     run = options[RunOptions]
     accelerator = start_processes(
         timeout=run.ddp_timeout,
@@ -121,12 +89,11 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     )
     folder = options[SavingOptions].output_dir
     assert folder is not None
-    make_output_folder(folder)  # by every process, so that all fail alike
     trackers = None
     if accelerator.is_main_process:
         config = logged_config(options) if options[TrackerOptions].log_config else {}
         trackers = open_trackers(options[TrackerOptions], kind.tracker_name, config)
-    seed = _shared_seed(options[RunOptions].seed)
+    seed = _shared_seed(options[RunOptions].seed if resumed is None else int(resumed.facts["run"]["seed"]))
     models = _open_models(options, found, accelerator.device)
     models.change = kind.change(models.without_weights(), options)
     _rehearse(kind, models, options)
@@ -153,13 +120,17 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
     )
     ema = _make_ema(task, options[EmaOptions])
     uploads = open_uploads(options[UploadOptions]) if accelerator.is_main_process else None
-    saver = _make_saver(task, options, found, prepared, plan, update, accelerator, ema, uploads)
+    session_id = str(secrets.randbits(32)) if resumed is None else resumed.facts["session_id"]
+    saver = _make_saver(task, options, found, prepared, plan, update, accelerator, ema, uploads, session_id)
+    if accelerator.is_main_process:
+        saver.check_space(plan.total_steps)
     report = Report(
         plan.total_steps,
         plan.order.steps_per_epoch,
         is_main=accelerator.is_main_process,
         trackers=trackers,
-        log_file=saver.log_file,
+        log_file=None if options[ResumeOptions].verify_resume else saver.log_file,
+        done=0 if resumed is None else resumed.facts["step"],
     )
     batches = Batches(
         prepared.samples,
@@ -192,6 +163,9 @@ def start(kind: type[Task], options: Options, found: Preflight) -> Run:
         batches=batches,
         report=report,
         saver=saver,
+        states=options[ResumeOptions],
+        facts=run_facts(options, found.datasets, seed=seed) if options[ResumeOptions].saves_states else {},
+        session_id=session_id,
         seed=seed,
         total_steps=plan.total_steps,
         num_workers=min(options[CacheOptions].max_data_loader_n_workers, os.cpu_count() or 1),
@@ -367,6 +341,7 @@ def _make_saver(
     accelerator: Accelerator,
     ema: Ema | None,
     uploads: Uploads | None,
+    session_id: str,
 ) -> Saver:
     model, optimizing = options[ModelOptions], options[OptimizerOptions]
     arguments, _ = read_arguments("--optimizer_args", optimizing.optimizer_args)
@@ -379,6 +354,7 @@ def _make_saver(
         total_steps=plan.total_steps,
         processes=accelerator.num_processes,
         zero_terminal_snr=found.zero_terminal_snr,
+        session_id=session_id,
         base_model=_in_background(
             lambda: model_metadata(str(model.pretrained_model_name_or_path), model.vae),
             wanted=accelerator.is_main_process and not task.is_terse,
@@ -394,7 +370,8 @@ def _make_saver(
 
     dtype = Precision.decide("no", options[SavingOptions].save_precision, no_half_vae=True).save
     return Saver(
-        options[SavingOptions], task.parts, metadata, dtype, plan.num_epochs, is_main=accelerator.is_main_process, ema=ema, uploads=uploads
+        options[SavingOptions], options[ResumeOptions], task.parts, metadata, dtype, plan.num_epochs,
+        session_id=session_id, is_main=accelerator.is_main_process, ema=ema, uploads=uploads,
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Update: from the losses of a micro-batch to new weights. Owns accumulation, clipping, loss scaling and the schedule."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from library.data.order import Place
 from library.errors import RunError
 from library.param_group import ParamGroup
 from library.training.optimizers import current_rate, parameters_of, takes_scaled_gradients
+from library.training.state import optimizer_state, restore_optimizer
 
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 _MAX_OVERFLOWS = 20  # float16 steps skipped in a row before it is no longer a matter of the loss's scale
@@ -21,11 +22,13 @@ _MAX_OVERFLOWS = 20  # float16 steps skipped in a row before it is no longer a m
 class Updated(NamedTuple):
     """What one optimizer step did, still on the device: mean loss of its pictures, gradient norm before clipping; [] each.
 
+    `asked`: whether a signal asked any process to end; [], above 0 if so.
     `overflowed`: float16 gradients left their range, and the step was left out.
     """
 
     loss: Tensor
     grad_norm: Tensor
+    asked: Tensor
     overflowed: bool = False
 
 
@@ -73,10 +76,17 @@ class Update:
         # Wrappers average gradients over processes, where a sum is wanted.
         self._scaler.scale(share * self._processes).backward()
 
-    def step(self, done: int = 0) -> Updated:
-        """Clip, step, advance the schedule, and forget the gradients. Args: done: optimizer steps before this one."""
+    def step(self, done: int = 0, *, asked: bool = False) -> Updated:
+        """Clip, step, advance the schedule, and forget the gradients.
+
+        Args:
+            done: optimizer steps before this one.
+            asked: a signal asked this process to end, which the others learn with the loss.
+        """
         self._drop_stopped(done)
-        loss, self._loss = self._sum_over_processes(self._loss), torch.zeros_like(self._loss)
+        sums = torch.stack([self._loss, torch.full_like(self._loss, float(asked))])
+        loss, anywhere = self._sum_over_processes(sums)
+        self._loss = torch.zeros_like(self._loss)
         if self._scaler.is_enabled():
             self._scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -90,7 +100,7 @@ class Update:
         if self._scheduler is not None and not overflowed:
             self._scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Updated(loss, norm, overflowed)
+        return Updated(loss, norm, anywhere, overflowed)
 
     def _drop_stopped(self, done: int) -> None:
         """Groups whose time is over stay as they are: optimizers leave alone what has no gradient."""
@@ -124,6 +134,34 @@ class Update:
                 f"float16 gradients overflowed in {_MAX_OVERFLOWS} steps in a row; take --mixed_precision bf16 or no, or a lower learning rate"
             )
         return overflowed
+
+    def state(self, names: Mapping[int, str]) -> dict[str, Any]:
+        """Optimizer, schedule and loss scale. Args: names: of the parameters, by their id."""
+        return {
+            "optimizer": optimizer_state(self.optimizer, names),
+            "schedule": None if self._scheduler is None else self._scheduler.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "overflows": self._overflows,
+        }
+
+    def restore(self, state: Mapping[str, Any], names: Mapping[int, str]) -> None:
+        restore_optimizer(self.optimizer, state["optimizer"], names)
+        if self._scheduler is not None and state["schedule"] is not None:
+            self._scheduler.load_state_dict(state["schedule"])
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(state["scaler"])
+        self._overflows = state["overflows"]
+
+    def skip(self, steps: int) -> None:
+        """Advance the schedule as if so many steps had been done (--initial_step)."""
+        for _ in range(steps if self._scheduler is not None else 0):
+            self.optimizer._opt_called = True  # type: ignore[attr-defined] # torch warns of a schedule before any step
+            self._scheduler.step()  # type: ignore[union-attr]
+
+    def forget(self) -> None:
+        """Drop what a window that broke off has added up."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss = torch.zeros_like(self._loss)
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
         if self._processes > 1:

@@ -5,8 +5,9 @@ on as if nothing had been computed. Source: contract, dataset_config.md section 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,13 @@ class Best:
         self.waited = 0 if loss < self.loss else self.waited + 1
         self.loss = min(self.loss, loss)
         return not self.waited
+
+    def state(self) -> dict[str, float | int | None]:
+        return {"loss": None if math.isinf(self.loss) else self.loss, "waited": self.waited}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.loss = math.inf if state["loss"] is None else state["loss"]
+        self.waited = state["waited"]
 
     @property
     def is_lost(self) -> bool:

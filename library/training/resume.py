@@ -1,0 +1,215 @@
+"""Resume: from a run to its state and back, and what must not differ between the two.
+
+Options that only say what is written, told or drawn may change; those that decide what is learnt may not.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from library.data.options import CacheOptions, DatasetOptions
+from library.data.subsets import Dataset
+from library.errors import OptionError
+from library.log import LogOptions, log
+from library.models.options import ModelOptions
+from library.options import ConfigOptions, OptionGroup, Options
+from library.training.options import (
+    MetadataOptions,
+    PreviewOptions,
+    ResumeOptions,
+    RunOptions,
+    SavingOptions,
+    TrackerOptions,
+    UploadOptions,
+)
+from library.training.progress import Progress
+from library.training.run import Run
+from library.training.state import State, find_state, newest_state, read_facts, read_state
+
+_FREE: tuple[type[OptionGroup], ...] = (
+    ConfigOptions, LogOptions, MetadataOptions, PreviewOptions, ResumeOptions, SavingOptions, TrackerOptions, UploadOptions,
+)  # fmt: skip
+# Where things lie, and how they are computed without changing what comes out. The pictures are compared themselves.
+_FREE_NAMES = frozenset(
+    [
+        "train_data_dir",
+        "reg_data_dir",
+        "in_json",
+        "dataset_config",
+        "conditioning_data_dir",
+        "cache_dir",
+        "pretrained_model_name_or_path",
+        "vae",
+        "tokenizer_cache_dir",
+        "network_weights",
+        "dim_from_weights",
+        "allow_partial",
+        "no_metadata",
+        "training_comment",
+        "save_model_as",
+        "max_data_loader_n_workers",
+        "persistent_data_loader_workers",
+        "cache_info",
+        "skip_cache_check",
+        "vae_batch_size",
+        "validate_every_n_steps",
+        "validate_every_n_epochs",
+        "max_validation_steps",
+        "save_best",
+        "early_stop_patience",
+        "debug_dataset",
+        "skip_bad_images",
+        "allow_missing_captions",
+        "ddp_timeout",
+        "cache_latents",
+        "cache_latents_to_disk",
+        "cache_text_encoder_outputs",
+        "cache_text_encoder_outputs_to_disk",
+        "seed",
+        "text_encoder_batch_size",
+    ]
+)
+
+
+class Resumed(NamedTuple):
+    """A state that the run goes on from: its folder, and what its state.json says."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.facts["finished"])
+
+
+def look_for_state(options: Options, datasets: Sequence[Dataset]) -> Resumed | None:
+    """The state that --resume or --auto_resume means, if any. Raises OptionError if it isn't this run's."""
+    chosen, saving = options[ResumeOptions], options[SavingOptions]
+    assert saving.output_dir is not None
+    names = [saving.output_name] if saving.output_name else ["last", "at", "epoch"]
+    if chosen.resume:
+        folder: Path | None = find_state(chosen.resume, saving.output_dir, names)
+    else:
+        folder = newest_state(saving.output_dir, names) if chosen.auto_resume else None
+    if folder is None:
+        return None
+    found = Resumed(folder, read_facts(folder))
+    seed = options[RunOptions].seed
+    now = run_facts(options, datasets, seed=int(found.facts["run"]["seed"]) if seed is None else seed)
+    check_same(found.facts["run"], now, anyway=chosen.resume_anyway)
+    return found
+
+
+def run_facts(options: Options, datasets: Sequence[Dataset], *, seed: int) -> dict[str, str]:
+    """What must be the same when the run is resumed, as text by name."""
+    free = {name for group in _FREE if group in options for name in vars(options[group])}
+    facts = {name: str(value) for name, value in options.items() if name not in free | _FREE_NAMES}
+    facts |= {"seed": str(seed), "processes": os.environ.get("WORLD_SIZE", "1")}
+    # Cached latents have noise of their own; where caches lie changes nothing.
+    facts |= {
+        "latents are cached": str(options[CacheOptions].latents),
+        "captions are cached": str(options[CacheOptions].text),
+    }
+    facts["base model"] = str(options[ModelOptions].pretrained_model_name_or_path).replace("\\", "/").rpartition("/")[2]
+    facts |= _dataset_facts(datasets, options[DatasetOptions])
+    return facts
+
+
+def _dataset_facts(datasets: Sequence[Dataset], options: DatasetOptions) -> dict[str, str]:
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        digest.update(repr((dataset.plan.batch_size, dataset.plan.buckets)).encode())
+        for samples in (dataset.samples, dataset.validation):
+            for sample in samples:
+                name = sample.file.replace("\\", "/").rpartition("/")[2]
+                digest.update(
+                    repr(
+                        (name, sample.size, sample.fit, sample.repeats, sample.caption, sample.subset.captions)
+                    ).encode()
+                )
+    shown = sum(dataset.num_samples for dataset in datasets)
+    return {
+        "pictures": f"{sum(len(dataset.samples) for dataset in datasets)}, {shown} with repeats",
+        "batch sizes": ", ".join(str(dataset.plan.batch_size) for dataset in datasets),
+        "files, sizes and captions": digest.hexdigest()[:16],
+    }
+
+
+def check_same(saved: Mapping[str, str], now: Mapping[str, str], *, anyway: bool) -> None:
+    """Raises OptionError with every difference, unless the run is to be resumed anyway."""
+    different = [name for name in (*saved, *(set(now) - set(saved))) if saved.get(name) != now.get(name)]
+    if not different:
+        return
+    told = "\n".join(f"  {name}: {saved.get(name, 'not there')} -> {now.get(name, 'not there')}" for name in different)
+    if not anyway:
+        raise OptionError(
+            f"--resume: this isn't the run that the state is of; it would go on otherwise than it began:\n{told}\n"
+            "Give the options that it had, or --resume_anyway"
+        )
+    log.warning("resumed though these differ from the state (--resume_anyway):\n%s", told)
+
+
+@torch.no_grad()
+def copy_weights(saved: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter]) -> None:
+    """Raises OptionError if names or shapes differ."""
+    problems = [name for name in wanted if name not in saved or saved[name].shape != wanted[name].shape]
+    problems += [name for name in saved if name not in wanted]
+    if problems:
+        raise OptionError(
+            f"--resume: {len(problems)} tensors of the state don't fit what is trained now ({', '.join(problems[:5])}); "
+            "give the network's options that the state was saved with"
+        )
+    for name, tensor in wanted.items():
+        tensor.copy_(saved[name])
+
+
+def capture(run: Run, progress: Progress) -> State:
+    """The run's state after an optimizer step whose numbers are settled."""
+    names = {id(parameter): name for name, parameter in run.trained.items()}
+    facts = {
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "samples": progress.samples,
+        "splits": progress.splits,
+        "finished": progress.step >= run.total_steps or run.best.is_lost,
+        "total_steps": run.total_steps,
+        "session_id": run.session_id,
+        "run": dict(run.facts),
+        "report": run.report.state(),
+        "best": run.best.state(),
+        "saved": run.saver.saved,
+    }
+    weights = {name: tensor.detach() for part in run.parts for name, tensor in part.tensors().items()}
+    return State(facts, weights, run.update.state(names), {} if run.ema is None else run.ema.averages)
+
+
+def restore(run: Run, resumed: Resumed) -> Progress:
+    """Bring the run to where the state was saved. Raises OptionError if it doesn't fit, RunError if it is damaged."""
+    state = read_state(resumed.folder)
+    copy_weights(state.weights, {name: tensor for part in run.parts for name, tensor in part.tensors().items()})
+    names = {id(parameter): name for name, parameter in run.trained.items()}
+    run.update.restore(state.optimizer, names)
+    if run.ema is not None and state.ema:
+        run.ema.restore(state.ema)
+    facts = state.facts
+    run.report.restore(facts["report"], facts["step"])
+    run.best.restore(facts["best"])
+    run.saver.remember(facts["saved"])
+    run.preview.recall()
+    log.info("resumed from %s: %d of %d steps are done", resumed.folder, facts["step"], run.total_steps)
+    return Progress(facts["epoch"], facts["step"], facts["samples"], facts["splits"])
+
+
+def place_to_start(run: Run, options: ResumeOptions) -> Progress:
+    """Where a run without a state begins: at its start, or at --initial_step or --initial_epoch."""
+    epoch, steps = options.initial_epoch, run.order.steps_per_epoch
+    step = (epoch - 1) * steps if epoch is not None else options.initial_step or 0
+    if step >= run.total_steps:
+        raise OptionError(f"--initial_step {step}: the run has {run.total_steps} steps, so nothing would be left to do")
+    run.update.skip(step)
+    return Progress(epoch=step // steps, step=step)
