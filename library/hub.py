@@ -25,6 +25,23 @@ def hub_files(repo_id: str) -> list[str]:
     return [file.rfilename for file in found.siblings or []]
 
 
+def download_folder(name: str, token: str | None) -> Path:
+    """This machine's copy of OWNER/REPOSITORY/FOLDER[:REVISION[:TYPE]]. Raises OptionError."""
+    import huggingface_hub
+
+    place, revision, kind, *_ = [*name.split(":"), "", ""]
+    owner, repository, folder = place.split("/", 2)
+    with hub_errors(name):
+        found = huggingface_hub.snapshot_download(
+            f"{owner}/{repository}",
+            revision=revision or None,
+            repo_type=kind or None,
+            allow_patterns=[f"{folder}/*"],
+            token=token,
+        )
+    return Path(found) / folder
+
+
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """Turns what the hub's client raises (no network, no such id, no permission) into one line."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Any
 
 from library.log import is_main_process, log
 
@@ -49,7 +50,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.asked: int | None = None
-        self._before: dict[signal.Signals, signal.Handlers] = {}
+        self._before: dict[int, Any] = {}  # handlers
         self._is_open = False
 
     def __enter__(self) -> "Signals":
@@ -65,7 +66,7 @@ class Signals:
             os.register_at_fork(after_in_child=self._after_fork)
         for number in NOTED:
             if signal.getsignal(number) != signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL  # type: ignore[assignment]
+                self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL  # None: set in C
         return self
 
     def __exit__(
@@ -119,7 +120,10 @@ def _pass_over(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Processes that are started meanwhile get no signal until they let it: for DataLoader's workers, which then leave_to_parent."""
+    """Processes that are started meanwhile get no signal until they let it: for DataLoader's workers, which then leave_to_parent.
+
+    Spawned ones only from Python 3.12.9 on: before, multiprocessing unblocks signals when it starts its first (gh-127586).
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

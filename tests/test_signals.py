@@ -312,8 +312,10 @@ def test_without_a_launcher_the_parents_end_changes_nothing(start):
         time.sleep(0.3)
         say("asked", signals.asked)
     """
-    process = start(code, launcher=("bash", "-c", '"$@" & read; exit', "-", sys.executable))
-    assert process.end()[1] == "ready\nasked None\n"
+    process = start(code, launcher=("bash", "-c", '"$@" & wait', "-", sys.executable))
+    process.until("ready")
+    process.kill()
+    assert process.end()[1] == "asked None\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------- Slurm
@@ -325,10 +327,8 @@ from pathlib import Path
 
 words, rank, state = sys.argv[1:], os.environ.get("RANK", "0"), Path("state")
 assert words == ["--config_file", "run.toml", "--save_state", "--auto_resume"], words
-assert state.exists() or not Path("started").exists(), "the first run has saved no state"
 end_with_parent()
 with Signals() as signals:
-    Path("started").touch()
     say("rank", rank, "goes on from", state.read_text()) if state.exists() else say("rank", rank, "begins")
     while signals.asked is None and not state.exists():
         time.sleep(0.01)
@@ -410,12 +410,13 @@ def test_a_training_that_fails_queues_nothing(job, tmp_path):
     assert told(tmp_path) == []
 
 
-def test_all_processes_of_several_cards_save(job, tmp_path):
-    """By torchrun itself."""
+@pytest.mark.parametrize("number", [SIGUSR1, SIGTERM])
+def test_all_processes_of_several_cards_save(job, tmp_path, number):
+    """By torchrun itself. scancel's SIGTERM reaches it too, and it passes that on to its processes, which the shell tells as well."""
     process = job(SLURM_GPUS_ON_NODE="2")
     assert {process.until("rank"), process.until("rank")} == {"rank 0 begins", "rank 1 begins"}
-    process.send_signal(SIGUSR1)
+    process.send_signal(number) if number == SIGUSR1 else os.killpg(process.pid, number)
     code, out, err = process.end()
-    assert code == 0, err
-    assert set(out.splitlines()) == {"rank 0 saved after 10", "rank 1 saved after 10"}
-    assert told(tmp_path) == ["requeue 4711"]
+    assert set(out.splitlines()) == {f"rank {rank} saved after {int(number)}" for rank in (0, 1)}, err
+    assert (code == 0) == (number == SIGUSR1), err
+    assert told(tmp_path) == (["requeue 4711"] if number == SIGUSR1 else [])

@@ -25,6 +25,7 @@ from library.data.subsets import Dataset
 from library.draws import python_draw
 from library.errors import RunError
 from library.models.text_encoders import EncodedText
+from library.signals import held_back, leave_to_parent
 
 FLIP_PROBABILITY = 0.5
 
@@ -186,9 +187,12 @@ def load_batches(
     context = multiprocessing.get_context(start_method) if workers else None
     here, there = tee(order)
     loader = DataLoader(
-        _Told(loaded), batch_size=None, sampler=_Sampler(there), num_workers=workers, multiprocessing_context=context, pin_memory=pin_memory
+        _Told(loaded), batch_size=None, sampler=_Sampler(there), num_workers=workers, multiprocessing_context=context, pin_memory=pin_memory,
+        worker_init_fn=leave_to_parent,
     )  # fmt: skip
-    for batch, micro in zip(loader, here, strict=False):  # neither has an end
+    with held_back():  # workers start here
+        loading = iter(loader)
+    for batch, micro in zip(loading, here, strict=False):  # neither has an end
         if isinstance(batch, RunError):
             raise batch
         if text_stays_here:

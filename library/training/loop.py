@@ -14,12 +14,13 @@ from library.errors import RunError
 from library.log import is_main_process, log
 from library.options import Options
 from library.output_lock import OutputLock
-from library.signals import Signals, exit_status
+from library.signals import Signals, end_with_parent, exit_status
 from library.training.optimizers import as_used
 from library.training.options import ResumeOptions, SavingOptions
 from library.training.preflight import Preflight
 from library.training.progress import Progress
 from library.training.report import Seen
+from library.training.report_page import write_report_page
 from library.training.resume import Resumed, capture, look_for_state, place_to_start, restore
 from library.training.run import Run
 from library.training.saving import When, make_output_folder
@@ -36,6 +37,7 @@ def train(kind: type[Task], options: Options, found: Preflight) -> list[Path]:
 
     Raises SystemExit with a signal's status once the run is saved, if one asked for it.
     """
+    end_with_parent()
     resumed = look_for_state(options, found.datasets)
     if resumed is not None and resumed.is_finished and not options[ResumeOptions].verify_resume:
         steps = resumed.facts["step"]
@@ -223,5 +225,25 @@ def save(run: Run, progress: Progress, when: When, *, stopped: bool = False) -> 
     wants_state = run.states.save_state or (run.states.save_state_on_train_end and at_end)
     if wants_state and when != "best" and run.accelerator.is_main_process:
         run.saver.save_state(when, progress, capture(run, progress))
+    if run.accelerator.is_main_process:
+        write_page(run, progress)
     run.pace.paused()
     return paths
+
+
+def write_page(run: Run, progress: Progress) -> None:
+    """The report beside the output. If it can't be written, that is told and no more."""
+    name = run.saver.page_file.stem.removesuffix("-report")
+    facts = [
+        ("steps", f"{progress.step} of {run.total_steps}, {run.order.steps_per_epoch} an epoch"),
+        ("trained", f"{sum(parameter.numel() for parameter in run.trained.values()):,} numbers"),
+        ("processes", str(run.accelerator.num_processes)),
+        ("device", str(run.accelerator.device)),
+        ("seed", str(run.seed)),
+    ]
+    try:
+        write_report_page(
+            run.saver.log_file, run.saver.page_file, title=name, options=run.shown, facts=facts, samples=run.preview.small()
+        )  # fmt: skip
+    except (RunError, OSError) as error:
+        log.warning("the report isn't written: %s", error)

@@ -7,10 +7,6 @@ _LATER = "can't be used yet in this version"
 
 _REFUSED = (
     (
-        "save_state_to_huggingface resume_from_huggingface",
-        f"uploading and downloading states {_LATER}; saved models are uploaded with --huggingface_repo_id",
-    ),
-    (
         "deepspeed offload_optimizer_device offload_optimizer_nvme_path offload_param_device offload_param_nvme_path zero3_init_flag"
         " zero3_save_16bit_model fp16_master_weights_and_gradients",
         f"DeepSpeed {_LATER}; leave it out",

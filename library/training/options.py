@@ -427,6 +427,10 @@ class UploadOptions(OptionGroup):
     huggingface_repo_visibility: str | None = option(
         None, "of a repository that is made: public, or anything else for private"
     )
+    save_state_to_huggingface: bool = option(False, "send saved states too; with --save_state")
+    resume_from_huggingface: bool = option(
+        False, "--resume names a state on the hub: OWNER/REPOSITORY/FOLDER, or with :REVISION:TYPE behind"
+    )
     async_upload: bool = option(
         False, "", no_effect="files are always sent in the background, and waited for at the end"
     )
@@ -507,6 +511,16 @@ def check_training(options: Options) -> Iterable[Mistake]:
         yield Mistake(
             f"--ema_decay: --optimizer_type {optimizer.name} averages the weights itself; leave it out",
             ("ema_decay", "optimizer_type"),
+        )
+    upload, states = options[UploadOptions], options[ResumeOptions]
+    if upload.save_state_to_huggingface and not (upload.huggingface_repo_id and states.saves_states):
+        yield Mistake(
+            "--save_state_to_huggingface needs --huggingface_repo_id, and --save_state or --save_state_on_train_end",
+            ("save_state_to_huggingface",),
+        )
+    if upload.resume_from_huggingface and (states.resume or "").count("/") < 2:
+        yield Mistake(
+            f"--resume_from_huggingface: --resume {states.resume or ''} must be OWNER/REPOSITORY/FOLDER", ("resume",)
         )
     if options[RunOptions].ddp_static_graph and options[RunOptions].gradient_accumulation_steps > 1:
         yield Mistake(

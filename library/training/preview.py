@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ class Preview:
         except Exception as error:
             log.warning("the samples of %s are not saved: %s", label, first_line(error))
         return [(self.prompts[number].prompt, picture) for number, picture in sorted(pictures.items())]
+
+    def small(self) -> list[tuple[str, str, bytes]]:
+        """(label, prompt, JPEG) of all samples so far, small."""
+        found = []
+        for label, pictures in self._rows:
+            for prompt, picture in zip(self.prompts, pictures, strict=True):
+                if picture is not None:
+                    content = BytesIO()
+                    picture.save(content, format="JPEG", quality=85)
+                    found.append((label, prompt.prompt, content.getvalue()))
+        return found
 
     def recall(self) -> None:
         """Take the pictures of before into the sheet, when a run is resumed."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from library.devices import Arriving
@@ -141,6 +142,7 @@ class Report:
                 "epoch": pending.epoch + 1,
                 "grad_norm": norm if math.isfinite(norm) else None,
                 "seconds": round(time.monotonic() - self._started, 3),
+                **_memory(),
                 **values,
             }
         )
@@ -194,6 +196,13 @@ class Report:
             self._log.close()
         if self.overflows:
             log.warning("%d steps were left out because float16 gradients overflowed", self.overflows)
+
+
+def _memory() -> dict[str, float]:
+    """The most memory of the card that tensors have taken so far, in GiB."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3)}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

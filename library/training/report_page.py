@@ -102,6 +102,7 @@ class StepLog:
         for steps, losses in self.validations.values():
             kept = bisect_left(steps, step)
             del steps[kept:], losses[kept:]
+        self.validations = {kind: seen for kind, seen in self.validations.items() if seen[0]}
 
     def _take_in(self, line: Mapping[str, object]) -> None:
         for name in line:
@@ -193,10 +194,11 @@ def _charts(told: StepLog) -> Iterator[str]:
 
     window = smoothing_window(len(steps))
     smoothed = f"mean of the last {window:,}"
+    shown = 0.99 if len(steps) <= _POINTS else 0.95  # what is thinned keeps its extremes, and would fill any height
     loss = told.column("loss/current")
     lines = [
-        _Line("each step", steps, loss, look="faint", shown=0.99),
-        _Line(smoothed, steps, trailing_mean(loss, window), shown=0.99),
+        _Line("each step", steps, loss, look="faint", shown=shown),
+        _Line(smoothed, steps, trailing_mean(loss, window), shown=shown),
     ]
     for colour, (kind, (seen, losses)) in enumerate(told.validations.items(), start=1):
         name = "validation" if kind == "step" else "validation after epochs"
@@ -207,20 +209,22 @@ def _charts(told: StepLog) -> Iterator[str]:
 
     norm = told.column("grad_norm")
     lines = [
-        _Line("each step", steps, norm, 2, look="faint", shown=0.99),
-        _Line(smoothed, steps, trailing_mean(norm, window), 2, shown=0.99),
+        _Line("each step", steps, norm, 2, look="faint", shown=shown),
+        _Line(smoothed, steps, trailing_mean(norm, window), 2, shown=shown),
     ]
-    without = int((~np.isfinite(norm)).sum()) if len(norm) else 0
-    note = f"{without:,} steps without a norm" if without else ""
+    without = int((~np.isfinite(norm)).sum())
+    note = f"no norm at {without:,} of {len(steps):,} steps" if without else ""
     yield _chart("Gradient norm", "", lines, across, from_zero=True, note=note)
 
     pace = np.array(told.pace)
     known = np.isfinite(pace)
-    at, medians, size = medians_of_runs(steps[known], pace[known]) if known.any() else (steps[:0], pace[:0], 0)
-    lines = [
-        _Line("each step", steps, pace, 3, look="faint", shown=0.8),
-        _Line(f"median of {size:,} steps", at, medians, 3),
-    ]
+    at, medians, size = medians_of_runs(steps[known], pace[known])
+    lines = [_Line("each step", steps, pace, 3)]
+    if len(medians) > 2:
+        lines = [
+            _Line("each step", steps, pace, 3, look="faint", shown=0.8),
+            _Line(f"median of {size:,} steps", at, medians, 3),
+        ]
     yield _chart("Speed", "s/step", lines, across, from_zero=True)
 
     lines = [_Line("in use", steps, told.column("memory_gib"), 4)]
@@ -260,7 +264,7 @@ def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 def medians_of_runs(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """(last step, median) of each run of equally many values, and how many those are: pauses to save don't show in it."""
-    size = min(len(values), max(5, round(_round_up(len(values) / 100))))
+    size = max(5, round(_round_up(max(1, len(values)) / 100)))
     over = len(values) % size
     return steps[over:].reshape(-1, size)[:, -1], np.median(values[over:].reshape(-1, size), axis=1), size
 
@@ -327,7 +331,7 @@ def _chart(
         )
         outside = int(((values < y.low) | (values > y.high)).sum())
         if outside and line.look == "faint":
-            notes.append(f"{outside:,} of {len(values):,} steps lie outside")
+            notes.append(f"outside: {outside:,} of {len(values):,} steps")
     if y.log:
         notes.append("logarithmic")
     unit = f" <small>{unit}</small>" if unit else ""
@@ -346,7 +350,8 @@ def _drawn(line: _Line, points: np.ndarray) -> str:
         points = np.repeat(points, 2, axis=0)  # a line of no length has round ends, and so is a dot
     places = [f"{x:.1f},{y:.1f}" for x, y in points.tolist()]
     name = f"<title>{html.escape(line.name)}</title>"
-    drawn = f'<polyline class="c{line.colour} {line.look}" points="{" ".join(places)}">{name}</polyline>'
+    look = f"{line.look} dense" if len(points) > 600 else line.look
+    drawn = f'<polyline class="c{line.colour} {look}" points="{" ".join(places)}">{name}</polyline>'
     if line.look == "dots" and len(points) <= 200:
         dots = "".join(f"M{place}h0" for place in places)
         drawn += f'<path class="c{line.colour} dot" d="{dots}"/>'
@@ -379,7 +384,7 @@ def _value_axis(lines: Sequence[_Line], from_zero: bool) -> _Axis:
     peaks = [high for _, high in extents]
     if from_zero and min(peaks) > 0 and max(peaks) > _WIDE * min(peaks):
         # rates far apart; a single one that comes from zero or goes there is easier to read on a linear axis
-        return _log_axis(max(low, min(peaks) / 1000), high)
+        return _log_axis(max(low, min(peaks) / 100), high)
     if from_zero and low >= 0:
         low, high = 0.0, high * 1.06 or 1.0
     else:
@@ -429,20 +434,20 @@ def _headline(told: StepLog) -> str:
     if not told.steps:
         return "<p>No step is done yet.</p>"
     window = smoothing_window(len(told.steps))
-    parts = [("step", f"{told.steps[-1]:,}")]
+    parts = [("step", f"{told.steps[-1]:,}", "")]
     if told.epoch:
-        parts.append(("epoch", f"{told.epoch:,}"))
+        parts.append(("epoch", f"{told.epoch:,}", ""))
     mean = trailing_mean(told.column("loss/current"), window)[-1]
     if math.isfinite(mean):
-        parts.append((f"loss, mean of the last {window:,}", f"{mean:.4f}"))
+        parts.append(("loss", f"{mean:.4f}", f"mean of the last {window:,}"))
     for _, losses in list(told.validations.values())[:1]:
-        if losses:
-            parts.append((f"validation loss, lowest {min(losses):.4f}", f"{losses[-1]:.4f}"))
+        parts.append(("validation loss", f"{losses[-1]:.4f}", f"lowest {min(losses):.4f}"))
     pace = np.array(told.pace)
     pace = pace[np.isfinite(pace)]
     if len(pace):
-        parts.append(("s/step, median", _told(float(np.median(pace)))))
-    return f'<p class="headline">{"".join(f"<span><b>{value}</b> {html.escape(name)}</span>" for name, value in parts)}</p>'
+        parts.append(("median", f"{_told(float(np.median(pace)))} s", "a step"))
+    spans = "".join(f"<span>{name} <b>{value}</b> {more}</span>" for name, value, more in parts)
+    return f'<p class="headline">{spans}</p>'
 
 
 def _samples(samples: Sequence[tuple[str, str, bytes]]) -> str:
@@ -525,7 +530,7 @@ figure { margin: 0; min-width: 0; } .tall { grid-column: 1 / -1; }
 svg { position: absolute; width: 100%; height: 100%; overflow: visible; clip-path: inset(-1px -6px); }
 polyline, path { fill: none; stroke: var(--ink); stroke-width: 2; stroke-linecap: round; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
 .rule { stroke: var(--rule); stroke-width: 1; } .dot { stroke-width: 7; }
-polyline.faint { stroke-width: 1; opacity: .4; } polyline.dashed { stroke-dasharray: 6 5; }
+polyline.faint { stroke-width: 1; opacity: .6; } polyline.faint.dense { opacity: .35; } polyline.dashed { stroke-dasharray: 6 5; }
 .c0 { --ink: var(--c0); } .c1 { --ink: var(--c1); } .c2 { --ink: var(--c2); } .c3 { --ink: var(--c3); }
 .c4 { --ink: var(--c4); } .c5 { --ink: var(--c5); } .c6 { --ink: var(--c6); } .c7 { --ink: var(--c7); }
 .scroll { overflow-x: auto; }
@@ -533,5 +538,6 @@ polyline.faint { stroke-width: 1; opacity: .4; } polyline.dashed { stroke-dashar
 .samples tr > th:first-child { position: sticky; left: 0; background: var(--page); vertical-align: middle; }
 .samples th div { width: 12rem; max-height: 4.4em; overflow: auto; }
 .samples td { padding: .3rem .5rem .3rem 0; } .samples th, .samples td { border: 0; } .samples img { display: block; width: 12rem; border-radius: 4px; }
-@media (max-width: 36rem) { .second { display: none; } .samples img, .samples th div { width: 8rem; } .tall .plot { height: 15rem; } }
+@media (max-width: 36rem) { .second { display: none; } .samples img, .samples th div { width: 8rem; } .tall .plot { height: 15rem; }
+  .options th, .options td { display: block; } .options th { border: 0; padding-bottom: 0; } }
 </style>"""

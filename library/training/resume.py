@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from library.data.options import CacheOptions, DatasetOptions
 from library.data.subsets import Dataset
 from library.errors import OptionError
+from library.hub import download_folder
 from library.log import LogOptions, log
 from library.models.options import ModelOptions
 from library.options import ConfigOptions, OptionGroup, Options
@@ -93,7 +94,10 @@ def look_for_state(options: Options, datasets: Sequence[Dataset]) -> Resumed | N
     assert saving.output_dir is not None
     names = [saving.output_name] if saving.output_name else ["last", "at", "epoch"]
     if chosen.resume:
-        folder: Path | None = find_state(chosen.resume, saving.output_dir, names)
+        resume = chosen.resume
+        if options[UploadOptions].resume_from_huggingface:
+            resume = str(download_folder(resume, options[UploadOptions].huggingface_token))
+        folder: Path | None = find_state(resume, saving.output_dir, names)
     else:
         folder = newest_state(saving.output_dir, names) if chosen.auto_resume else None
     if folder is None:

@@ -30,6 +30,7 @@ class Run:
         keeps_best: whether the weights of the lowest validation loss are saved.
         facts: what a state says of the run, and what must be the same when it is resumed.
         session_id: of its saved files; a resumed run keeps it.
+        shown: options for the report; no secrets.
         total_steps: optimizer steps of the whole run.
     """
 
@@ -51,6 +52,7 @@ class Run:
     states: ResumeOptions
     facts: Mapping[str, str]
     session_id: str
+    shown: Mapping[str, object]
     seed: int
     total_steps: int
     num_workers: int

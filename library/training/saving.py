@@ -56,6 +56,7 @@ class Saver:
         is_main: bool,
         ema: Ema | None = None,
         uploads: Uploads | None = None,
+        sends_states: bool = False,
     ):
         """Args: session_id: of this run; files of other ones are moved aside, not replaced."""
         assert options.output_dir is not None
@@ -65,7 +66,7 @@ class Saver:
         self._every_epochs = options.save_every_n_epochs or 0
         if options.save_n_epoch_ratio:
             self._every_epochs = num_epochs // options.save_n_epoch_ratio or 1
-        self._ema, self._uploads = ema, uploads
+        self._ema, self._uploads, self._sends_states = ema, uploads, sends_states
         self._saved: dict[str, list[Path]] = {}
         self.failures: list[str] = []
 
@@ -73,6 +74,11 @@ class Saver:
     def log_file(self) -> Path:
         """Where the run's step log goes: one JSON object a line."""
         return self._folder / f"{self._options.name}-log.jsonl"
+
+    @property
+    def page_file(self) -> Path:
+        """Where the run's report goes."""
+        return self._folder / f"{self._options.name}-report.html"
 
     def step_is_due(self, step: int) -> bool:
         return bool(self._options.save_every_n_steps) and step % (self._options.save_every_n_steps or 1) == 0
@@ -204,6 +210,8 @@ class Saver:
                 self._failed(error)
                 continue
             log.info("saved state %s", folder / name)
+            if self._uploads is not None and self._sends_states:
+                self._uploads.send(folder / name)
             if folder == self._folder:
                 self._saved[name] = [folder / name]
             return folder == self._folder

@@ -166,6 +166,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         states=options[ResumeOptions],
         facts=run_facts(options, found.datasets, seed=seed) if options[ResumeOptions].saves_states else {},
         session_id=session_id,
+        shown=options.changed(),
         seed=seed,
         total_steps=plan.total_steps,
         num_workers=min(options[CacheOptions].max_data_loader_n_workers, os.cpu_count() or 1),
@@ -372,6 +373,7 @@ def _make_saver(
     return Saver(
         options[SavingOptions], options[ResumeOptions], task.parts, metadata, dtype, plan.num_epochs,
         session_id=session_id, is_main=accelerator.is_main_process, ema=ema, uploads=uploads,
+        sends_states=options[UploadOptions].save_state_to_huggingface,
     )  # fmt: skip
 
 
