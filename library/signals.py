@@ -122,7 +122,7 @@ def _pass_over(number: int, frame: FrameType | None) -> None:
 def held_back() -> Iterator[None]:
     """Processes that are started meanwhile get no signal until they let it: for DataLoader's workers, which then leave_to_parent.
 
-    Spawned ones only from Python 3.12.9 on: before, multiprocessing unblocks signals when it starts its first (gh-127586).
+    Spawned ones only where Python has gh-127586 (December 2024): before, multiprocessing unblocks signals with the first of them.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

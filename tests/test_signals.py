@@ -136,7 +136,7 @@ def test_a_second_one_ends_at_once_even_where_the_main_thread_is_stuck(start, nu
 
 def test_one_request_that_comes_twice_is_one(start):
     """As from `timeout`, which signals its process, then the group."""
-    process = start(FINISHES, 2)
+    process = start(FINISHES, 0.8)
     process.until("ready")
     for _ in range(3):
         process.send_signal(SIGTERM)
@@ -146,7 +146,7 @@ def test_one_request_that_comes_twice_is_one(start):
 
 @pytest.mark.skipif(not shutil.which("timeout"), reason="no timeout")
 def test_timeout_lets_the_work_be_finished(start):
-    process = start(FINISHES, 1.5, launcher=("timeout", "1.5", sys.executable))
+    process = start(FINISHES, 0.5, launcher=("timeout", "2.5", sys.executable))
     code, out, err = process.end()
     assert (code, out.splitlines()[1:]) == (124, ["asked 15", "finished 15"]), err
 
