@@ -9,14 +9,15 @@ from library.errors import run
 from library.log import start_logging
 from library.options import read_options
 from library.training.not_yet import REFUSED, UNUSED
-from library.training.options import COMMON_TRAINING, check_network, check_training
+from library.training.options import COMMON_TRAINING, PivotalOptions, check_network, check_training
+from library.training.token_captions import with_token
 from networks.options import NetworkOptions
 
 
 def main(argv: list[str] | None = None) -> None:
     options = read_options(
         __doc__,
-        [NetworkOptions, *COMMON_TRAINING],
+        [NetworkOptions, PivotalOptions, *COMMON_TRAINING],
         argv,
         checks=[check_training, check_datasets, check_network],
         refused=REFUSED,
@@ -26,6 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     from library.training.preflight import look_before
 
     found = look_before(options)
+    if (word := options[PivotalOptions].train_token) is not None:
+        with_token(found.datasets, word)
     if options[DatasetOptions].debug_dataset:
         from library.training.debug_dataset import show_dataset
 

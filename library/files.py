@@ -14,6 +14,7 @@ from typing import BinaryIO
 from library.errors import RunError
 
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # bytes as they are, on Windows too
+_ASIDE = "-old"
 _FORGOTTEN = 24 * 3600  # seconds after which a temporary file of another machine is taken for left over
 
 
@@ -67,14 +68,15 @@ def replace_folder(new: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(new, folder)
         return
-    aside = temporary_name(folder.with_name(f"{folder.name}-old"))
+    aside = temporary_name(folder.with_name(folder.name + _ASIDE))
+    shutil.rmtree(aside, ignore_errors=True)  # of a killed process with this one's number
     os.rename(folder, aside)
     try:
         os.rename(new, folder)
     except OSError:
         os.rename(aside, folder)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    aside.unlink() if aside.is_symlink() else shutil.rmtree(aside, ignore_errors=True)
 
 
 def free_space(folder: Path) -> int:
@@ -106,15 +108,24 @@ def read_small_file(path: str | Path) -> bytes:
 
 
 def remove_left_over(folder: Path) -> None:
-    """Remove the temporary files and folders that killed processes left in `folder`; those of living ones stay."""
+    """Remove the temporary files and folders that killed processes left in `folder`; those of living ones stay.
+
+    A folder that was moved aside, and whose successor isn't there, gets its name back.
+    """
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.name.endswith(".tmp")]
     for name in names:
-        match = re.fullmatch(r"\..+\.([0-9a-f]{8})-(\d+)\.tmp", name)
+        match = re.fullmatch(r"\.(.+)\.([0-9a-f]{8})-(\d+)\.tmp", name)
         path = folder / name
         try:
-            if match and _is_left_over(path, match[1], int(match[2])):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not match or not _is_left_over(path, match[2], int(match[3])):
+                continue
+            if match[1].endswith(_ASIDE) and not (folder / match[1].removesuffix(_ASIDE)).exists():
+                path.rename(folder / match[1].removesuffix(_ASIDE))
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         except OSError:  # gone already, or on Windows still open
             pass
 

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """`name` is what logs call it; `parameters` are named as in files; `stops_at`: the optimizer step after which it stays as it is."""
+    """`name` is what logs call it; `parameters` are named as in files; `stops_at`: the optimizer step, or the share of all, after which it stays as it is."""
 
     name: str
     parameters: dict[str, "nn.Parameter"]
     lr: float
-    stops_at: int | None = None
+    stops_at: int | float | None = None

@@ -1,6 +1,8 @@
 """Replaying a golden training run: its batches and draws go through our step, update and network."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -81,6 +83,8 @@ def replay(
     lr: float,
     accumulation: int,
     cached_text: bool,
+    checks_norm: bool = True,
+    caption: Callable[[str], str] = str,
 ):
     """Run the whole trace, asserting context, y, prediction, loss, norm and learning rates as they come."""
     network = task.parts[0].tensors()
@@ -102,6 +106,7 @@ def replay(
             with torch.no_grad():
                 text = models.encode_texts(golden.facts["batches"][i]["captions"], 75)
         batch = golden.batch(i, accumulation=accumulation, text=text)
+        batch = dataclasses.replace(batch, captions=tuple(map(caption, batch.captions)))
         losses = step(batch, golden.draws(i))
         update.backward(losses, batch.place)
         context, vector, prediction = seen
@@ -116,7 +121,9 @@ def replay(
             rates = list(update.learning_rates().values())
             updated = update.step()
             norm = golden.facts["grad_norm_before_clip"][number]
-            assert abs(updated.grad_norm.item() - norm) < 1e-3 * norm, f"gradient norm of step {number}"
+            assert not checks_norm or abs(updated.grad_norm.item() - norm) < 1e-3 * norm, (
+                f"gradient norm of step {number}"
+            )
             yield number, rates
 
 

@@ -53,7 +53,7 @@ def test_accelerate_is_known_only_to_the_start_and_the_caches_before_it():
         for path in (ROOT / "library").rglob("*.py")
         if "accelerate" in {n.split(".")[0] for n in imports(path)}
     }
-    assert users <= {f"library/training/{name}.py" for name in ("processes", "start", "prepare", "loop")}
+    assert users <= {f"library/training/{name}.py" for name in ("processes", "start", "prepare", "loop", "run")}
 
 
 def test_scripts_import_nothing_heavy_before_their_options_are_read():

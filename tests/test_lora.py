@@ -1,5 +1,6 @@
 """LoRA: golden 07 at full size and tiny, dropouts, files from other programs."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from networks.lora_file import load_into, network_from_file, read_lora, write_lo
 from networks.options import LoraSettings, NetworkOptions, read_network_args
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = json.loads((GOLDEN / "07_lora_fullsize.json").read_text())["cases"]
+CASES = json.loads(gzip.decompress((GOLDEN / "07_lora_fullsize.json.gz").read_bytes()))["cases"]
 
 
 def settings_of(*pairs: str, dim: int = 4, alpha: float = 1.0) -> LoraSettings:
@@ -45,7 +46,7 @@ def full_size_targets():
     from tools.tiny_models import FULL, _text_encoder
 
     import_transformers()
-    shapes = json.loads((GOLDEN / "06_block_lr_index.json").read_text())["shapes"]
+    shapes = json.loads(gzip.decompress((GOLDEN / "06_block_lr_index.json.gz").read_bytes()))["shapes"]
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_shapes({name: tuple(shape) for name, shape in shapes.items()}))
         encoders = [_text_encoder(n, getattr(FULL, f"text_encoder_{n}")) for n in (1, 2)]

@@ -30,6 +30,7 @@ class CaptionSettings:
     caption_tag_dropout_rate: float = 0.0
     token_warmup_min: int = 1
     token_warmup_step: float = 0
+    templates: tuple[str, ...] = ()  # one of them takes the caption's place
 
     @property
     def drops_captions(self) -> bool:
@@ -48,6 +49,7 @@ class CaptionSettings:
             "caption_tag_dropout_rate": self.caption_tag_dropout_rate > 0,
             "token_warmup_step": self.token_warmup_step > 0,
             "enable_wildcard": self.enable_wildcard,
+            "templates": bool(self.templates),
         }
         return [name for name, is_on in rates.items() if is_on]
 
@@ -92,6 +94,8 @@ def process_caption(
         step: optimizer steps done.
         replacements: text -> text, or a choice of texts; the key "" stands for the whole caption.
     """
+    if settings.templates:
+        return draw.choice(settings.templates)
     if settings.caption_prefix:
         caption = f"{settings.caption_prefix} {caption}"
     if settings.caption_suffix:

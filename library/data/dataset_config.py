@@ -215,7 +215,11 @@ class _Definition:
         if repeats < 1:
             self.notices.append(f"{self.name}, {where}: num_repeats is {repeats}, so {metadata or folder} is not used")
             return None
-        captions = {field.name: self._value(field.name, tables) for field in dataclasses.fields(CaptionSettings)}
+        captions = {
+            field.name: self._value(field.name, tables)
+            for field in dataclasses.fields(CaptionSettings)
+            if field.name in SPECS
+        }
         captions["keep_tokens_separator"] = captions["keep_tokens_separator"] or None
         extension = self._value("caption_extension", tables)
         pixels = self._pixels(tables, where)

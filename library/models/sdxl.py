@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+    from library.models.new_tokens import NewToken
     from library.models.text_encoders import EncodedText
     from library.models.tokens import Tokenizer
 
@@ -50,6 +51,7 @@ class SdxlModels:
 
     Attributes:
         change: what is done to weights when they are loaded; set before any is.
+        new_token: a word that was added to tokenizers and encoders.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class SdxlModels:
         self._attention = attention
         self._gradient_checkpointing = gradient_checkpointing
         self.change: Change | None = None
+        self.new_token: NewToken | None = None
         self._cut: set[str] = set()
 
     @cached_property
@@ -169,6 +172,8 @@ class SdxlModels:
         """
         from library.models import text_encoders, tokens
 
+        if self.new_token is not None:
+            texts = [self.new_token.expand(text) for text in texts]
         one, two = (tokens.encode(tokenizer, texts, num_tokens, weighted=weighted) for tokenizer in self.tokenizers)
         self._tell_cut(one.cut, num_tokens)
         ids_one, ids_two = (to_device(part.ids, self.device) for part in (one, two))

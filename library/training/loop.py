@@ -224,7 +224,7 @@ def save(run: Run, progress: Progress, when: When, *, stopped: bool = False) -> 
     at_end = when == "final" or stopped
     wants_state = run.states.save_state or (run.states.save_state_on_train_end and at_end)
     if wants_state and when != "best" and run.accelerator.is_main_process:
-        run.saver.save_state(when, progress, capture(run, progress))
+        run.saver.save_state(when, progress, capture(run, progress, finished=when == "final" and bool(paths)))
     if run.accelerator.is_main_process:
         write_page(run, progress)
     run.pace.paused()

@@ -44,6 +44,7 @@ class RunOptions(OptionGroup):
         False, "several processes: gradients are views of the buckets that are exchanged, which saves memory"
     )
     ddp_static_graph: bool = option(False, "several processes: promise that every step uses the same parameters")
+    dry_run: bool = option(False, "check everything, print what the run would do on one page, and write nothing")
 
     def mistakes(self) -> Iterable[Mistake]:
         if (self.stop_text_encoder_training or 0) < 0:
@@ -144,6 +145,63 @@ class ResumeOptions(OptionGroup):
             yield Mistake(f"--{starts[0]}: a state knows where it was saved; leave it out", (starts[0],))
         if self.verify_resume and not self.resume:
             yield Mistake("--verify_resume needs --resume, the state to replay from", ("verify_resume", "resume"))
+
+
+@dataclass(frozen=True)
+class EmbeddingOptions(OptionGroup):
+    """Textual Inversion"""
+
+    token_string: str | None = option(None, "the new word; captions hold it")
+    init_word: str | None = option(
+        None, "words whose embeddings the vectors start from, in turn; unset: the mean of all"
+    )
+    num_vectors_per_token: int = option(1, "vectors of the new word", at_least=1)
+    weights: Path | None = option(None, "embedding file to go on from")
+    use_object_template: bool = option(
+        False, "sentences about an object take the place of all captions; wins over --use_style_template"
+    )
+    use_style_template: bool = option(False, "sentences about a style take the place of all captions")
+    save_model_as: str = option(
+        "pt", "format of the saved file; pt and ckpt hold no metadata", choices=("ckpt", "pt", "safetensors")
+    )
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if not self.token_string or not self.token_string.strip():
+            yield Mistake("--token_string is missing: the new word", ("token_string",))
+        elif len(self.token_string.split()) > 1:
+            yield Mistake(f"--token_string {self.token_string!r}: expected one word without spaces", ("token_string",))
+        if self.weights is not None and not self.weights.is_file():
+            yield Mistake(f"--weights {self.weights}: no such file", ("weights",))
+
+
+@dataclass(frozen=True)
+class PivotalOptions(OptionGroup):
+    """A new token beside the network (pivotal tuning)"""
+
+    train_token: str | None = option(None, "a new word that is trained together with the network, saved beside it")
+    token_init_word: str | None = option(
+        None, "words whose embeddings its vectors start from, in turn; unset: the mean of all"
+    )
+    token_vectors: int = option(1, "vectors of the new word", at_least=1)
+    token_lr: float | None = option(None, "learning rate of the new word; unset: --learning_rate", above=0)
+    ti_stop_ratio: float | None = option(
+        None, "share of the steps after which the new word stays as it is", above=0, at_most=1
+    )
+    bundle_token: bool = option(
+        False, "write the new word into the network's file too (bundle_emb keys, which Diffusers refuses)"
+    )
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.train_token is not None and len(self.train_token.split()) != 1:
+            yield Mistake(f"--train_token {self.train_token!r}: expected one word without spaces", ("train_token",))
+        elif self.train_token is not None and not is_plain_name(self.train_token):
+            yield Mistake(
+                f"--train_token {self.train_token!r}: it becomes part of a file's name, and can't be", ("train_token",)
+            )
+        given = [name for name in ("token_init_word", "token_lr", "ti_stop_ratio") if getattr(self, name) is not None]
+        given += ["bundle_token"] if self.bundle_token else []
+        if given and self.train_token is None:
+            yield Mistake(f"--{given[0]} needs --train_token, the new word", ("train_token", given[0]))
 
 
 _WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
@@ -533,7 +591,8 @@ def check_network(options: Options) -> Iterable[Mistake]:
     """Contradictions between the network's options and others."""
     network, base = options[NetworkOptions], options[OptimizerOptions].learning_rate
     unet, texts = network.unet_lr, network.text_encoder_lrs
-    trained = [] if network.network_train_text_encoder_only else [base if unet is None else unet]
+    trained = [options[PivotalOptions].token_lr or base] if options[PivotalOptions].train_token else []
+    trained += [] if network.network_train_text_encoder_only else [base if unet is None else unet]
     trained += [] if network.network_train_unet_only else [base if one is None else one for one in texts]
     if not any(trained):
         yield Mistake("nothing is trained: every learning rate is 0", ("learning_rate", "unet_lr", "text_encoder_lr"))
@@ -548,3 +607,25 @@ def check_network(options: Options) -> Iterable[Mistake]:
             ("stop_text_encoder_training", "network_train_text_encoder_only"),
         )
     yield from check_weights(network)
+    pivotal = options[PivotalOptions]
+    if pivotal.train_token is not None and options[CacheOptions].text:
+        yield Mistake(
+            "--train_token: captions with a new word can't be encoded before training; leave out --cache_text_encoder_outputs",
+            ("train_token", "cache_text_encoder_outputs"),
+        )
+
+
+def check_embedding(options: Options) -> Iterable[Mistake]:
+    """Contradictions between Textual Inversion's options and others."""
+    if options[CacheOptions].text:
+        yield Mistake(
+            "--cache_text_encoder_outputs: Textual Inversion changes what the encoders give, so captions can't be encoded before training",
+            ("cache_text_encoder_outputs",),
+        )
+    if options[RunOptions].stop_text_encoder_training:
+        yield Mistake(
+            "--stop_text_encoder_training: the embeddings are all that is trained; take fewer --max_train_steps",
+            ("stop_text_encoder_training",),
+        )
+    if options[OptimizerOptions].learning_rate == 0:
+        yield Mistake("nothing is trained: --learning_rate is 0", ("learning_rate",))

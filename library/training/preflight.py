@@ -12,25 +12,41 @@ from library.errors import Mistake, OptionError, RunError
 from library.log import log
 from library.models.checkpoint import Checkpoint, check_vae, open_checkpoint
 from library.models.options import ModelOptions
+from library.models.stand_in import stand_in
 from library.options import Options
 from library.training.options import LossOptions, RunOptions, SavingOptions
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found: the base model, opened; what it predicts and with which schedule; the pictures."""
+    """What was found: the base model, opened; what it predicts and with which schedule; the pictures.
+
+    Attributes:
+        no_model: why there is no base model; SDXL base's sizes stand in for it (--dry_run).
+    """
 
     checkpoint: Checkpoint
     v_prediction: bool
     zero_terminal_snr: bool
     datasets: Sequence[Dataset]
     known: KnownFiles
+    no_model: tuple[Mistake, ...] = ()
 
 
 def look_before(options: Options) -> Preflight:
-    """Open the model and scan the datasets. Raises OptionError with what can't be used."""
-    checkpoint = open_model(options[ModelOptions], prefer_fp16=options[RunOptions].mixed_precision == "fp16")
-    log.info(checkpoint.describe())
+    """Open the model and scan the datasets. Raises OptionError with what can't be used.
+
+    With --dry_run a model that can't be opened is only remembered, so that all else is looked at too.
+    """
+    no_model: tuple[Mistake, ...] = ()
+    try:
+        checkpoint = open_model(options[ModelOptions], prefer_fp16=options[RunOptions].mixed_precision == "fp16")
+        log.info(checkpoint.describe())
+    except OptionError as error:
+        if not options[RunOptions].dry_run:
+            raise
+        no_model = tuple(error.mistakes)
+        checkpoint = stand_in(Path(str(options[ModelOptions].pretrained_model_name_or_path)))
     _refuse_to_overwrite(checkpoint.path, options[SavingOptions])
     v_prediction = _settled(options, "v_parameterization", checkpoint.v_prediction, checkpoint)
     zero_terminal_snr = _settled(options, "zero_terminal_snr", checkpoint.zero_terminal_snr, checkpoint)
@@ -39,9 +55,12 @@ def look_before(options: Options) -> Preflight:
             options[LossOptions], checkpoint, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr
         )
     ):
-        raise OptionError(*mistakes)
-    datasets, known = look_at_data(options, options[RunOptions].seed)
-    return Preflight(checkpoint, v_prediction, zero_terminal_snr, datasets, known)
+        raise OptionError(*no_model, *mistakes)
+    try:
+        datasets, known = look_at_data(options, options[RunOptions].seed)
+    except OptionError as error:
+        raise OptionError(*no_model, *error.mistakes) from None
+    return Preflight(checkpoint, v_prediction, zero_terminal_snr, datasets, known, no_model)
 
 
 def look_at_data(options: Options, seed: int | None) -> tuple[list[Dataset], KnownFiles]:

@@ -346,14 +346,12 @@ def _chart(
 
 def _drawn(line: _Line, points: np.ndarray) -> str:
     """The line in the drawing's units; points [N, 2]."""
-    if len(points) == 1:
-        points = np.repeat(points, 2, axis=0)  # a line of no length has round ends, and so is a dot
     places = [f"{x:.1f},{y:.1f}" for x, y in points.tolist()]
     name = f"<title>{html.escape(line.name)}</title>"
     look = f"{line.look} dense" if len(points) > 600 else line.look
     drawn = f'<polyline class="c{line.colour} {look}" points="{" ".join(places)}">{name}</polyline>'
-    if line.look == "dots" and len(points) <= 200:
-        dots = "".join(f"M{place}h0" for place in places)
+    if len(points) == 1 or (line.look == "dots" and len(points) <= 200):
+        dots = "".join(f"M{place}h0" for place in places)  # of no length, but with round ends
         drawn += f'<path class="c{line.colour} dot" d="{dots}"/>'
     return drawn
 

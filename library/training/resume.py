@@ -5,7 +5,8 @@ Options that only say what is written, told or drawn may change; those that deci
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from library.data.options import CacheOptions, DatasetOptions
 from library.data.subsets import Dataset
-from library.errors import OptionError
+from library.errors import OptionError, RunError
 from library.hub import download_folder
 from library.log import LogOptions, log
 from library.models.options import ModelOptions
@@ -67,6 +68,7 @@ _FREE_NAMES = frozenset(
         "skip_bad_images",
         "allow_missing_captions",
         "ddp_timeout",
+        "dry_run",
         "cache_latents",
         "cache_latents_to_disk",
         "cache_text_encoder_outputs",
@@ -78,14 +80,19 @@ _FREE_NAMES = frozenset(
 
 
 class Resumed(NamedTuple):
-    """A state that the run goes on from: its folder, and what its state.json says."""
+    """A state that the run goes on from: its folder, and what its state.json says.
+
+    `is_same`: no option that decides what is learnt, and no picture, differs from those of the state.
+    """
 
     folder: Path
     facts: dict[str, Any]
+    is_same: bool
 
     @property
     def is_finished(self) -> bool:
-        return bool(self.facts["finished"])
+        """Whether nothing is left to do. With other options (--resume_anyway) there may be."""
+        return self.facts["finished"] and self.is_same
 
 
 def look_for_state(options: Options, datasets: Sequence[Dataset]) -> Resumed | None:
@@ -102,11 +109,42 @@ def look_for_state(options: Options, datasets: Sequence[Dataset]) -> Resumed | N
         folder = newest_state(saving.output_dir, names) if chosen.auto_resume else None
     if folder is None:
         return None
-    found = Resumed(folder, read_facts(folder))
+    facts = read_facts(folder)
+    with _damage_told(folder):
+        _check_facts(facts)
     seed = options[RunOptions].seed
-    now = run_facts(options, datasets, seed=int(found.facts["run"]["seed"]) if seed is None else seed)
-    check_same(found.facts["run"], now, anyway=chosen.resume_anyway)
-    return found
+    now = run_facts(options, datasets, seed=int(facts["run"]["seed"]) if seed is None else seed)
+    return Resumed(folder, facts, check_same(facts["run"], now, anyway=chosen.resume_anyway))
+
+
+@contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    """What Python says of a state that has been tampered with becomes a RunError."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise RunError(f"{folder}: damaged state: {type(error).__name__}: {error}") from None
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """Raises ValueError if some are missing or of another kind."""
+    for name, least in (("step", 0), ("epoch", 0), ("samples", 0), ("splits", 1)):
+        if type(facts.get(name)) is not int or facts[name] < least:
+            raise ValueError(f"{name} is {str(facts.get(name))[:50]}")
+    for name, kind in (
+        ("finished", bool),
+        ("session_id", str),
+        ("run", dict),
+        ("report", dict),
+        ("best", dict),
+        ("saved", dict),
+    ):
+        if type(facts.get(name)) is not kind:
+            raise ValueError(f"{name} is {str(facts.get(name))[:50]}")
+    if not all(isinstance(value, str) for value in facts["run"].values()) or not facts["run"].get("seed", "").isdigit():
+        raise ValueError("run holds no text, or no seed")
 
 
 def run_facts(options: Options, datasets: Sequence[Dataset], *, seed: int) -> dict[str, str]:
@@ -144,11 +182,11 @@ def _dataset_facts(datasets: Sequence[Dataset], options: DatasetOptions) -> dict
     }
 
 
-def check_same(saved: Mapping[str, str], now: Mapping[str, str], *, anyway: bool) -> None:
-    """Raises OptionError with every difference, unless the run is to be resumed anyway."""
-    different = [name for name in (*saved, *(set(now) - set(saved))) if saved.get(name) != now.get(name)]
+def check_same(saved: Mapping[str, str], now: Mapping[str, str], *, anyway: bool) -> bool:
+    """Whether nothing differs. Raises OptionError with every difference, unless the run is to be resumed anyway."""
+    different = [name for name in (*saved, *sorted(set(now) - set(saved))) if saved.get(name) != now.get(name)]
     if not different:
-        return
+        return True
     told = "\n".join(f"  {name}: {saved.get(name, 'not there')} -> {now.get(name, 'not there')}" for name in different)
     if not anyway:
         raise OptionError(
@@ -156,6 +194,7 @@ def check_same(saved: Mapping[str, str], now: Mapping[str, str], *, anyway: bool
             "Give the options that it had, or --resume_anyway"
         )
     log.warning("resumed though these differ from the state (--resume_anyway):\n%s", told)
+    return False
 
 
 @torch.no_grad()
@@ -172,15 +211,15 @@ def copy_weights(saved: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter]
         tensor.copy_(saved[name])
 
 
-def capture(run: Run, progress: Progress) -> State:
-    """The run's state after an optimizer step whose numbers are settled."""
+def capture(run: Run, progress: Progress, *, finished: bool) -> State:
+    """The run's state after an optimizer step whose numbers are settled. Args: finished: and after its final save."""
     names = {id(parameter): name for name, parameter in run.trained.items()}
     facts = {
         "step": progress.step,
         "epoch": progress.epoch,
         "samples": progress.samples,
         "splits": progress.splits,
-        "finished": progress.step >= run.total_steps or run.best.is_lost,
+        "finished": finished,
         "total_steps": run.total_steps,
         "session_id": run.session_id,
         "run": dict(run.facts),
@@ -194,19 +233,22 @@ def capture(run: Run, progress: Progress) -> State:
 
 def restore(run: Run, resumed: Resumed) -> Progress:
     """Bring the run to where the state was saved. Raises OptionError if it doesn't fit, RunError if it is damaged."""
-    state = read_state(resumed.folder)
+    state, facts = read_state(resumed.folder), resumed.facts
     copy_weights(state.weights, {name: tensor for part in run.parts for name, tensor in part.tensors().items()})
     names = {id(parameter): name for name, parameter in run.trained.items()}
-    run.update.restore(state.optimizer, names)
-    if run.ema is not None and state.ema:
-        run.ema.restore(state.ema)
-    facts = state.facts
-    run.report.restore(facts["report"], facts["step"])
-    run.best.restore(facts["best"])
-    run.saver.remember(facts["saved"])
+    with _damage_told(resumed.folder):
+        run.update.restore(state.optimizer, names, same_options=resumed.is_same)
+        if run.ema is not None:
+            run.ema.restore(state.ema or state.weights)
+        run.report.restore(facts["report"], facts["step"])
+        run.best.restore(facts["best"])
+        run.saver.remember({**facts["saved"], resumed.folder.name: [str(resumed.folder)]})
     run.preview.recall()
     log.info("resumed from %s: %d of %d steps are done", resumed.folder, facts["step"], run.total_steps)
-    return Progress(facts["epoch"], facts["step"], facts["samples"], facts["splits"])
+    epochs, steps_into_it = divmod(facts["step"], run.order.steps_per_epoch)
+    # A save between an epoch's last step and its end hasn't counted it yet.
+    is_before_end = not steps_into_it and facts["epoch"] == epochs - 1
+    return Progress(epochs - is_before_end, facts["step"], facts["samples"], facts["splits"])
 
 
 def place_to_start(run: Run, options: ResumeOptions) -> Progress:

@@ -5,6 +5,7 @@ end the run: what was there before stays, --emergency_dir is tried, and the run'
 """
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -219,12 +220,13 @@ class Saver:
 
     def _move_aside(self, folder: Path, stem: str) -> None:
         """What another run saved under this name gets a name of its own."""
-        for path in folder.glob(f"{stem}.*") if not self._saved.get(stem) else ():
-            if path.suffix not in (".safetensors", ".ckpt", ".pt") or path.stem != stem:
+        stems = {stem} if self._ema is None else {stem, f"{stem}-ema"}
+        for path in list(folder.iterdir()) if not self._saved.get(stem) else ():
+            if path.suffix not in (".safetensors", ".ckpt", ".pt") or path.stem not in stems:
                 continue
             session = _session_of(path)
             if session != self._session_id:
-                aside = path.with_name(f"{stem}.{session or int(path.stat().st_mtime)}{path.suffix}")
+                aside = path.with_name(f"{path.stem}.{session or int(path.stat().st_mtime)}{path.suffix}")
                 path.rename(aside)
                 log.warning("%s is of another run; it is %s now", path, aside.name)
 
@@ -241,7 +243,8 @@ class Saver:
 
     def remember(self, saved: Mapping[str, list[str]]) -> None:
         """Take over what the run had saved before it was resumed, so that retention goes on."""
-        self._saved |= {stem: [Path(path) for path in paths] for stem, paths in saved.items()}
+        for stem, paths in saved.items():  # nothing else is ever removed, whatever a state says
+            self._saved[stem] = [self._folder / name for path in paths if (name := Path(path).name).startswith(stem)]
 
     @property
     def saved(self) -> dict[str, list[str]]:
@@ -263,7 +266,8 @@ def _session_of(path: Path) -> str | None:
     if path.suffix != ".safetensors":
         return None
     try:
-        return read_header(path).metadata.get(_SESSION)
+        session = read_header(path).metadata.get(_SESSION, "")
+        return session if re.fullmatch(r"\w{1,40}", session) else None  # it becomes part of a name
     except RunError:
         return None
 

@@ -32,7 +32,7 @@ from library.precision import Precision
 from library.sampling.prompts import SamplePrompt, at_size, read_sample_prompts
 from library.sampling.samplers import make_sampler
 from library.training.ema import Ema
-from library.training.lr_schedules import make_scheduler
+from library.training.lr_schedules import make_scheduler, num_steps
 from library.training.metadata import RunFacts, at_save, model_metadata, modelspec
 from library.training.optimizers import make_optimizer, optimizer_in_words, start_training
 from library.training.options import (
@@ -113,7 +113,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
 
     torch.manual_seed(seed)
     task = kind.from_options(models, options)
-    groups = [group for part in task.parts for group in part.groups()]
+    groups = [_settled_end(group, plan.total_steps) for part in task.parts for group in part.groups()]
     _tell(prepared, plan, groups, accelerator.num_processes)
     update = _make_update(
         _wrapped_step(task, models, options, found, accelerator), groups, options, plan.total_steps, accelerator
@@ -171,6 +171,13 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         total_steps=plan.total_steps,
         num_workers=min(options[CacheOptions].max_data_loader_n_workers, os.cpu_count() or 1),
     )
+
+
+def _settled_end(group: ParamGroup, total_steps: int) -> ParamGroup:
+    """The group, its end in steps where it is a share of them."""
+    if group.stops_at is None:
+        return group
+    return dataclasses.replace(group, stops_at=num_steps(group.stops_at, total_steps))
 
 
 def _sample_prompts(options: Options, found: Preflight) -> list[SamplePrompt]:

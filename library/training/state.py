@@ -9,10 +9,14 @@
 Nothing in it executes when it is loaded. Random draws need no state: they are functions of the place (library/draws.py).
 """
 
+import contextlib
 import hashlib
+import inspect
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +26,16 @@ import torch
 from torch import Tensor
 
 from library.errors import OptionError, RunError
-from library.files import replace_folder, temporary_name
+from library.files import remove_left_over, replace_folder, temporary_name
 from library.log import log
 from library.safetensors_io import TensorFile, write_safetensors
 
 FORMAT, VERSION = "sdxl-training-state", 1
 _JSON = "state.json"
+_FILES = {f"{name}.safetensors": name for name in ("weights", "optimizer", "ema")}
 _FOREIGN = ("optimizer.bin", "train_state.json", "random_states_0.pkl", "scheduler.bin")
 _CHUNK = 1 << 24
+_BLOCK = 256  # numbers that share a scale in bitsandbytes
 
 
 @dataclass
@@ -52,6 +58,7 @@ class State:
 def write_state(folder: Path, state: State) -> None:
     """Write the folder; what was there before goes only when the new one is whole. Raises RunError."""
     temporary = temporary_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this one's number
     try:
         temporary.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
@@ -59,6 +66,7 @@ def write_state(folder: Path, state: State) -> None:
             **state.facts,
             "format": FORMAT,
             "version": VERSION,
+            "written": time.time(),
             "optimizer": _take_apart(state.optimizer, tensors, ""),
         }
         facts["files"] = {}
@@ -96,12 +104,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
             raise RunError(
                 f"{folder}: this state is of another program or a newer version ({facts['format']} {facts['version']})"
             )
-        sizes = {name: int(entry["bytes"]) for name, entry in facts["files"].items()}
-        int(facts["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged: {error}") from None
-    for name, size in sizes.items():
-        if "/" in name or "\\" in name or not (folder / name).is_file() or (folder / name).stat().st_size != size:
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in facts["files"].items()}
+        if not set(_FILES) >= files.keys() >= set(_FILES) - {"ema.safetensors"}:
+            raise ValueError(f"its files are {', '.join(files)[:200]}")
+        _, _ = int(facts["step"]), float(facts["written"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+    for name, (size, _) in files.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise RunError(f"{folder}: incomplete state: {name} is missing or not {size:,} bytes long")
     assert isinstance(facts, dict)
     return facts
@@ -110,31 +120,39 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def read_state(folder: Path) -> State:
     """The whole state, its files checked by their sha256. Raises RunError."""
     facts = read_facts(folder)
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {"ema": {}}
     for name, entry in facts["files"].items():
         if _sha256(folder / name) != entry["sha256"]:
             raise RunError(f"{folder / name}: damaged: its sha256 isn't the one that {_JSON} has")
         file = TensorFile(folder / name, mapped=False)
-        parts[name.removesuffix(".safetensors")] = {key: file[key] for key in file.shapes}
-    return State(facts, parts["weights"], _put_together(facts["optimizer"], parts["optimizer"]), parts.get("ema", {}))
+        parts[_FILES[name]] = {key: file[key] for key in file.shapes}
+    for name, tensor in (parts["weights"] | parts["ema"]).items():
+        if not tensor.isfinite().all():
+            raise RunError(f"{folder}: {name[:200]} holds numbers that aren't finite")
+    try:
+        optimizer = _put_together(facts["optimizer"], parts["optimizer"])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{folder / _JSON}: damaged: {type(error).__name__}: {error}") from None
+    return State(facts, parts["weights"], optimizer, parts["ema"])
 
 
-def whole_states(output: Path, name: str) -> Iterator[tuple[int, Path]]:
-    """(step, folder) of every whole state that a run of that output name wrote there; torn ones are named and left out."""
-    for folder in sorted(output.glob(f"{_escaped(name)}*-state")):
-        rest = folder.name.removeprefix(name).removesuffix("-state")
-        if not folder.is_dir() or not (rest == "" or rest.lstrip("-").removeprefix("step").isdigit()):
+def whole_states(output: Path, name: str) -> Iterator[tuple[float, Path]]:
+    """(when it was written, folder) of every whole state of that output name; torn ones are named and left out."""
+    with contextlib.suppress(OSError):
+        remove_left_over(output)  # what was about to be replaced gets its name back
+    for folder in sorted(output.glob("*-state")):
+        if not re.fullmatch(rf"{re.escape(name)}(-step\d{{8,}}|-\d{{6,}})?-state", folder.name) or not folder.is_dir():
             continue
         try:
-            yield int(read_facts(folder)["step"]), folder
+            yield float(read_facts(folder)["written"]), folder
         except RunError as error:
             log.warning("%s", error)
 
 
 def newest_state(output: Path, names: Sequence[str]) -> Path | None:
-    """The whole state of the most steps, of any of these names; the last written of equal ones."""
+    """The whole state of any of these names that was written last: another run's may have more steps."""
     found = [entry for name in names for entry in whole_states(output, name)]
-    return max(found, key=lambda entry: (entry[0], entry[1].stat().st_mtime))[1] if found else None
+    return max(found)[1] if found else None
 
 
 def find_state(resume: str, output: Path, names: Sequence[str]) -> Path:
@@ -149,13 +167,11 @@ def find_state(resume: str, output: Path, names: Sequence[str]) -> Path:
         read_facts(folder)
     except RunError as error:
         previous = newest_state(output, names)
+        if previous == folder:  # it has its name back
+            return folder
         hint = f"; the newest whole one is {previous}" if previous else ""
         raise OptionError(f"--resume {error}{hint}") from None
     return folder
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _sha256(path: Path) -> str:
@@ -198,7 +214,8 @@ def _put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _put_together(item, tensors) for key, item in content}
     if kind == "dtype":
         dtype = getattr(torch, content)
-        assert isinstance(dtype, torch.dtype)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{content!r} is no dtype")
         return dtype
     items = [_put_together(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
@@ -214,22 +231,66 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) 
                 key: {"value": value, "beside": isinstance(value, Tensor) and value.device == parameter.device}
                 for key, value in values.items()
             }
-    return {"groups": groups, "state": state}
+    return {"kind": _kind(optimizer), "groups": groups, "state": state}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], names: Mapping[int, str]) -> None:
-    """Give an optimizer its state back, bit by bit: torch's own load_state_dict casts to the parameters' dtype."""
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool = True
+) -> None:
+    """Give an optimizer its state back, bit by bit: torch's own load_state_dict casts to the parameters' dtype.
+
+    With other options than the state's, what they decide stays as they say. Raises RunError if the state doesn't fit.
+    """
+    if saved["kind"] != _kind(optimizer):
+        log.warning("the state's optimizer is %s; %s starts anew", saved["kind"], _kind(optimizer))
+        return
+    if len(saved["groups"]) != len(optimizer.param_groups):
+        raise RunError(
+            f"the state has {len(saved['groups'])} groups of learning rates, this run has {len(optimizer.param_groups)}; "
+            "give the learning rates and network options that it was saved with"
+        )
+    decided = set() if same_options else {*inspect.signature(type(optimizer).__init__).parameters, "initial_lr"}
     for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
-        group.update(values)
+        group.update({key: value for key, value in values.items() if key not in decided | {"params"}})
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             values = saved["state"].get(names[id(parameter)])
             if values is not None:
-                optimizer.state[parameter] = {key: _placed(entry, parameter) for key, entry in values.items()}
+                for key, entry in values.items():
+                    _check_fits(optimizer, names[id(parameter)], parameter, key, entry["value"])
+                optimizer.state[parameter] = {
+                    key: _placed(entry, parameter, optimizer) for key, entry in values.items()
+                }
 
 
-def _placed(entry: Mapping[str, Any], parameter: Tensor) -> Any:
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+
+
+def _check_fits(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, key: str, value: object) -> None:
+    """Raises RunError for tensors that would lead the kernels of torch and bitsandbytes, which don't look, astray."""
+    if not isinstance(value, Tensor) or not _kind(optimizer).startswith(("torch.optim.", "bitsandbytes.")):
+        return
+    shape = tuple(value.shape)
+    if key.startswith(("exp_avg", "max_exp_avg", "momentum_buffer", "sum", "state")):
+        fits = shape[value.ndim - parameter.ndim :] == tuple(parameter.shape)  # AdEMAMix has two in one
+    elif key.startswith("absmax"):
+        fits = value.ndim > 0 and shape[-1] == -(-parameter.numel() // _BLOCK)
+    elif key.startswith("qmap"):
+        fits = shape == (256,)
+    else:
+        fits = True
+    if not fits:
+        raise RunError(f"the state's {key} of {name} is {list(shape)}, which doesn't fit {list(parameter.shape)}")
+
+
+def _placed(entry: Mapping[str, Any], parameter: Tensor, optimizer: torch.optim.Optimizer) -> Any:
     value = entry["value"]
-    if isinstance(value, Tensor) and entry["beside"]:
-        return value.to(parameter.device)
-    return value
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape == parameter.shape:
+        if entry["beside"]:  # laid out as the parameter is: some kernels go by that
+            return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+        if getattr(optimizer, "is_paged", False):  # bitsandbytes: memory of its own, which the card reads from RAM
+            return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # type: ignore[attr-defined]
+    return value.to(parameter.device) if entry["beside"] else value

@@ -60,7 +60,7 @@ class Task:
     default_title: str
     is_terse: bool = False  # --no_metadata
 
-    parts: list[Part]
+    parts: "list[Part]"
     unet: UNet
     compute_dtype: torch.dtype
 

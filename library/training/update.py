@@ -144,10 +144,14 @@ class Update:
             "overflows": self._overflows,
         }
 
-    def restore(self, state: Mapping[str, Any], names: Mapping[int, str]) -> None:
-        restore_optimizer(self.optimizer, state["optimizer"], names)
+    def restore(self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool) -> None:
+        """Go on with what state() gave. Without `same_options`, learning rates and schedule are those of the options now."""
+        restore_optimizer(self.optimizer, state["optimizer"], names, same_options=same_options)
         if self._scheduler is not None and state["schedule"] is not None:
-            self._scheduler.load_state_dict(state["schedule"])
+            if same_options:
+                self._scheduler.load_state_dict(state["schedule"])
+            else:
+                self.skip(state["schedule"]["last_epoch"])
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
         self._overflows = state["overflows"]

@@ -27,6 +27,8 @@ def verify(run: Run, progress: Progress, steps: int, loop: Callable[[Run, Progre
     if last <= progress.step:
         raise RunError(f"{log_file}: it has no steps behind the state's {progress.step}; resume from an older state")
     replayed = _replay(run, progress, last, loop)
+    if not run.accelerator.is_main_process:  # which alone has a log
+        return
     for step in range(progress.step - len(replayed) + 1, last + 1):
         for name in _COMPARED:
             if replayed[step][name] != logged[step][name]:

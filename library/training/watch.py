@@ -102,7 +102,7 @@ def _modules_where(parameters: Mapping[str, nn.Parameter], is_well: Sequence[boo
     """The layers none of whose parameters is well."""
     well: dict[str, bool] = {}
     for name, one in zip(parameters, is_well, strict=True):
-        layer = name.rpartition(".")[0]
+        layer = name.rpartition(".")[0] or name
         well[layer] = well.get(layer, False) or one
     return [layer for layer, one in well.items() if not one]
 

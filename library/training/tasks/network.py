@@ -13,6 +13,7 @@ from library.data.batch import Batch
 from library.data.options import CacheOptions, CaptionOptions
 from library.data.sample import PRESERVE_OUTPUT
 from library.log import log
+from library.models.new_tokens import NewToken
 from library.models.options import ModelOptions
 from library.models.sdxl import Change, SdxlModels
 from library.models.text_encoders import TextConditioning
@@ -20,8 +21,9 @@ from library.options import Options
 from library.param_group import ParamGroup
 from library.training.metadata import BASE_MODEL_VERSION, RunFacts, training_metadata
 from library.training.noise import Noisy
-from library.training.options import OptimizerOptions, RunOptions
+from library.training.options import OptimizerOptions, PivotalOptions, RunOptions
 from library.training.task import Objective, Part, Task, cached_text
+from library.training.tasks.embedding import TokenPart, add_token, embedding_tensors
 from networks.build import build_network
 from networks.lora_file import write_lora
 from networks.merge import BaseWeights
@@ -32,8 +34,19 @@ from networks.options import NetworkOptions
 class NetworkPart(Part):
     """The modules of one network."""
 
-    def __init__(self, network: Network, groups: list[ParamGroup], extension: str, largest_norm: float | None):
-        """Args: largest_norm: of each module's change (--scale_weight_norms)."""
+    def __init__(
+        self,
+        network: Network,
+        groups: list[ParamGroup],
+        extension: str,
+        largest_norm: float | None,
+        bundled: NewToken | None = None,
+    ):
+        """Args:
+        largest_norm: of each module's change (--scale_weight_norms).
+        bundled: a new word that its files hold too.
+        """
+        self._bundled = bundled
         self._network, self._groups, self._extension = network, groups, extension
         self._largest_norm = largest_norm
 
@@ -49,7 +62,11 @@ class NetworkPart(Part):
 
     def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
         path = stem.with_name(f"{stem.name}.{self._extension}")
-        write_lora(path, self._network.file_tensors(), metadata, dtype)
+        tensors = self._network.file_tensors()
+        if self._bundled is not None:
+            own = embedding_tensors(self._bundled, dtype)
+            tensors |= {f"bundle_emb.{self._bundled.word}.{name}": tensor for name, tensor in own.items()}
+        write_lora(path, tensors, metadata, dtype)
         return path
 
 
@@ -70,10 +87,12 @@ class NetworkTask(Task):
         text_is_cached: bool,
         weighted_captions: bool = False,
         text_stops_at: int | None = None,
+        token: PivotalOptions | None = None,
     ):
         """Args:
         lr: the base learning rate.
         text_is_cached: captions come encoded, and the text encoders aren't needed.
+        token: of a new word that is trained too.
         text_stops_at: the optimizer step after which the text encoders' modules stay as they are.
         """
         self._models, self._num_tokens, self._weighted = models, num_tokens, weighted_captions
@@ -93,7 +112,18 @@ class NetworkTask(Task):
         self._trains_text = any(name.startswith("lora_te") for name in trained)
         if text_stops_at is not None and not self._trains_text:
             log.warning("--stop_text_encoder_training changes nothing: the text encoders aren't trained")
-        self.parts = [NetworkPart(self._network, groups, options.save_model_as, options.scale_weight_norms)]
+        bundled: NewToken | None = None
+        self.parts: list[Part] = []
+        if token is not None and token.train_token is not None:
+            added = add_token(models, token.train_token, token.token_init_word, token.token_vectors)
+            bundled = added if token.bundle_token else None
+            suffix, stops_at = f"-{token.train_token}", token.ti_stop_ratio
+            self.parts.append(
+                TokenPart(added, token.token_lr or lr, options.save_model_as, suffix=suffix, stops_at=stops_at)
+            )
+            self._trains_text = True
+        network = NetworkPart(self._network, groups, options.save_model_as, options.scale_weight_norms, bundled)
+        self.parts.insert(0, network)
 
     @classmethod
     def from_options(cls, models: SdxlModels, options: Options) -> "NetworkTask":
@@ -105,6 +135,7 @@ class NetworkTask(Task):
             text_is_cached=options[CacheOptions].text,
             weighted_captions=options[CaptionOptions].weighted_captions,
             text_stops_at=options[RunOptions].stop_text_encoder_training,
+            token=options[PivotalOptions],
         )
 
     @classmethod

@@ -1,0 +1,84 @@
+"""New tokens: words that the tokenizers don't know, whose embeddings are parameters of their own.
+
+The rows stand behind the encoders' frozen tables and are put in their place in the embedding's forward, so nothing else can
+change, whatever the optimizer does. Source: Gal et al. 2022, arXiv:2208.01618.
+
+Shapes: n vectors of one token, C the encoder's width (768 and 1280).
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.errors import OptionError
+from library.models.sdxl import SdxlModels
+from library.models.text_encoders import body_of
+
+
+class ExtendedEmbedding(nn.Module):
+    """An embedding table with rows behind it: ids from `first` on are theirs."""
+
+    def __init__(self, table: nn.Embedding, rows: Tensor, first: int):
+        super().__init__()
+        self.weight = table.weight  # frozen
+        self.rows = nn.Parameter(rows)
+        self.first = first
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., C], in the table's dtype."""
+        is_new = ids >= self.first
+        known = F.embedding(ids.masked_fill(is_new, 0), self.weight)
+        new = F.embedding((ids - self.first).clamp(min=0), self.rows).to(known.dtype)
+        return torch.where(is_new[..., None], new, known)
+
+
+class NewToken:
+    """One new word of n vectors, known to both tokenizers and encoders of a model."""
+
+    def __init__(self, models: SdxlModels, word: str, rows: Sequence[Tensor]):
+        """Args: rows: the first values, [n, C] of each encoder. Raises OptionError if the tokenizers know the word."""
+        count = len(rows[0])
+        self.word = word
+        self.words = [word, *(f"{word}{i}" for i in range(1, count))]
+        self.tables: list[ExtendedEmbedding] = []
+        for tokenizer, encoder, own in zip(models.tokenizers, models.text_encoders, rows, strict=True):
+            first = len(tokenizer.clip)
+            if len(tokenizer.ids(word)) == 1 or tokenizer.clip.add_tokens(self.words) != count:
+                raise OptionError(
+                    f"{word!r} is a word that the tokenizers know already; take one that they don't, such as {word}_1x"
+                )
+            embeddings: Any = body_of(encoder).embeddings
+            table = ExtendedEmbedding(embeddings.token_embedding, own, first)
+            embeddings.token_embedding = table
+            self.tables.append(table)
+
+    @property
+    def rows(self) -> dict[str, nn.Parameter]:
+        """The vectors by the names that files give them: [n, C] each."""
+        one, two = self.tables
+        return {"clip_l": one.rows, "clip_g": two.rows}
+
+    def expand(self, text: str) -> str:
+        """The text with all vectors of the word where it stands."""
+        return re.sub(rf"(?<!\w){re.escape(self.word)}(?!\w)", lambda _: " ".join(self.words), text)
+
+
+def first_rows(models: SdxlModels, init_word: str | None, count: int) -> list[Tensor]:
+    """The first values of `count` vectors for both encoders, float32: those of the init word's tokens in turn, or the tables' means."""
+    rows = []
+    for tokenizer, encoder in zip(models.tokenizers, models.text_encoders, strict=True):
+        table: Tensor = body_of(encoder).embeddings.token_embedding.weight.detach()
+        ids = tokenizer.ids(init_word) if init_word else []
+        if init_word and not ids:
+            raise OptionError(f"--init_word {init_word!r}: it has no tokens")
+        own = table[[ids[i % len(ids)] for i in range(count)]] if ids else table.float().mean(dim=0).expand(count, -1)
+        rows.append(own.to(torch.float32, copy=True).contiguous())
+    return rows
+
+
+def num_init_tokens(models: SdxlModels, init_word: str) -> int:
+    return len(models.tokenizers[0].ids(init_word))

@@ -1,0 +1,126 @@
+"""EmbeddingTask: Textual Inversion. The vectors of one new word are trained; models stay as they are."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from library.data.batch import Batch
+from library.errors import NotFinite, OptionError, RunError
+from library.files import write_atomically
+from library.log import log
+from library.models.checkpoint import open_tensors
+from library.models.new_tokens import NewToken, first_rows, num_init_tokens
+from library.models.options import ModelOptions
+from library.models.sdxl import SdxlModels
+from library.models.text_encoders import TextConditioning
+from library.options import Options
+from library.param_group import ParamGroup
+from library.safetensors_io import write_safetensors
+from library.training.metadata import RunFacts
+from library.training.options import EmbeddingOptions, OptimizerOptions
+from library.training.task import Part, Task
+
+
+class TokenPart(Part):
+    """The vectors of one new word."""
+
+    def __init__(self, token: NewToken, lr: float, extension: str, *, suffix: str = "", stops_at: float | None = None):
+        """Args: suffix: what its files' names have behind those of the run."""
+        self._token, self._lr, self._extension, self._suffix, self._stops_at = token, lr, extension, suffix, stops_at
+
+    def tensors(self) -> Mapping[str, nn.Parameter]:
+        return self._token.rows
+
+    def groups(self) -> list[ParamGroup]:
+        return [ParamGroup("token", self._token.rows, self._lr, self._stops_at)] if self._lr else []
+
+    def after_step(self) -> None:
+        pass
+
+    def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
+        path = stem.with_name(f"{stem.name}{self._suffix}.{self._extension}")
+        stored = embedding_tensors(self._token, dtype)
+        if not all(tensor.isfinite().all() for tensor in stored.values()):
+            raise NotFinite(f"{path}: not saved, as its vectors aren't finite")
+        if path.suffix == ".safetensors":
+            write_safetensors(path, stored, metadata)
+        else:
+            write_atomically(path, lambda file: torch.save(stored, file))
+        return path
+
+
+def embedding_tensors(token: NewToken, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """What an embedding file holds: clip_l [n, 768] and clip_g [n, 1280]. Args: dtype: float32 if None."""
+    return {name: rows.detach().to("cpu", dtype or torch.float32) for name, rows in token.rows.items()}
+
+
+def add_token(
+    models: SdxlModels, word: str, init_word: str | None, count: int, weights: Path | None = None
+) -> NewToken:
+    """Add a new word to the models' tokenizers and encoders. Raises OptionError if it can't be, or the file doesn't fit."""
+    if init_word and models.device.type != "meta" and (found := num_init_tokens(models, init_word)) != count:
+        log.warning("%r has %d tokens for %d vectors: they are taken in turn", init_word, found, count)
+    rows = first_rows(models, init_word, count)
+    if weights is not None:
+        rows = _read_rows(weights, rows)
+    models.new_token = NewToken(models, word, [own.to(models.device) for own in rows])
+    return models.new_token
+
+
+def _read_rows(path: Path, like: list[Tensor]) -> list[Tensor]:
+    """The vectors in a file, clip_l and clip_g; one that isn't there keeps its first values."""
+    try:
+        file = open_tensors(path, mapped=False)
+        found = {name: file[name].float() for name in ("clip_l", "clip_g") if name in file.shapes}
+    except RunError as error:
+        raise OptionError(f"--weights {error}") from None
+    if not found:
+        raise OptionError(f"--weights {path}: it holds neither clip_l nor clip_g, so it is no embedding for SDXL")
+    rows = [found.get(name, own) for name, own in zip(("clip_l", "clip_g"), like, strict=True)]
+    for name, row, own in zip(("clip_l", "clip_g"), rows, like, strict=True):
+        if row.shape != own.shape:
+            raise OptionError(
+                f"--weights {path}: {name} is {list(row.shape)}; {list(own.shape)} is needed: --num_vectors_per_token is {len(own)}"
+            )
+        if not row.isfinite().all():
+            raise OptionError(f"--weights {path}: {name} holds numbers that aren't finite")
+    return rows
+
+
+class EmbeddingTask(Task):
+    """One new word, for both encoders."""
+
+    tracker_name = "textual_inversion"
+    modelspec_kind = "/textual-inversion"
+    default_title = "TextualInversion"
+    is_terse = True  # its files have modelspec alone
+
+    def __init__(self, models: SdxlModels, options: EmbeddingOptions, *, lr: float, num_tokens: int):
+        assert options.token_string is not None
+        self._models, self._num_tokens = models, num_tokens
+        self.unet = models.unet
+        self.compute_dtype = models.precision.compute
+        token = add_token(
+            models, options.token_string, options.init_word, options.num_vectors_per_token, options.weights
+        )
+        self.parts = [TokenPart(token, lr, options.save_model_as)]
+
+    @classmethod
+    def from_options(cls, models: SdxlModels, options: Options) -> "EmbeddingTask":
+        return cls(
+            models,
+            options[EmbeddingOptions],
+            lr=options[OptimizerOptions].learning_rate,
+            num_tokens=options[ModelOptions].num_tokens,
+        )
+
+    def modules(self) -> list[nn.Module]:
+        return [self.unet, *self._models.text_encoders]
+
+    def encode_text(self, batch: Batch) -> TextConditioning:
+        return TextConditioning.of(self._models.encode_texts(batch.captions, self._num_tokens))
+
+    def metadata(self, options: Options, facts: RunFacts) -> dict[str, str]:
+        return {}

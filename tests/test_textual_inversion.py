@@ -1,0 +1,200 @@
+"""Textual Inversion: golden 10 `ti`, files that Diffusers loads, frozen tables, and a token beside a LoRA."""
+
+import sys
+
+import pytest
+import torch
+from replay import Golden, replay
+from running import assert_bit_equal, losses_of, tensors_of, without
+
+from library.errors import OptionError
+from library.models.new_tokens import NewToken, first_rows
+from library.models.text_encoders import body_of
+from library.safetensors_io import read_header
+from library.training.options import EmbeddingOptions, LossOptions, ScheduleOptions
+from library.training.tasks.embedding import EmbeddingTask, add_token
+
+QUICK = [
+    "--token_string", "mytoken", "--init_word", "red cat", "--num_vectors_per_token", "3", "--resolution", "64", "--enable_bucket", "--min_bucket_reso", "32",
+    "--max_bucket_reso", "128", "--bucket_reso_steps", "32", "--cache_latents", "--max_data_loader_n_workers", "0", "--learning_rate", "0.05",
+    "--seed", "7", "--use_object_template", "--save_model_as", "safetensors", "--output_name", "lora",
+]  # fmt: skip
+
+
+def train(model, pictures, output, *extra, quick=QUICK):
+    import sdxl_train_textual_inversion
+
+    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--output_dir", output]
+    sdxl_train_textual_inversion.main([str(word) for word in [*quick, *files, *extra]])
+    return output / "lora.safetensors"
+
+
+def test_golden_10_ti(own_models):
+    """The reference trains whole tables and puts the old rows back; the new rows come out the same."""
+    golden = Golden("ti")
+    options = EmbeddingOptions(token_string="mytoken", init_word="red cat", num_vectors_per_token=3)
+    task = EmbeddingTask(own_models, options, lr=5e-2, num_tokens=75)
+    rows = task.parts[0].tensors()
+    steps = replay(
+        golden, own_models, task, optimizer_args={}, schedule=ScheduleOptions(), loss=LossOptions(), lr=5e-2, accumulation=1, cached_text=False,
+        caption=lambda text: text.replace("mytoken mytoken1 mytoken2", "mytoken"),
+        checks_norm=False,  # there it is that of encoder 2's whole table
+    )  # fmt: skip
+    for number, rates in steps:
+        assert rates == golden.facts["lr_per_step"][number]
+    for name, expected in golden.output.items():
+        torch.testing.assert_close(rows[name].detach(), expected, rtol=0, atol=1e-5)
+
+
+def test_rows_lie_behind_frozen_tables_and_only_they_get_gradients(own_models):
+    tables = [
+        body_of(encoder).embeddings.token_embedding.weight.detach().clone() for encoder in own_models.text_encoders
+    ]
+    token = add_token(own_models, "zyx", "red", 2)
+    encoded = own_models.encode_texts(["a zyx here", "nothing"], 75)
+    (encoded.hidden_1[0].sum() + encoded.pooled.sum()).backward()
+    for table, encoder, rows in zip(tables, own_models.text_encoders, token.rows.values(), strict=True):
+        embedding = body_of(encoder).embeddings.token_embedding
+        assert torch.equal(embedding.weight, table) and embedding.weight.grad is None
+        assert rows.grad.abs().sum() > 0 and rows.dtype is torch.float32
+    assert [p for encoder in own_models.text_encoders for p in encoder.parameters() if p.requires_grad] == list(token.rows.values())  # fmt: skip
+    assert own_models.tokenizers[0].ids(token.expand("a zyx, zyxw and zyx1")) == own_models.tokenizers[0].ids("a zyx zyx1, zyxw and zyx1")  # fmt: skip
+
+
+def test_without_gradient_a_new_word_that_starts_as_another_reads_like_it(own_models):
+    add_token(own_models, "zyx", "cat", 1)
+    new, old = (own_models.encode_texts([text], 75) for text in ("a zyx sits", "a cat sits"))
+    for one, two in zip(new, old, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_first_values_are_the_init_words_in_turn_or_the_mean(own_models):
+    one, _ = first_rows(own_models, "red cat", 3)
+    table = body_of(own_models.text_encoders[0]).embeddings.token_embedding.weight
+    red, cat = own_models.tokenizers[0].ids("red cat")
+    assert torch.equal(one, table[[red, cat, red]])
+    torch.testing.assert_close(first_rows(own_models, None, 2)[0], table.mean(0).expand(2, -1))
+
+
+def test_known_words_are_refused(own_models):
+    with pytest.raises(OptionError, match="'cat' is a word that the tokenizers know already"):
+        NewToken(own_models, "cat", first_rows(own_models, None, 1))
+
+
+def test_the_file_has_the_contracts_tensors_and_metadata_and_goes_on(golden_model, pictures, tmp_path):
+    path = train(golden_model, pictures, tmp_path / "out", "--max_train_steps", "2", "--save_every_n_steps", "1")
+    tensors = tensors_of(path)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {"clip_l": ((3, 64), torch.float32), "clip_g": ((3, 128), torch.float32)}  # fmt: skip
+    metadata = read_header(path).metadata
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/textual-inversion"
+    assert not [key for key in metadata if not key.startswith("modelspec.")]
+    again = train(golden_model, pictures, tmp_path / "again", "--max_train_steps", "1", "--weights", path, "--learning_rate", "1e-9")  # fmt: skip
+    for name, tensor in tensors_of(again).items():
+        torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=1e-7)
+    with pytest.raises(OptionError, match=r"clip_l is \[3, 64\]; \[2, 64\] is needed: --num_vectors_per_token is 2"):
+        train(golden_model, pictures, tmp_path / "no", "--weights", path, "--num_vectors_per_token", "2")
+
+
+def test_pickles_hold_the_bare_tensors(golden_model, pictures, tmp_path):
+    train(golden_model, pictures, tmp_path / "out", "--max_train_steps", "1", "--save_model_as", "pt")
+    found = torch.load(tmp_path / "out" / "lora.pt", weights_only=True)
+    assert set(found) == {"clip_l", "clip_g"}
+
+
+def test_diffusers_loads_it_for_both_encoders(golden_model, golden_models, pictures, tmp_path):
+    """load_textual_inversion, as its documentation shows it for SDXL."""
+    from library.imports import import_diffusers
+
+    import_diffusers()
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    path = train(golden_model, pictures, tmp_path / "out", "--max_train_steps", "1")
+    tensors = tensors_of(path)
+
+    class Pipeline(TextualInversionLoaderMixin):
+        components, hf_device_map = {}, None
+
+    from conftest import open_models
+
+    models = open_models(golden_model)
+    for name, tokenizer, encoder in zip(("clip_l", "clip_g"), models.tokenizers, models.text_encoders, strict=True):
+        Pipeline().load_textual_inversion(
+            tensors[name], token="mytoken", text_encoder=encoder, tokenizer=tokenizer.clip
+        )
+        ids = tokenizer.clip.convert_tokens_to_ids(["mytoken", "mytoken_1", "mytoken_2"])
+        assert torch.equal(encoder.get_input_embeddings().weight[ids].detach(), tensors[name])
+
+
+@pytest.mark.parametrize("extra", [
+    [], ["--gradient_checkpointing", "--max_token_length", "150", "--mixed_precision", "bf16"], ["--optimizer_type", "Adafactor"],
+])  # fmt: skip
+def test_resuming_is_bit_equal(extra, golden_model, pictures, tmp_path):
+    words = [*extra, "--max_train_steps", "4", "--save_state", "--save_every_n_steps", "2", "--ema_decay", "0.9"]
+    whole = train(golden_model, pictures, tmp_path / "whole", *words)
+    import shutil
+
+    shutil.copytree(tmp_path / "whole" / "lora-step00000002-state", tmp_path / "parts" / "lora-step00000002-state")
+    parts = train(golden_model, pictures, tmp_path / "parts", *words, "--auto_resume")
+    assert_bit_equal(tensors_of(whole), tensors_of(parts))
+    assert losses_of(tmp_path / "whole")[2:] == losses_of(tmp_path / "parts")
+
+
+def test_captions_are_looked_through_for_the_word(golden_model, pictures, tmp_path, capsys):
+    words = without(QUICK, "--use_object_template")
+    with pytest.raises(OptionError, match="no caption holds 'mytoken'"):
+        train(golden_model, pictures, tmp_path / "none", "--max_train_steps", "1", quick=words)
+    texts = sorted((pictures / "2_shapes").glob("*.txt"))
+    for path in texts[:3]:
+        path.write_text("mytoken, " + path.read_text(encoding="utf-8"), encoding="utf-8")
+    train(golden_model, pictures, tmp_path / "out", "--max_train_steps", "1", quick=words)
+    told = capsys.readouterr().err
+    assert "1 of 4 captions don't hold 'mytoken'" in told and texts[3].with_suffix("").name in told
+
+
+@pytest.mark.parametrize("extra, expected", [
+    (["--cache_text_encoder_outputs"], "changes what the encoders give, so captions can't be encoded before training"),
+    (["--token_string", "two words"], "expected one word without spaces"),
+    (["--token_string", ""], "--token_string is missing"),
+    (["--weights", "gone.pt"], "--weights gone.pt: no such file"),
+])  # fmt: skip
+def test_what_cant_work_is_refused(extra, expected, golden_model, pictures, tmp_path):
+    with pytest.raises(OptionError, match=expected):
+        train(golden_model, pictures, tmp_path / "out", *extra)
+    assert "torch" in sys.modules and not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------- a token beside a LoRA
+
+
+def test_pivotal_tuning_trains_both_and_saves_both(golden_model, pictures, tmp_path):
+    from running import QUICK as NETWORK
+    from running import train_network
+
+    for path in (pictures / "2_shapes").glob("*.txt"):
+        path.write_text("zyx " + path.read_text(encoding="utf-8"), encoding="utf-8")
+    quick = without(NETWORK, "--cache_text_encoder_outputs")
+    words = [
+        "--train_token",
+        "zyx",
+        "--token_init_word",
+        "red",
+        "--token_vectors",
+        "2",
+        "--token_lr",
+        "0.01",
+        "--max_train_steps",
+        "4",
+    ]
+    words += ["--save_every_n_steps", "2", "--ti_stop_ratio", "0.5", "--save_state"]
+    path = train_network(golden_model, pictures, tmp_path / "out", *words, quick=quick)
+    lora, token = tensors_of(path), tensors_of(path.with_name("lora-zyx.safetensors"))
+    assert token["clip_l"].shape == (2, 64) and not [name for name in lora if not name.startswith("lora_unet")]
+    half = tensors_of(path.with_name("lora-step00000002-zyx.safetensors"))
+    assert_bit_equal(token, half)  # stopped after half of the steps
+    ups = [name for name in lora if name.endswith("lora_up.weight")]
+    assert any(not torch.equal(lora[name], tensors_of(path.with_name("lora-step00000002.safetensors"))[name]) for name in ups)  # fmt: skip
+    bundled = train_network(golden_model, pictures, tmp_path / "bundled", *words, "--bundle_token", quick=quick)
+    found = {name: tensor for name, tensor in tensors_of(bundled).items() if name.startswith("bundle_emb")}
+    assert_bit_equal(found, {f"bundle_emb.zyx.{name}": tensor for name, tensor in token.items()})
+    with pytest.raises(OptionError, match="--train_token: captions with a new word can't be encoded before training"):
+        train_network(golden_model, pictures, tmp_path / "no", *words)
