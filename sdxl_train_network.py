@@ -9,7 +9,7 @@ from library.errors import run
 from library.log import start_logging
 from library.options import read_options
 from library.training.not_yet import REFUSED, UNUSED
-from library.training.options import COMMON_TRAINING, PivotalOptions, check_network, check_training
+from library.training.options import COMMON_TRAINING, PivotalOptions, RunOptions, check_network, check_training
 from library.training.token_captions import with_token
 from networks.options import NetworkOptions
 
@@ -34,8 +34,14 @@ def main(argv: list[str] | None = None) -> None:
 
         show_dataset(options, found)
         return
-    from library.training.loop import train
     from library.training.tasks.network import NetworkTask
+
+    if options[RunOptions].dry_run:
+        from library.training.dry_run import dry_run
+
+        dry_run(NetworkTask, options, found)
+        return
+    from library.training.loop import train
 
     train(NetworkTask, options, found)
 

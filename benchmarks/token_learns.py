@@ -62,7 +62,9 @@ def losses_of(model: Path, picture: Path, rows: dict, words: int) -> tuple[float
     from library.training.noise import add_noise
     from library.training.tasks.embedding import add_token
 
-    models = SdxlModels(open_checkpoint(str(model)), Precision.decide("no", None, no_half_vae=True), torch.device("cpu"))
+    models = SdxlModels(
+        open_checkpoint(str(model)), Precision.decide("no", None, no_half_vae=True), torch.device("cpu")
+    )
     token = add_token(models, "zyx", "thing", 1)
     pixels = torch.from_numpy(images.normalised(images.load(picture)))[None]
     pixels = torch.nn.functional.interpolate(pixels, size=(64, 64), mode="area")

@@ -13,7 +13,7 @@ from library.option_values import Spec, specs_of
 from library.options import ConfigOptions
 from library.training import caching
 from library.training.not_yet import REFUSED, UNUSED
-from library.training.options import COMMON_TRAINING
+from library.training.options import COMMON_TRAINING, EmbeddingOptions, PivotalOptions
 from networks.options import NetworkOptions
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "reference_options.tsv").open(encoding="utf-8"), delimiter="\t"))
@@ -28,7 +28,9 @@ OWN = {
     "allow_missing_captions",
     "allow_partial",
     "auto_resume",
+    "bundle_token",
     "cache_dir",
+    "dry_run",
     "early_stop_patience",
     "ema_decay",
     "ema_device",
@@ -42,7 +44,12 @@ OWN = {
     "stop_text_encoder_training",
     "strict_config",
     "text_cache_variants",
+    "ti_stop_ratio",
     "timestep_sampling",
+    "token_init_word",
+    "token_lr",
+    "token_vectors",
+    "train_token",
     "verify_resume",
 }
 
@@ -55,7 +62,7 @@ def specs_in(groups: Iterable[type]) -> dict[str, Spec]:
     return {spec.name: spec for group in groups for spec in specs_of(group)}
 
 
-NETWORK = specs_in((ConfigOptions, NetworkOptions, *COMMON_TRAINING))
+NETWORK = specs_in((ConfigOptions, NetworkOptions, PivotalOptions, *COMMON_TRAINING))
 
 
 @pytest.mark.parametrize("name", [name for name in rows_of("network") if name in NETWORK])
@@ -80,6 +87,23 @@ def test_the_network_script_forgets_no_option_and_has_few_of_its_own():
     assert reference - set(NETWORK) - set(REFUSED) - set(UNUSED) == set()
     assert set(NETWORK) - reference == OWN
     assert not set(NETWORK) & (set(REFUSED) | set(UNUSED)), "an option can't be there and refused"
+
+
+EMBEDDING = specs_in((ConfigOptions, EmbeddingOptions, *COMMON_TRAINING))
+
+
+@pytest.mark.parametrize("name", [name for name in rows_of("ti") if name in EMBEDDING and name not in NETWORK])
+def test_textual_inversions_own_options_are_the_references(name):
+    row, spec = rows_of("ti")[name], EMBEDDING[name]
+    assert spec.kinds[0].__name__ == {"weights": "Path"}.get(name, row["type"]) and str(spec.default) == row["default"]
+
+
+def test_the_textual_inversion_script_forgets_no_option():
+    reference = set(rows_of("ti"))
+    assert reference - set(EMBEDDING) - set(REFUSED) - set(UNUSED) == set()
+    assert not set(EMBEDDING) & (set(REFUSED) | set(UNUSED))
+    row, spec = rows_of("ti")["save_model_as"], EMBEDDING["save_model_as"]
+    assert (spec.default, set(spec.rules["choices"])) == (row["default"], set(row["choices"].split(",")) - {"None"})
 
 
 @pytest.mark.parametrize("script", ["cache_latents", "cache_text"])

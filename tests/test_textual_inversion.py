@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from replay import Golden, replay
-from running import assert_bit_equal, losses_of, tensors_of, without
+from running import ROOT, assert_bit_equal, losses_of, tensors_of, without
 
 from library.errors import OptionError
 from library.models.new_tokens import NewToken, first_rows
@@ -198,3 +198,84 @@ def test_pivotal_tuning_trains_both_and_saves_both(golden_model, pictures, tmp_p
     assert_bit_equal(found, {f"bundle_emb.zyx.{name}": tensor for name, tensor in token.items()})
     with pytest.raises(OptionError, match="--train_token: captions with a new word can't be encoded before training"):
         train_network(golden_model, pictures, tmp_path / "no", *words)
+
+
+# ---------------------------------------------------------------------------------------------------- the page, and more
+
+
+def test_the_example_of_the_page_runs(golden_model, pictures, tmp_path, monkeypatch):
+    """As it is there, on small pictures and for a few steps."""
+    import re
+    import tomllib
+
+    import sdxl_train_textual_inversion
+
+    text = (ROOT / "docs" / "textual_inversion.md").read_text(encoding="utf-8")
+    config = re.search(r"```toml\n(.*?)```", text, re.S)[1]
+    assert tomllib.loads(config)["token_string"] == "mycat"
+    for path in (pictures / "2_shapes").glob("*.txt"):
+        path.write_text("a photo of mycat", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text(config, encoding="utf-8")
+    (tmp_path / "sd_xl_base_1.0.safetensors").symlink_to(golden_model)
+    small = [
+        "--resolution",
+        "64",
+        "--bucket_reso_steps",
+        "32",
+        "--min_bucket_reso",
+        "32",
+        "--max_train_steps",
+        "4",
+        "--save_every_n_steps",
+        "2",
+    ]
+    sdxl_train_textual_inversion.main(["--config_file", "run.toml", *small, "--max_data_loader_n_workers", "0"])
+    assert tensors_of(tmp_path / "output" / "mycat.safetensors")["clip_g"].shape == (4, 128)
+    assert (tmp_path / "output" / "mycat-step00000002-state" / "state.json").exists()
+
+
+def test_it_learns_the_picture_better_than_random_words_do(tmp_path):
+    """A short form of benchmarks/token_learns.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from token_learns import compare
+
+    before, trained, others = compare(tmp_path, 40, 5)
+    assert trained < min(others) and trained < before
+
+
+def test_two_processes_train_the_word_of_one(golden_model, pictures, tmp_path):
+    import os
+    import subprocess
+
+    def run(processes):
+        out = tmp_path / str(processes)
+        files = ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", pictures, "--output_dir", out]
+        words = [
+            *QUICK,
+            *files,
+            "--max_train_steps",
+            "3",
+            "--gradient_accumulation_steps",
+            2 // processes,
+            "--optimizer_type",
+            "SGD",
+        ]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            processes,
+            "--master_port",
+            "29619",
+        ]
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        command = [str(word) for word in [*launch, ROOT / "sdxl_train_textual_inversion.py", *words]]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return tensors_of(out / "lora.safetensors")
+
+    one, two = run(1), run(2)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)

@@ -22,7 +22,9 @@ from library.models.vae import PIXELS_PER_LATENT
 # Numbers kept for backward, per channel and position of a block's output.
 _RESIDUAL, _TRANSFORMER = 9.0, 28.3
 _RESIDUAL_INPUTS, _TRANSFORMER_INPUTS = 3.7, 0.95  # where blocks are computed again
-_TEXT_LAYER = 16.0  # q, k, v, attention, two norms, and a feed-forward four times as wide before and behind its function
+_TEXT_LAYER = (
+    16.0  # q, k, v, attention, two norms, and a feed-forward four times as wide before and behind its function
+)
 _VAE = 3.0  # a residual block's input, inner and output, at the pictures' full size
 
 _FLOAT32 = 4

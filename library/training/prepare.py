@@ -66,7 +66,7 @@ def prepare(
     """
     share = (accelerator.process_index, accelerator.num_processes)
     kept = list(datasets)
-    samples = _samples(kept)
+    samples = all_samples(kept)
     latents: LatentCache | None = None
     text: TextCache | None = None
     found: list[Bad] = []
@@ -74,21 +74,21 @@ def prepare(
         latents, found = cache_latents(samples, models, options, known, share)
     elif audits:
         found = audit(samples, known, share=share)
-    kept = _without(kept, _of_all_processes(found, samples), skip=skip_bad_images)
+    kept = without_bad(kept, _of_all_processes(found, samples), skip=skip_bad_images)
     if options.text:
         text = cache_text(
-            _samples(kept), models, options, known, share, num_tokens=num_tokens, weighted=weighted_captions
+            all_samples(kept), models, options, known, share, num_tokens=num_tokens, weighted=weighted_captions
         )
-    finish_caches(_samples(kept), (latents, text), accelerator, known)
+    finish_caches(all_samples(kept), (latents, text), accelerator, known)
     return Prepared(kept, latents, text)
 
 
-def _samples(datasets: Sequence[Dataset]) -> list[Sample]:
+def all_samples(datasets: Sequence[Dataset]) -> list[Sample]:
     """All samples, those held out too: their caches are filled, and they are looked at, like the others'."""
     return [sample for dataset in datasets for sample in (*dataset.samples, *dataset.validation)]
 
 
-def _without(datasets: Sequence[Dataset], bad: Sequence[Bad], *, skip: bool) -> list[Dataset]:
+def without_bad(datasets: Sequence[Dataset], bad: Sequence[Bad], *, skip: bool) -> list[Dataset]:
     """The datasets without their bad samples, if those may be left out. Raises RunError if not, or if nothing is left."""
     refuse_or_skip(bad, skip=skip)
     kept = [dataset.kept([one.sample for one in bad]) for dataset in datasets]
@@ -101,10 +101,7 @@ def cache_latents(
     samples: Sequence[Sample], models: SdxlModels, options: CacheOptions, known: KnownFiles, share: tuple[int, int]
 ) -> tuple[LatentCache, list[Bad]]:
     """The filled cache, and the samples that can't be in it. Args: share: (rank, processes)."""
-    cache: LatentCache = LatentsInMemory()
-    if options.cache_latents_to_disk:
-        identity = "" if options.skip_cache_check else _identity(models, ["vae"], models.precision.vae, known)
-        cache = LatentsOnDisk(identity, known, trusted=options.skip_cache_check)
+    cache = latent_cache(models, options, known)
     return cache, fill_latents(
         samples,
         cache,
@@ -112,6 +109,14 @@ def cache_latents(
         options.vae_batch_size,
         share=_share(share, cache),
     )
+
+
+def latent_cache(models: SdxlModels, options: CacheOptions, known: KnownFiles) -> LatentCache:
+    """The cache that the options mean, as it is."""
+    if not options.cache_latents_to_disk:
+        return LatentsInMemory()
+    identity = "" if options.skip_cache_check else _identity(models, ["vae"], models.precision.vae, known)
+    return LatentsOnDisk(identity, known, trusted=options.skip_cache_check)
 
 
 def cache_text(
@@ -130,18 +135,25 @@ def cache_text(
     def encode(captions: Sequence[str]) -> EncodedText:
         return EncodedText(*(part.cpu() for part in models.encode_texts(captions, num_tokens, weighted=weighted)))
 
-    texts = TextPlan(options.text_cache_variants)
-    cache: TextCache = TextInMemory(texts)
-    if options.cache_text_encoder_outputs_to_disk:
-        parts = ["text_encoder_1", "text_encoder_2"]
-        identity = "" if options.skip_cache_check else _identity(models, parts, models.precision.compute, known)
-        identity += ", captions weighted" if weighted else ""
-        change = models.change.text_identity() if models.change is not None else ""
-        identity += f", with {change}" if change else ""
-        one, two = (_width(models, part) for part in parts)
-        cache = TextOnDisk(num_tokens + 2, (one, two), identity, texts, known, trusted=options.skip_cache_check)
+    cache = text_cache(models, options, known, num_tokens=num_tokens, weighted=weighted)
     fill_text(samples, cache, encode, share=_share(share, cache))
     return cache
+
+
+def text_cache(
+    models: SdxlModels, options: CacheOptions, known: KnownFiles, *, num_tokens: int, weighted: bool
+) -> TextCache:
+    """The cache that the options mean, as it is."""
+    texts = TextPlan(options.text_cache_variants)
+    if not options.cache_text_encoder_outputs_to_disk:
+        return TextInMemory(texts)
+    parts = ["text_encoder_1", "text_encoder_2"]
+    identity = "" if options.skip_cache_check else _identity(models, parts, models.precision.compute, known)
+    identity += ", captions weighted" if weighted else ""
+    change = models.change.text_identity() if models.change is not None else ""
+    identity += f", with {change}" if change else ""
+    one, two = (token_width(models, part) for part in parts)
+    return TextOnDisk(num_tokens + 2, (one, two), identity, texts, known, trusted=options.skip_cache_check)
 
 
 def finish_caches(
@@ -186,7 +198,7 @@ def _stamp_of(source: Path) -> tuple[int, int]:
     return sum(one.st_size for one in found), max((one.st_mtime_ns for one in found), default=0)
 
 
-def _width(models: SdxlModels, part: str) -> int:
+def token_width(models: SdxlModels, part: str) -> int:
     """Numbers per token of an encoder's hidden states."""
     return models.checkpoint.tensors(part)["text_model.embeddings.token_embedding.weight"].shape[1]
 

@@ -31,7 +31,7 @@ from library.training.options import (
 )
 from library.training.progress import Progress
 from library.training.run import Run
-from library.training.state import State, find_state, newest_state, read_facts, read_state
+from library.training.state import DAMAGE, State, find_state, newest_state, read_facts, read_state
 
 _FREE: tuple[type[OptionGroup], ...] = (
     ConfigOptions, LogOptions, MetadataOptions, PreviewOptions, ResumeOptions, SavingOptions, TrackerOptions, UploadOptions,
@@ -124,7 +124,7 @@ def _damage_told(folder: Path) -> Iterator[None]:
         yield
     except OptionError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except DAMAGE as error:
         raise RunError(f"{folder}: damaged state: {type(error).__name__}: {error}") from None
 
 
@@ -253,9 +253,16 @@ def restore(run: Run, resumed: Resumed) -> Progress:
 
 def place_to_start(run: Run, options: ResumeOptions) -> Progress:
     """Where a run without a state begins: at its start, or at --initial_step or --initial_epoch."""
-    epoch, steps = options.initial_epoch, run.order.steps_per_epoch
-    step = (epoch - 1) * steps if epoch is not None else options.initial_step or 0
-    if step >= run.total_steps:
-        raise OptionError(f"--initial_step {step}: the run has {run.total_steps} steps, so nothing would be left to do")
+    steps = run.order.steps_per_epoch
+    step = initial_step(options, steps_per_epoch=steps, total_steps=run.total_steps)
     run.update.skip(step)
     return Progress(epoch=step // steps, step=step)
+
+
+def initial_step(options: ResumeOptions, *, steps_per_epoch: int, total_steps: int) -> int:
+    """The steps that a run without a state takes as done. Raises OptionError if none are left."""
+    epoch = options.initial_epoch
+    step = (epoch - 1) * steps_per_epoch if epoch is not None else options.initial_step or 0
+    if step >= total_steps:
+        raise OptionError(f"--initial_step {step}: the run has {total_steps} steps, so nothing would be left to do")
+    return step

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -30,6 +30,19 @@ MakeMetadata = Callable[[int, int], Mapping[str, str]]
 When = Literal["step", "epoch", "best", "final"]
 
 _SESSION = "ss_session_id"
+
+
+class Space(NamedTuple):
+    """What lies on the disk at once, at most: so many models and states, of so many bytes each."""
+
+    models: int
+    model_bytes: int
+    states: int
+    state_bytes: int
+
+    @property
+    def needed(self) -> int:
+        return self.models * self.model_bytes + self.states * self.state_bytes
 
 
 def make_output_folder(folder: Path) -> None:
@@ -88,8 +101,18 @@ class Saver:
         """epoch: counted from 1. The last one is saved as the final model alone."""
         return bool(self._every_epochs) and epoch % self._every_epochs == 0 and epoch < self._num_epochs
 
-    def check_space(self, total_steps: int) -> None:
-        """See that everything that will lie there at once fits the disk. Raises OptionError with what would help."""
+    def planned(self, total_steps: int, steps_per_epoch: int) -> list[str]:
+        """The names, without endings, that a whole run saves under, in order; those too that retention removes again."""
+        due: list[tuple[int, When]] = []
+        if every := self._options.save_every_n_steps:
+            due += [(step, "step") for step in range(every, total_steps + 1, every)]
+        epochs = range(1, total_steps // steps_per_epoch + 1)
+        due += [(epoch * steps_per_epoch, "epoch") for epoch in epochs if self.epoch_is_due(epoch)]
+        due = [*sorted(due, key=lambda entry: entry[0]), (total_steps, "final")]
+        return [self._stem(when, Progress(epoch=step // steps_per_epoch, step=step)) for step, when in due]
+
+    def space(self, total_steps: int) -> Space:
+        """What will lie there at once."""
         steps = total_steps // self._options.save_every_n_steps if self._options.save_every_n_steps else 0
         if steps and self._options.save_last_n_steps is not None:
             assert self._options.save_every_n_steps
@@ -97,13 +120,17 @@ class Saver:
         epochs = (self._num_epochs - 1) // self._every_epochs if self._every_epochs else 0
         if epochs and self._options.save_last_n_epochs is not None:
             epochs = min(epochs, self._options.save_last_n_epochs + 1)
-        one, state = self.model_bytes(), self.state_bytes()
         states = (steps + epochs + 1) if self._states.save_state else int(self._states.save_state_on_train_end)
-        needed, free = (steps + epochs + 1) * one + states * state, free_space(self._folder)
-        if needed > free:
+        return Space(steps + epochs + 1, self.model_bytes(), states, self.state_bytes())
+
+    def check_space(self, total_steps: int) -> None:
+        """See that everything that will lie there at once fits the disk. Raises OptionError with what would help."""
+        space, free = self.space(total_steps), free_space(self._folder)
+        if space.needed > free:
             raise OptionError(
-                f"--output_dir {self._folder}: {_size(free)} are free, but {steps + epochs + 1} models of {_size(one)} and {states} states of "
-                f"{_size(state)} need {_size(needed)}; save less often, or keep fewer with --save_last_n_steps or --save_last_n_epochs"
+                f"--output_dir {self._folder}: {size_in_words(free)} are free, but {space.models} models of "
+                f"{size_in_words(space.model_bytes)} and {space.states} states of {size_in_words(space.state_bytes)} need "
+                f"{size_in_words(space.needed)}; save less often, or keep fewer with --save_last_n_steps or --save_last_n_epochs"
             )
 
     def model_bytes(self) -> int:
@@ -276,8 +303,8 @@ def _check_space(folder: Path, needed: int) -> None:
     """Raises RunError if that many bytes can't be free there."""
     free = free_space(folder)
     if needed > free:
-        raise RunError(f"{folder}: {_size(needed)} are needed, {_size(free)} are free")
+        raise RunError(f"{folder}: {size_in_words(needed)} are needed, {size_in_words(free)} are free")
 
 
-def _size(size: int) -> str:
+def size_in_words(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

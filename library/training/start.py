@@ -8,7 +8,6 @@ import random
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +18,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.dataset import Batches, group_samples
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
-from library.data.order import Order
 from library.errors import OptionError
 from library.log import log, muted
 from library.models.attention import choose_attention
@@ -32,7 +30,7 @@ from library.precision import Precision
 from library.sampling.prompts import SamplePrompt, at_size, read_sample_prompts
 from library.sampling.samplers import make_sampler
 from library.training.ema import Ema
-from library.training.lr_schedules import make_scheduler, num_steps
+from library.training.lr_schedules import make_scheduler
 from library.training.metadata import RunFacts, at_save, model_metadata, modelspec
 from library.training.optimizers import make_optimizer, optimizer_in_words, start_training
 from library.training.options import (
@@ -51,6 +49,17 @@ from library.training.options import (
     read_arguments,
 )
 from library.training.pace import Pace
+from library.training.plan import (
+    Plan,
+    buckets_of,
+    estimate_memory,
+    groups_in_words,
+    make_plan,
+    memory_in_words,
+    saves_in_words,
+    steps_in_words,
+    trained_groups,
+)
 from library.training.preflight import Preflight
 from library.training.prepare import Prepared, prepare
 from library.training.preview import Preview, encode_prompts
@@ -58,6 +67,7 @@ from library.training.processes import start_processes
 from library.training.report import Report
 from library.training.resume import Resumed, run_facts
 from library.training.run import Run
+from library.training.run_file import write_run_file
 from library.training.saving import Saver
 from library.training.step import Step
 from library.training.task import Objective, Task
@@ -66,14 +76,6 @@ from library.training.update import Update
 from library.training.uploads import Uploads, open_uploads
 from library.training.validation import Best, Validation, fixed_timesteps, validation_batches
 from library.training.watch import Watch
-
-
-class Plan(NamedTuple):
-    """How much work there is."""
-
-    order: Order
-    total_steps: int
-    num_epochs: int
 
 
 def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed | None = None) -> Run:
@@ -94,10 +96,12 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         config = logged_config(options) if options[TrackerOptions].log_config else {}
         trackers = open_trackers(options[TrackerOptions], kind.tracker_name, config)
     seed = _shared_seed(options[RunOptions].seed if resumed is None else int(resumed.facts["run"]["seed"]))
-    models = _open_models(options, found, accelerator.device)
-    models.change = kind.change(models.without_weights(), options)
-    _rehearse(kind, models, options)
-    prompts = _sample_prompts(options, found)
+    if accelerator.is_main_process and not options[ResumeOptions].verify_resume:
+        write_run_file(options, seed)
+    models = open_models(kind, options, found, accelerator.device)
+    with muted():
+        rehearse(kind, models, options)
+    prompts = sample_prompts(options, found)
     prepared = prepare(
         found.datasets, models, options[CacheOptions], accelerator, found.known,
         num_tokens=options[ModelOptions].num_tokens, weighted_captions=options[CaptionOptions].weighted_captions, skip_bad_images=options[DatasetOptions].skip_bad_images,
@@ -105,7 +109,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     # Once captions are encoded, the text encoders go; so do prompts that they would have to encode later.
     texts = encode_prompts(models, prompts, options[ModelOptions].num_tokens) if prepared.text and prompts else None
     models.release(*(["vae"] if prepared.latents else []), *(["text_encoders"] if prepared.text else []))
-    plan = _plan(options[RunOptions], prepared, accelerator, seed)
+    plan = make_plan(options[RunOptions], prepared.datasets, processes=accelerator.num_processes, seed=seed)
     if options[LossOptions].masked_loss and not any(
         sample.conditioning or sample.subset.pixels.alpha_mask for sample in prepared.samples
     ):
@@ -113,15 +117,21 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
 
     torch.manual_seed(seed)
     task = kind.from_options(models, options)
-    groups = [_settled_end(group, plan.total_steps) for part in task.parts for group in part.groups()]
-    _tell(prepared, plan, groups, accelerator.num_processes)
-    update = _make_update(
-        _wrapped_step(task, models, options, found, accelerator), groups, options, plan.total_steps, accelerator
-    )
-    ema = _make_ema(task, options[EmaOptions])
+    groups = trained_groups(task, plan.total_steps)
+    step = _wrapped(make_step(task, models, options, found), accelerator)
+    update = make_update(step, groups, options, plan.total_steps, processes=accelerator.num_processes)
+    ema = make_ema(task, options[EmaOptions])
     uploads = open_uploads(options[UploadOptions]) if accelerator.is_main_process else None
     session_id = str(secrets.randbits(32)) if resumed is None else resumed.facts["session_id"]
     saver = _make_saver(task, options, found, prepared, plan, update, accelerator, ema, uploads, session_id)
+    buckets = buckets_of(plan, prepared.datasets)
+    for line in (
+        *steps_in_words(plan, prepared.datasets),
+        *groups_in_words(groups),
+        *saves_in_words(saver, plan),
+        memory_in_words(estimate_memory(task, models, groups, buckets, options)),
+    ):
+        log.info(line)
     if accelerator.is_main_process:
         saver.check_space(plan.total_steps)
     report = Report(
@@ -173,14 +183,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     )
 
 
-def _settled_end(group: ParamGroup, total_steps: int) -> ParamGroup:
-    """The group, its end in steps where it is a share of them."""
-    if group.stops_at is None:
-        return group
-    return dataclasses.replace(group, stops_at=num_steps(group.stops_at, total_steps))
-
-
-def _sample_prompts(options: Options, found: Preflight) -> list[SamplePrompt]:
+def sample_prompts(options: Options, found: Preflight) -> list[SamplePrompt]:
     """The prompts of samples during training, with sizes. What is wrong with some is told, and they are drawn without it."""
     chosen = options[PreviewOptions]
     if not chosen.is_on or chosen.sample_prompts is None:
@@ -196,27 +199,30 @@ def _sample_prompts(options: Options, found: Preflight) -> list[SamplePrompt]:
     return [at_size(prompt, size.width, size.height) for prompt in prompts]
 
 
-def _make_ema(task: Task, options: EmaOptions) -> Ema | None:
+def make_ema(task: Task, options: EmaOptions) -> Ema | None:
     if options.ema_decay is None:
         return None
     return Ema(task.parts, options.ema_decay, torch.device("cpu") if options.ema_device == "cpu" else None)
 
 
-def _rehearse(kind: type[Task], models: SdxlModels, options: Options) -> None:
-    """Build network, optimizer and schedule without weights: what can't work is told before hours of caching."""
-    with muted():
-        try:
-            task = kind.from_options(models.without_weights(), options)
-        except NotImplementedError:  # another package's network that needs numbers
-            return
-        groups = [group for part in task.parts for group in part.groups()]
-        if not groups:
-            raise OptionError("nothing is trained: every learning rate is 0")
-        stand_ins = [
-            ParamGroup(group.name, {name: nn.Parameter(torch.zeros(1)) for name in group.parameters}, group.lr)
-            for group in groups
-        ]
-        _make_optimizer(stand_ins, options, total_steps=1000)
+def rehearse(kind: type[Task], models: SdxlModels, options: Options) -> Task | None:
+    """Build network, optimizer and schedule without weights: what can't work is told before hours of caching.
+
+    Returns the task, on the meta device; None if it can't be built there.
+    """
+    try:
+        task = kind.from_options(models.without_weights(), options)
+    except NotImplementedError:  # another package's network that needs numbers
+        return None
+    groups = [group for part in task.parts for group in part.groups()]
+    if not groups:
+        raise OptionError("nothing is trained: every learning rate is 0")
+    stand_ins = [
+        ParamGroup(group.name, {name: nn.Parameter(torch.zeros(1)) for name in group.parameters}, group.lr)
+        for group in groups
+    ]
+    _make_optimizer(stand_ins, options, total_steps=1000)
+    return task
 
 
 def _make_optimizer(
@@ -238,53 +244,25 @@ def _shared_seed(seed: int | None) -> int:
     return drawn[0]
 
 
-def _open_models(options: Options, found: Preflight, device: torch.device) -> SdxlModels:
+def open_models(kind: type[Task], options: Options, found: Preflight, device: torch.device) -> SdxlModels:
+    """The base model as the task wants it; nothing is loaded yet."""
     model, run = options[ModelOptions], options[RunOptions]
-    return SdxlModels(
+    models = SdxlModels(
         found.checkpoint,
         Precision.decide(run.mixed_precision, options[SavingOptions].save_precision, no_half_vae=model.no_half_vae),
         device,
-        vae=model.vae,
+        vae=None if found.no_model else model.vae,
         tokenizer_folder=model.tokenizer_cache_dir,
         attention=choose_attention(mem_eff_attn=model.mem_eff_attn, use_xformers=model.xformers),
         gradient_checkpointing=run.gradient_checkpointing,
     )
+    models.change = kind.change(models.without_weights(), options)
+    return models
 
 
-def _plan(options: RunOptions, prepared: Prepared, accelerator: Accelerator, seed: int) -> Plan:
-    groups = group_samples(prepared.datasets, prepared.samples)
-    order = Order(groups, seed, accelerator.num_processes, options.gradient_accumulation_steps)
-    total = options.max_train_epochs * order.steps_per_epoch if options.max_train_epochs else options.max_train_steps
-    return Plan(order, total, math.ceil(total / order.steps_per_epoch))
-
-
-def _tell(prepared: Prepared, plan: Plan, groups: Sequence[ParamGroup], processes: int) -> None:
-    """The arithmetic from pictures to steps, and what is trained at which learning rate."""
-    order = plan.order
-    shown = sum(dataset.num_samples for dataset in prepared.datasets)
-    log.info("%d pictures, %d with repeats, in %d buckets", len(prepared.samples), shown, len(order.groups))
-    batches = f"{order.batches_per_epoch} batches / ({processes} processes x {order.per_process} accumulated)"
-    log.info(
-        "%s = %d steps an epoch; %d steps in all, %d epochs",
-        batches,
-        order.steps_per_epoch,
-        plan.total_steps,
-        plan.num_epochs,
-    )
-    counts = [sum(parameter.numel() for parameter in group.parameters.values()) for group in groups]
-    width = max(len(group.name) for group in groups)
-    log.info("%s  tensors        numbers  learning rate", "trained".ljust(width))
-    for group, count in zip(groups, counts, strict=True):
-        until = "" if group.stops_at is None else f" until step {group.stops_at}"
-        log.info("%s  %7d  %13s  %g%s", group.name.ljust(width), len(group.parameters), f"{count:,}", group.lr, until)
-
-
-def _wrapped_step(
-    task: Task, models: SdxlModels, options: Options, found: Preflight, accelerator: Accelerator
-) -> nn.Module:
-    """The Step, wrapped for several processes. Frozen weights are left out of what the wrapper keeps equal: all read one file."""
+def make_step(task: Task, models: SdxlModels, options: Options, found: Preflight) -> Step:
     objective = Objective(
-        NoiseSchedule.sdxl(zero_terminal_snr=found.zero_terminal_snr).to(accelerator.device), found.v_prediction
+        NoiseSchedule.sdxl(zero_terminal_snr=found.zero_terminal_snr).to(models.device), found.v_prediction
     )
     at_once = options[CacheOptions].vae_batch_size
 
@@ -293,14 +271,18 @@ def _wrapped_step(
             [models.encode_images(*part) for part in zip(images.split(at_once), noise.split(at_once), strict=True)]
         )
 
-    step = Step(task, objective, options[NoiseOptions], options[LossOptions], encode_images).train()
+    return Step(task, objective, options[NoiseOptions], options[LossOptions], encode_images).train()
+
+
+def _wrapped(step: Step, accelerator: Accelerator) -> nn.Module:
+    """The Step, wrapped for several processes. Frozen weights are left out of what the wrapper keeps equal: all read one file."""
     frozen = [name for name, parameter in step.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, frozen)
     return accelerator.prepare(step)
 
 
-def _make_update(
-    step: nn.Module, groups: Sequence[ParamGroup], options: Options, total_steps: int, accelerator: Accelerator
+def make_update(
+    step: nn.Module, groups: Sequence[ParamGroup], options: Options, total_steps: int, *, processes: int
 ) -> Update:
     optimizer, scheduler = _make_optimizer(groups, options, total_steps)
     start_training(optimizer)
@@ -311,7 +293,7 @@ def _make_update(
         scheduler,
         max_grad_norm=options[OptimizerOptions].max_grad_norm,
         scales_loss=options[RunOptions].mixed_precision == "fp16",
-        processes=accelerator.num_processes,
+        processes=processes,
     )
 
 

@@ -34,6 +34,8 @@ FORMAT, VERSION = "sdxl-training-state", 1
 _JSON = "state.json"
 _FILES = {f"{name}.safetensors": name for name in ("weights", "optimizer", "ema")}
 _FOREIGN = ("optimizer.bin", "train_state.json", "random_states_0.pkl", "scheduler.bin")
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError)
+"""What Python and torch say of a state that someone has changed."""
 _CHUNK = 1 << 24
 _BLOCK = 256  # numbers that share a scale in bitsandbytes
 
@@ -108,7 +110,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         if not set(_FILES) >= files.keys() >= set(_FILES) - {"ema.safetensors"}:
             raise ValueError(f"its files are {', '.join(files)[:200]}")
         _, _ = int(facts["step"]), float(facts["written"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGE as error:
         raise RunError(f"{path}: damaged: {type(error).__name__}: {error}") from None
     for name, (size, _) in files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
@@ -131,7 +133,7 @@ def read_state(folder: Path) -> State:
             raise RunError(f"{folder}: {name[:200]} holds numbers that aren't finite")
     try:
         optimizer = _put_together(facts["optimizer"], parts["optimizer"])
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGE as error:
         raise RunError(f"{folder / _JSON}: damaged: {type(error).__name__}: {error}") from None
     return State(facts, parts["weights"], optimizer, parts["ema"])
 

@@ -1,0 +1,172 @@
+"""Plan: how much work a run is, what it trains, what it writes and what memory it takes, known before the first step."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from library.data.dataset import group_samples
+from library.data.options import CacheOptions
+from library.data.order import Order
+from library.data.sample import Sample
+from library.data.size import Size
+from library.data.subsets import Dataset
+from library.models.options import ModelOptions
+from library.models.sdxl import SdxlModels
+from library.models.text_encoders import text_encoder_config
+from library.options import Options
+from library.param_group import ParamGroup
+from library.training.lr_schedules import num_steps
+from library.training.memory import Estimate, Frozen, Work, estimate
+from library.training.options import EmaOptions, OptimizerOptions, RunOptions
+from library.training.saving import Saver, size_in_words
+from library.training.task import Task
+
+_SHOWN = 6  # names of saves
+
+
+class Plan(NamedTuple):
+    """How much work there is."""
+
+    order: Order
+    total_steps: int
+    num_epochs: int
+
+
+class Bucket(NamedTuple):
+    """Pictures that share batches: how many, how often they are shown in an epoch, and at most at once."""
+
+    size: Size
+    pictures: int
+    shown: int
+    batch_size: int
+
+    @property
+    def batches(self) -> int:
+        return -(-self.shown // self.batch_size)
+
+    @property
+    def largest(self) -> int:
+        """Pictures of its largest batch."""
+        return min(self.shown, self.batch_size)
+
+
+def make_plan(options: RunOptions, datasets: Sequence[Dataset], *, processes: int, seed: int) -> Plan:
+    order = Order(group_samples(datasets, samples_of(datasets)), seed, processes, options.gradient_accumulation_steps)
+    total = options.max_train_epochs * order.steps_per_epoch if options.max_train_epochs else options.max_train_steps
+    return Plan(order, total, math.ceil(total / order.steps_per_epoch))
+
+
+def samples_of(datasets: Sequence[Dataset]) -> list[Sample]:
+    return [sample for dataset in datasets for sample in dataset.samples]
+
+
+def buckets_of(plan: Plan, datasets: Sequence[Dataset]) -> list[Bucket]:
+    """The buckets of all datasets; one of the same size in two datasets is there twice, as they share no batch."""
+    samples = samples_of(datasets)
+    return [
+        Bucket(samples[members[0]].fit.bucket, len(set(members)), len(members), batch_size)
+        for members, batch_size in plan.order.groups
+    ]
+
+
+def trained_groups(task: Task, total_steps: int) -> list[ParamGroup]:
+    """What is trained at which learning rate; ends that are shares of the run are in steps."""
+    groups = [group for part in task.parts for group in part.groups()]
+    return [
+        group if group.stops_at is None else dataclasses.replace(group, stops_at=num_steps(group.stops_at, total_steps))
+        for group in groups
+    ]
+
+
+def estimate_memory(
+    task: Task, models: SdxlModels, groups: Sequence[ParamGroup], buckets: Sequence[Bucket], options: Options
+) -> Estimate:
+    """The peak of a step on the largest batch. Reads headers of the model alone, so the task may be on the meta device."""
+    cache, ema = options[CacheOptions], options[EmaOptions]
+    largest = max(buckets, key=lambda bucket: bucket.size.area * bucket.largest)
+    trains_text = not cache.text and not all(group.name.startswith("unet") for group in groups)
+    compute, vae = models.precision.compute.itemsize, models.precision.vae.itemsize
+    frozen = [
+        Frozen(part, numbers, vae if part == "vae" else compute) for part, numbers in frozen_parts(task, models, cache)
+    ]
+    work = Work(
+        models.checkpoint.unet,
+        largest.size.area,
+        largest.largest,
+        compute,
+        checkpointing=options[RunOptions].gradient_checkpointing,
+        text_channels=_text_channels(models) if trains_text else 0,
+        text_tokens=options[ModelOptions].num_tokens + 2,
+        vae_channels=0 if cache.latents else models.stored("vae")["encoder.conv_in.weight"].shape[0],
+        vae_batch=cache.vae_batch_size,
+    )
+    return estimate(
+        frozen,
+        work,
+        trained=sum(parameter.numel() for group in groups for parameter in group.parameters.values()),
+        optimizer=options[OptimizerOptions].name,
+        average_on_device=ema.ema_decay is not None and ema.ema_device != "cpu",
+    )
+
+
+def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions) -> Iterator[tuple[str, int]]:
+    """(part, numbers) of the parts that are on the device while it trains, without what is trained of them."""
+    trained = {id(parameter) for part in task.parts for parameter in part.tensors().values()}
+    yield "unet", sum(parameter.numel() for parameter in task.unet.parameters() if id(parameter) not in trained)
+    absent = [*(["text_encoder_1", "text_encoder_2"] if cache.text else []), *(["vae"] if cache.latents else [])]
+    for part in ("text_encoder_1", "text_encoder_2", "vae"):
+        if part not in absent:
+            yield part, sum(tensor.numel() for tensor in models.stored(part).values())
+
+
+def _text_channels(models: SdxlModels) -> int:
+    configs = [text_encoder_config(models.stored(f"text_encoder_{number}"), number) for number in (1, 2)]
+    return sum(config["hidden_size"] * config["num_hidden_layers"] for config in configs)
+
+
+# ------------------------------------------------------------------------------------------------------------- in words
+
+
+def steps_in_words(plan: Plan, datasets: Sequence[Dataset]) -> list[str]:
+    """The arithmetic from pictures to steps."""
+    order = plan.order
+    shown = sum(dataset.num_samples for dataset in datasets)
+    share = f"({order.processes} processes x {order.per_process} accumulated)"
+    return [
+        f"{len(samples_of(datasets))} pictures, {shown} with repeats, in {len(order.groups)} buckets",
+        f"{order.batches_per_epoch} batches / {share} = {order.steps_per_epoch} steps an epoch; "
+        f"{plan.total_steps} steps in all, {plan.num_epochs} epochs",
+    ]
+
+
+def groups_in_words(groups: Sequence[ParamGroup]) -> list[str]:
+    """A table of what is trained at which learning rate."""
+    width = max(len(group.name) for group in groups)
+    lines = [f"{'trained'.ljust(width)}  tensors        numbers  learning rate"]
+    for group in groups:
+        count = sum(parameter.numel() for parameter in group.parameters.values())
+        until = "" if group.stops_at is None else f" until step {group.stops_at}"
+        lines.append(f"{group.name.ljust(width)}  {len(group.parameters):7d}  {count:13,}  {group.lr:g}{until}")
+    return lines
+
+
+def saves_in_words(saver: Saver, plan: Plan) -> list[str]:
+    """How often a whole run saves, and under which names; what lies on the disk at once."""
+    names, space = saver.planned(plan.total_steps, plan.order.steps_per_epoch), saver.space(plan.total_steps)
+    shown = names if len(names) <= _SHOWN else [*names[: _SHOWN - 2], "…", *names[-2:]]
+    states = f" and {space.states} states of about {size_in_words(space.state_bytes)}" if space.states else ""
+    return [
+        f"saves: {len(names)} of {size_in_words(space.model_bytes)}: {', '.join(shown)}",
+        f"on the disk at once: at most {space.models} saves{states}, {size_in_words(space.needed)}",
+    ]
+
+
+def memory_in_words(found: Estimate) -> str:
+    """The terms of the estimate that aren't 0."""
+    words = {
+        "frozen": "frozen weights", "trained": "trained weights", "gradients": "gradients", "optimizer": "optimizer",
+        "average": "moving average", "activations": "activations",
+    }  # fmt: skip
+    terms = [f"{words[name]} {size_in_words(size)}" for name, size in found._asdict().items() if size]
+    return f"memory: about {size_in_words(found.total)} on the device: {', '.join(terms)}"
