@@ -6,10 +6,10 @@ accelerate launch sdxl_train_textual_inversion.py --config_file run.toml
 import dataclasses
 
 from library.data.dataset_config import check_datasets
-from library.data.options import DatasetOptions
 from library.errors import OptionError, run
 from library.log import start_logging
 from library.options import read_options
+from library.training.begin import begin
 from library.training.not_yet import REFUSED, UNUSED
 from library.training.options import (
     COMMON_TRAINING,
@@ -38,20 +38,13 @@ def main(argv: list[str] | None = None) -> None:
         if not is_plain_name(word):
             raise OptionError(f"--token_string {word} can't be a file's name; give --output_name")
         options = options.replaced(dataclasses.replace(saving, output_name=word))
-    from library.training.preflight import look_before
-
-    found = look_before(options)
-    datasets = with_token(found.datasets, word, objects=chosen.use_object_template, styles=chosen.use_style_template)
-    found = dataclasses.replace(found, datasets=datasets)
-    if options[DatasetOptions].debug_dataset:
-        from library.training.debug_dataset import show_dataset
-
-        show_dataset(options, found)
-        return
-    from library.training.loop import train
-    from library.training.tasks.embedding import EmbeddingTask
-
-    train(EmbeddingTask, options, found)
+    begin(
+        "embedding.EmbeddingTask",
+        options,
+        lambda datasets: with_token(
+            datasets, word, objects=chosen.use_object_template, styles=chosen.use_style_template
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +30,8 @@ class Golden:
     def __init__(self, name: str):
         self.facts = json.loads((GOLDEN / f"{name}.json").read_text())
         self.trace, _ = load_tensors(GOLDEN / f"{name}.trace.safetensors")
-        self.output, _ = load_tensors(GOLDEN / f"{name}.out.safetensors")
+        output = GOLDEN / f"{name}.out.safetensors"
+        self.output = load_tensors(output)[0] if output.is_file() else {}
 
     def batch(self, i: int, *, accumulation: int, text: EncodedText | None) -> Batch:
         facts = self.facts["batches"][i]
@@ -84,6 +85,7 @@ def replay(
     accumulation: int,
     cached_text: bool,
     checks_norm: bool = True,
+    losses: Sequence[float] | None = None,
     caption: Callable[[str], str] = str,
 ):
     """Run the whole trace, asserting context, y, prediction, loss, norm and learning rates as they come."""
@@ -100,7 +102,7 @@ def replay(
         step, groups, optimizer, make_scheduler(optimizer, schedule, total, lr), max_grad_norm=1.0, scales_loss=False, processes=1
     )  # fmt: skip
     seen = _watch(models.unet)
-    for i, expected in enumerate(golden.facts["losses"]):
+    for i, expected in enumerate(losses or golden.facts["losses"]):
         text = None
         if cached_text:
             with torch.no_grad():
@@ -110,7 +112,7 @@ def replay(
         losses = step(batch, golden.draws(i))
         update.backward(losses, batch.place)
         context, vector, prediction = seen
-        if i == 0:
+        if i == 0 and "step0.context" in golden.trace:
             torch.testing.assert_close(context, golden.trace["step0.context"], rtol=0, atol=1e-5)
         assert abs(context.norm().item() - golden.facts["context_norm"][i]) < 1e-3
         torch.testing.assert_close(vector, golden.trace[f"step{i}.y"], rtol=0, atol=1e-5)

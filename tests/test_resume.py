@@ -1,6 +1,5 @@
 """Resuming: bit-equal to a run that was never interrupted, whatever is trained and wherever it stopped; what isn't the same run is told."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -10,9 +9,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from running import QUICK, ROOT, arguments, assert_bit_equal, script, tensors_of, train_network, without
 from test_state import assert_same, tamper
 
@@ -54,7 +55,7 @@ def assert_same_end(plain: Path, resumed: Path, step: int) -> None:
 def resumed_at(steps: Sequence[int], first: Path, model: Path, pictures: Path, folder: Path, words: Sequence, quick=QUICK) -> Path:  # fmt: skip
     """Resume from the first run's state at a step, that run's state at the next one, and so on; returns the last one's folder."""
     source = state_at(first, steps[0])
-    for number, step in enumerate(steps):
+    for number in range(len(steps)):
         output = folder / f"resumed_{'_'.join(map(str, steps[: number + 1]))}"
         often = ["--save_every_n_steps", "1"] if number + 1 < len(steps) else []
         train_network(model, pictures, output, *words, *often, "--save_state", "--resume", source, quick=quick)
@@ -78,10 +79,442 @@ UNCACHED = without(WITH_TEXT, "--cache_latents")
 
 
 def test_fault_65_a_run_goes_on_to_the_bit(golden_model, pictures, tmp_path):
-    """From the middle of an epoch, and again from the next epoch's; noise, dropouts, warm-up, EMA, accumulation."""
-    words = [*EPOCHS_OF_4, *NOISY]
-    train_network(golden_model, pictures, tmp_path / "plain", *words, "--save_state_on_train_end")
-    train_network(golden_model, pictures, tmp_path / "first", *words, "--save_every_n_steps", "1", "--save_state")
+    """From the middle of an epoch into the next one; noise, dropouts, warm-up, EMA, accumulation."""
+    words = [*EPOCHS_OF_4, *NOISY, "--max_train_steps", "5"]
+    train_network(golden_model, pictures, tmp_path / "first", *words, "--save_every_n_steps", "3", "--save_state")
+    output = resumed_at([3], tmp_path / "first", golden_model, pictures, tmp_path, words)
+    assert len(rows_of(output)) == 2
+    assert_same_end(tmp_path / "first", output, 3)
+
+
+CASES = {
+    "noise and dropouts": (QUICK, NOISY),
+    "text encoders": (WITH_TEXT, ["--shuffle_caption", "--caption_dropout_rate", "0.3", "--text_encoder_lr", "1e-4", "3e-4"]),
+    "nothing cached": (UNCACHED, [*NOISY, *AUGMENTED]),
+    "caches on disk, two workers": (QUICK, [*CACHED_ON_DISK, "--max_data_loader_n_workers", "2"]),
+    "text encoders stop": (WITH_TEXT, ["--stop_text_encoder_training", "4"]),
+    "validation": (QUICK, ["--validation_split", "0.25", "--validate_every_n_steps", "2", "--early_stop_patience", "2"]),
+    "bf16": (QUICK, ["--mixed_precision", "bf16", "--gradient_checkpointing"]),
+    "captions dropped by epoch": (WITH_TEXT, ["--caption_dropout_every_n_epochs", "2", "--token_warmup_step", "8"]),
+    **{
+        f"{name} {' '.join(arguments)}": (QUICK, ["--network_dim", "32", "--optimizer_type", name, *(["--optimizer_args", *arguments] if arguments else []), *extra])
+        for name, arguments, extra in [
+            ("AdamW8bit", [], ["--lr_scheduler", "cosine_with_restarts", "--lr_scheduler_num_cycles", "2"]),
+            ("PagedAdamW8bit", [], []), ("Lion", [], ["--lr_scheduler", "linear"]), ("Lion8bit", [], []), ("Prodigy", ["use_bias_correction=True"], ["--learning_rate", "1"]),
+            ("Adafactor", [], []), ("Adafactor", ["relative_step=False", "scale_parameter=False"], ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "0.5"]),
+            ("AdamWScheduleFree", ["warmup_steps=3"], []), ("RAdamScheduleFree", [], []), ("SGDNesterov", [], ["--lr_scheduler", "polynomial"]), ("SGDNesterov8bit", [], []),
+        ]
+    },
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+def test_fault_65_whatever_is_trained_and_wherever_it_stopped(case, golden_model, pictures, tmp_path):
+    """After the first step, in the middle of an epoch, at its end, at the last step but one; and twice, then three times."""
+    quick, extra = CASES[case]
+    words = [*EPOCHS_OF_4, *extra]
+    train_network(golden_model, pictures, tmp_path / "plain", *words, "--save_state_on_train_end", quick=quick)
+    often = ["--save_every_n_steps", "1", "--save_state"]
+    train_network(golden_model, pictures, tmp_path / "first", *words, *often, quick=quick)
     assert_same_end(tmp_path / "plain", tmp_path / "first", 0)  # saving changes nothing
-    output = resumed_at([3, 5], tmp_path / "first", golden_model, pictures, tmp_path, words)
-    assert_same_end(tmp_path / "plain", output, 5)
+    last = read_facts(tmp_path / "first" / "lora-state")["step"]
+    for stops in ([1], [2, 3], [4], [last - 1], [1, 4, 5]):
+        output = resumed_at(stops, tmp_path / "first", golden_model, pictures, tmp_path, words, quick=quick)
+        assert_same_end(tmp_path / "plain", output, stops[-1])
+
+
+def started(*words: object) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "sdxl_train_network.py"), *map(str, words)]
+    return subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def kill_after_steps(process: subprocess.Popen, output: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (output / "lora-log.jsonl").exists() or len(rows_of(output)) < steps:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-3000:]
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is POSIX")
+def test_fault_65_a_run_that_was_killed_goes_on_in_a_new_process(golden_model, pictures, tmp_path):
+    """kill -9 somewhere in an accumulation window."""
+    output = tmp_path / "output"
+    words = [*EPOCHS_OF_4, "--max_train_steps", "6", "--network_dropout", "0.1", *CACHED_ON_DISK]
+    train_network(golden_model, pictures, tmp_path / "plain", *words, "--save_state")
+    again = arguments(
+        golden_model, pictures, output, *words, "--save_every_n_steps", "2", "--save_state", "--auto_resume"
+    )
+    kill_after_steps(started(*again), output, 3)
+    assert (output / ".lora.lock").exists() and state_at(output, 2).exists()
+    assert not (output / "lora.safetensors").exists()
+    done = script(ROOT / "sdxl_train_network.py", *again)
+    assert done.returncode == 0 and "resumed from" in done.stderr, done.stderr[-3000:]
+    assert_same_end(tmp_path / "plain", output, 0)
+    assert [row["step"] for row in rows_of(output)] == list(range(1, 7))
+    assert not list(output.glob(".*"))
+
+
+def test_fault_65_a_run_that_broke_in_an_accumulation_window_does_the_whole_window_again(golden_model, pictures, tmp_path, monkeypatch):  # fmt: skip
+    """The seed isn't given, so it is drawn once for both parts."""
+    quick, output = without(QUICK, "--seed", "7"), tmp_path / "output"
+    words = [
+        "--gradient_accumulation_steps",
+        "3",
+        "--max_train_steps",
+        "3",
+        "--save_state",
+        "--save_every_n_steps",
+        "1",
+    ]
+    real, calls = Update.backward, []
+
+    def backward(self, losses, place):
+        calls.append(place)
+        if len(calls) == 8:
+            raise RuntimeError("power failure")
+        real(self, losses, place)
+
+    monkeypatch.setattr(Update, "backward", backward)
+    with pytest.raises(RuntimeError, match="power failure"):
+        train_network(golden_model, pictures, output, *words, "--auto_resume", quick=quick)
+    assert [place.step for place in calls] == [0, 0, 0, 1, 1, 1, 2, 2]
+    monkeypatch.undo()
+    train_network(golden_model, pictures, output, *words, "--auto_resume", quick=quick)
+    seed = read_facts(output / "lora-state")["run"]["seed"]
+    assert load_tensors(output / "lora.safetensors")[1]["ss_seed"] == seed != "7"
+    train_network(golden_model, pictures, tmp_path / "plain", *words, "--seed", seed, quick=quick)
+    assert_same_end(tmp_path / "plain", output, 0)
+
+
+@pytest.mark.xfail(reason="loop.py doesn't end the epoch that a state was saved before the end of", strict=True)
+def test_fault_65_a_state_of_an_epochs_last_step_still_has_the_epochs_end_before_it(golden_model, pictures, tmp_path):
+    """Its step save comes before the epoch's validation, save and count."""
+    words = [
+        "--gradient_accumulation_steps",
+        "3",
+        "--max_train_steps",
+        "3",
+        "--validation_split",
+        "0.25",
+        "--save_state",
+    ]
+    words += ["--save_every_n_steps", "2", "--save_every_n_epochs", "1"]  # six pictures an epoch: two steps
+    train_network(golden_model, pictures, tmp_path / "plain", *words)
+    train_network(golden_model, pictures, tmp_path / "output", *words, "--resume", state_at(tmp_path / "plain", 2))
+    assert_same_end(tmp_path / "plain", tmp_path / "output", 2)
+    assert (tmp_path / "output" / "lora-000001.safetensors").exists()
+
+
+@pytest.mark.long
+def test_fault_65_two_processes_go_on_to_the_bit(golden_model, pictures, tmp_path):
+    def torchrun(output: str, *extra: object) -> None:
+        launch = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            "29631",
+            ROOT / "sdxl_train_network.py",
+        ]
+        words = arguments(
+            golden_model, pictures, tmp_path / output, *NOISY, "--max_train_steps", "5", "--save_state", *extra
+        )
+        done = script(*launch, *words, env={"ACCELERATE_USE_CPU": "true"})
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    torchrun("plain", "--save_every_n_steps", "3")
+    torchrun("output", "--resume", state_at(tmp_path / "plain", 3))
+    assert_same_end(tmp_path / "plain", tmp_path / "output", 3)
+    torchrun("plain", "--resume", state_at(tmp_path / "plain", 3), "--verify_resume", "5")
+    with pytest.raises(OptionError, match="processes: 2 -> 1"):
+        train_network(golden_model, pictures, tmp_path / "one", *NOISY, "--max_train_steps", "5", "--resume", state_at(tmp_path / "plain", 3))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- --verify_resume
+
+
+THREE = ["--max_train_steps", "3", "--save_every_n_steps", "1", "--save_state", "--network_dropout", "0.1"]
+
+
+class Begun(NamedTuple):
+    """A run of three steps, with a state of each."""
+
+    pictures: Path
+    output: Path
+
+    def at(self, step: int) -> Path:
+        return state_at(self.output, step)
+
+
+@pytest.fixture(scope="module")
+def begun(golden_model, tmp_path_factory) -> Begun:
+    """Shared, so nothing may be changed in it."""
+    from tools.make_tiny_dataset import make_pictures
+
+    folder = tmp_path_factory.mktemp("begun")
+    make_pictures(folder / "pictures" / "2_shapes", 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "user_cache"))
+        train_network(golden_model, folder / "pictures", folder / "output", *THREE)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Begun(folder / "pictures", folder / "output")
+
+
+def times_of(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_verify_resume_does_steps_again_and_compares_them_with_the_log(begun, golden_model, tmp_path, capsys):
+    before = times_of(begun.output)
+    again = [*THREE, "--resume", begun.at(1), "--verify_resume"]
+    train_network(golden_model, begun.pictures, begun.output, *again, "100")
+    assert "verified: 2 steps up to step 3" in capsys.readouterr().err
+    assert times_of(begun.output) == before  # nothing was written
+    rows = (begun.output / "lora-log.jsonl").read_text(encoding="utf-8").splitlines()
+    changed = json.loads(rows[1])
+    changed["loss/current"] *= 1 + 1e-7
+    (tmp_path / "lora-log.jsonl").write_text(
+        "\n".join([rows[0], json.dumps(changed), rows[2], "{torn"]), encoding="utf-8"
+    )
+    with pytest.raises(RunError, match=r"step 2: loss/current is .* the log says .* doesn't repeat itself"):
+        train_network(golden_model, begun.pictures, tmp_path, *again, "1")
+    with pytest.raises(RunError, match="no steps behind the state's 3"):
+        train_network(
+            golden_model, begun.pictures, begun.output, *THREE, "--resume", begun.at(3), "--verify_resume", "1"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- what isn't the same
+
+
+def test_fault_66_what_decides_the_result_must_be_what_it_was(begun, golden_model, tmp_path, monkeypatch):
+    output, pictures = tmp_path / "output", tmp_path / "pictures"
+    shutil.copytree(begun.pictures, pictures)
+    words = [*THREE, "--resume", begun.at(2)]
+
+    def refused(expected: str, *extra: object) -> None:
+        with pytest.raises(OptionError, match="this isn't the run that the state is of") as told:
+            train_network(golden_model, pictures, output, *words, *extra)
+        assert expected in str(told.value) and "--resume_anyway" in str(told.value)
+        assert not output.exists()
+
+    for expected, *extra in [
+        ("train_batch_size: 1 -> 2", "--train_batch_size", "2"),
+        ("gradient_accumulation_steps: 1 -> 4", "--gradient_accumulation_steps", "4"),
+        ("learning_rate: 0.001 -> 0.002", "--learning_rate", "2e-3"),
+        ("optimizer_type:  -> Lion", "--optimizer_type", "Lion"),
+        ("seed: 7 -> 8", "--seed", "8"),
+        ("network_dim: 2 -> 4", "--network_dim", "4"),
+        ("max_train_steps: 3 -> 4", "--max_train_steps", "4"),
+        ("noise_offset: None -> 0.1", "--noise_offset", "0.1"),
+        ("files, sizes and captions: ", "--resolution", "96"),
+    ]:
+        refused(expected, *extra)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("processes: 1 -> 2")
+    monkeypatch.delenv("WORLD_SIZE")
+    folder = pictures / "2_shapes"
+    caption = (folder / "picture1.txt").read_text()
+    (folder / "picture1.txt").write_text("something else")
+    refused("files, sizes and captions: ")
+    (folder / "picture1.txt").write_text(caption)
+    shutil.copy(folder / "picture0.png", folder / "picture9.png")
+    shutil.copy(folder / "picture0.txt", folder / "picture9.txt")
+    refused("pictures: 4, 8 with repeats -> 5, 10 with repeats")
+    train_network(golden_model, pictures, output, *words, "--resume_anyway")
+    assert [row["step"] for row in rows_of(output)] == [3]
+
+
+def test_what_only_says_where_things_lie_and_what_is_told_may_change(begun, golden_model, tmp_path):
+    output, pictures, model = tmp_path / "output", tmp_path / "moved", tmp_path / "elsewhere" / golden_model.name
+    shutil.copytree(begun.pictures, pictures)
+    model.parent.mkdir()
+    shutil.copy(golden_model, model)
+    changes = [
+        "--max_data_loader_n_workers",
+        "1",
+        "--save_every_n_steps",
+        "2",
+        "--training_comment",
+        "x",
+        "--logging_dir",
+        tmp_path / "logs",
+    ]
+    changes += [
+        "--vae_batch_size",
+        "2",
+        "--cache_latents_to_disk",
+        "--save_precision",
+        "fp16",
+        "--console_log_level",
+        "INFO",
+    ]
+    train_network(model, pictures, output, *THREE, *changes, "--resume", begun.at(2))
+    assert rows_of(output) == rows_of(begun.output, 2)
+
+
+def test_fault_66_resumed_anyway_the_options_are_the_new_ones(begun, golden_model, tmp_path, capsys):
+    """Of a run that had ended: more steps, at a tenth of the learning rate, with batches of two and a moving average."""
+    words = [
+        "--max_train_steps",
+        "6",
+        "--lr_scheduler",
+        "linear",
+        "--learning_rate",
+        "1e-4",
+        "--train_batch_size",
+        "2",
+        "--ema_decay",
+        "0.9",
+    ]
+    words += ["--save_state", "--resume", begun.output / "lora-state", "--resume_anyway"]
+    train_network(golden_model, begun.pictures, tmp_path, *words)
+    told = capsys.readouterr().err
+    assert "learning_rate: 0.001 -> 0.0001" in told and "max_train_steps: 3 -> 6" in told
+    rows = rows_of(tmp_path)
+    assert [(row["step"], row["epoch"]) for row in rows] == [(4, 1), (5, 2), (6, 2)]  # four steps an epoch now
+    assert [row["lr/unet"] for row in rows] == pytest.approx([1e-4 * left / 6 for left in (3, 2, 1)])
+    assert read_facts(tmp_path / "lora-state")["epoch"] == 1
+    average, trained = tensors_of(tmp_path / "lora-ema.safetensors"), tensors_of(begun.output / "lora.safetensors")
+    ups = [name for name in trained if name.endswith("lora_up.weight") and trained[name].abs().max() > 0]
+    # It began with the state's weights; the new run's are zero there, and three steps wouldn't bring it so near.
+    assert len(ups) > 100 and all((average[name] - trained[name]).norm() < 0.3 * trained[name].norm() for name in ups)
+
+
+def test_fault_66_another_network_cant_be_resumed_at_all(begun, golden_model, tmp_path):
+    words = [*THREE, "--network_dim", "3", "--resume", begun.at(2), "--resume_anyway"]
+    with pytest.raises(OptionError, match="tensors of the state don't fit what is trained now"):
+        train_network(golden_model, begun.pictures, tmp_path, *words)
+
+
+def test_fault_67_a_finished_run_says_so_and_changes_nothing(begun, golden_model, capsys):
+    before = times_of(begun.output)
+    for extra in (["--auto_resume"], ["--resume", "latest"], ["--resume", begun.output / "lora-state"]):
+        capsys.readouterr()
+        train_network(golden_model, begun.pictures, begun.output, *THREE, *extra)
+        assert "this run is finished, after 3 steps; there is nothing left to do" in capsys.readouterr().err
+    assert times_of(begun.output) == before
+
+
+def test_fault_67_killed_between_the_last_step_and_the_final_save_it_still_saves(begun, golden_model, tmp_path):
+    train_network(golden_model, begun.pictures, tmp_path, *THREE, "--resume", begun.at(3))
+    assert_bit_equal(tensors_of(begun.output / "lora.safetensors"), tensors_of(tmp_path / "lora.safetensors"))
+    assert read_facts(tmp_path / "lora-state")["finished"] and not read_facts(begun.at(3))["finished"]
+
+
+def test_latest_wants_a_state_and_auto_resume_starts_without_one(begun, golden_model, tmp_path):
+    output = tmp_path / "output"
+    with pytest.raises(OptionError, match="--resume latest: there is no whole state of lora in"):
+        train_network(golden_model, begun.pictures, output, "--resume", "latest")
+    with pytest.raises(OptionError, match="no such state folder"):
+        train_network(golden_model, begun.pictures, output, "--resume", tmp_path / "nowhere")
+    assert not output.exists()
+    train_network(golden_model, begun.pictures, output, "--auto_resume", "--max_train_steps", "1")
+    assert len(rows_of(output)) == 1
+
+
+def test_retention_goes_on_after_resuming(golden_model, begun, tmp_path):
+    words = [
+        "--max_train_steps",
+        "5",
+        "--save_every_n_steps",
+        "1",
+        "--save_state",
+        "--save_last_n_steps",
+        "2",
+        "--save_last_n_steps_state",
+        "1",
+    ]
+    words += ["--network_dropout", "0.1", "--resume_anyway"]
+    kept = {f"lora-step{step:08d}.safetensors" for step in (3, 4, 5)} | {
+        f"lora-step{step:08d}-state" for step in (4, 5)
+    }
+    shutil.copytree(begun.output, tmp_path / "output")
+    train_network(
+        golden_model, begun.pictures, tmp_path / "output", *words, "--resume", state_at(tmp_path / "output", 3)
+    )
+    assert {path.name for path in (tmp_path / "output").glob("lora-step*")} == kept
+
+
+# ----------------------------------------------------------------------------------------------------- states that mean harm
+
+
+def test_fault_18_a_state_can_neither_remove_nor_write_what_isnt_the_runs(begun, golden_model, tmp_path):
+    """Retention believes what a state says was saved; here it names other files."""
+    output, victim = tmp_path / "output", tmp_path / "victim"
+    shutil.copytree(begun.output, output)
+    (output / "lora-state" / "state.json").unlink()
+    victim.mkdir()
+    (victim / "kept").write_text("")
+    (output / "kept.txt").write_text("")
+    state, elsewhere = (
+        state_at(output, 2),
+        [str(victim), str(output / "kept.txt"), "../victim", "", ".", "..", str(output)],
+    )
+    stems = [f"lora-step{step:08d}{ending}" for step in range(4) for ending in ("", "-state")]
+    tamper(state, saved=dict.fromkeys([*stems, "lora", ""], elsewhere), session_id="../../victim/x")
+    torch.save({}, state / "custom_checkpoint_0.pkl")
+    train_network(golden_model, begun.pictures, output, *THREE, "--save_last_n_steps", "1", "--resume", state)
+    assert (victim / "kept").exists() and (output / "kept.txt").exists() and (output / "lora.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "victim"]
+
+
+def test_fault_18_facts_and_tensors_that_dont_fit_are_told(begun, golden_model, tmp_path):
+    state = tmp_path / "lora-step00000002-state"
+
+    def told(error: type[Exception], pattern: str, **facts: object) -> None:
+        tamper(state, **facts)
+        with pytest.raises(error, match=pattern):
+            train_network(golden_model, begun.pictures, tmp_path / "output", *THREE, "--resume", state)
+        shutil.rmtree(state)
+        shutil.copytree(begun.at(2), state)
+
+    shutil.copytree(begun.at(2), state)
+    for name, value in {
+        "step": -1, "epoch": "0", "samples": None, "splits": 0, "finished": 1, "session_id": 5, "run": [], "report": None, "best": 3, "saved": [],
+    }.items():  # fmt: skip
+        told(RunError, rf"damaged state: ValueError: {name} is", **{name: value})
+    told(RunError, "damaged state: ValueError: run holds no text, or no seed", run={"seed": "seven"})
+    told(RunError, "damaged state: ", optimizer={"dict": []})
+    told(RunError, "damaged state: ", saved={"lora": 5})
+    weights = load_tensors(state / "weights.safetensors")[0]
+    (first, *_) = weights
+    write_safetensors(state / "weights.safetensors", {**weights, first: torch.zeros(3)}, {})
+    told(OptionError, "1 tensors of the state don't fit what is trained now")
+    optimizer = load_tensors(state / "optimizer.safetensors")[0]
+    (moment, *_) = (name for name in optimizer if "exp_avg/" in name)
+    write_safetensors(state / "optimizer.safetensors", {**optimizer, moment: torch.zeros(3)}, {})
+    told(RunError, r"the state's exp_avg of lora_unet.* is \[3\], which doesn't fit")
+
+
+# ----------------------------------------------------------------------------------------------------------- without a state
+
+
+def test_a_run_that_starts_in_the_middle_has_that_steps_pictures_and_learning_rates(begun, golden_model, tmp_path):
+    """With learning rates that change nothing, its losses are the whole run's."""
+    words = [
+        "--max_train_steps",
+        "10",
+        "--lr_scheduler",
+        "cosine",
+        "--lr_warmup_steps",
+        "2",
+        "--learning_rate",
+        "1e-30",
+    ]
+    train_network(golden_model, begun.pictures, tmp_path / "plain", *words)
+    for start, first in ((["--initial_step", "6"], 6), (["--initial_epoch", "2"], 8)):  # eight steps an epoch
+        train_network(golden_model, begun.pictures, tmp_path / start[0], *words, *start, "--skip_until_initial_step")
+        late, plain = rows_of(tmp_path / start[0]), rows_of(tmp_path / "plain", first)
+        for name in ("step", "epoch", "loss/current", "lr/unet"):
+            assert [row[name] for row in late] == [row[name] for row in plain], name
+    with pytest.raises(OptionError, match="nothing would be left to do"):
+        train_network(
+            golden_model, begun.pictures, tmp_path / "none", *words, "--initial_step", "10", "--skip_until_initial_step"
+        )

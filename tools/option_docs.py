@@ -24,6 +24,7 @@ from library.options import Check, ConfigOptions, OptionGroup, option, read_opti
 
 # In the order of the page. A new script is one line here.
 SCRIPTS = (
+    "sdxl_train.py",
     "sdxl_train_network.py",
     "sdxl_train_textual_inversion.py",
     "tools/cache_latents.py",

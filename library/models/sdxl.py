@@ -51,6 +51,7 @@ class SdxlModels:
 
     Attributes:
         change: what is done to weights when they are loaded; set before any is.
+        trained: parts that are loaded in the dtype of trained weights; set before any is.
         new_token: a word that was added to tokenizers and encoders.
     """
 
@@ -75,6 +76,7 @@ class SdxlModels:
         self._gradient_checkpointing = gradient_checkpointing
         self.change: Change | None = None
         self.new_token: NewToken | None = None
+        self.trained: frozenset[str] = frozenset()
         self._cut: set[str] = set()
 
     @cached_property
@@ -136,7 +138,8 @@ class SdxlModels:
         if self.device.type == "meta":
             module.requires_grad_(False).eval()
             return
-        load_weights(module, tensors, self.precision.compute, self.device, what=what, name_of=name_of)
+        dtype = self.precision.trained if part in self.trained else self.precision.compute
+        load_weights(module, tensors, dtype, self.device, what=what, name_of=name_of)
         if self.change is not None:
             self.change.apply(part, module)
 
@@ -146,6 +149,11 @@ class SdxlModels:
         skeleton.__dict__ = {name: value for name, value in self.__dict__.items() if name not in _LOADED}
         skeleton.device = torch.device("meta")
         return skeleton
+
+    @property
+    def has_own_vae(self) -> bool:
+        """Whether --vae names another VAE than the checkpoint's."""
+        return self._vae is not None
 
     def stored(self, part: str) -> dict[str, Tensor]:
         """The part's tensors (module names) as stored, not cast: those that the modules are made of."""

@@ -1,9 +1,10 @@
-"""The stand-in: SDXL base by its sizes alone, for a dry run while the model isn't there. No torch until a tensor is asked for."""
+"""The stand-in: SDXL base by its sizes alone, for a dry run while the model isn't there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.models import conversion
 from library.models.checkpoint import Checkpoint
 from library.models.unet_config import BlockPlan, UNetConfig
 
@@ -29,31 +30,43 @@ SDXL_BASE = UNetConfig(
         *(BlockPlan(960, 320), BlockPlan(640, 320), BlockPlan(640, 320)),
     ),
 )
-_VAE_NUMBERS, _VAE_WIDTH = 83_653_863, 128
+_VAE = {"encoder.conv_in.weight": (128, 3, 3, 3), "the rest": (83_653_863 - 128 * 27,)}
 
 
 class _Sizes:
-    """Tensors that have a shape and nothing else."""
+    """Tensors on the meta device: a shape and nothing else."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]):
-        self.shapes, self.metadata = shapes, dict[str, str]()
+    def __init__(self, tensors: "Mapping[str, torch.Tensor]"):
+        self._tensors = tensors
+        self.metadata: Mapping[str, str] = {}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def __getitem__(self, name: str) -> "torch.Tensor":
-        import torch
-
-        return torch.empty(self.shapes[name], device="meta")
+        return self._tensors[name]
 
 
 def stand_in(path: Path) -> Checkpoint:
-    """A checkpoint of SDXL base's sizes. Args: path: what it is called by."""
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {
-        "unet": {},  # told by the configuration
-        "text_encoder_1": dict(_text_encoder(768, 12)),
-        "text_encoder_2": dict(_text_encoder(1280, 32), **{"text_projection.weight": (1280, 1280)}),
-        "vae": {"encoder.conv_in.weight": (_VAE_WIDTH, 3, 3, 3), "the rest": (_VAE_NUMBERS - _VAE_WIDTH * 27,)},
-    }
-    stored = {part: {name: (_Sizes(own), name) for name in own} for part, own in shapes.items()}
-    return Checkpoint(path, True, SDXL_BASE, None, None, "", stored)
+    """A single file of SDXL base, of sizes alone. Args: path: what it is called by."""
+    import torch
+
+    from library.models.unet import UNet
+
+    with torch.device("meta"):
+        shapes = {
+            "unet": {name: tuple(tensor.shape) for name, tensor in UNet(SDXL_BASE).state_dict().items()},
+            "text_encoder_1": dict(_text_encoder(768, 12)),
+            "text_encoder_2": {**dict(_text_encoder(1280, 32)), "text_projection.weight": (1280, 1280)},
+            "vae": _VAE,
+        }
+        stored = {}
+        for part, own in shapes.items():
+            tensors = conversion.file_from_module(part, {name: torch.empty(shape) for name, shape in own.items()})
+            file = _Sizes(tensors)
+            stored[part] = {name: (file, name) for name in tensors}
+    return Checkpoint(path, False, SDXL_BASE, None, None, "", stored)
 
 
 def _text_encoder(width: int, layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:

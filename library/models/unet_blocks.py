@@ -40,6 +40,9 @@ class Conv2d(nn.Conv2d):
 
 class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad and torch.is_grad_enabled() and not x.requires_grad:
+            # torch 2.13's backward on a CPU dies where a channels_last input wants no gradient but the weight does.
+            x = x.detach().requires_grad_()
         return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 

@@ -1,6 +1,7 @@
 """Options of the training room, and the contradictions between its groups and others. No torch here."""
 
 import ast
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from library.log import LogOptions
 from library.models.options import ModelOptions
 from library.options import OptionGroup, Options, option
 from library.sampling.options import SAMPLERS
-from networks.options import NetworkOptions, check_weights
+from networks.options import NUM_BLOCKS, NetworkOptions, check_weights
 
 SCHEDULERS = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
@@ -145,6 +146,58 @@ class ResumeOptions(OptionGroup):
             yield Mistake(f"--{starts[0]}: a state knows where it was saved; leave it out", (starts[0],))
         if self.verify_resume and not self.resume:
             yield Mistake("--verify_resume needs --resume, the state to replay from", ("verify_resume", "resume"))
+
+
+@dataclass(frozen=True)
+class FineTuneOptions(OptionGroup):
+    """Fine-tuning"""
+
+    train_text_encoder: bool = option(False, "train both text encoders too; excludes --cache_text_encoder_outputs")
+    learning_rate_te1: float | None = option(
+        None, "learning rate of text encoder 1; unset: --learning_rate; 0: it isn't trained", at_least=0
+    )
+    learning_rate_te2: float | None = option(
+        None, "learning rate of text encoder 2; unset: --learning_rate; 0: it isn't trained", at_least=0
+    )
+    block_lr: str | None = option(
+        None, "learning rates of the U-Net's 23 blocks, separated by commas; 0: that block isn't trained"
+    )
+    diffusers_xformers: bool = option(False, "", no_effect="attention is PyTorch's, here and in the VAE")
+    save_model_as: str | None = option(
+        None,
+        "format of saved models; unset: a folder if the base model is one, else safetensors",
+        choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
+    )
+    use_safetensors: bool = option(False, "", no_effect="what isn't asked for as ckpt is saved as safetensors anyway")
+
+    @property
+    def text_encoder_lrs(self) -> tuple[float | None, float | None]:
+        """The learning rate of each text encoder; None: the base learning rate."""
+        return self.learning_rate_te1, self.learning_rate_te2
+
+    @property
+    def block_lrs(self) -> tuple[float, ...] | None:
+        return None if self.block_lr is None else tuple(float(text) for text in self.block_lr.split(","))
+
+    def kind(self, *, is_folder: bool) -> str:
+        """The format of saved models. Args: is_folder: the base model is a Diffusers folder."""
+        return self.save_model_as or ("diffusers_safetensors" if is_folder else "safetensors")
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.block_lr is not None:
+            try:
+                rates = self.block_lrs or ()
+            except ValueError:
+                rates = ()
+            if len(rates) != NUM_BLOCKS or not all(0 <= rate < math.inf for rate in rates):
+                yield Mistake(
+                    f"--block_lr: expected {NUM_BLOCKS} numbers of at least 0, separated by commas, got {self.block_lr!r}",
+                    ("block_lr",),
+                )
+        if not self.train_text_encoder and any(rate is not None for rate in self.text_encoder_lrs):
+            yield Mistake(
+                "--learning_rate_te1 and --learning_rate_te2 need --train_text_encoder", ("train_text_encoder",)
+            )
 
 
 @dataclass(frozen=True)
@@ -629,3 +682,16 @@ def check_embedding(options: Options) -> Iterable[Mistake]:
         )
     if options[OptimizerOptions].learning_rate == 0:
         yield Mistake("nothing is trained: --learning_rate is 0", ("learning_rate",))
+
+
+def check_fine_tune(options: Options) -> Iterable[Mistake]:
+    """Contradictions between fine-tuning's options and others."""
+    chosen, base = options[FineTuneOptions], options[OptimizerOptions].learning_rate
+    if chosen.train_text_encoder and options[CacheOptions].text:
+        yield Mistake(
+            "--train_text_encoder: captions that are encoded before training can't go with it; leave out --cache_text_encoder_outputs",
+            ("train_text_encoder", "cache_text_encoder_outputs"),
+        )
+    texts = [base if own is None else own for own in chosen.text_encoder_lrs] if chosen.train_text_encoder else []
+    if not any([*(chosen.block_lrs or (base,)), *texts] if not list(chosen.mistakes()) else [1]):
+        yield Mistake("nothing is trained: every learning rate is 0", ("learning_rate", "block_lr"))

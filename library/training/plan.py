@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+
 from library.data.dataset import group_samples
 from library.data.options import CacheOptions
 from library.data.order import Order
@@ -42,10 +44,6 @@ class Bucket(NamedTuple):
     batch_size: int
 
     @property
-    def batches(self) -> int:
-        return -(-self.shown // self.batch_size)
-
-    @property
     def largest(self) -> int:
         """Pictures of its largest batch."""
         return min(self.shown, self.batch_size)
@@ -70,6 +68,11 @@ def buckets_of(plan: Plan, datasets: Sequence[Dataset]) -> list[Bucket]:
     ]
 
 
+def largest_of(buckets: Sequence[Bucket]) -> Bucket:
+    """The bucket of the batch with the most pixels."""
+    return max(buckets, key=lambda bucket: bucket.size.area * bucket.largest)
+
+
 def trained_groups(task: Task, total_steps: int) -> list[ParamGroup]:
     """What is trained at which learning rate; ends that are shares of the run are in steps."""
     groups = [group for part in task.parts for group in part.groups()]
@@ -84,17 +87,16 @@ def estimate_memory(
 ) -> Estimate:
     """The peak of a step on the largest batch. Reads headers of the model alone, so the task may be on the meta device."""
     cache, ema = options[CacheOptions], options[EmaOptions]
-    largest = max(buckets, key=lambda bucket: bucket.size.area * bucket.largest)
-    trains_text = not cache.text and not all(group.name.startswith("unet") for group in groups)
-    compute, vae = models.precision.compute.itemsize, models.precision.vae.itemsize
+    largest = largest_of(buckets)
+    trains_text = any(group.name.startswith(("text", "token")) for group in groups)
     frozen = [
-        Frozen(part, numbers, vae if part == "vae" else compute) for part, numbers in frozen_parts(task, models, cache)
+        Frozen(part, numbers, dtype_of(part, models).itemsize) for part, numbers in frozen_parts(task, models, cache)
     ]
     work = Work(
         models.checkpoint.unet,
         largest.size.area,
         largest.largest,
-        compute,
+        models.precision.compute.itemsize,
         checkpointing=options[RunOptions].gradient_checkpointing,
         text_channels=_text_channels(models) if trains_text else 0,
         text_tokens=options[ModelOptions].num_tokens + 2,
@@ -112,12 +114,20 @@ def estimate_memory(
 
 def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions) -> Iterator[tuple[str, int]]:
     """(part, numbers) of the parts that are on the device while it trains, without what is trained of them."""
-    trained = {id(parameter) for part in task.parts for parameter in part.tensors().values()}
-    yield "unet", sum(parameter.numel() for parameter in task.unet.parameters() if id(parameter) not in trained)
+    trained = {name: parameter for part in task.parts for name, parameter in part.tensors().items()}
+    ids = {id(parameter) for parameter in trained.values()}
+    yield "unet", sum(parameter.numel() for parameter in task.unet.parameters() if id(parameter) not in ids)
     absent = [*(["text_encoder_1", "text_encoder_2"] if cache.text else []), *(["vae"] if cache.latents else [])]
     for part in ("text_encoder_1", "text_encoder_2", "vae"):
         if part not in absent:
-            yield part, sum(tensor.numel() for tensor in models.stored(part).values())
+            own = sum(parameter.numel() for name, parameter in trained.items() if name.startswith(f"{part}."))
+            yield part, sum(tensor.numel() for tensor in models.stored(part).values()) - own
+
+
+def dtype_of(part: str, models: SdxlModels) -> torch.dtype:
+    """The dtype of a part's frozen weights; a part that is trained has one dtype for all of them."""
+    precision = models.precision
+    return precision.trained if part in models.trained else precision.vae if part == "vae" else precision.compute
 
 
 def _text_channels(models: SdxlModels) -> int:
@@ -142,7 +152,7 @@ def steps_in_words(plan: Plan, datasets: Sequence[Dataset]) -> list[str]:
 
 def groups_in_words(groups: Sequence[ParamGroup]) -> list[str]:
     """A table of what is trained at which learning rate."""
-    width = max(len(group.name) for group in groups)
+    width = max(len("trained"), *(len(group.name) for group in groups))
     lines = [f"{'trained'.ljust(width)}  tensors        numbers  learning rate"]
     for group in groups:
         count = sum(parameter.numel() for parameter in group.parameters.values())

@@ -135,9 +135,7 @@ class Saver:
 
     def model_bytes(self) -> int:
         """Of one save, the moving average's file too."""
-        per_number = None if self._dtype is None else torch.empty((), dtype=self._dtype).element_size()
-        tensors = [tensor for part in self._parts for tensor in part.tensors().values()]
-        size = sum(tensor.numel() * (per_number or tensor.element_size()) for tensor in tensors)
+        size = sum(part.file_bytes(self._dtype) for part in self._parts)
         return size * (2 if self._ema is not None else 1)
 
     def state_bytes(self) -> int:

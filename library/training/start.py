@@ -256,6 +256,7 @@ def open_models(kind: type[Task], options: Options, found: Preflight, device: to
         attention=choose_attention(mem_eff_attn=model.mem_eff_attn, use_xformers=model.xformers),
         gradient_checkpointing=run.gradient_checkpointing,
     )
+    models.trained = kind.trained_parts(options)
     models.change = kind.change(models.without_weights(), options)
     return models
 

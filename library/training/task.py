@@ -41,6 +41,11 @@ class Part(Protocol):
         """What is done to it after every optimizer step."""
         ...
 
+    def file_bytes(self, dtype: torch.dtype | None) -> int:
+        """About the size of its file. Args: dtype: None: the tensors' own."""
+        item = None if dtype is None else torch.empty((), dtype=dtype).element_size()
+        return sum(tensor.numel() * (item or tensor.element_size()) for tensor in self.tensors().values())
+
     def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
         """Write the file `stem` plus the part's ending; returns its path. dtype None: the tensors' own."""
         ...
@@ -67,6 +72,11 @@ class Task:
     @classmethod
     def from_options(cls, models: SdxlModels, options: Options) -> "Task":
         raise NotImplementedError
+
+    @classmethod
+    def trained_parts(cls, options: Options) -> frozenset[str]:
+        """The model's own parts that are trained: "unet", "text_encoder_1", "text_encoder_2"."""
+        return frozenset()
 
     @classmethod
     def change(cls, models: SdxlModels, options: Options) -> Change | None:

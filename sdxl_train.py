@@ -1,0 +1,29 @@
+"""Fine-tune SDXL itself: the U-Net and, with --train_text_encoder, both text encoders. Saves a whole model.
+
+accelerate launch sdxl_train.py --config_file run.toml
+"""
+
+from library.data.dataset_config import check_datasets
+from library.errors import run
+from library.log import start_logging
+from library.options import read_options
+from library.training.begin import begin
+from library.training.not_yet import REFUSED, UNUSED
+from library.training.options import COMMON_TRAINING, FineTuneOptions, check_fine_tune, check_training
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = read_options(
+        __doc__,
+        [FineTuneOptions, *COMMON_TRAINING],
+        argv,
+        checks=[check_training, check_datasets, check_fine_tune],
+        refused=REFUSED,
+        unused=UNUSED,
+    )
+    start_logging(options)
+    begin("fine_tune.FineTune", options)
+
+
+if __name__ == "__main__":
+    run(main)

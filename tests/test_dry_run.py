@@ -1,0 +1,409 @@
+"""--dry_run: its page tells what the run then does, and writes nothing. NAME-run.toml: the same run again."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from running import QUICK, ROOT, arguments, assert_bit_equal, script, tensors_of, train_network, without
+from torch import nn
+
+from library.data.size import Size
+from library.errors import Mistake, OptionError
+from library.models.stand_in import SDXL_BASE, stand_in
+from library.models.text_encoders import build_text_encoder
+from library.options import read_options
+from library.param_group import ParamGroup
+from library.training import dry_run as page_module
+from library.training.memory import Frozen, Work, estimate, optimizer_bytes, unet_numbers
+from library.training.optimizers import make_optimizer
+from library.training.options import COMMON_TRAINING, PivotalOptions, ResumeOptions, SavingOptions
+from library.training.plan import Bucket, Plan
+from library.training.progress import Progress
+from library.training.run_file import as_toml
+from library.training.saving import Saver
+from networks.options import NetworkOptions
+from tools import tiny_models
+
+DISK = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
+
+
+def page_of(capsys, *words: object) -> str:
+    """The page of a dry run that could start."""
+    import sdxl_train_network
+
+    capsys.readouterr()
+    sdxl_train_network.main([*map(str, words), "--dry_run"])
+    page = capsys.readouterr().out
+    assert page.endswith("\nNothing keeps the run from starting.\n")
+    return page
+
+
+def refused_page(capsys, *words: object) -> tuple[str, list[str]]:
+    """The page of one that couldn't, and the mistakes behind it."""
+    import sdxl_train_network
+
+    capsys.readouterr()
+    with pytest.raises(OptionError) as error:
+        sdxl_train_network.main([*map(str, words), "--dry_run"])
+    page, mistakes = capsys.readouterr().out, [mistake.text for mistake in error.value.mistakes]
+    assert page.endswith(f"\nErrors that keep the run from starting: {len(mistakes)}\n")
+    return page, mistakes
+
+
+def row(page: str, label: str) -> str:
+    """What stands behind a label, in one line."""
+    lines = page.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(f"  {label:16}"))
+    more = [line for line in lines[first + 1 :] if line]
+    rest = []
+    for line in more:
+        if not line.startswith(" " * 18):
+            break
+        rest.append(line.strip())
+    return " ".join([lines[first][18:], *rest])
+
+
+def listing(*folders: Path) -> dict[str, bytes | None]:
+    found = [path for folder in folders for path in folder.rglob("*")]
+    return {str(path): path.read_bytes() if path.is_file() else None for path in found}
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_pages_numbers_are_those_of_the_run(golden_model, pictures, tmp_path, capsys):
+    """Rank 16, so that a file is its numbers and little else."""
+    out = tmp_path / "out"
+    words = arguments(
+        golden_model, pictures, out, "--network_dim", 16, "--max_train_epochs", 3, "--train_batch_size", 2,
+        "--gradient_accumulation_steps", 2, "--save_every_n_steps", 3, "--save_every_n_epochs", 1, "--save_state_on_train_end",
+        "--network_args", "loraplus_lr_ratio=4",
+    )  # fmt: skip
+    page = page_of(capsys, *words)
+    import sdxl_train_network
+
+    sdxl_train_network.main(words)
+    rows = [json.loads(line) for line in (out / "lora-log.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in rows if "loss/current" in line]
+    batches, each, total, epochs = map(
+        int,
+        re.search(
+            r"(\d+) batches / \(1 processes x 2 accumulated\) = (\d+) steps an epoch; (\d+) steps in all, (\d+) epochs",
+            page,
+        ).groups(),
+    )
+    assert (len(steps), each * epochs, epochs) == (total, total, 3) and each == -(-batches // 2)
+    table = re.findall(r"^ +(\d+x\d+) +(\d+) +(\d+) +(\d+) +2$", page, re.MULTILINE)
+    assert sum(int(pictures) for _, pictures, _, _ in table) == 4 and sum(int(shown) for _, _, shown, _ in table) == 8
+    assert sum(int(count) for _, _, _, count in table) == batches
+
+    saved = sorted(path.stem for path in out.glob("*.safetensors"))
+    count, size, names = re.fullmatch(r"(\d+) of ([\d.]+) MB: (.*)", row(page, "saves")).groups()
+    assert sorted(names.split(", ")) == saved and int(count) == len(saved) == 1 + total // 3 + 2
+    for path in out.glob("*.safetensors"):
+        assert path.stat().st_size == pytest.approx(float(size) * 1e6, rel=0.02)
+    state = re.search(r"1 states of about ([\d.]+) MB", row(page, "at once"))[1]
+    written = sum(path.stat().st_size for path in (out / "lora-state").iterdir())
+    assert written == pytest.approx(float(state) * 1e6, rel=0.05)
+
+    tensors = tensors_of(out / "lora.safetensors")
+    for name, ending in (("unet", "lora_down.weight"), ("unet plus", "lora_up.weight")):
+        members, numbers, lr = re.search(rf"^  {name} +(\d+) +([\d,]+)  (\S+)$", page, re.MULTILINE).groups()
+        own = [tensor for key, tensor in tensors.items() if key.endswith(ending)]
+        assert (int(members), int(numbers.replace(",", ""))) == (len(own), sum(map(torch.Tensor.numel, own)))
+        assert float(lr) == steps[0][f"lr/{name}"]
+    assert row(page, "begins") == "at step 0"
+    assert row(page, "model") == "tiny_sdxl.safetensors: tiny SDXL (for tests), single file"
+    assert all(len(line) <= 100 for line in page.splitlines() if "/" not in line)
+
+
+def test_a_dry_run_writes_nothing_and_does_not_make_the_output_folder(
+    golden_model, pictures, tmp_path, capsys, monkeypatch
+):
+    cache = tmp_path / "user"
+    cache.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    before = listing(tmp_path)
+    words = [*DISK, "--cache_dir", tmp_path / "caches", "--logging_dir", tmp_path / "log", "--save_state", "--ema_decay", "0.9"]  # fmt: skip
+    page_of(capsys, *arguments(golden_model, pictures, tmp_path / "out", *words))
+    assert listing(tmp_path) == before
+
+
+def test_caches_are_looked_at_and_told_without_being_made(golden_model, pictures, tmp_path, capsys):
+    words = arguments(golden_model, pictures, tmp_path / "out", "--max_train_steps", 1, *DISK)
+    page = page_of(capsys, *words)
+    assert row(page, "latents").startswith("0 of 4 are there and valid; to encode: 4 not there")
+    assert row(page, "decoded").startswith("4;")
+    import sdxl_train_network
+
+    sdxl_train_network.main(words)
+    files = sorted((pictures / "2_shapes").glob("*.txt"))
+    files[0].write_text("another caption", encoding="utf-8")
+    next((pictures / "2_shapes").glob("*_sdxl.npz")).unlink()
+    page = page_of(capsys, *words)
+    assert row(page, "latents").startswith("3 of 4 are there and valid; to encode: 1 not there")
+    assert row(page, "text").startswith("3 of 4 are there and valid; to encode: 1 of other captions")
+    assert row(page, "decoded") == "1; 0 can't be used"  # valid latents stand for their pictures
+
+
+def test_without_caches_all_parts_are_in_every_step(golden_model, pictures, tmp_path, capsys):
+    uncached = without(QUICK, "--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")
+    page = page_of(capsys, *arguments(golden_model, pictures, tmp_path / "out", quick=uncached))
+    for part, numbers in (("unet", "8,666,692"), ("text_encoder_2", "6,945,536"), ("vae", "1,399,879")):
+        assert row(page, part).strip() == f"{numbers} frozen numbers, float32, in every step"
+    assert "none: pictures and captions are encoded in every step" in page
+    assert re.search(r"^  textencoder +\d+ +[\d,]+  0.001$", page, re.MULTILINE)
+
+
+def test_a_dry_run_tells_the_state_that_would_be_resumed_and_what_differs(golden_model, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--max_train_steps", 4, "--save_every_n_steps", 2, "--save_state"]
+    train_network(golden_model, pictures, out, *words)
+    resumed = arguments(golden_model, pictures, out, *words, "--resume", out / "lora-step00000002-state")
+    assert row(page_of(capsys, *resumed), "begins").endswith("lora-step00000002-state; 2 steps are left")
+    finished = page_of(capsys, *arguments(golden_model, pictures, out, *words, "--auto_resume"))
+    assert row(finished, "begins").startswith("not at all:")
+    _, mistakes = refused_page(capsys, *resumed, "--learning_rate", "1e-4")
+    assert len(mistakes) == 1 and "learning_rate: 0.001 -> 0.0001" in mistakes[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize("model", ["gone.safetensors", "nobody/nothing"])
+def test_without_its_model_a_dry_run_checks_all_else(model, pictures, tmp_path, capsys):
+    """A file that isn't there; a hub id while offline. The sizes are then SDXL base's."""
+    words = arguments(Path(model), pictures, tmp_path / "out", "--max_train_epochs", 2)
+    page, mistakes = refused_page(capsys, *words)
+    assert len(mistakes) == 1 and mistakes[0].startswith(f"{model}: no such file or folder")
+    assert row(page, "model") == f"NOT THERE: {mistakes[0]}"
+    assert "2,567,463,684 frozen numbers" in page and "16 steps in all, 2 epochs" in page
+    assert re.search(r"^  unet +1444 +5,319,680 ", page, re.MULTILINE)  # rank 2: an eighth of the 42.6 M of rank 16
+
+
+def test_a_dry_run_that_cant_start_exits_2_and_imports_no_more_than_it_needs(pictures, tmp_path):
+    words = [*arguments(tmp_path / "gone.safetensors", pictures, tmp_path / "out"), "--dry_run"]
+    program = (
+        "import sys, sdxl_train_network as s\nfrom library.errors import run\n"
+        f"try: run(lambda: s.main({words!r}))\nfinally: print({{'transformers', 'diffusers'}} & set(sys.modules))"
+    )
+    done = script("-c", program)
+    assert done.returncode == 2 and "error: " in done.stderr and done.stdout.splitlines()[-1] == "set()"
+
+
+def test_everything_that_is_wrong_is_told_at_once_behind_the_page(golden_model, pictures, tmp_path, capsys, monkeypatch):  # fmt: skip
+    broken = pictures / "2_shapes" / "picture0.png"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    monkeypatch.setattr("library.training.saving.free_space", lambda folder: 1000)
+    words = arguments(golden_model, pictures, tmp_path / "out", "--resume", "latest")
+    page, mistakes = refused_page(capsys, *words)
+    assert [next(piece for piece in ("picture0.png", "whole state", "are free") if piece in text) for text in mistakes] == ["picture0.png", "whole state", "are free"]  # fmt: skip
+    assert row(page, "decoded") == "4; 1 can't be used"
+    page, mistakes = refused_page(capsys, *words, "--skip_bad_images")
+    assert len(mistakes) == 2 and "3 pictures, 6 with repeats" in page
+
+
+def test_wrong_options_and_unreadable_pictures_end_a_dry_run_before_its_page(golden_model, pictures, tmp_path, capsys):
+    import sdxl_train_network
+
+    words = arguments(golden_model, pictures, tmp_path / "out")
+    with pytest.raises(OptionError, match="did you mean 'learning_rate'"):
+        sdxl_train_network.main([*words, "--dry_run", "--learning_rat", "1"])
+    (pictures / "2_shapes" / "picture0.png").write_bytes(b"no picture")
+    words = arguments(tmp_path / "gone.safetensors", pictures, tmp_path / "out")
+    with pytest.raises(OptionError) as error:
+        sdxl_train_network.main([*words, "--dry_run"])
+    assert len(error.value.mistakes) == 2 and capsys.readouterr().out == ""
+
+
+def test_a_folder_that_cant_be_written_in_is_told(golden_model, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    _, mistakes = refused_page(capsys, *arguments(golden_model, pictures, tmp_path / "out" / "deep"))
+    assert mistakes == [f"--output_dir {tmp_path / 'out' / 'deep'}: {tmp_path} can't be written in"]
+
+
+@pytest.mark.long
+def test_a_dry_run_takes_at_most_three_times_as_long_as_importing_torch(golden_model, pictures, tmp_path):
+    """CPU seconds of new processes, the best of three each: loads of the machine don't count."""
+    import resource
+
+    def seconds(*words: object) -> float:
+        best = float("inf")
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            done = script(*words)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            assert done.returncode == 0, done.stderr
+            best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return best
+
+    torch_alone = seconds("-c", "import torch")
+    words = arguments(golden_model, pictures, tmp_path / "out", "--dry_run")
+    assert seconds(ROOT / "sdxl_train_network.py", *words) <= 3 * torch_alone
+
+
+# --------------------------------------------------------------------------------------------------------- measurement
+
+
+@pytest.mark.parametrize("quick", [QUICK, without(QUICK, "--cache_latents", "--cache_text_encoder_outputs")])
+def test_a_step_on_the_largest_batch_can_be_measured(quick, golden_model, pictures, tmp_path, monkeypatch, capsys):
+    """On the CPU, where only the time is; the page itself measures on CUDA alone."""
+    seen = []
+    whole = page_module._made_up
+    monkeypatch.setattr(page_module, "_made_up", lambda *all: seen.append(whole(*all)) or seen[-1])
+    monkeypatch.setattr(page_module, "_time", lambda page, plan, buckets, device, measured: [("took", f"{measured()}")])
+    page = page_of(capsys, *arguments(golden_model, pictures, tmp_path / "out", "--train_batch_size", 3, quick=quick))
+    assert re.fullmatch(r"Measured\(peak=0, seconds=0\.\d+\)", row(page, "took"))
+    pixels = seen[0].latents if seen[0].latents is not None else seen[0].images
+    assert len(seen) == 1 and pixels.shape[0] == 3
+
+
+def test_the_time_of_a_run_is_that_of_its_pixels():
+    """1 s for 2 pictures of 100x100; an epoch has 6 of those and 4 of half their size, and the run 5 epochs of 5 steps."""
+    buckets = [Bucket(Size(100, 100), 6, 6, 2), Bucket(Size(50, 100), 4, 4, 2)]
+    order = type("", (), {"processes": 2, "steps_per_epoch": 5})()
+    measured = page_module.Measured(12_000_000_000, 90.0)
+    rows = page_module._time(page_module._Page(), Plan(order, 25, 5), buckets, torch.device("cuda"), lambda: measured)
+    assert dict(rows) == {
+        "measured": "batches of 2 at 100x100: 90.00 s each, 12.00 GB at the peak",
+        "expected": "15 min, without caching, samples, validation and saving",  # 90 / 2 * 8 * 5 / 2 processes = 900 s
+    }
+    page = page_module._Page()
+    page.problems.append(Mistake("something"))
+    (row,) = page_module._time(page, Plan(order, 25, 5), buckets, torch.device("cuda"), lambda: measured)
+    assert row == ("", "not measured: the run can't start")
+
+
+def test_the_names_that_are_planned_are_those_that_are_saved(tmp_path):
+    for options in ({}, {"save_every_n_steps": 4}, {"save_every_n_epochs": 2}, {"save_n_epoch_ratio": 3, "output_name": "n"}, {"save_every_n_steps": 3, "save_every_n_epochs": 1}):  # fmt: skip
+        chosen = SavingOptions(output_dir=tmp_path, **options)
+        saver = Saver(chosen, ResumeOptions(), [], lambda s, e: {}, None, 6, session_id="", is_main=True)
+        saved, progress = [], Progress()
+        for step in range(1, 23):  # the last epoch is broken off
+            progress.step = step
+            if saver.step_is_due(step):
+                saved.append(saver._stem("step", progress))
+            if step % 4 == 0:
+                progress.epoch += 1
+                if saver.epoch_is_due(progress.epoch):
+                    saved.append(saver._stem("epoch", progress))
+        assert saver.planned(22, 4) == [*saved, saver._stem("final", progress)]
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    "config, kept, recomputed",
+    [
+        (tiny_models.SDXL_BASE, 3414, 281),
+        (tiny_models.SSD_1B, 1971, 226),
+        (tiny_models.VEGA, 1144, 197),
+        (tiny_models.TINY.unet, 128.1, 21.25),
+    ],
+)
+def test_the_estimate_of_activations_fits_the_counts(config, kept, recomputed):
+    """Counted on the meta device; one block that is computed again comes on top of what is kept."""
+    assert unet_numbers(config, 128 * 128, checkpointing=False) / 1e6 == pytest.approx(kept, rel=0.03)
+    block = 28.3e-6 * 64 * 64 * 2 * config.model_channels
+    assert unet_numbers(config, 128 * 128, checkpointing=True) / 1e6 == pytest.approx(recomputed + block, rel=0.03)
+
+
+def test_the_estimate_of_a_lora_run_by_hand():
+    work = Work(tiny_models.SDXL_BASE, 1024 * 1024, batch_size=4, bytes_each=2, checkpointing=False)
+    found = estimate([Frozen("unet", 100, 2), Frozen("vae", 10, 4)], work, trained=7, optimizer="AdamW8bit")
+    assert found[:5] == (240, 28, 28, 14, 0)
+    assert found.activations == pytest.approx(4 * 2 * 3414e6, rel=0.01) and found.total == sum(found)
+    encoding = work._replace(vae_channels=128, vae_batch=4, checkpointing=True)
+    assert estimate([], encoding, trained=0, optimizer="SGD").activations == 4 * 2 * 3 * 128 * 1024**2
+    assert estimate([], work, trained=7, optimizer="AdamW", average_on_device=True)[1:5] == (28, 28, 56, 28)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Lion", "AdamW8bit", "Lion8bit", "SGDNesterov", "Prodigy", "AdamWScheduleFree", "Adagrad", "Adafactor"])  # fmt: skip
+def test_what_an_optimizer_keeps_is_what_the_estimate_counts(name):
+    weights = {"down": nn.Parameter(torch.randn(32, 320)), "up": nn.Parameter(torch.randn(320, 32))}
+    try:
+        optimizer = make_optimizer(name, {}, [ParamGroup("unet", weights, 1.0)], 1.0)
+    except OptionError as error:
+        pytest.skip(str(error))
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    for weight in weights.values():
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    kept = sum(_bytes_of(state) for key, state in optimizer.state.items() if isinstance(key, torch.Tensor))
+    numbers = sum(weight.numel() for weight in weights.values())
+    assert abs(kept / numbers - optimizer_bytes(name)) < 1
+    assert optimizer_bytes("some.package.Unknown") == optimizer_bytes("AdamW") == 8
+
+
+def _bytes_of(state) -> int:
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    return sum(map(_bytes_of, state.values() if isinstance(state, dict) else state)) if isinstance(state, dict | list | tuple) else 0  # fmt: skip
+
+
+def test_the_stand_in_has_the_sizes_of_sdxl_base():
+    assert tiny_models.SDXL_BASE == SDXL_BASE and SDXL_BASE.family == "SDXL base"
+    checkpoint = stand_in(Path("gone.safetensors"))
+    for number, millions in ((1, 123.06), (2, 694.66)):
+        tensors = checkpoint.tensors(f"text_encoder_{number}")
+        built = build_text_encoder(tensors, number)
+        count = sum(parameter.numel() for parameter in built.parameters())
+        assert sum(tensor.numel() for tensor in tensors.values()) == count == pytest.approx(millions * 1e6, rel=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------- the run file
+
+
+def test_the_run_file_repeats_the_run_to_the_bit(golden_model, pictures, tmp_path):
+    """Options of every type; the seed that was drawn."""
+    seedless = without(QUICK, "--seed", "7")
+    extra = ["--max_train_steps", 3, "--network_args", "rank_dropout=0.2", "--optimizer_args", "weight_decay=0.02", "betas=(0.9,0.98)",
+             "--training_comment", 'C:\\x41\\"é"', "--caption_prefix", "a\tb\x7f ", "--noise_offset", "0.05", "--save_precision", "bf16"]  # fmt: skip
+    first = train_network(golden_model, pictures, tmp_path / "a", *extra, quick=seedless)
+    file = tmp_path / "a" / "lora-run.toml"
+    text = file.read_text(encoding="utf-8")
+    assert re.match(r"# .*\d{4}-\d\d-\d\d.*\n# torch \S+, diffusers \S+, transformers \S+\n", text)
+
+    def options_of(*argv):
+        return dict(read_options("", [NetworkOptions, PivotalOptions, *COMMON_TRAINING], list(map(str, argv))).items())
+
+    given = options_of(*arguments(golden_model, pictures, tmp_path / "a", *extra, quick=seedless))
+    again = options_of("--config_file", file)
+    assert {**given, "seed": again["seed"], "config_file": file} == again and again["seed"] is not None
+    again_path = tmp_path / "b" / "lora.safetensors"
+    import sdxl_train_network
+
+    sdxl_train_network.main(["--config_file", str(file), "--output_dir", str(tmp_path / "b")])
+    assert_bit_equal(tensors_of(first), tensors_of(again_path))
+
+
+def test_the_run_file_holds_no_secrets(golden_model, pictures, tmp_path):
+    secrets = {"wandb_api_key": "0123456789abcdef", "huggingface_token": "hf_abcdefghijklmnopqrstuvwxyz"}
+    words = [word for name, value in secrets.items() for word in (f"--{name}", value)]
+    train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", 1, *words)
+    text = (tmp_path / "out" / "lora-run.toml").read_text(encoding="utf-8")
+    assert not any(name in text or value in text for name, value in secrets.items())
+    assert "dry_run" not in text and "config_file =" not in text
+
+
+@pytest.mark.parametrize("value", [True, 3, 2**62, 1e-5, 5e-324, 1e22, 0.1, 'a\\x41"b"\n\x00\x7f', "é…", "C:\\U1", [1e-4, 2], ["a=1", "b"], {"a": "b"}])  # fmt: skip
+def test_values_survive_as_toml(value):
+    read = tomllib.loads(f"value = {as_toml(value)}\n")["value"]
+    assert read == value and type(read) is type(value)
+
+
+def test_a_surrogate_in_an_option_costs_the_run_nothing(golden_model, pictures, tmp_path):
+    train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", 1, "--training_comment", "a\ud83d")
+    assert tomllib.loads((tmp_path / "out" / "lora-run.toml").read_text(encoding="utf-8"))["training_comment"] == "a?"
+
+
+def test_the_start_of_a_run_tells_the_short_form_once(golden_model, pictures, tmp_path, capsys):
+    train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", 1)
+    told = capsys.readouterr().err
+    for piece in ("tiny SDXL (for tests)", "with repeats", "steps an epoch", "saves: 1 of", "on the disk at once", "memory: about"):  # fmt: skip
+        assert told.count(piece) == 1, piece
