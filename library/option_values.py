@@ -1,6 +1,7 @@
 """Values of options: what each option takes, reading it from text or TOML, and near misses of names."""
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -165,3 +166,16 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = nearest(name, known)
     return f"; did you mean {near!r}?" if near else ""
+
+
+def as_toml(value: Any) -> str:
+    """A value as TOML, on one line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{as_toml(key)} = {as_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_toml, value))}]"
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

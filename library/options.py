@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from library.errors import Mistake, OptionError, RunError
 from library.foreign_keys import FOREIGN_KEYS
-from library.option_values import UNSET, Spec, did_you_mean, nearest, read_value, specs_of
+from library.option_values import UNSET, Spec, as_toml, did_you_mean, nearest, read_value, specs_of
 
 # ------------------------------------------------------------------------------------------------ declaring options
 
@@ -298,13 +298,13 @@ def _line_of(text: str, key: str) -> int:
 
 def write_config(path: Path | None, options: Options) -> None:
     """Write the options that differ from their defaults as TOML. Raises RunError if the file exists already."""
-    import toml
-
     if path is None:
         raise OptionError("--output_config needs --config_file: the file to write")
     try:
         with open(path, "x", encoding="utf-8") as file:
-            toml.dump({name: value for name, value in options.changed().items() if name not in _NEVER_WRITTEN}, file)
+            for name, value in options.changed().items():
+                if name not in _NEVER_WRITTEN:
+                    file.write(f"{name} = {as_toml(value)}\n")
     except FileExistsError:
         raise RunError(f"--output_config: {path} exists already; remove it or name another --config_file") from None
     print(f"options written to {path}")

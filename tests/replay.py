@@ -85,7 +85,8 @@ def replay(
     accumulation: int,
     cached_text: bool,
     checks_norm: bool = True,
-    losses: Sequence[float] | None = None,
+    expected_losses: Sequence[float] | None = None,
+    prediction_atol: float = 1e-4,
     caption: Callable[[str], str] = str,
 ):
     """Run the whole trace, asserting context, y, prediction, loss, norm and learning rates as they come."""
@@ -102,7 +103,7 @@ def replay(
         step, groups, optimizer, make_scheduler(optimizer, schedule, total, lr), max_grad_norm=1.0, scales_loss=False, processes=1
     )  # fmt: skip
     seen = _watch(models.unet)
-    for i, expected in enumerate(losses or golden.facts["losses"]):
+    for i, expected in enumerate(expected_losses or golden.facts["losses"]):
         text = None
         if cached_text:
             with torch.no_grad():
@@ -116,7 +117,7 @@ def replay(
             torch.testing.assert_close(context, golden.trace["step0.context"], rtol=0, atol=1e-5)
         assert abs(context.norm().item() - golden.facts["context_norm"][i]) < 1e-3
         torch.testing.assert_close(vector, golden.trace[f"step{i}.y"], rtol=0, atol=1e-5)
-        torch.testing.assert_close(prediction, golden.trace[f"step{i}.unet_out"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(prediction, golden.trace[f"step{i}.unet_out"], rtol=0, atol=prediction_atol)
         assert abs(losses.mean().item() - expected) < 1e-5, f"loss of step {i}"
         if batch.place.closes_window:
             number = i // accumulation

@@ -15,6 +15,9 @@ class FakePart:
     def tensors(self):
         return {}
 
+    def file_bytes(self, dtype):
+        return 0
+
     def save(self, stem: Path, dtype, metadata) -> Path:
         path = stem.with_name(f"{stem.name}.safetensors")
         path.write_text(json.dumps(dict(metadata)))

@@ -58,7 +58,6 @@ _FREE_NAMES = frozenset(
         "persistent_data_loader_workers",
         "cache_info",
         "skip_cache_check",
-        "vae_batch_size",
         "validate_every_n_steps",
         "validate_every_n_epochs",
         "max_validation_steps",
@@ -74,7 +73,6 @@ _FREE_NAMES = frozenset(
         "cache_text_encoder_outputs",
         "cache_text_encoder_outputs_to_disk",
         "seed",
-        "text_encoder_batch_size",
     ]
 )
 

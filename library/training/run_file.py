@@ -1,14 +1,12 @@
 """The run file: NAME-run.toml beside the output, with which the same run can be started again."""
 
 import importlib.metadata
-import json
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from library.errors import RunError
 from library.files import write_atomically
 from library.log import log
+from library.option_values import as_toml
 from library.options import ConfigOptions, Options
 from library.training.options import SavingOptions
 
@@ -31,19 +29,6 @@ def write_run_file(options: Options, seed: int) -> None:
         write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace")))
     except RunError as error:
         log.warning("%s", error)
-
-
-def as_toml(value: Any) -> str:
-    """A value as TOML, on one line. (The package toml writes some backslashes so that they can't be read.)"""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{as_toml(key)} = {as_toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(as_toml, value))}]"
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _version(package: str) -> str:
