@@ -1,5 +1,6 @@
 """Files that are whole at any moment: written beside their place, then moved there."""
 
+import errno
 import os
 import platform
 import re
@@ -51,16 +52,28 @@ def write_atomically(
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            _call(write, file)
             file.flush()
             os.fsync(file.fileno())
         check(temporary)
         os.replace(temporary, path)
     except OSError as error:
         hint = " (is it open in another program?)" if sys.platform == "win32" else ""
+        if error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None)) and temporary.exists():
+            hint = f", after {temporary.stat().st_size:,} bytes; {free_space(path.parent):,} bytes are free"
         raise RunError(f"{path}: can't be written: {error.strerror or error}{hint}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _call(write: Callable[[BinaryIO], object], file: BinaryIO) -> None:
+    """torch.save raises an error of its own over the disk's, which is the one to tell."""
+    try:
+        write(file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def replace_folder(new: Path, folder: Path) -> None:

@@ -36,6 +36,7 @@ class _Pending(NamedTuple):
     overflowed: bool
     seen: Sequence[Seen]
     rates: Mapping[str, float]
+    seconds: float  # since the run started, when the step was done
 
 
 class Report:
@@ -88,8 +89,9 @@ class Report:
         """Take note of a step (counted from 1); tell of the one before it."""
         self.settle()
         self._pending = _Pending(
-            step, epoch, Arriving(updated.loss, updated.grad_norm, updated.asked), updated.overflowed, seen, rates
-        )
+            step, epoch, Arriving(updated.loss, updated.grad_norm, updated.asked), updated.overflowed, seen, rates,
+            time.monotonic() - self._started,
+        )  # fmt: skip
 
     def settle(self) -> None:
         """Read what is pending. Raises RunError, naming step and pictures, if the loss or the gradient isn't finite."""
@@ -141,7 +143,7 @@ class Report:
                 "step": pending.step,
                 "epoch": pending.epoch + 1,
                 "grad_norm": norm if math.isfinite(norm) else None,
-                "seconds": round(time.monotonic() - self._started, 3),
+                "seconds": round(pending.seconds, 3),
                 **_memory(),
                 **values,
             }

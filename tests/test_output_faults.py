@@ -1,0 +1,597 @@
+"""Faults of what is written: killed writers, full and read-only disks, two runs on one name, numbers that aren't finite. Numbers are trust.md's."""
+
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from running import QUICK, ROOT, arguments, losses_of, tensors_of, train_network
+from test_state import some_state, told
+
+from library.errors import NotFinite, OptionError, RunError
+from library.errors import run as run_script
+from library.files import host_name, remove_left_over, temporary_name, write_atomically
+from library.output_lock import OutputLock
+from library.safetensors_io import read_header, write_safetensors
+from library.training.options import ResumeOptions, SavingOptions
+from library.training.progress import Progress
+from library.training.saving import Saver
+from library.training.state import State, newest_state, read_state, write_state
+from networks.lora_file import write_lora
+
+__all__ = ["told"]  # a fixture
+
+if sys.platform == "win32":
+    pytest.skip("signals, umask and mounts of POSIX", allow_module_level=True)
+
+
+@contextmanager
+def forked(work: Callable[[], object]) -> Iterator[int]:
+    """A process that does `work` again and again; killed with -9 at the end."""
+    child = os.fork()
+    if not child:
+        try:
+            while True:
+                work()
+        except BaseException as error:
+            os.write(2, f"{error!r}\n".encode())
+        finally:
+            os._exit(1)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, "it had ended by itself"
+
+
+def left_over(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
+
+
+def whole(size: int, value: float) -> dict[str, torch.Tensor]:
+    return {f"{name}.lora_down.weight": torch.full((size,), value) for name in "abcd"}
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_fault_1_kill_9_during_a_write_leaves_the_file_as_it_was_or_whole(ending, tmp_path):
+    path, draw, torn, value = tmp_path / f"lora{ending}", random.Random(1), 0, 0.0
+
+    def write() -> None:
+        nonlocal value
+        value += 1.0
+        write_lora(path, whole(500_000, value), {}, None)
+
+    for _ in range(20):
+        with forked(write):
+            time.sleep(draw.uniform(0.0, 0.12))
+        if path.exists():
+            tensors = tensors_of(path) if ending == ".safetensors" else torch.load(path, weights_only=True)
+            assert len({float(number) for tensor in tensors.values() for number in (tensor.min(), tensor.max())}) == 1
+            value = float(tensors["a.lora_down.weight"][0])
+        torn += bool(left_over(tmp_path))
+        remove_left_over(tmp_path)
+        assert not left_over(tmp_path)
+    assert torn >= 5 and path.exists(), "the kills came at the wrong times"
+
+
+def test_fault_2_kill_9_during_a_state_leaves_no_torn_one_and_never_none(tmp_path):
+    """The same folder again and again, as a name that is saved twice: it is moved aside before the new one gets its name."""
+    draw, torn, step = random.Random(1), 0, 0
+    weights = {"a": torch.zeros(300_000)}
+    write_state(tmp_path / "n-state", State({"step": 0}, {"a": weights["a"] * 0}, {"m": weights["a"] * 0}))
+
+    def write() -> None:
+        nonlocal step
+        step += 1
+        tensor = torch.full((300_000,), float(step))
+        write_state(tmp_path / "n-state", State({"step": step}, {"a": tensor}, {"m": tensor}))
+
+    for _ in range(20):
+        with forked(write):
+            time.sleep(draw.uniform(0.0, 0.12))
+        torn += bool(left_over(tmp_path))
+        found = newest_state(tmp_path, ["n"])
+        assert found == tmp_path / "n-state"
+        state = read_state(found)
+        step = state.facts["step"]
+        for tensor in (state.weights["a"], state.optimizer["m"]):
+            assert (tensor == step).all()
+        assert not left_over(tmp_path)
+    assert torn >= 5 and step > 0, "the kills came at the wrong times"
+
+
+def test_fault_2_a_kill_between_the_two_moves_of_a_state_loses_neither(tmp_path, monkeypatch):
+    write_state(tmp_path / "n-state", some_state(1))
+    real, moves = os.rename, []
+
+    def rename(source, target):
+        moves.append(target)
+        if len(moves) == 2:
+            os._exit(9)
+        real(source, target)
+
+    child = os.fork()
+    if not child:
+        os.rename = rename
+        write_state(tmp_path / "n-state", some_state(2))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not (tmp_path / "n-state").exists() and len(left_over(tmp_path)) == 2
+    assert read_state(newest_state(tmp_path, ["n"])).facts["step"] == 1
+    assert not left_over(tmp_path)
+
+
+def test_what_a_killed_process_of_the_same_number_left_stands_in_nobodys_way(tmp_path):
+    """Containers start with the same process numbers each time."""
+    state = tmp_path / "n-state"
+    for _ in range(2):
+        for name in (temporary_name(state), temporary_name(state.with_name("n-state-old"))):
+            name.mkdir(exist_ok=True)
+            (name / "weights.safetensors").write_bytes(b"torn")
+        write_state(state, some_state(3))
+    assert read_state(state).facts["step"] == 3 and [path.name for path in tmp_path.iterdir()] == ["n-state"]
+
+
+# ----------------------------------------------------------------------------------------------------------------- full disks
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of its own; skips where that takes rights that we don't have."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no mount: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def status_of(work: Callable[[], object]) -> int:
+    """What the script's process would end with."""
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: work() and None)
+    return ended.value.code
+
+
+def fill_after(saves: int, folder: Path, monkeypatch) -> None:
+    """After so many saves something else takes all that is free."""
+    real, count = Saver.save, []
+
+    def save(self, *args):
+        paths = real(self, *args)
+        count.append(paths)
+        if len(count) == saves:
+            with open(folder / "other", "wb", buffering=0) as file:
+                while True:
+                    try:
+                        file.write(bytes(1 << 16))
+                    except OSError:
+                        break
+        return paths
+
+    monkeypatch.setattr(Saver, "save", save)
+
+
+def test_fault_4_a_disk_that_fills_up_costs_only_what_doesnt_fit(golden_model, pictures, tmp_path, monkeypatch, capsys):
+    emergency = tmp_path / "emergency"
+    with mounted(tmp_path / "output", "size=4m") as output:
+        fill_after(2, output, monkeypatch)
+        words = ["--max_train_steps", "4", "--save_every_n_steps", "1", "--emergency_dir", emergency]
+        assert status_of(lambda: train_network(golden_model, pictures, output, *words)) == 1
+        told = capsys.readouterr().err
+        assert f"NOT SAVED: {output}: 0.50 MB are needed, 0.00 MB are free" in told
+        assert f"3 saves failed, the first one: {output}: " in told and "Traceback" not in told
+        assert "4 steps in" in told  # training went on
+        assert sorted(path.name for path in output.glob("*.safetensors")) == [
+            f"lora-step0000000{n}.safetensors" for n in (1, 2)
+        ]
+        for path in output.glob("*.safetensors"):
+            assert len(tensors_of(path)) == 576
+        assert not left_over(output) and not (output / ".lora.lock").exists()
+    saved = sorted(path.name for path in emergency.iterdir())
+    assert saved == ["lora-step00000003.safetensors", "lora-step00000004.safetensors", "lora.safetensors"]
+    assert read_header(emergency / "lora.safetensors").metadata["ss_steps"] == "4"
+
+
+def test_fault_4_without_room_for_all_that_is_planned_nothing_is_begun(golden_model, pictures, tmp_path):
+    with mounted(tmp_path / "output", "size=4m") as output:
+        words = ["--max_train_steps", "100", "--save_every_n_steps", "1"]
+        with pytest.raises(
+            OptionError, match=r"4\.\d+ MB are free, but 101 models of 0\.50 MB .* need .* MB; save less often"
+        ):
+            train_network(golden_model, pictures, output, *words)
+        assert not list(output.glob("*.safetensors"))
+
+
+def test_fault_4_a_disk_that_is_full_already_is_told_without_a_traceback(golden_model, pictures, tmp_path, capsys):
+    with mounted(tmp_path / "output", "size=64k") as output:
+        with open(output / "other", "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(bytes(1 << 12))
+        assert status_of(lambda: train_network(golden_model, pictures, output, "--max_train_steps", "1")) == 2
+        told = capsys.readouterr().err
+        assert "No space left on device" in told and "caching" not in told and "Traceback" not in told
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writes behind it fail, as a quota's do: without a sign of it before."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_fault_4_a_write_that_breaks_off_leaves_the_older_file(ending, tmp_path):
+    path = tmp_path / f"lora{ending}"
+    write_lora(path, whole(10_000, 1.0), {}, None)
+    before = path.read_bytes()
+    with file_size_limit(100_000), pytest.raises(RunError, match=rf"lora\{ending}: can't be written: File too large, after [\d,]+ bytes; [\d,]+ bytes are free"):  # fmt: skip
+        write_lora(path, whole(10_000, 2.0), {}, None)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_fault_4_a_state_that_breaks_off_leaves_the_older_one(tmp_path):
+    write_state(tmp_path / "n-state", some_state(1))
+    large = State({"step": 2}, {"a": torch.zeros(100_000)}, {})
+    with file_size_limit(100_000), pytest.raises(RunError, match="can't be written: File too large"):
+        write_state(tmp_path / "n-state", large)
+    assert read_state(tmp_path / "n-state").facts["step"] == 1 and os.listdir(tmp_path) == ["n-state"]
+
+
+def test_fault_4_a_run_over_its_quota_trains_on_and_ends_with_status_1(golden_model, pictures, tmp_path, capsys):
+    output = tmp_path / "output"
+    with file_size_limit(300_000):
+        words = ["--max_train_steps", "2", "--save_every_n_steps", "1", "--save_state"]
+        assert status_of(lambda: train_network(golden_model, pictures, output, *words)) == 1
+    told = capsys.readouterr().err
+    assert told.count("NOT SAVED") == 6 and "6 saves failed" in told and len(losses_of(output)) == 2
+    assert not [path for path in output.iterdir() if "safetensors" in path.name or path.is_dir()]
+
+
+# ------------------------------------------------------------------------------------------------- retention and permissions
+
+
+class Part:
+    """Saves what it is told to, or fails."""
+
+    def __init__(self):
+        self.error: Exception | None = None
+
+    def tensors(self):
+        return {}
+
+    def file_bytes(self, dtype) -> int:
+        return 9
+
+    def save(self, stem: Path, dtype, metadata) -> Path:
+        path = stem.with_name(f"{stem.name}.safetensors")
+
+        def write(file):
+            file.write(b"half")
+            if self.error:
+                raise self.error
+            file.write(b"whole")
+
+        write_atomically(path, write)
+        return path
+
+
+def saver_of(folder: Path, part: Part, session: str = "1", **options) -> Saver:
+    saving = SavingOptions(output_dir=folder, output_name="n", **options)
+    states = ResumeOptions(save_state=True)
+    return Saver(saving, states, [part], lambda s, e: {}, None, 9, session_id=session, is_main=True)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RunError("no")])
+def test_fault_6_what_is_old_goes_only_when_the_new_one_is_whole(error, tmp_path):
+    part = Part()
+    saver = saver_of(tmp_path, part, save_every_n_steps=1, save_last_n_steps=1)
+
+    def save(step: int) -> None:
+        assert bool(saver.save("step", Progress(step=step))) == (part.error is None)
+        saver.save_state("step", Progress(step=step), some_state(step))
+
+    def there() -> list[str]:
+        return sorted(path.name.removeprefix("n-step0000000") for path in tmp_path.iterdir())
+
+    save(1)
+    save(2)
+    assert there() == ["1-state", "1.safetensors", "2-state", "2.safetensors"]
+    part.error = error
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("library.training.saving.write_state", lambda *_: (_ for _ in ()).throw(error))
+        save(3)
+    assert there() == ["1-state", "1.safetensors", "2-state", "2.safetensors"] and len(saver.failures) == 2
+    part.error = None
+    save(4)
+    assert there() == ["1-state", "1.safetensors", "4-state", "4.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "umask, file_mode, folder_mode", [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750), (0o077, 0o600, 0o700)]
+)
+def test_fault_7_the_umask_decides_who_may_read(umask, file_mode, folder_mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_safetensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)}, {})
+        write_lora(tmp_path / "a.pt", {"a": torch.zeros(2)}, {}, None)
+        write_state(tmp_path / "state", some_state())
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (folder_mode if path.is_dir() else file_mode), path
+
+
+def test_fault_8_a_link_in_the_files_place_is_replaced_and_what_it_points_to_stays(tmp_path):
+    outside, output = tmp_path / "outside", tmp_path / "output"
+    output.mkdir()
+    outside.mkdir()
+    (outside / "kept").write_text("as it was")
+    (output / "lora.safetensors").symlink_to(outside / "kept")
+    (output / "n-state").symlink_to(outside)
+    write_lora(output / "lora.safetensors", whole(10, 1.0), {}, None)
+    write_state(output / "n-state", some_state())
+    assert (outside / "kept").read_text() == "as it was" and os.listdir(outside) == ["kept"]
+    assert sorted(path.name for path in output.iterdir()) == ["lora.safetensors", "n-state"]
+    assert not any(path.is_symlink() for path in output.iterdir()) and read_state(output / "n-state").facts["step"] == 5
+
+
+# ------------------------------------------------------------------------------------------------------- what another run wrote
+
+
+def session_of(path: Path) -> str:
+    return read_header(path).metadata["ss_session_id"]
+
+
+def test_fault_9_another_runs_files_get_a_name_of_their_own_and_the_runs_own_dont(
+    golden_model, pictures, tmp_path, capsys
+):
+    words = ["--max_train_steps", "2", "--save_every_n_steps", "1", "--ema_decay", "0.9", "--save_state"]
+    final = train_network(golden_model, pictures, tmp_path, *words)
+    first, before = session_of(final), {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    assert len(before) == 6 and not [name for name in before if first in name]
+    state = tmp_path / "lora-step00000001-state"
+    train_network(golden_model, pictures, tmp_path, *words, "--resume", state)  # the same run
+    assert session_of(final) == first and before.keys() == {path.name for path in tmp_path.glob("*.safetensors")}
+    capsys.readouterr()
+    train_network(golden_model, pictures, tmp_path, *words[:-1], "--learning_rate", "2e-3")
+    second = session_of(final)
+    assert second != first
+    for name in before:
+        aside = tmp_path / f"{name.removesuffix('.safetensors')}.{first}.safetensors"
+        assert session_of(aside) == first and session_of(tmp_path / name) == second
+    assert f"{final} is of another run; it is lora.{first}.safetensors now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("session", ["../../x", "a/b", "", "x" * 300, "1\n2"])
+def test_fault_9_what_a_strange_file_says_of_its_run_leads_nowhere(session, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    write_safetensors(output / "n.safetensors", {"a": torch.zeros(1)}, {"ss_session_id": session})
+    os.utime(output / "n.safetensors", (1000, 1000))
+    assert saver_of(output, Part()).save("final", Progress(step=1))
+    assert sorted(path.name for path in output.iterdir()) == ["n.1000.safetensors", "n.safetensors"]
+    assert os.listdir(tmp_path) == ["output"]
+
+
+def test_fault_9_another_runs_model_stays_if_the_new_one_cant_be_written(tmp_path):
+    write_safetensors(tmp_path / "n.safetensors", {"a": torch.zeros(1)}, {"ss_session_id": "5"})
+    part = Part()
+    part.error = OSError(28, "No space left on device")
+    assert not saver_of(tmp_path, part).save("final", Progress(step=1))
+    (kept,) = tmp_path.glob("*.safetensors")
+    assert session_of(kept) == "5"
+
+
+# --------------------------------------------------------------------------------------------------------- two runs at a time
+
+
+def test_fault_10_the_second_run_of_a_name_is_refused_and_names_the_first(golden_model, pictures, tmp_path, capsys):
+    reading, writing = os.pipe()
+
+    def hold() -> None:
+        lock = OutputLock(tmp_path, "lora")
+        os.write(writing, b"x")
+        time.sleep(60)
+        lock.release()
+
+    with forked(hold) as owner:
+        os.read(reading, 1)
+        assert status_of(lambda: train_network(golden_model, pictures, tmp_path, "--max_train_steps", "1")) == 2
+        told = capsys.readouterr().err
+        assert f"error: --output_name lora: process {owner} on {host_name()}, since " in told and "another name" in told
+        assert "caching" not in told and not (tmp_path / "lora.safetensors").exists()
+        OutputLock(tmp_path, "other").release()
+    assert (tmp_path / ".lora.lock").exists()  # killed, so it couldn't tidy up
+    train_network(golden_model, pictures, tmp_path, "--max_train_steps", "1")
+    assert (tmp_path / "lora.safetensors").exists() and not (tmp_path / ".lora.lock").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "junk", "[]", '{"process": 1}', json.dumps({"process": 1, "host": "another machine", "since": "yesterday"}), json.dumps({"process": os.getpid(), "host": host_name(), "since": ""})],
+)  # fmt: skip
+def test_fault_10_what_a_killed_run_left_is_taken_over_whatever_it_says(content, tmp_path):
+    """Process 1 lives, here; the run that wrote this doesn't, be it on a node that was taken away."""
+    (tmp_path / ".n.lock").write_text(content)
+    lock = OutputLock(tmp_path, "n")
+    assert json.loads((tmp_path / ".n.lock").read_text())["process"] == os.getpid()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_fault_10_of_many_that_start_at_once_one_has_the_name(tmp_path):
+    """Each takes it, looks that it is alone, and gives it back."""
+
+    def work() -> None:
+        try:
+            lock = OutputLock(tmp_path, "n")
+        except OptionError:
+            return
+        with open(tmp_path / "alone", "x"):
+            time.sleep(0.001)
+        (tmp_path / "alone").unlink()
+        lock.release()
+        with open(tmp_path / f"done.{os.getpid()}", "a") as file:
+            file.write("x")
+
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if not child:
+            try:
+                for _ in range(150):
+                    work()
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0, 0]
+    assert sum(path.stat().st_size for path in tmp_path.glob("done.*")) > 10
+    assert not (tmp_path / ".n.lock").exists()
+
+
+def test_fault_10_where_files_cant_be_locked_it_is_told_and_gone_on(tmp_path, monkeypatch, told):
+    import fcntl
+
+    def refuse(*args):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    OutputLock(tmp_path, "n").release()
+    assert any("this disk can't lock files" in line for line in told)
+
+
+# ------------------------------------------------------------------------------------------------------------- read-only, links
+
+
+@pytest.mark.parametrize("way", ["mount", "file", "dangling link"])
+def test_fault_11_an_output_that_cant_be_written_is_told_before_caching(way, golden_model, pictures, tmp_path, capsys):
+    output = tmp_path / "output"
+
+    def told() -> str:
+        assert status_of(lambda: train_network(golden_model, pictures, output, "--max_train_steps", "1")) == 2
+        return capsys.readouterr().err
+
+    if way == "mount":
+        with mounted(output, "size=4m,ro"):
+            text = told()
+    else:
+        output.write_text("") if way == "file" else output.symlink_to(tmp_path / "nowhere" / "at all")
+        text = told()
+    assert f"--output_dir {output}: can't be made or written in" in text and "caching" not in text
+    assert not list(pictures.rglob("*.npz"))
+
+
+# --------------------------------------------------------------------------------------------------- numbers that aren't finite
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+@pytest.mark.parametrize("value, dtype", [(float("nan"), None), (float("inf"), None), (70_000.0, torch.float16)])
+def test_fault_61_weights_that_arent_finite_are_never_written(value, dtype, ending, tmp_path):
+    """70,000 is finite, but not in float16, in which it would be saved."""
+    path = tmp_path / f"lora{ending}"
+    write_lora(path, whole(10, 1.0), {}, None)
+    before = path.read_bytes()
+    bad = {**whole(10, 2.0), "c.lora_down.weight": torch.tensor([1.0, value])}
+    with pytest.raises(NotFinite, match=r"not saved, as 1 of its tensors aren't finite \(c\.lora_down\.weight\)"):
+        write_lora(path, bad, {}, dtype)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_fault_61_a_run_whose_weights_go_bad_keeps_what_was_saved_before(golden_model, pictures, tmp_path, monkeypatch):
+    real, saves = Saver.save, []
+
+    def save(self, *args):
+        saves.append(args)
+        if len(saves) == 2:
+            next(iter(self._parts[0].tensors().values())).data[0] = float("inf")
+        return real(self, *args)
+
+    monkeypatch.setattr(Saver, "save", save)
+    words = [
+        "--max_train_steps",
+        "3",
+        "--save_every_n_steps",
+        "1",
+        "--save_state",
+        "--emergency_dir",
+        tmp_path / "emergency",
+    ]
+    assert status_of(lambda: train_network(golden_model, pictures, tmp_path / "output", *words)) == 1
+    saved = sorted(path.name for path in (tmp_path / "output").glob("lora*") if path.suffix in ("", ".safetensors"))
+    assert (
+        saved == ["lora-step00000001-state", "lora-step00000001.safetensors"] and not (tmp_path / "emergency").exists()
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- one of two processes
+
+
+DIES = """
+import os, signal, sys
+from library.training.update import Update
+from library.errors import run
+import sdxl_train_network
+real, calls = Update.step, []
+
+def step(self, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *args, **kwargs)
+
+Update.step = step
+run(lambda: sdxl_train_network.main(sys.argv[1:]) and None)
+"""
+
+
+def test_fault_72_if_one_process_dies_the_other_ends_with_an_error_and_the_last_state_is_whole(
+    golden_model, pictures, tmp_path
+):
+    """Without a launcher, which would end it."""
+    output = tmp_path / "output"
+    words = arguments(golden_model, pictures, output, "--max_train_steps", 50, "--save_every_n_steps", "1", "--save_state", "--ddp_timeout", "1", quick=QUICK)  # fmt: skip
+    processes = []
+    for rank in (0, 1):
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 29633,
+            "ACCELERATE_USE_CPU": "true",
+        }
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            **{key: str(value) for key, value in place.items()},
+        }
+        processes.append(subprocess.Popen([sys.executable, "-c", DIES, *words], env=env, stderr=subprocess.PIPE, text=True, cwd=ROOT))  # fmt: skip
+    try:
+        assert processes[1].wait(120) == -signal.SIGKILL, processes[1].stderr.read()[-2000:]
+        died = time.monotonic()
+        told = processes[0].communicate(timeout=90)[1]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1 and time.monotonic() - died < 70, told[-3000:]
+    assert read_state(newest_state(output, ["lora"])).facts["step"] == 2
+    assert not (output / "lora.safetensors").exists() and not left_over(output)
