@@ -26,7 +26,7 @@ def wait_for_steps(run, output, count):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number, status", [("SIGTERM", 143), ("SIGUSR1", 0)])
+@pytest.mark.parametrize("number, status", [("SIGTERM", 143), pytest.param("SIGUSR1", 0, marks=pytest.mark.long)])
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="signals of POSIX")
 def test_fault_62_a_signal_ends_the_run_after_its_step_and_resuming_is_bit_equal(number, status, golden_model, pictures, tmp_path):  # fmt: skip
     out = tmp_path / "out"

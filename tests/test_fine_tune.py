@@ -79,8 +79,8 @@ def test_what_isnt_trained_is_saved_byte_for_byte(golden_model, pictures, tmp_pa
 
 
 @pytest.mark.parametrize("extra, parts", [
-    (["--train_text_encoder"], {"unet", "te1", "te2"}),
-    (["--train_text_encoder", "--learning_rate_te1", "0"], {"unet", "te2"}),
+    pytest.param(["--train_text_encoder"], {"unet", "te1", "te2"}, marks=pytest.mark.long),
+    pytest.param(["--train_text_encoder", "--learning_rate_te1", "0"], {"unet", "te2"}, marks=pytest.mark.long),
     (["--train_text_encoder", "--learning_rate", "0", "--learning_rate_te1", "1e-4", "--learning_rate_te2", "0"], {"te1"}),
 ])  # fmt: skip
 def test_the_parts_that_have_a_rate_are_trained(extra, parts, golden_model, pictures, tmp_path):

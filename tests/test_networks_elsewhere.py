@@ -21,7 +21,7 @@ TEXT_TOO = without(QUICK, "--cache_text_encoder_outputs", "--network_train_unet_
 
 
 @pytest.mark.parametrize("algo, parts", [
-    ("loha", {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"}), ("lokr", {"lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"}),
+    pytest.param("loha", {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"}, marks=pytest.mark.long), ("lokr", {"lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"}),
 ])  # fmt: skip
 def test_lycoris_trains_for_real(algo, parts, golden_model, pictures, tmp_path):
     """U-Net and both encoders, in bfloat16 beside float32 weights of theirs; the file goes on being trained."""

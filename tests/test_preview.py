@@ -63,6 +63,7 @@ def test_epochs_win_over_steps_and_training_doesnt_notice(cached, golden_model, 
     assert names_in(tmp_path / "drawn") == ["lora_contact_sheet.png", "lora_e000001_00.png", "lora_e000001_01_5.png"]
 
 
+@pytest.mark.long
 def test_two_processes_draw_the_samples_of_one(golden_model, pictures, prompts, tmp_path):
     def run(processes):
         out = tmp_path / str(processes)

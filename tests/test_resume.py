@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,18 +51,6 @@ def assert_same_end(plain: Path, resumed: Path, step: int) -> None:
         assert_same(dict(getattr(one, part)), dict(getattr(two, part)), part)
 
 
-def resumed_at(steps: Sequence[int], first: Path, model: Path, pictures: Path, folder: Path, words: Sequence, quick=QUICK) -> Path:  # fmt: skip
-    """Resume from the first run's state at a step, that run's state at the next one, and so on; returns the last one's folder."""
-    source = state_at(first, steps[0])
-    for number in range(len(steps)):
-        output = folder / f"resumed_{'_'.join(map(str, steps[: number + 1]))}"
-        often = ["--save_every_n_steps", "1"] if number + 1 < len(steps) else []
-        train_network(model, pictures, output, *words, *often, "--save_state", "--resume", source, quick=quick)
-        if often:
-            source = state_at(output, steps[number + 1])
-    return output
-
-
 NOISY = [
     "--lr_scheduler", "cosine", "--lr_warmup_steps", "3", "--ema_decay", "0.9", "--noise_offset", "0.1", "--noise_offset_random_strength",
     "--adaptive_noise_scale", "0.1", "--multires_noise_iterations", "2", "--ip_noise_gamma", "0.1", "--ip_noise_gamma_random_strength",
@@ -76,15 +63,6 @@ AUGMENTED = [
 ]  # fmt: skip
 WITH_TEXT = without(QUICK, "--cache_text_encoder_outputs", "--network_train_unet_only")
 UNCACHED = without(WITH_TEXT, "--cache_latents")
-
-
-def test_fault_65_a_run_goes_on_to_the_bit(golden_model, pictures, tmp_path):
-    """From the middle of an epoch into the next one; noise, dropouts, warm-up, EMA, accumulation."""
-    words = [*EPOCHS_OF_4, *NOISY, "--max_train_steps", "5"]
-    train_network(golden_model, pictures, tmp_path / "first", *words, "--save_every_n_steps", "3", "--save_state")
-    output = resumed_at([3], tmp_path / "first", golden_model, pictures, tmp_path, words)
-    assert len(rows_of(output)) == 2
-    assert_same_end(tmp_path / "first", output, 3)
 
 
 CASES = {
@@ -111,17 +89,19 @@ CASES = {
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_fault_65_whatever_is_trained_and_wherever_it_stopped(case, golden_model, pictures, tmp_path):
-    """After the first step, in the middle of an epoch, at its end, at the last step but one; and twice, then three times."""
+    """Resumed after the first step, then that run before an epoch's end, then that one at it, then before the last step."""
     quick, extra = CASES[case]
-    words = [*EPOCHS_OF_4, *extra]
-    train_network(golden_model, pictures, tmp_path / "plain", *words, "--save_state_on_train_end", quick=quick)
-    often = ["--save_every_n_steps", "1", "--save_state"]
-    train_network(golden_model, pictures, tmp_path / "first", *words, *often, quick=quick)
-    assert_same_end(tmp_path / "plain", tmp_path / "first", 0)  # saving changes nothing
-    last = read_facts(tmp_path / "first" / "lora-state")["step"]
-    for stops in ([1], [2, 3], [4], [last - 1], [1, 4, 5]):
-        output = resumed_at(stops, tmp_path / "first", golden_model, pictures, tmp_path, words, quick=quick)
-        assert_same_end(tmp_path / "plain", output, stops[-1])
+    words, often = [*EPOCHS_OF_4, "--max_train_steps", "6", *extra], ["--save_every_n_steps", "1", "--save_state"]
+    plain, latest = tmp_path / "plain", tmp_path / "first"
+    train_network(golden_model, pictures, plain, *words, "--save_state_on_train_end", quick=quick)
+    train_network(golden_model, pictures, latest, *words, *often, quick=quick)
+    assert_same_end(plain, latest, 0)  # saving changes nothing
+    last = read_facts(latest / "lora-state")["step"]
+    for step in sorted({1, 3, 4, last - 1} & set(range(1, last))):
+        output = tmp_path / f"from_{step}"
+        train_network(golden_model, pictures, output, *words, *often, "--resume", state_at(latest, step), quick=quick)
+        assert_same_end(plain, output, step)
+        latest = output
 
 
 def started(*words: object) -> subprocess.Popen:
@@ -142,9 +122,9 @@ def kill_after_steps(process: subprocess.Popen, output: Path, steps: int) -> Non
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is POSIX")
 def test_fault_65_a_run_that_was_killed_goes_on_in_a_new_process(golden_model, pictures, tmp_path):
-    """kill -9 somewhere in an accumulation window."""
+    """kill -9 somewhere in an accumulation window; dropouts, noise, warm-up and a moving average."""
     output = tmp_path / "output"
-    words = [*EPOCHS_OF_4, "--max_train_steps", "6", "--network_dropout", "0.1", *CACHED_ON_DISK]
+    words = [*EPOCHS_OF_4, *NOISY, "--max_train_steps", "6", *CACHED_ON_DISK]
     train_network(golden_model, pictures, tmp_path / "plain", *words, "--save_state")
     again = arguments(
         golden_model, pictures, output, *words, "--save_every_n_steps", "2", "--save_state", "--auto_resume"
@@ -159,6 +139,7 @@ def test_fault_65_a_run_that_was_killed_goes_on_in_a_new_process(golden_model, p
     assert not list(output.glob(".*"))
 
 
+@pytest.mark.long
 def test_fault_65_a_run_that_broke_in_an_accumulation_window_does_the_whole_window_again(golden_model, pictures, tmp_path, monkeypatch):  # fmt: skip
     """The seed isn't given, so it is drawn once for both parts."""
     quick, output = without(QUICK, "--seed", "7"), tmp_path / "output"

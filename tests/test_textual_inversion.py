@@ -126,7 +126,8 @@ def test_diffusers_loads_it_for_both_encoders(golden_model, golden_models, pictu
 
 
 @pytest.mark.parametrize("extra", [
-    [], ["--gradient_checkpointing", "--max_token_length", "150", "--mixed_precision", "bf16"], ["--optimizer_type", "Adafactor"],
+    ["--gradient_checkpointing", "--max_token_length", "150", "--mixed_precision", "bf16"], pytest.param([], marks=pytest.mark.long),
+    pytest.param(["--optimizer_type", "Adafactor"], marks=pytest.mark.long),
 ])  # fmt: skip
 def test_resuming_is_bit_equal(extra, golden_model, pictures, tmp_path):
     words = [*extra, "--max_train_steps", "4", "--save_state", "--save_every_n_steps", "2", "--ema_decay", "0.9"]
@@ -244,6 +245,7 @@ def test_it_learns_the_picture_better_than_random_words_do(tmp_path):
     assert trained < min(others) and trained < before
 
 
+@pytest.mark.long
 def test_two_processes_train_the_word_of_one(golden_model, pictures, tmp_path):
     import os
     import subprocess

@@ -96,8 +96,6 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         config = logged_config(options) if options[TrackerOptions].log_config else {}
         trackers = open_trackers(options[TrackerOptions], kind.tracker_name, config)
     seed = _shared_seed(options[RunOptions].seed if resumed is None else int(resumed.facts["run"]["seed"]))
-    if accelerator.is_main_process and not options[ResumeOptions].verify_resume:
-        write_run_file(options, seed)
     models = open_models(kind, options, found, accelerator.device)
     with muted():
         rehearse(kind, models, options)
@@ -134,6 +132,8 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         log.info(line)
     if accelerator.is_main_process:
         saver.check_space(plan.total_steps)
+        if not options[ResumeOptions].verify_resume:
+            write_run_file(options, seed)
     report = Report(
         plan.total_steps,
         plan.order.steps_per_epoch,

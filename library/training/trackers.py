@@ -27,7 +27,7 @@ NEVER_SENT = (
     "wandb_api_key", "huggingface_token", "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "train_data_dir",
     "conditioning_data_dir", "reg_data_dir", "output_dir", "logging_dir",
     "in_json", "dataset_config", "config_file", "network_weights", "base_weights", "sample_prompts", "cache_dir", "console_log_file",
-    "log_tracker_config", "metadata_thumbnail",
+    "log_tracker_config", "metadata_thumbnail", "emergency_dir", "resume", "weights",
 )  # fmt: skip
 
 _KNOWN = ("tensorboard", "wandb")
