@@ -426,6 +426,7 @@ def test_fault_10_the_second_run_of_a_name_is_refused_and_names_the_first(golden
 @pytest.mark.parametrize(
     "content",
     ["", "junk", "[]", '{"process": 1}', json.dumps({"process": 1, "host": "another machine", "since": "yesterday"}), json.dumps({"process": os.getpid(), "host": host_name(), "since": ""})],
+    ids=["empty", "junk", "a list", "torn", "another machine's", "this process's"],
 )  # fmt: skip
 def test_fault_10_what_a_killed_run_left_is_taken_over_whatever_it_says(content, tmp_path):
     """Process 1 lives, here; the run that wrote this doesn't, be it on a node that was taken away."""
@@ -563,7 +564,7 @@ run(lambda: sdxl_train_network.main(sys.argv[2:]) and None)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_fault_72_if_one_process_dies_or_hangs_the_other_ends_with_an_error(number, golden_model, pictures, tmp_path):
     """Without a launcher, which would end it: at once, or after --ddp_timeout. The last state is whole."""
     output, processes = tmp_path / "output", []
