@@ -192,7 +192,7 @@ def test_any_schedulers_class_with_arguments():
     [
         ({"lr_scheduler": "constant", "lr_warmup_steps": 10}, "take --lr_scheduler constant_with_warmup"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "needs --lr_scheduler_min_lr_ratio"),
-        ({"lr_scheduler": "piecewise_constant"}, "needs --lr_scheduler_args step_rules"),
+        ({"lr_scheduler": "piecewise_constant"}, "needs --lr_scheduler_args .step_rules"),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ("a=1",)}, "takes none"),
     ],
 )
