@@ -9,7 +9,8 @@ from library.log import start_logging
 from library.options import read_options
 from library.training.begin import begin
 from library.training.not_yet import REFUSED, UNUSED
-from library.training.options import COMMON_TRAINING, FineTuneOptions, check_fine_tune, check_training
+from library.training.options import COMMON_TRAINING, check_training
+from library.training.task_options import FineTuneOptions, check_fine_tune
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,8 @@ from running import assert_bit_equal, losses_of, tensors_of
 from library.errors import OptionError
 from library.models.unet import block_of
 from library.safetensors_io import read_header
-from library.training.options import FineTuneOptions, LossOptions, ScheduleOptions
+from library.training.options import LossOptions, ScheduleOptions
+from library.training.task_options import FineTuneOptions
 from library.training.tasks.fine_tune import FineTune
 
 QUICK = [

@@ -13,7 +13,8 @@ from library.option_values import Spec, specs_of
 from library.options import ConfigOptions
 from library.training import caching
 from library.training.not_yet import REFUSED, UNUSED
-from library.training.options import COMMON_TRAINING, EmbeddingOptions, PivotalOptions
+from library.training.options import COMMON_TRAINING
+from library.training.task_options import EmbeddingOptions, PivotalOptions
 from networks.options import NetworkOptions
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "reference_options.tsv").open(encoding="utf-8"), delimiter="\t"))

@@ -11,7 +11,8 @@ from library.errors import OptionError
 from library.models.new_tokens import NewToken, first_rows
 from library.models.text_encoders import body_of
 from library.safetensors_io import read_header
-from library.training.options import EmbeddingOptions, LossOptions, ScheduleOptions
+from library.training.options import LossOptions, ScheduleOptions
+from library.training.task_options import EmbeddingOptions
 from library.training.tasks.embedding import EmbeddingTask, add_token
 
 QUICK = [

@@ -19,8 +19,9 @@ from library.options import Options
 from library.param_group import ParamGroup
 from library.safetensors_io import write_safetensors
 from library.training.metadata import RunFacts
-from library.training.options import EmbeddingOptions, OptimizerOptions
+from library.training.options import OptimizerOptions
 from library.training.task import Part, Task
+from library.training.task_options import EmbeddingOptions
 
 
 class TokenPart(Part):

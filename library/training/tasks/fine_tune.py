@@ -20,8 +20,9 @@ from library.models.unet import block_of
 from library.options import Options
 from library.param_group import ParamGroup
 from library.training.metadata import RunFacts
-from library.training.options import FineTuneOptions, OptimizerOptions, RunOptions
+from library.training.options import OptimizerOptions, RunOptions
 from library.training.task import Part, Task, cached_text
+from library.training.task_options import FineTuneOptions
 
 _ENCODERS = ("text_encoder_1", "text_encoder_2")
 

@@ -21,8 +21,9 @@ from library.options import Options
 from library.param_group import ParamGroup
 from library.training.metadata import BASE_MODEL_VERSION, RunFacts, training_metadata
 from library.training.noise import Noisy
-from library.training.options import OptimizerOptions, PivotalOptions, RunOptions
+from library.training.options import OptimizerOptions, RunOptions
 from library.training.task import Objective, Part, Task, cached_text
+from library.training.task_options import PivotalOptions
 from library.training.tasks.embedding import TokenPart, add_token, embedding_tensors
 from networks.build import build_network
 from networks.lora_file import write_lora

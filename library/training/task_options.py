@@ -1,0 +1,178 @@
+"""Options of one training script each, and their contradictions with others. No torch here."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.data.options import CacheOptions
+from library.errors import Mistake
+from library.options import OptionGroup, Options, option
+from library.training.options import OptimizerOptions, RunOptions, is_plain_name
+from networks.options import NUM_BLOCKS, NetworkOptions, check_weights
+
+
+@dataclass(frozen=True)
+class FineTuneOptions(OptionGroup):
+    """Fine-tuning"""
+
+    train_text_encoder: bool = option(False, "train both text encoders too; excludes --cache_text_encoder_outputs")
+    learning_rate_te1: float | None = option(
+        None, "learning rate of text encoder 1; unset: --learning_rate; 0: it isn't trained", at_least=0
+    )
+    learning_rate_te2: float | None = option(
+        None, "learning rate of text encoder 2; unset: --learning_rate; 0: it isn't trained", at_least=0
+    )
+    block_lr: str | None = option(
+        None, "learning rates of the U-Net's 23 blocks, separated by commas; 0: that block isn't trained"
+    )
+    diffusers_xformers: bool = option(False, "", no_effect="attention is PyTorch's, here and in the VAE")
+    save_model_as: str | None = option(
+        None,
+        "format of saved models; unset: a folder if the base model is one, else safetensors",
+        choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
+    )
+    use_safetensors: bool = option(False, "", no_effect="what isn't asked for as ckpt is saved as safetensors anyway")
+
+    @property
+    def text_encoder_lrs(self) -> tuple[float | None, float | None]:
+        """The learning rate of each text encoder; None: the base learning rate."""
+        return self.learning_rate_te1, self.learning_rate_te2
+
+    @property
+    def block_lrs(self) -> tuple[float, ...] | None:
+        return None if self.block_lr is None else tuple(float(text) for text in self.block_lr.split(","))
+
+    def kind(self, *, is_folder: bool) -> str:
+        """The format of saved models. Args: is_folder: the base model is a Diffusers folder."""
+        return self.save_model_as or ("diffusers_safetensors" if is_folder else "safetensors")
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.block_lr is not None:
+            try:
+                rates = self.block_lrs or ()
+            except ValueError:
+                rates = ()
+            if len(rates) != NUM_BLOCKS or not all(0 <= rate < math.inf for rate in rates):
+                yield Mistake(
+                    f"--block_lr: expected {NUM_BLOCKS} numbers of at least 0, separated by commas, got {self.block_lr!r}",
+                    ("block_lr",),
+                )
+        if not self.train_text_encoder and any(rate is not None for rate in self.text_encoder_lrs):
+            yield Mistake(
+                "--learning_rate_te1 and --learning_rate_te2 need --train_text_encoder", ("train_text_encoder",)
+            )
+
+
+@dataclass(frozen=True)
+class EmbeddingOptions(OptionGroup):
+    """Textual Inversion"""
+
+    token_string: str | None = option(None, "the new word; captions hold it")
+    init_word: str | None = option(
+        None, "words whose embeddings the vectors start from, in turn; unset: the mean of all"
+    )
+    num_vectors_per_token: int = option(1, "vectors of the new word", at_least=1)
+    weights: Path | None = option(None, "embedding file to go on from")
+    use_object_template: bool = option(
+        False, "sentences about an object take the place of all captions; wins over --use_style_template"
+    )
+    use_style_template: bool = option(False, "sentences about a style take the place of all captions")
+    save_model_as: str = option(
+        "pt", "format of the saved file; pt and ckpt hold no metadata", choices=("ckpt", "pt", "safetensors")
+    )
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if not self.token_string or not self.token_string.strip():
+            yield Mistake("--token_string is missing: the new word", ("token_string",))
+        elif len(self.token_string.split()) > 1:
+            yield Mistake(f"--token_string {self.token_string!r}: expected one word without spaces", ("token_string",))
+        if self.weights is not None and not self.weights.is_file():
+            yield Mistake(f"--weights {self.weights}: no such file", ("weights",))
+
+
+@dataclass(frozen=True)
+class PivotalOptions(OptionGroup):
+    """A new token beside the network (pivotal tuning)"""
+
+    train_token: str | None = option(None, "a new word that is trained together with the network, saved beside it")
+    token_init_word: str | None = option(
+        None, "words whose embeddings its vectors start from, in turn; unset: the mean of all"
+    )
+    token_vectors: int = option(1, "vectors of the new word", at_least=1)
+    token_lr: float | None = option(None, "learning rate of the new word; unset: --learning_rate", above=0)
+    ti_stop_ratio: float | None = option(
+        None, "share of the steps after which the new word stays as it is", above=0, at_most=1
+    )
+    bundle_token: bool = option(
+        False, "write the new word into the network's file too (bundle_emb keys, which Diffusers refuses)"
+    )
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.train_token is not None and len(self.train_token.split()) != 1:
+            yield Mistake(f"--train_token {self.train_token!r}: expected one word without spaces", ("train_token",))
+        elif self.train_token is not None and not is_plain_name(self.train_token):
+            yield Mistake(
+                f"--train_token {self.train_token!r}: it becomes part of a file's name, and can't be", ("train_token",)
+            )
+        given = [name for name in ("token_init_word", "token_lr", "ti_stop_ratio") if getattr(self, name) is not None]
+        given += ["bundle_token"] if self.bundle_token else []
+        if given and self.train_token is None:
+            yield Mistake(f"--{given[0]} needs --train_token, the new word", ("train_token", given[0]))
+
+
+def check_network(options: Options) -> Iterable[Mistake]:
+    """Contradictions between the network's options and others."""
+    network, base = options[NetworkOptions], options[OptimizerOptions].learning_rate
+    unet, texts = network.unet_lr, network.text_encoder_lrs
+    trained = [options[PivotalOptions].token_lr or base] if options[PivotalOptions].train_token else []
+    trained += [] if network.network_train_text_encoder_only else [base if unet is None else unet]
+    trained += [] if network.network_train_unet_only else [base if one is None else one for one in texts]
+    if not any(trained):
+        yield Mistake("nothing is trained: every learning rate is 0", ("learning_rate", "unet_lr", "text_encoder_lr"))
+    if options[CacheOptions].text and not network.network_train_unet_only:
+        yield Mistake(
+            "--cache_text_encoder_outputs: captions are encoded before training, so the text encoders can't be trained; give --network_train_unet_only too",
+            ("cache_text_encoder_outputs", "network_train_unet_only"),
+        )
+    if options[RunOptions].stop_text_encoder_training and network.network_train_text_encoder_only:
+        yield Mistake(
+            "--stop_text_encoder_training with --network_train_text_encoder_only leaves nothing to train after that",
+            ("stop_text_encoder_training", "network_train_text_encoder_only"),
+        )
+    yield from check_weights(network)
+    pivotal = options[PivotalOptions]
+    if pivotal.train_token is not None and options[CacheOptions].text:
+        yield Mistake(
+            "--train_token: captions with a new word can't be encoded before training; leave out --cache_text_encoder_outputs",
+            ("train_token", "cache_text_encoder_outputs"),
+        )
+
+
+def check_embedding(options: Options) -> Iterable[Mistake]:
+    """Contradictions between Textual Inversion's options and others."""
+    if options[CacheOptions].text:
+        yield Mistake(
+            "--cache_text_encoder_outputs: Textual Inversion changes what the encoders give, so captions can't be encoded before training",
+            ("cache_text_encoder_outputs",),
+        )
+    if options[RunOptions].stop_text_encoder_training:
+        yield Mistake(
+            "--stop_text_encoder_training: the embeddings are all that is trained; take fewer --max_train_steps",
+            ("stop_text_encoder_training",),
+        )
+    if options[OptimizerOptions].learning_rate == 0:
+        yield Mistake("nothing is trained: --learning_rate is 0", ("learning_rate",))
+
+
+def check_fine_tune(options: Options) -> Iterable[Mistake]:
+    """Contradictions between fine-tuning's options and others."""
+    chosen, base = options[FineTuneOptions], options[OptimizerOptions].learning_rate
+    if chosen.train_text_encoder and options[CacheOptions].text:
+        yield Mistake(
+            "--train_text_encoder: captions that are encoded before training can't go with it; leave out --cache_text_encoder_outputs",
+            ("train_text_encoder", "cache_text_encoder_outputs"),
+        )
+    texts = [base if own is None else own for own in chosen.text_encoder_lrs] if chosen.train_text_encoder else []
+    if not any([*(chosen.block_lrs or (base,)), *texts] if not list(chosen.mistakes()) else [1]):
+        yield Mistake("nothing is trained: every learning rate is 0", ("learning_rate", "block_lr"))
