@@ -10,6 +10,7 @@ import torch
 from library.models.attention import chunked, sdpa
 from library.models.unet import UNet, block_of
 from library.models.unet_config import UNetConfig
+from library.models.unet_extra import AttentionExtra, BlockExtra, Steering
 from library.safetensors_io import load_tensors
 from tools.tiny_models import INPAINTING, REFINER, SDXL_BASE, SSD_1B, TINY, VEGA
 
@@ -89,3 +90,30 @@ def test_chunked_attention_equals_sdpa():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 64) for n in (2500, 77, 77))
     torch.testing.assert_close(chunked(q, k, v), sdpa(q, k, v))
+
+
+def test_steering_changes_what_projections_see_and_its_tensors_get_equal_gradients_with_checkpointing(golden_models):
+    """By hand: the steered U-Net equals one whose projection is called with the changed input; None changes no bit."""
+    golden, _ = load_tensors(GOLDEN / "02_unet.safetensors")
+    inputs = [golden[f"a.{name}"] for name in ("latents", "timesteps", "context", "y")]
+    torch.manual_seed(0)
+    positions = inputs[0].shape[2] * inputs[0].shape[3] // 4  # level 1 has half of each side
+    shapes = [(1, positions, 4), (4, 64), (4,), (4, 4), (64, 4), (64,)]
+    tensors = [torch.randn(shape).requires_grad_() for shape in shapes]
+    extra = {"input_blocks.4": (BlockExtra(attn1=AttentionExtra(q=(Steering(*tensors),))),)}
+    outputs, gradients = [], []
+    for checkpointing in (False, True):
+        unet = UNet(golden_models.checkpoint.unet, gradient_checkpointing=checkpointing)
+        unet.load_state_dict(golden_models.checkpoint.tensors("unet"))
+        outputs.append(unet(*inputs, extra))
+        gradients.append(torch.autograd.grad(outputs[-1].square().mean(), tensors))
+    assert torch.equal(outputs[0], outputs[1])
+    assert all(torch.equal(one, two) and one.any() for one, two in zip(*gradients, strict=True))
+    layer = unet.get_submodule("input_blocks.4.1.transformer_blocks.0.attn1.to_q")
+    base = layer.forward
+    condition, down, down_bias, mid, up, up_bias = tensors
+    layer.forward = lambda x: base(x + ((condition + (x @ down.T + down_bias).relu() @ mid.T).relu() @ up.T + up_bias))
+    torch.testing.assert_close(unet(*inputs), outputs[0])
+    layer.forward = base
+    assert torch.equal(unet(*inputs), unet(*inputs, {}))
+    assert not torch.equal(unet(*inputs), outputs[0])

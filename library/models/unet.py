@@ -12,6 +12,8 @@ Parameter names are those of the original checkpoint, so loading is load_state_d
 Source: Podell et al. 2023, arXiv:2307.01952, table 1; Stability-AI/generative-models sd_xl_base.yaml.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +32,7 @@ from library.models.unet_blocks import (
     sinusoidal_embedding,
 )
 from library.models.unet_config import BlockPlan, UNetConfig
+from library.models.unet_extra import Extra
 
 NUM_LR_BLOCKS = 23
 
@@ -76,7 +79,9 @@ class UNet(nn.Module):
             GroupNorm(GROUPS, last, eps=1e-5), nn.SiLU(), Conv2d(last, config.out_channels, 3, padding=1)
         )
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor, extra: Extra | None = None
+    ) -> Tensor:
         """Predict the noise in `x`.
 
         Args:
@@ -84,6 +89,7 @@ class UNet(nn.Module):
             timesteps: 0..999, [B], any number type.
             context: text tokens, [B, T, 2048].
             vector: pooled text and sizes, [B, 2816].
+            extra: what else reaches the transformer blocks; None: nothing does.
 
         Returns:
             [B, 4, H, W], in the dtype of x.
@@ -94,22 +100,24 @@ class UNet(nn.Module):
         context = context.to(dtype)
         run = self._recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else _kept
         h = x.to(memory_format=torch.channels_last)
+        extra = extra or {}
         skips = []
-        for block in self.input_blocks:
-            h = block(h, emb, context, run)
+        for number, block in enumerate(self.input_blocks):
+            h = block(h, emb, context, run, extra.get(f"input_blocks.{number}"))
             skips.append(h)
-        h = self.middle_block(h, emb, context, run)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, run)
+        h = self.middle_block(h, emb, context, run, extra.get("middle_block"))
+        for number, block in enumerate(self.output_blocks):
+            joined = torch.cat([h, skips.pop()], dim=1)
+            h = block(joined, emb, context, run, extra.get(f"output_blocks.{number}"))
         return self.out(h)
 
     @staticmethod
-    def _recomputed(block: nn.Module, *tensors: Tensor) -> Tensor:
-        return checkpoint(block, *tensors, use_reentrant=False)
+    def _recomputed(block: nn.Module, *arguments: Any) -> Tensor:
+        return checkpoint(block, *arguments, use_reentrant=False)
 
 
-def _kept(block: nn.Module, *tensors: Tensor) -> Tensor:
-    return block(*tensors)
+def _kept(block: nn.Module, *arguments: Any) -> Tensor:
+    return block(*arguments)
 
 
 def block_of(name: str) -> int:

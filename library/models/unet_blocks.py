@@ -9,7 +9,8 @@ Source: Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023, arXiv:2307.01
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 
 from library.models.attention import AttentionFunction
 from library.models.unet_config import HEAD_CHANNELS
+from library.models.unet_extra import AttentionExtra, BlockExtra, steered
 
 GROUPS = 32
 
 Run = Callable[..., Tensor]
-"""(block, *tensors) -> block(*tensors), keeping its activations for backward or computing them again there."""
+"""(block, *arguments) -> block(*arguments), keeping its activations for backward or computing them again there."""
 
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -100,9 +102,12 @@ class CrossAttention(nn.Module):
         self.to_v = Linear(context_channels, channels, bias=False)
         self.to_out = nn.Sequential(Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, extra: AttentionExtra | None = None) -> Tensor:
         """x [B, N, C], context [B, T, C_context] -> [B, N, C]."""
-        q, k, v = (_split_heads(t) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        for_q, for_k, for_v = x, context, context
+        if extra is not None:
+            for_q, for_k, for_v = steered(x, extra.q), steered(context, extra.k), steered(context, extra.v)
+        q, k, v = (_split_heads(t) for t in (self.to_q(for_q), self.to_k(for_k), self.to_v(for_v)))
         return self.to_out(self.attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -146,11 +151,12 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = LayerNorm(channels)
         self.norm3 = LayerNorm(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, extra: BlockExtra | None = None) -> Tensor:
         """x [B, N, C], context [B, T, C_context] -> [B, N, C]."""
+        of_self, of_text = (None, None) if extra is None else extra
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn1(h, h, of_self)
+        x = x + self.attn2(self.norm2(x), context, of_text)
         return x + self.ff(self.norm3(x))
 
 
@@ -166,12 +172,12 @@ class Transformer2DModel(nn.Module):
         )
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor, run: Run) -> Tensor:
-        """x [B, C, H, W], context [B, T, C_context] -> [B, C, H, W]."""
+    def forward(self, x: Tensor, context: Tensor, run: Run, extra: Sequence[BlockExtra | None] | None = None) -> Tensor:
+        """x [B, C, H, W], context [B, T, C_context], extra: of each transformer block -> [B, C, H, W]."""
         h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, N, C]: a view of channels_last memory
         h = self.proj_in(h)
-        for block in self.transformer_blocks:
-            h = run(block, h, context)
+        for block, own in zip(self.transformer_blocks, extra or repeat(None), strict=False):
+            h = run(block, h, context, own)
         h = self.proj_out(h).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         return x + h
 
@@ -201,12 +207,14 @@ class Upsample2D(nn.Module):
 class Stage(nn.ModuleList):
     """One numbered block of the U-Net: residual block, transformer, resampling; whichever of them it has."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, run: Run) -> Tensor:
+    def forward(
+        self, x: Tensor, emb: Tensor, context: Tensor, run: Run, extra: Sequence[BlockExtra | None] | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResnetBlock2D):
                 x = run(layer, x, emb)
             elif isinstance(layer, Transformer2DModel):
-                x = layer(x, context, run)
+                x = layer(x, context, run, extra)
             else:
                 x = layer(x)
         return x
