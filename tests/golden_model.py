@@ -1,7 +1,9 @@
 """The tiny SDXL of the golden numbers, rebuilt from its int8 core (golden/INDEX.md, "The tiny SDXL")."""
 
+import gzip
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ _SHA256 = "b5112ef6a3b059f5115f4c47e2acf0458e54da67387ff4b2b8af1b156efee26c"
 
 def golden_checkpoint() -> dict[str, torch.Tensor]:
     """The float32 tensors of the checkpoint, by single-file keys."""
-    core, metadata = load_tensors(GOLDEN / "00_tiny_core_int8.safetensors")
+    core, metadata = _load_packed(GOLDEN / "00_tiny_core_int8.safetensors.gz")
     exponents = json.loads(metadata["exponents"])
     tensors = {key: tensor.float() * 2.0 ** -exponents[key] for key, tensor in core.items()}
     for key, (width, salt) in _EMBEDDINGS.items():
@@ -31,6 +33,14 @@ def golden_checkpoint() -> dict[str, torch.Tensor]:
         digest.update(tensors[key].contiguous().numpy().tobytes())
     assert digest.hexdigest() == _SHA256, "the golden checkpoint wasn't rebuilt exactly"
     return tensors
+
+
+def _load_packed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and metadata of a compressed safetensors file."""
+    with tempfile.TemporaryDirectory() as folder:
+        unpacked = Path(folder) / path.stem
+        unpacked.write_bytes(gzip.decompress(path.read_bytes()))
+        return load_tensors(unpacked)
 
 
 def _hashed(count: int, salt: int) -> np.ndarray:
