@@ -17,6 +17,7 @@ from library.models.text_encoders import body_of
 from library.models.unet import UNet, block_of
 from library.models.unet_blocks import Conv2d, Linear
 from library.param_group import ParamGroup
+from networks.lora_linear import lora_linear
 from networks.options import LoraSettings
 
 # In each layer of a text encoder, in the order of files and optimizer.
@@ -118,6 +119,10 @@ class LoraModule(nn.Module):
             scale = 0.0  # gradients become zero instead of missing, which several processes couldn't exchange
         if isinstance(self.lora_down, nn.Conv2d):
             return base(x).add_(self.lora_up(self._dropped(self.lora_down(x))), alpha=scale)
+        frozen = None if self._drops else _frozen_linear(base)
+        if frozen is not None:
+            y = lora_linear(x.flatten(0, -2), *frozen, self.lora_down.weight, self.lora_up.weight, scale)
+            return y.unflatten(0, x.shape[:-1])
         # In two dimensions the base's output is no view, so the product can be added in place.
         y = base(x.flatten(0, -2))
         h = self._dropped(self.lora_down(x)).flatten(0, -2)
@@ -137,9 +142,13 @@ class LoraModule(nn.Module):
         self.lora_down.weight.mul_(factor)
         return norm
 
+    @property
+    def _drops(self) -> bool:
+        return self.training and bool(self.dropout or self.rank_dropout)
+
     def _dropped(self, h: Tensor) -> Tensor:
         """Dropout of single values and, per sample, of whole ranks. h: [B, ..., r], or [B, r, H, W]."""
-        if not self.training:
+        if not self._drops:
             return h
         if self.dropout:
             h = F.dropout(h, self.dropout)
@@ -281,6 +290,16 @@ def _rank(target: Target, settings: LoraSettings) -> tuple[int, float]:
         return 0, 0.0
     is_conv3x3 = isinstance(target.layer, nn.Conv2d) and target.layer.kernel_size != (1, 1)
     return settings.rank_in_block(target.block, is_conv3x3=is_conv3x3)
+
+
+def _frozen_linear(base: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias, if `base` is a plain linear layer's own forward and neither is trained."""
+    layer = getattr(base, "__self__", None)
+    if getattr(base, "__func__", None) not in (Linear.forward, nn.Linear.forward):
+        return None
+    assert isinstance(layer, nn.Linear)
+    is_frozen = not any(parameter.requires_grad for parameter in layer.parameters())
+    return (layer.weight, layer.bias) if is_frozen else None
 
 
 def _with_change(lora: LoraModule, base: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -15,6 +15,7 @@ from library.models.unet_config import UNetConfig
 from library.safetensors_io import load_tensors, read_header, write_safetensors
 from networks.lora import LoraModule, LoraNetwork, text_encoder_targets, unet_targets
 from networks.lora_file import load_into, network_from_file, read_lora, write_lora
+from networks.lora_linear import lora_linear
 from networks.options import LoraSettings, NetworkOptions, read_network_args
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -143,6 +144,35 @@ def test_nothing_as_large_as_the_output_is_saved_for_backward_beyond_what_the_ba
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         y = lora(x, layer.forward)
     assert y.numel() not in saved and saved.count(x.numel()) <= 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_function_of_a_linear_layer_and_its_lora_has_the_gradients_of_its_formula(bias):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 7, bias=bias).double().requires_grad_(False)
+    lora = LoraModule(layer, rank=3, alpha=1.5).double()
+    torch.nn.init.normal_(lora.lora_up.weight)
+    lora.multiplier = -0.7
+    x = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    down, up = lora.lora_down.weight, lora.lora_up.weight
+
+    def fused(x, down, up):
+        return lora_linear(x.flatten(0, 1), layer.weight, layer.bias, down, up, -0.35)
+
+    assert torch.autograd.gradcheck(fused, (x, down, up))
+    expected = layer(x) - 0.35 * (x @ down.t() @ up.t())
+    torch.testing.assert_close(lora(x, layer.forward), expected)
+    assert "_LoraLinear" in str(lora(x, layer.forward).grad_fn.next_functions[0][0].name())
+
+
+def test_a_base_that_is_trained_or_another_function_gets_its_gradient_too():
+    layer, x = torch.nn.Linear(5, 7), torch.randn(4, 5)
+    lora = LoraModule(layer, rank=2, alpha=2)
+    lora(x, layer.forward).sum().backward()
+    assert layer.weight.grad is not None
+    calls = []
+    lora(x, lambda x: calls.append(x) or layer(x))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("name", ["dropout", "rank_dropout", "module_dropout"])

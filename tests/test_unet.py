@@ -9,6 +9,7 @@ import torch
 
 from library.models.attention import chunked, sdpa
 from library.models.unet import UNet, block_of
+from library.models.unet_blocks import GEGLU
 from library.models.unet_config import UNetConfig
 from library.models.unet_extra import AttentionExtra, BlockExtra, Steering
 from library.safetensors_io import load_tensors
@@ -117,3 +118,16 @@ def test_steering_changes_what_projections_see_and_its_tensors_get_equal_gradien
     layer.forward = base
     assert torch.equal(unet(*inputs), unet(*inputs, {}))
     assert not torch.equal(unet(*inputs), outputs[0])
+
+
+def test_a_geglu_keeps_its_projection_alone_and_has_the_gradient_of_its_formula():
+    torch.manual_seed(0)
+    geglu = GEGLU(4, 6).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    value, gate = geglu.proj(x).chunk(2, dim=-1)
+    torch.testing.assert_close(geglu(x), value * torch.nn.functional.gelu(gate))
+    assert torch.autograd.gradcheck(geglu, (x,))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape), lambda tensor: tensor):
+        geglu(x)
+    assert saved.count(torch.Size([2, 3, 12])) == 1 and torch.Size([2, 3, 6]) not in saved

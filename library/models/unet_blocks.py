@@ -11,10 +11,12 @@ Source: Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023, arXiv:2307.01
 import math
 from collections.abc import Callable, Sequence
 from itertools import repeat
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from library.models.attention import AttentionFunction
 from library.models.unet_config import HEAD_CHANNELS
@@ -124,8 +126,28 @@ class GEGLU(nn.Module):
         self.proj = Linear(channels_in, channels_out * 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return _Gated.apply(self.proj(x))
+
+
+class _Gated(torch.autograd.Function):
+    """value * gelu(gate). Only the projection is kept: gelu(gate) is as large as the output, and cheap to take again."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor) -> Tensor:
+        ctx.save_for_backward(projected)
+        value, gate = projected.chunk(2, dim=-1)
+        return F.gelu(gate).mul_(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (projected,) = ctx.saved_tensors
+        value, gate = projected.chunk(2, dim=-1)
+        grad_projected = torch.empty_like(projected)
+        grad_value, grad_gate = grad_projected.chunk(2, dim=-1)
+        torch.mul(grad, F.gelu(gate), out=grad_value)
+        torch.ops.aten.gelu_backward.grad_input(grad * value, gate, grad_input=grad_gate)
+        return grad_projected
 
 
 class FeedForward(nn.Module):
