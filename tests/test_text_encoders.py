@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from library.models import text_encoders, tokens
+from library.models.checkpointing import Checkpointing
 from library.models.tokens import BEGIN, END, load_tokenizers, parse_weights, save_tokenizer
 from library.safetensors_io import load_tensors
 
@@ -88,7 +89,7 @@ def test_gradients_pass_through_long_and_checkpointed_prompts(golden_model):
 
     gradients = []
     for checkpointing in (False, True):
-        models = open_models(golden_model, gradient_checkpointing=checkpointing)
+        models = open_models(golden_model, checkpointing=Checkpointing("full" if checkpointing else None))
         for encoder in models.text_encoders:
             encoder.train()
         weight = text_encoders.body_of(models.text_encoders[0]).encoder.layers[0].mlp.fc1.weight.requires_grad_()

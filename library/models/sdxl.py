@@ -15,6 +15,7 @@ from library.log import log
 from library.models import conversion
 from library.models.attention import AttentionFunction, sdpa
 from library.models.checkpoint import Checkpoint, locate_vae, open_checkpoint, open_tensors
+from library.models.checkpointing import KEPT, Checkpointing
 from library.models.key_maps import FILE_PREFIXES, FOLDERS
 from library.models.unet import UNet
 from library.precision import Precision
@@ -64,7 +65,7 @@ class SdxlModels:
         vae: str | None = None,
         tokenizer_folder: Path | None = None,
         attention: AttentionFunction = sdpa,
-        gradient_checkpointing: bool = False,
+        checkpointing: Checkpointing = KEPT,
     ):
         """Args: vae: a file, folder or hub id with another VAE. tokenizer_folder: --tokenizer_cache_dir."""
         self.checkpoint = checkpoint
@@ -73,7 +74,7 @@ class SdxlModels:
         self._vae = vae
         self._tokenizer_folder = tokenizer_folder
         self._attention = attention
-        self._gradient_checkpointing = gradient_checkpointing
+        self._checkpointing = checkpointing
         self.change: Change | None = None
         self.new_token: NewToken | None = None
         self.trained: frozenset[str] = frozenset()
@@ -82,28 +83,29 @@ class SdxlModels:
     @cached_property
     def unet(self) -> UNet:
         with torch.device("meta"):
-            unet = UNet(self.checkpoint.unet, self._attention, gradient_checkpointing=self._gradient_checkpointing)
+            unet = UNet(self.checkpoint.unet, self._attention, self._checkpointing)
         what = f"{self.checkpoint.path}: U-Net"
         self._load(unet, "unet", self.checkpoint.tensors("unet"), what=what)
         return unet
 
     @cached_property
     def text_encoders(self) -> tuple["CLIPTextModel", "CLIPTextModelWithProjection"]:
-        """Both; the refiner's first is an AbsentEncoder."""
         one, two = (self._text_encoder(number) for number in (1, 2))
         return one, two
 
     def _text_encoder(self, number: int) -> Any:
-        from library.models.text_encoders import AbsentEncoder, build_text_encoder, module_name
+        from library.models.text_encoders import build_text_encoder, module_name
 
         tensors = self.checkpoint.tensors(f"text_encoder_{number}")
         if not tensors:
-            return AbsentEncoder()
+            raise RunError(
+                f"{self.checkpoint.path}: {self.checkpoint.unet.family}: text encoder {number} is not in this checkpoint"
+            )
         encoder: Any = build_text_encoder(tensors, number)
         what = f"{self.checkpoint.path}: text encoder {number}"
         part = f"text_encoder_{number}"
         self._load(encoder, part, tensors, what=what, name_of=lambda name: module_name(encoder, name))
-        if self._gradient_checkpointing:
+        if self._checkpointing.policy is not None:
             # transformers renames it; version 6 will know the new name only.
             enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
             enable({"use_reentrant": False})

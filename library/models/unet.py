@@ -12,14 +12,13 @@ Parameter names are those of the original checkpoint, so loading is load_state_d
 Source: Podell et al. 2023, arXiv:2307.01952, table 1; Stability-AI/generative-models sd_xl_base.yaml.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from library.models.attention import AttentionFunction, sdpa
+from library.models.checkpointing import KEPT, Activations, Checkpointing
 from library.models.unet_blocks import (
+    CHEAP,
     GROUPS,
     Conv2d,
     Downsample2D,
@@ -38,18 +37,11 @@ NUM_LR_BLOCKS = 23
 
 
 class UNet(nn.Module):
-    """The U-Net of any SDXL. Weights are left as PyTorch makes them: checkpoint.py loads over them.
+    """The U-Net of any SDXL. Weights are left as PyTorch makes them: checkpoint.py loads over them."""
 
-    With `gradient_checkpointing`, residual and transformer blocks keep only their inputs and are computed again in
-    backward: about a third more arithmetic for a tenth of the activations' memory.
-    """
-
-    def __init__(
-        self, config: UNetConfig, attention: AttentionFunction = sdpa, *, gradient_checkpointing: bool = False
-    ):
+    def __init__(self, config: UNetConfig, attention: AttentionFunction = sdpa, checkpointing: Checkpointing = KEPT):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = gradient_checkpointing
         emb = config.time_channels
 
         def stage(plan: BlockPlan, *resampling: nn.Module) -> Stage:
@@ -78,6 +70,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             GroupNorm(GROUPS, last, eps=1e-5), nn.SiLU(), Conv2d(last, config.out_channels, 3, padding=1)
         )
+        self.activations = Activations(checkpointing, (m for m in self.modules() if isinstance(m, CHEAP)))
 
     def forward(
         self, x: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor, extra: Extra | None = None
@@ -94,13 +87,15 @@ class UNet(nn.Module):
         Returns:
             [B, 4, H, W], in the dtype of x.
         """
-        dtype = x.dtype
+        with self.activations.saved(x.device):
+            return self._forward(x, timesteps, context, vector, extra or {})
+
+    def _forward(self, x: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor, extra: Extra) -> Tensor:
+        dtype, run = x.dtype, self.activations.run
         time = sinusoidal_embedding(timesteps, self.config.model_channels).to(dtype)
         emb = self.time_embed(time) + self.label_emb(vector.to(dtype))
         context = context.to(dtype)
-        run = self._recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else _kept
         h = x.to(memory_format=torch.channels_last)
-        extra = extra or {}
         skips = []
         for number, block in enumerate(self.input_blocks):
             h = block(h, emb, context, run, extra.get(f"input_blocks.{number}"))
@@ -110,14 +105,6 @@ class UNet(nn.Module):
             joined = torch.cat([h, skips.pop()], dim=1)
             h = block(joined, emb, context, run, extra.get(f"output_blocks.{number}"))
         return self.out(h)
-
-    @staticmethod
-    def _recomputed(block: nn.Module, *arguments: Any) -> Tensor:
-        return checkpoint(block, *arguments, use_reentrant=False)
-
-
-def _kept(block: nn.Module, *arguments: Any) -> Tensor:
-    return block(*arguments)
 
 
 def block_of(name: str) -> int:

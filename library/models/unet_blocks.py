@@ -124,9 +124,17 @@ class GEGLU(nn.Module):
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
         self.proj = Linear(channels_in, channels_out * 2)
+        self.gate = Gate()
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Gated.apply(self.proj(x))
+        return self.gate(self.proj(x))
+
+
+class Gate(nn.Module):
+    """One half of the channels gates the other: [..., 2 C] -> [..., C]."""
+
+    def forward(self, projected: Tensor) -> Tensor:
+        return _Gated.apply(projected)
 
 
 class _Gated(torch.autograd.Function):
@@ -240,3 +248,7 @@ class Stage(nn.ModuleList):
             else:
                 x = layer(x)
         return x
+
+
+CHEAP = (GroupNorm, LayerNorm, nn.SiLU, Gate)
+"""Modules whose results cost little to compute again: they read and write, and multiply no matrices."""

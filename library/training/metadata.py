@@ -19,6 +19,7 @@ from library.models.options import ModelOptions
 from library.options import Options
 from library.safetensors_io import file_hashes
 from library.training.dataset_metadata import dataset_metadata
+from library.training.memory_options import MemoryOptions
 from library.training.options import (
     EmaOptions,
     LossOptions,
@@ -33,7 +34,6 @@ from library.training.options import (
 
 BASE_MODEL_VERSION = "sdxl_base_v1-0"  # A1111 takes a file for SD 1 unless this starts with sdxl_
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
-REFINER_ARCHITECTURE = "stable-diffusion-xl-v1-refiner"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 SPEC_VERSION = "1.0.1"
 
@@ -76,7 +76,7 @@ def training_metadata(options: Options, facts: RunFacts) -> dict[str, str]:
         "ss_num_batches_per_epoch": facts.batches_per_epoch,
         "ss_num_epochs": facts.num_epochs,
         "ss_max_train_steps": facts.total_steps,
-        "ss_gradient_checkpointing": run.gradient_checkpointing,
+        "ss_gradient_checkpointing": options[MemoryOptions].gradient_checkpointing,
         "ss_gradient_accumulation_steps": run.gradient_accumulation_steps,
         "ss_lr_warmup_steps": schedule.lr_warmup_steps,
         "ss_lr_scheduler": schedule.lr_scheduler,
@@ -148,9 +148,7 @@ def _hashes(name_key: str, legacy_key: str, hash_key: str, name: str) -> dict[st
 # ----------------------------------------------------------------------------------------------------------- modelspec
 
 
-def modelspec(
-    options: Options, kind: str, *, v_prediction: bool, default_title: str, is_refiner: bool = False
-) -> dict[str, str]:
+def modelspec(options: Options, kind: str, *, v_prediction: bool, default_title: str) -> dict[str, str]:
     """The modelspec keys of a file.
 
     Args:
@@ -161,7 +159,7 @@ def modelspec(
     assert resolution is not None
     spec = {
         "sai_model_spec": SPEC_VERSION,
-        "architecture": (REFINER_ARCHITECTURE if is_refiner else ARCHITECTURE) + kind,
+        "architecture": ARCHITECTURE + kind,
         "implementation": IMPLEMENTATION,
         "title": chosen.metadata_title or options[SavingOptions].output_name or f"{default_title}@{int(time.time())}",
         "resolution": f"{resolution.width}x{resolution.height}",

@@ -17,7 +17,6 @@ _REFUSED = (
     ),
     ("torch_compile", f"it {_LATER}; leave it out"),
     ("fused_backward_pass", f"it {_LATER}; a network's gradients are small, so leave it out"),
-    ("cpu_offload_checkpointing", f"it {_LATER}; take --gradient_checkpointing alone"),
     ("dataset_class", "a class of sd-scripts can't be loaded here; describe the pictures by --dataset_config"),
 )
 

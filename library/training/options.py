@@ -12,6 +12,7 @@ from library.log import LogOptions
 from library.models.options import ModelOptions
 from library.options import OptionGroup, Options, option
 from library.sampling.options import SAMPLERS
+from library.training.memory_options import MemoryOptions
 
 SCHEDULERS = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
@@ -31,9 +32,6 @@ class RunOptions(OptionGroup):
     )
     mixed_precision: str = option(
         "no", "dtype of frozen weights and of arithmetic; what is trained stays float32", choices=("no", "fp16", "bf16")
-    )
-    gradient_checkpointing: bool = option(
-        False, "keep fewer activations and compute them again in backward: a third slower, far less memory"
     )
     stop_text_encoder_training: int | None = option(
         None, "text encoders are trained for the first N optimizer steps only", unset=(0,)
@@ -473,7 +471,7 @@ class MetadataOptions(OptionGroup):
 
 
 COMMON_TRAINING = (
-    ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, OptimizerOptions, ScheduleOptions, NoiseOptions, LossOptions,
+    ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, MemoryOptions, OptimizerOptions, ScheduleOptions, NoiseOptions, LossOptions,
     ValidationOptions, PreviewOptions, EmaOptions, SavingOptions, ResumeOptions, UploadOptions, TrackerOptions, MetadataOptions, LogOptions,
 )  # fmt: skip
 

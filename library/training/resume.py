@@ -68,6 +68,8 @@ _FREE_NAMES = frozenset(
         "allow_missing_captions",
         "ddp_timeout",
         "dry_run",
+        "checkpoint_policy",
+        "cpu_offload_checkpointing",
         "cache_latents",
         "cache_latents_to_disk",
         "cache_text_encoder_outputs",

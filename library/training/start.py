@@ -21,6 +21,7 @@ from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.errors import OptionError
 from library.log import log, muted
 from library.models.attention import choose_attention
+from library.models.checkpointing import Checkpointing
 from library.models.noise_schedule import NoiseSchedule
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
@@ -31,6 +32,7 @@ from library.sampling.prompts import SamplePrompt, at_size, read_sample_prompts
 from library.sampling.samplers import make_sampler
 from library.training.ema import Ema
 from library.training.lr_schedules import make_scheduler
+from library.training.memory_options import MemoryOptions
 from library.training.metadata import RunFacts, at_save, model_metadata, modelspec
 from library.training.optimizers import make_optimizer, optimizer_in_words, start_training
 from library.training.options import (
@@ -106,8 +108,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     )  # fmt: skip
     # Once captions are encoded, the text encoders go; so do prompts that they would have to encode later.
     texts = encode_prompts(models, prompts, options[ModelOptions].num_tokens) if prepared.text and prompts else None
-    keeps_vae = prepared.latents is None or found.checkpoint.unet.is_inpainting
-    models.release(*([] if keeps_vae else ["vae"]), *(["text_encoders"] if prepared.text else []))
+    models.release(*(["vae"] if prepared.latents else []), *(["text_encoders"] if prepared.text else []))
     plan = make_plan(options[RunOptions], prepared.datasets, processes=accelerator.num_processes, seed=seed)
     if options[LossOptions].masked_loss and not any(
         sample.conditioning or sample.subset.pixels.alpha_mask for sample in prepared.samples
@@ -150,13 +151,11 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         seed,
         plan.total_steps,
         options[DatasetOptions].prior_loss_weight,
-        options[DatasetOptions].aesthetic_score,
-        needs_images=found.checkpoint.unet.is_inpainting,
     )
     sampling, saving, validating = options[PreviewOptions], options[SavingOptions], options[ValidationOptions]
     preview = Preview(
         prompts, models, task.unet, texts, options[ModelOptions].num_tokens,
-        folder=folder / "sample", name=saving.output_name, sampler=sampling.sample_sampler, seed=seed, keeps_vae=keeps_vae,
+        folder=folder / "sample", name=saving.output_name, sampler=sampling.sample_sampler, seed=seed, keeps_vae=prepared.latents is None,
         v_prediction=found.v_prediction, zero_terminal_snr=found.zero_terminal_snr,
         every_steps=sampling.sample_every_n_steps, every_epochs=sampling.sample_every_n_epochs, at_first=sampling.sample_at_first,
     )  # fmt: skip
@@ -257,11 +256,19 @@ def open_models(kind: type[Task], options: Options, found: Preflight, device: to
         vae=None if found.no_model else model.vae,
         tokenizer_folder=model.tokenizer_cache_dir,
         attention=choose_attention(mem_eff_attn=model.mem_eff_attn, use_xformers=model.xformers),
-        gradient_checkpointing=run.gradient_checkpointing,
+        checkpointing=checkpointing_of(options[MemoryOptions]),
     )
     models.trained = kind.trained_parts(options)
     models.change = kind.change(models.without_weights(), options)
     return models
+
+
+def checkpointing_of(options: MemoryOptions) -> Checkpointing:
+    """What is done with the activations."""
+    return Checkpointing(
+        options.checkpoint_policy if options.gradient_checkpointing else None,
+        torch.device("cpu") if options.cpu_offload_checkpointing else None,
+    )
 
 
 def make_step(task: Task, models: SdxlModels, options: Options, found: Preflight) -> Step:
@@ -358,9 +365,8 @@ def _make_saver(
 
     def metadata(steps: int, epoch: int) -> dict[str, str]:
         described = modelspec(
-            options, task.modelspec_kind, v_prediction=found.v_prediction, default_title=task.default_title,
-            is_refiner=found.checkpoint.unet.takes_score,
-        )  # fmt: skip
+            options, task.modelspec_kind, v_prediction=found.v_prediction, default_title=task.default_title
+        )
         return {**settled(), **({} if task.is_terse else at_save(steps, epoch)), **described}
 
     dtype = Precision.decide("no", options[SavingOptions].save_precision, no_half_vae=True).save
