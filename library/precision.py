@@ -14,26 +14,25 @@ class Precision:
     Attributes:
         compute: frozen weights and all activations of the U-Net and the text encoders. There is no autocast: a trained
             float32 weight is cast inside its layer, and norms keep float32 statistics inside.
-        trained: weights that are trained, their gradients and the optimizer's state.
+        trained: weights that are trained, and their gradients; the optimizer's state is float32's in any case.
         vae: the VAE; float32 with --no_half_vae.
         save: the file's tensors; None keeps each tensor's own dtype.
-        scales_loss: float16 gradients underflow, so the loss is scaled before backward.
     """
 
     compute: torch.dtype
     trained: torch.dtype
     vae: torch.dtype
     save: torch.dtype | None
-    scales_loss: bool
 
     @classmethod
-    def decide(cls, mixed_precision: str, save_precision: str | None, *, no_half_vae: bool) -> "Precision":
-        """The dtypes that --mixed_precision, --save_precision and --no_half_vae ask for."""
+    def decide(
+        cls, mixed_precision: str, save_precision: str | None, *, no_half_vae: bool, full: bool = False
+    ) -> "Precision":
+        """The dtypes that --mixed_precision, --save_precision and --no_half_vae ask for. Args: full: --full_bf16 or --full_fp16."""
         compute = DTYPES[mixed_precision]
         return cls(
             compute=compute,
-            trained=torch.float32,
+            trained=compute if full else torch.float32,
             vae=torch.float32 if no_half_vae else compute,
             save=None if save_precision is None else DTYPES[save_precision],
-            scales_loss=compute == torch.float16,
         )

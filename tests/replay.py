@@ -18,8 +18,9 @@ from library.training.lr_schedules import make_scheduler
 from library.training.optimizers import make_optimizer
 from library.training.options import LossOptions, NoiseOptions, ScheduleOptions
 from library.training.step import Step
+from library.training.stepper import Stepper
 from library.training.task import Objective
-from library.training.update import Update
+from library.training.update import AtOnce, Update
 
 GOLDEN = Path(__file__).parent / "golden" / "10_training"
 
@@ -99,9 +100,8 @@ def replay(
     optimizer = make_optimizer("AdamW", optimizer_args, groups, lr)
     total = len(golden.facts["lr_per_step"])
     step = Step(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), loss, None).train()
-    update = Update(
-        step, groups, optimizer, make_scheduler(optimizer, schedule, total, lr), max_grad_norm=1.0, scales_loss=False, processes=1
-    )  # fmt: skip
+    descent = AtOnce(Stepper(optimizer, groups), max_grad_norm=1.0, scales_loss=False)
+    update = Update(step, groups, descent, make_scheduler(optimizer, schedule, total, lr))
     seen = _watch(models.unet)
     for i, expected in enumerate(expected_losses or golden.facts["losses"]):
         text = None

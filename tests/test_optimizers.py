@@ -7,8 +7,9 @@ from library.errors import OptionError
 from library.imports import import_diffusers, import_transformers
 from library.param_group import ParamGroup
 from library.training.lr_schedules import factor, make_scheduler, num_steps
-from library.training.optimizers import as_used, find_optimizer, make_optimizer, optimizer_in_words, start_training
+from library.training.optimizers import find_optimizer, make_optimizer, optimizer_in_words, start_training
 from library.training.options import OptimizerOptions, ScheduleOptions, read_arguments
+from library.training.stepper import Stepper
 
 
 def groups(lr=0.01):
@@ -60,7 +61,7 @@ def test_every_family_steps_and_lowers_a_loss(name):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    with as_used(optimizer):
+    with Stepper(optimizer, made).as_used():
         assert sum((p**2).mean() for p in parameters).item() < first
 
 

@@ -22,7 +22,8 @@ from library.training.lr_schedules import make_scheduler
 from library.training.optimizers import find_optimizer, make_optimizer, start_training
 from library.training.options import SCHEDULERS, ScheduleOptions
 from library.training.state import State, find_state, newest_state, read_state, restore_optimizer, write_state
-from library.training.update import Update
+from library.training.stepper import Stepper
+from library.training.update import AtOnce, Update
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -132,7 +133,7 @@ def make(name: str, arguments: dict, schedule: ScheduleOptions, seed: int) -> Up
     optimizer = make_optimizer(name, arguments, groups, lr)
     start_training(optimizer)
     scheduler = make_scheduler(optimizer, schedule, 8, lr)
-    return Update(model, groups, optimizer, scheduler, max_grad_norm=1, scales_loss=False, processes=1)
+    return Update(model, groups, AtOnce(Stepper(optimizer, groups), max_grad_norm=1, scales_loss=False), scheduler)
 
 
 def train(update: Update, first: int, last: int) -> None:
@@ -144,7 +145,7 @@ def train(update: Update, first: int, last: int) -> None:
             wanted = torch.randn(parameter.shape, generator=draw)
             losses = losses + ((parameter - wanted) ** 2).mean() * torch.ones(2)
         update.backward(losses, PLACE)
-        update.step(step - 1)
+        update.step()
 
 
 def names_of(update: Update) -> dict[int, str]:
@@ -222,14 +223,15 @@ def test_the_scale_of_float16_losses_goes_on(tmp_path):
     def scaled() -> Update:
         model = Small(1)
         groups = [ParamGroup("a", dict(model.named_parameters()), 0.1)]
-        return Update(model, groups, make_optimizer("AdamW", {}, groups, 0.1), None, max_grad_norm=1, scales_loss=True, processes=1)  # fmt: skip
+        stepper = Stepper(make_optimizer("AdamW", {}, groups, 0.1), groups)
+        return Update(model, groups, AtOnce(stepper, max_grad_norm=1, scales_loss=True), None)
 
     one, two = scaled(), scaled()
-    one._scaler.load_state_dict({**one._scaler.state_dict(), "scale": 1024.0, "_growth_tracker": 7})
-    one._overflows = 3
+    for overflowed in (False, False, True, True):
+        one._descent.scale.stepped(overflowed=overflowed)
     write_state(tmp_path / "s", State({"step": 1}, {}, one.state(names_of(one))))
     two.restore(read_state(tmp_path / "s").optimizer, names_of(two), same_options=True)
-    assert two._scaler.state_dict() == one._scaler.state_dict() and two._overflows == 3
+    assert two._descent.scale.state() == {"value": 2.0**14, "good": 0, "overflows": 2}
 
 
 def test_with_other_options_learning_rate_and_schedule_are_the_new_ones_and_what_was_learnt_stays():

@@ -10,7 +10,8 @@ from library.param_group import ParamGroup
 from library.training.lr_schedules import make_scheduler
 from library.training.optimizers import make_optimizer
 from library.training.options import ScheduleOptions
-from library.training.update import Update
+from library.training.stepper import Stepper
+from library.training.update import AtOnce, Update
 
 
 def make(optimizer="AdamW", max_grad_norm=1.0, scales_loss=False, lr=0.1, **arguments) -> tuple[nn.Linear, Update]:
@@ -19,9 +20,8 @@ def make(optimizer="AdamW", max_grad_norm=1.0, scales_loss=False, lr=0.1, **argu
     groups = [ParamGroup("all", dict(layer.named_parameters()), lr)]
     made = make_optimizer(optimizer, arguments, groups, lr)
     schedule = make_scheduler(made, ScheduleOptions(), 10, lr)
-    return layer, Update(
-        layer, groups, made, schedule, max_grad_norm=max_grad_norm, scales_loss=scales_loss, processes=1
-    )
+    descent = AtOnce(Stepper(made, groups), max_grad_norm=max_grad_norm, scales_loss=scales_loss)
+    return layer, Update(layer, groups, descent, schedule)
 
 
 def place(samples: int, *, closes: bool = True) -> Place:
@@ -86,11 +86,11 @@ def test_fault_60_a_gradient_that_isnt_finite_changes_no_weight(optimizer, poiso
 
 def test_float16_overflow_is_left_out_and_counted_and_the_scale_falls():
     layer, update = make(scales_loss=True)
-    before, scale = weights(layer), update._scaler.get_scale()
+    before, scale = weights(layer), update._descent.scale.value
     bad = X.clone()
     bad[0, 0] = float("inf")
     update.backward(losses(layer, bad), place(5))
-    assert update.step().overflowed and update._scaler.get_scale() < scale
+    assert update.step().overflowed and update._descent.scale.value < scale
     assert torch.equal(weights(layer), before)
     update.backward(losses(layer, X), place(5))
     updated = update.step()
@@ -117,7 +117,7 @@ def test_gradients_are_forgotten_after_a_step_and_the_schedule_advances():
     groups = [ParamGroup("all", dict(layer.named_parameters()), 0.1)]
     optimizer = make_optimizer("AdamW", {}, groups, 0.1)
     schedule = make_scheduler(optimizer, ScheduleOptions(lr_scheduler="linear"), 4, 0.1)
-    update = Update(layer, groups, optimizer, schedule, max_grad_norm=1, scales_loss=False, processes=1)
+    update = Update(layer, groups, AtOnce(Stepper(optimizer, groups), max_grad_norm=1, scales_loss=False), schedule)
     rates = []
     for _ in range(4):
         rates.append(update.learning_rates()["all"])

@@ -15,6 +15,7 @@ from library.errors import RunError
 from library.param_group import ParamGroup
 from library.training import pace as pacing
 from library.training.pace import Pace
+from library.training.update import norms_of
 from library.training.watch import Watch, check_equal, checksums
 
 
@@ -27,7 +28,7 @@ def trained(steps: int, *, lr: float, use_both: bool = True, dtype=torch.float32
     for _ in range(steps):
         x = layers["used"](torch.ones(1, 2, dtype=dtype))
         (layers["other"](x) if use_both else x).sum().backward()
-        watch.note_gradients()
+        watch.note_gradients(norms_of(list(layers.parameters())))
         optimizer.step()
         optimizer.zero_grad()
         watch.stepped()

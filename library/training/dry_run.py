@@ -34,6 +34,7 @@ from library.models.text_encoders import EncodedText
 from library.models.vae import PIXELS_PER_LATENT
 from library.options import Options
 from library.precision import Precision
+from library.training.make_update import make_update
 from library.training.options import (
     EmaOptions,
     OptimizerOptions,
@@ -65,7 +66,7 @@ from library.training.prepare import all_samples, latent_cache, text_cache, toke
 from library.training.processes import start_processes
 from library.training.resume import initial_step, look_for_state
 from library.training.saving import Saver, size_in_words
-from library.training.start import make_ema, make_step, make_update, open_models, rehearse, sample_prompts
+from library.training.start import make_ema, make_step, open_models, rehearse, sample_prompts
 from library.training.task import Task
 from library.training.trackers import read_tracker_config
 
@@ -386,7 +387,7 @@ def measure(
     device, largest = models.device, largest_of(buckets)
     task = kind.from_options(models, options)
     update = make_update(
-        make_step(task, models, options, found), trained_groups(task, _STEPS), options, _STEPS + 1, processes=1
+        make_step(task, models, options, found), trained_groups(task, _STEPS), options, _STEPS + 1, seed=0, processes=1
     )
     own = [sample for sample in samples if sample.fit.bucket == largest.size]
     batch = _made_up(options, models, largest, own).to(device)

@@ -15,7 +15,6 @@ from library.log import is_main_process, log
 from library.options import Options
 from library.output_lock import OutputLock
 from library.signals import Signals, end_with_parent, exit_status
-from library.training.optimizers import as_used
 from library.training.options import ResumeOptions, SavingOptions
 from library.training.preflight import Preflight
 from library.training.progress import Progress
@@ -94,8 +93,8 @@ def loop(run: Run, progress: Progress, signals: Signals) -> None:
     for window in run.windows_from(progress.step) if progress.step < run.total_steps else ():
         rates = update.learning_rates()
         seen = gradients(run, progress, window)
-        run.watch.note_gradients()
-        updated = update.step(progress.step, asked=signals.asked is not None)
+        updated = update.step(asked=signals.asked is not None)
+        run.watch.note_gradients(updated.norms)
         for part in run.parts:
             part.after_step()
         progress.step += 1
@@ -123,6 +122,12 @@ def gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[See
         try:
             return _gradients(run, progress, window)
         except torch.OutOfMemoryError as error:
+            if run.update.is_partly_taken:
+                raise RunError(
+                    f"step {progress.step + 1}: out of memory ({str(error).splitlines()[0][:200]}) when some of its weights were stepped already, "
+                    f"so it can't begin again, and nothing is saved; the last saved state is whole. What would help: a smaller "
+                    f"--train_batch_size, {_HELP_WITH_MEMORY}"
+                ) from None
             largest = max(len(batch) for batch in window)
             run.update.forget()
             if run.accelerator.num_processes > 1 or progress.splits >= largest:
@@ -186,7 +191,7 @@ def validate(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None
     accelerator, update = run.accelerator, run.update
     share = (accelerator.process_index, accelerator.num_processes)
     try:
-        with as_used(update.optimizer):
+        with update.as_used():
             loss = run.validation.loss(update.step_module, accelerator.device, share)
     except torch.OutOfMemoryError:
         if accelerator.num_processes > 1:
@@ -205,7 +210,7 @@ def preview(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     accelerator, step_module = run.accelerator, run.update.step_module
     label = f"e{progress.epoch:06d}" if epoch_ended or not progress.step else f"{progress.step:06d}"
     step_module.eval()
-    with as_used(run.update.optimizer):
+    with run.update.as_used():
         pictures = run.preview.draw(label, (accelerator.process_index, accelerator.num_processes), gather_object)
     step_module.train()
     run.report.sampled(pictures, progress.step)
@@ -219,7 +224,7 @@ def save(run: Run, progress: Progress, when: When, *, stopped: bool = False) -> 
     """
     run.report.settle()
     check_equal(run.trained, run.accelerator.num_processes, progress.step)
-    with as_used(run.update.optimizer):
+    with run.update.as_used():
         paths = run.saver.save(when, progress)
     at_end = when == "final" or stopped
     wants_state = run.states.save_state or (run.states.save_state_on_train_end and at_end)

@@ -12,11 +12,10 @@ _REFUSED = (
         f"DeepSpeed {_LATER}; leave it out",
     ),
     (
-        "full_fp16 full_bf16 fp8_base fp8_base_unet",
+        "fp8_base fp8_base_unet",
         f"it {_LATER}; take --mixed_precision bf16, which keeps what is trained in float32",
     ),
     ("torch_compile", f"it {_LATER}; leave it out"),
-    ("fused_backward_pass", f"it {_LATER}; a network's gradients are small, so leave it out"),
     ("dataset_class", "a class of sd-scripts can't be loaded here; describe the pictures by --dataset_config"),
 )
 

@@ -6,12 +6,10 @@ with dots, of any package. Packages are imported only when asked for.
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from library.errors import Mistake, OptionError
 from library.imports import import_transformers
@@ -153,26 +151,6 @@ def start_training(optimizer: torch.optim.Optimizer) -> None:
         switch()
 
 
-@contextmanager
-def as_used(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Schedule-free parameters are other ones when they are used than when they are trained: meanwhile the former.
-
-    Switching there and back rounds, so the trained ones are kept: a run that saves often ends as one that doesn't.
-    """
-    if not callable(getattr(optimizer, "eval", None)):
-        yield
-        return
-    parameters = parameters_of(optimizer)
-    kept = [parameter.detach().clone() for parameter in parameters]
-    optimizer.eval()  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        optimizer.train()  # type: ignore[attr-defined]
-        with torch.no_grad():
-            torch._foreach_copy_(list[torch.Tensor](parameters), kept)
-
-
 def takes_scaled_gradients(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its step divides gradients by `grad_scale` and skips itself on `found_inf`, both on the device."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
@@ -184,7 +162,3 @@ def current_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> 
         return float(group["lr"])
     state = optimizer.state.get(group["params"][0])
     return float(optimizer._get_lr(group, state)) if state else 0.0  # type: ignore[attr-defined]
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -13,6 +13,7 @@ from library.models.options import ModelOptions
 from library.options import OptionGroup, Options, option
 from library.sampling.options import SAMPLERS
 from library.training.memory_options import MemoryOptions
+from library.training.update_options import UpdateOptions, check_update
 
 SCHEDULERS = (
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
@@ -31,7 +32,9 @@ class RunOptions(OptionGroup):
         None, "seed of everything random; one is drawn and told when unset", at_least=0, at_most=2**63 - 1
     )
     mixed_precision: str = option(
-        "no", "dtype of frozen weights and of arithmetic; what is trained stays float32", choices=("no", "fp16", "bf16")
+        "no",
+        "dtype of frozen weights and of arithmetic; what is trained stays float32, unless --full_bf16 or --full_fp16 is given",
+        choices=("no", "fp16", "bf16"),
     )
     stop_text_encoder_training: int | None = option(
         None, "text encoders are trained for the first N optimizer steps only", unset=(0,)
@@ -471,7 +474,8 @@ class MetadataOptions(OptionGroup):
 
 
 COMMON_TRAINING = (
-    ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, MemoryOptions, OptimizerOptions, ScheduleOptions, NoiseOptions, LossOptions,
+    ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, MemoryOptions, OptimizerOptions, UpdateOptions, ScheduleOptions, NoiseOptions,
+    LossOptions,
     ValidationOptions, PreviewOptions, EmaOptions, SavingOptions, ResumeOptions, UploadOptions, TrackerOptions, MetadataOptions, LogOptions,
 )  # fmt: skip
 
@@ -499,6 +503,9 @@ def check_training(options: Options) -> Iterable[Mistake]:
             "--v_pred_like_loss is for models that predict noise; it can't go with --v_parameterization",
             ("v_pred_like_loss", "v_parameterization"),
         )
+    yield from check_update(
+        options[UpdateOptions], mixed_precision=options[RunOptions].mixed_precision, optimizer=optimizer.name
+    )
     arguments, _ = read_arguments("--optimizer_args", optimizer.optimizer_args)
     if schedule.lr_scheduler == "adafactor" and not is_adafactor_with_relative_step(optimizer.name, arguments):
         yield Mistake(

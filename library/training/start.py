@@ -7,14 +7,13 @@ import os
 import random
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.dataset import Batches, group_samples
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
@@ -31,10 +30,10 @@ from library.precision import Precision
 from library.sampling.prompts import SamplePrompt, at_size, read_sample_prompts
 from library.sampling.samplers import make_sampler
 from library.training.ema import Ema
-from library.training.lr_schedules import make_scheduler
+from library.training.make_update import make_update, try_optimizer
 from library.training.memory_options import MemoryOptions
 from library.training.metadata import RunFacts, at_save, model_metadata, modelspec
-from library.training.optimizers import make_optimizer, optimizer_in_words, start_training
+from library.training.optimizers import optimizer_in_words
 from library.training.options import (
     EmaOptions,
     LossOptions,
@@ -44,7 +43,6 @@ from library.training.options import (
     ResumeOptions,
     RunOptions,
     SavingOptions,
-    ScheduleOptions,
     TrackerOptions,
     UploadOptions,
     ValidationOptions,
@@ -75,6 +73,7 @@ from library.training.step import Step
 from library.training.task import Objective, Task
 from library.training.trackers import logged_config, open_trackers
 from library.training.update import Update
+from library.training.update_options import UpdateOptions
 from library.training.uploads import Uploads, open_uploads
 from library.training.validation import Best, Validation, fixed_timesteps, validation_batches
 from library.training.watch import Watch
@@ -119,7 +118,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     task = kind.from_options(models, options)
     groups = trained_groups(task, plan.total_steps)
     step = _wrapped(make_step(task, models, options, found), accelerator)
-    update = make_update(step, groups, options, plan.total_steps, processes=accelerator.num_processes)
+    update = make_update(step, groups, options, plan.total_steps, seed=seed, processes=accelerator.num_processes)
     ema = make_ema(task, options[EmaOptions])
     uploads = open_uploads(options[UploadOptions]) if accelerator.is_main_process else None
     session_id = str(secrets.randbits(32)) if resumed is None else resumed.facts["session_id"]
@@ -223,17 +222,8 @@ def rehearse(kind: type[Task], models: SdxlModels, options: Options) -> Task | N
         ParamGroup(group.name, {name: nn.Parameter(torch.zeros(1)) for name in group.parameters}, group.lr)
         for group in groups
     ]
-    _make_optimizer(stand_ins, options, total_steps=1000)
+    try_optimizer(stand_ins, options)
     return task
-
-
-def _make_optimizer(
-    groups: Sequence[ParamGroup], options: Options, total_steps: int
-) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
-    optimizing = options[OptimizerOptions]
-    arguments, _ = read_arguments("--optimizer_args", optimizing.optimizer_args)
-    optimizer = make_optimizer(optimizing.name, arguments, groups, optimizing.learning_rate)
-    return optimizer, make_scheduler(optimizer, options[ScheduleOptions], total_steps, optimizing.learning_rate)
 
 
 def _shared_seed(seed: int | None) -> int:
@@ -248,10 +238,15 @@ def _shared_seed(seed: int | None) -> int:
 
 def open_models(kind: type[Task], options: Options, found: Preflight, device: torch.device) -> SdxlModels:
     """The base model as the task wants it; nothing is loaded yet."""
-    model, run = options[ModelOptions], options[RunOptions]
+    model, run, update = options[ModelOptions], options[RunOptions], options[UpdateOptions]
     models = SdxlModels(
         found.checkpoint,
-        Precision.decide(run.mixed_precision, options[SavingOptions].save_precision, no_half_vae=model.no_half_vae),
+        Precision.decide(
+            run.mixed_precision,
+            options[SavingOptions].save_precision,
+            no_half_vae=model.no_half_vae,
+            full=update.full_bf16 or update.full_fp16,
+        ),
         device,
         vae=None if found.no_model else model.vae,
         tokenizer_folder=model.tokenizer_cache_dir,
@@ -290,22 +285,6 @@ def _wrapped(step: Step, accelerator: Accelerator) -> nn.Module:
     frozen = [name for name, parameter in step.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, frozen)
     return accelerator.prepare(step)
-
-
-def make_update(
-    step: nn.Module, groups: Sequence[ParamGroup], options: Options, total_steps: int, *, processes: int
-) -> Update:
-    optimizer, scheduler = _make_optimizer(groups, options, total_steps)
-    start_training(optimizer)
-    return Update(
-        step,
-        groups,
-        optimizer,
-        scheduler,
-        max_grad_norm=options[OptimizerOptions].max_grad_norm,
-        scales_loss=options[RunOptions].mixed_precision == "fp16",
-        processes=processes,
-    )
 
 
 def _make_validation(prepared: Prepared, batches: Batches, options: Options, seed: int, total_steps: int) -> Validation:

@@ -1,8 +1,8 @@
-"""Update: from the losses of a micro-batch to new weights. Owns accumulation, clipping, loss scaling and the schedule."""
+"""Update: from the losses of a micro-batch to new weights. Owns windows, the schedule, and the choice of the way down."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,30 +10,71 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.data.order import Place
-from library.errors import RunError
 from library.param_group import ParamGroup
-from library.training.optimizers import current_rate, parameters_of, takes_scaled_gradients
-from library.training.state import optimizer_state, restore_optimizer
+from library.training.loss_scale import LossScale
+from library.training.optimizers import current_rate
+from library.training.stepper import Stepper
+from library.training.stochastic_sums import StochasticSums
 
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
-_MAX_OVERFLOWS = 20  # float16 steps skipped in a row before it is no longer a matter of the loss's scale
 
 
 class Updated(NamedTuple):
     """What one optimizer step did, still on the device: mean loss of its pictures, gradient norm before clipping; [] each.
 
+    `norms`: of each parameter's gradient, 0 where it has none; [n].
     `asked`: whether a signal asked any process to end; [], above 0 if so.
     `overflowed`: float16 gradients left their range, and the step was left out.
     """
 
     loss: Tensor
     grad_norm: Tensor
+    norms: Tensor
     asked: Tensor
     overflowed: bool = False
 
 
+class Descended(NamedTuple):
+    """What became of a window's gradients: their norms [n] and the norm of all [], before clipping; whether they overflowed."""
+
+    norms: Tensor
+    norm: Tensor
+    overflowed: bool
+
+
+class Descent(Protocol):
+    """The way from gradients to weights.
+
+    Attributes:
+        is_partly_taken: some weights of the window have been stepped already, so it can't begin again.
+    """
+
+    stepper: Stepper
+    is_partly_taken: bool
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss that backward begins with."""
+        ...
+
+    def begin(self, place: Place, stopped: Collection[nn.Parameter]) -> None:
+        """Before a micro-batch's backward. Args: stopped: what stays as it is from now on."""
+        ...
+
+    def finish(self) -> Descended:
+        """Behind the backward that closes a window: all weights are stepped, all gradients gone."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what a window that broke off has added up."""
+        ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
 class Update:
-    """Plain update: gradients add up over a window of micro-batches, then all weights step together.
+    """Gradients over a window of micro-batches become one step of all weights.
 
     Every picture of a window counts the same, whatever the sizes of its micro-batches and the number of processes.
     """
@@ -42,23 +83,25 @@ class Update:
         self,
         step: nn.Module,
         groups: Sequence[ParamGroup],
-        optimizer: torch.optim.Optimizer,
+        descent: Descent,
         scheduler: LRScheduler | None,
+        sums: StochasticSums | None = None,
         *,
-        max_grad_norm: float,
-        scales_loss: bool,
-        processes: int,
+        processes: int = 1,
     ):
-        """Args: step: the wrapped Step, which is what the loop calls. max_grad_norm: 0 turns clipping off."""
+        """Args: step: the wrapped Step, which is what the loop calls. sums: how 16-bit gradients add up; None: as autograd does."""
         self.step_module, self._groups = step, groups
-        self.optimizer, self._scheduler = optimizer, scheduler
-        self._max_grad_norm, self._processes = max_grad_norm, processes
-        self._parameters = parameters_of(optimizer)
-        device = self._parameters[0].device
-        self._scaler = torch.amp.GradScaler(device.type, enabled=scales_loss)
-        self._on_device = takes_scaled_gradients(optimizer) and not scales_loss
-        self._loss = torch.zeros((), device=device)
-        self._overflows = 0
+        self._descent, self._scheduler, self._sums, self._processes = descent, scheduler, sums, processes
+        self._loss = torch.zeros((), device=descent.stepper.parameters[0].device)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._descent.stepper.optimizer
+
+    @property
+    def is_partly_taken(self) -> bool:
+        """Whether the step that is in work has changed weights already."""
+        return self._descent.is_partly_taken
 
     @contextmanager
     def window(self, place: Place) -> Iterator[None]:
@@ -73,88 +116,54 @@ class Update:
         """Add the gradient of the micro-batch's losses [B]."""
         share = losses.sum() / place.window_samples
         self._loss += share.detach()
+        self._descent.begin(place, self._stopped(place.step))
+        if self._sums is not None:
+            self._sums.begin(place)
         # Wrappers average gradients over processes, where a sum is wanted.
-        self._scaler.scale(share * self._processes).backward()
+        self._descent.scaled(share * self._processes).backward()
 
-    def step(self, done: int = 0, *, asked: bool = False) -> Updated:
-        """Clip, step, advance the schedule, and forget the gradients.
-
-        Args:
-            done: optimizer steps before this one.
-            asked: a signal asked this process to end, which the others learn with the loss.
-        """
-        self._drop_stopped(done)
+    def step(self, *, asked: bool = False) -> Updated:
+        """Finish the step, and advance the schedule. Args: asked: a signal asked this process to end, which the others learn with the loss."""
         sums = torch.stack([self._loss, torch.full_like(self._loss, float(asked))])
         loss, anywhere = self._sum_over_processes(sums)
         self._loss = torch.zeros_like(self._loss)
-        if self._scaler.is_enabled():
-            self._scaler.unscale_(self.optimizer)
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        clip = (
-            (self._max_grad_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
-            if self._max_grad_norm
-            else torch.ones_like(norm)
-        )
-        overflowed = self._apply(gradients, norm, clip)
-        if self._scheduler is not None and not overflowed:
+        descended = self._descent.finish()
+        if self._scheduler is not None and not descended.overflowed:
             self._scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return Updated(loss, norm, anywhere, overflowed)
+        return Updated(loss, descended.norm, descended.norms, anywhere, descended.overflowed)
 
-    def _drop_stopped(self, done: int) -> None:
-        """Groups whose time is over stay as they are: optimizers leave alone what has no gradient."""
+    def _stopped(self, done: int) -> set[nn.Parameter]:
+        """The parameters of groups whose time is over. Args: done: optimizer steps."""
+        stopped: set[nn.Parameter] = set()
         for group in self._groups:
-            if group.stops_at is None or done < group.stops_at:
-                continue
-            for parameter in group.parameters.values():
-                parameter.grad = None
-                if self._processes == 1:  # several exchange the gradients of all that they started with
-                    parameter.requires_grad_(False)
+            if group.stops_at is not None and done >= group.stops_at:
+                stopped.update(group.parameters.values())
+        if self._processes == 1:  # several exchange the gradients of all that they started with
+            for parameter in stopped:
+                parameter.requires_grad_(False)
+        return stopped
 
-    def _apply(self, gradients: Sequence[Tensor], norm: Tensor, clip: Tensor) -> bool:
-        """Step on clipped gradients; not at all if they aren't finite. Returns whether float16 overflowed."""
-        if self._on_device:  # the optimizer's kernel divides by grad_scale and heeds found_inf: the host needn't wait
-            self.optimizer.grad_scale = 1 / clip  # type: ignore[attr-defined]
-            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-            return False
-        torch._foreach_mul_(list(gradients), clip)
-        if not self._scaler.is_enabled():
-            if norm.isfinite():
-                self.optimizer.step()
-            return False
-        before = self._scaler.get_scale()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        overflowed = self._scaler.get_scale() < before
-        self._overflows = self._overflows + 1 if overflowed else 0
-        if self._overflows >= _MAX_OVERFLOWS:
-            raise RunError(
-                f"float16 gradients overflowed in {_MAX_OVERFLOWS} steps in a row; take --mixed_precision bf16 or no, or a lower learning rate"
-            )
-        return overflowed
+    def as_used(self) -> AbstractContextManager[None]:
+        """Meanwhile the weights are those that are used, saved and shown, where the optimizer trains other ones."""
+        return self._descent.stepper.as_used()
 
     def state(self, names: Mapping[int, str]) -> dict[str, Any]:
         """Optimizer, schedule and loss scale. Args: names: of the parameters, by their id."""
         return {
-            "optimizer": optimizer_state(self.optimizer, names),
+            "optimizer": self._descent.stepper.state(names),
             "schedule": None if self._scheduler is None else self._scheduler.state_dict(),
-            "scaler": self._scaler.state_dict(),
-            "overflows": self._overflows,
+            "descent": self._descent.state(),
         }
 
     def restore(self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool) -> None:
         """Go on with what state() gave. Without `same_options`, learning rates and schedule are those of the options now."""
-        restore_optimizer(self.optimizer, state["optimizer"], names, same_options=same_options)
+        self._descent.stepper.restore(state["optimizer"], names, same_options=same_options)
         if self._scheduler is not None and state["schedule"] is not None:
             if same_options:
                 self._scheduler.load_state_dict(state["schedule"])
             else:
                 self.skip(state["schedule"]["last_epoch"])
-        if self._scaler.is_enabled():
-            self._scaler.load_state_dict(state["scaler"])
-        self._overflows = state["overflows"]
+        self._descent.restore(state["descent"])
 
     def skip(self, steps: int) -> None:
         """Advance the schedule as if so many steps had been done (--initial_step)."""
@@ -164,7 +173,7 @@ class Update:
 
     def forget(self) -> None:
         """Drop what a window that broke off has added up."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self._descent.forget()
         self._loss = torch.zeros_like(self._loss)
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
@@ -181,3 +190,64 @@ class Update:
             if "d" in state:  # D-Adaptation, Prodigy
                 rates[f"d*lr/{group.name}"] = float(state["d"]) * rates[group.name]
         return rates
+
+
+class AtOnce(Descent):
+    """Gradients add up in the parameters; at the end of the window they are clipped together, and all weights step."""
+
+    is_partly_taken = False
+
+    def __init__(self, stepper: Stepper, *, max_grad_norm: float, scales_loss: bool):
+        """Args: max_grad_norm: 0 turns clipping off. scales_loss: gradients are float16."""
+        self.stepper, self._max_grad_norm = stepper, max_grad_norm
+        self.scale = LossScale(enabled=scales_loss)
+        self._number = 0
+        self._stopped: Collection[nn.Parameter] = ()
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.scale.value if self.scale.enabled else loss
+
+    def begin(self, place: Place, stopped: Collection[nn.Parameter]) -> None:
+        self._number, self._stopped = place.step, stopped
+
+    def finish(self) -> Descended:
+        """Step, unless gradients aren't finite."""
+        for parameter in self._stopped:
+            parameter.grad = None
+        norms = norms_of(self.stepper.parameters) / self.scale.value
+        norm = torch.linalg.vector_norm(norms)
+        factor = clip_factor(norm, self._max_grad_norm) / self.scale.value
+        overflowed = False
+        if self.stepper.skips_on_device and not self.scale.enabled:
+            self.stepper.step_all(self._number, factor, norm.isfinite())
+        elif norm.isfinite():
+            self.stepper.step_all(self._number, factor)
+        else:
+            overflowed = self.scale.enabled
+        self.scale.stepped(overflowed=overflowed)
+        self.forget()
+        return Descended(norms, norm, overflowed)
+
+    def forget(self) -> None:
+        for parameter in self.stepper.parameters:
+            parameter.grad = None
+
+    def state(self) -> dict[str, Any]:
+        return {"scale": self.scale.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if "scale" in state:
+            self.scale.restore(state["scale"])
+
+
+def norms_of(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of each parameter's gradient, 0 where it has none: [n], float32."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    found = iter(torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else ())
+    zero = torch.zeros((), device=parameters[0].device)
+    return torch.stack([zero if parameter.grad is None else next(found) for parameter in parameters])
+
+
+def clip_factor(norm: Tensor, most: float) -> Tensor:
+    """What gradients of this norm are multiplied by so that it is at most so large; 1 for a bound of 0, which is none."""
+    return (most / (norm + _CLIP_EPSILON)).clamp(max=1.0) if most else torch.ones_like(norm)

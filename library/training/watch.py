@@ -19,22 +19,21 @@ class Watch:
 
     def __init__(self, groups: Sequence[ParamGroup]):
         """Args: groups: those that stop early aren't watched, as they may have had no chance."""
+        lasts = [group.stops_at is None or group.stops_at > _STEPS for group in groups for _ in group.parameters]
+        everything = [item for group in groups for item in group.parameters.items()]
         self._parameters: dict[str, nn.Parameter] = {
-            name: parameter
-            for group in groups
-            if group.stops_at is None or group.stops_at > _STEPS
-            for name, parameter in group.parameters.items()
+            name: parameter for (name, parameter), is_watched in zip(everything, lasts, strict=True) if is_watched
         }
         self._start = checksums(self._parameters.values())
-        self._moved = torch.zeros(len(self._parameters), dtype=torch.bool, device=self._start.device)
+        self._watched = torch.tensor(lasts, dtype=torch.bool, device=self._start.device)
+        self._moved = torch.zeros_like(self._watched)
         self._steps = 0
         self._is_over = not self._parameters
 
-    def note_gradients(self) -> None:
-        """Before an optimizer step. Doesn't wait for the device."""
-        if self._is_over:
-            return
-        self._moved |= _have_gradients(list(self._parameters.values()))
+    def note_gradients(self, norms: Tensor) -> None:
+        """Take note of an optimizer step's gradients. Doesn't wait for the device. Args: norms: of each of the groups' parameters; [n]."""
+        if not self._is_over:
+            self._moved |= norms != 0
 
     def stepped(self) -> None:
         """After an optimizer step at learning rates above 0. Raises RunError at the last step that is watched."""
@@ -50,7 +49,7 @@ class Watch:
     def _check(self) -> None:
         self._is_over = True
         changed = (checksums(self._parameters.values()) != self._start).tolist()
-        without = _modules_where(self._parameters, self._moved.tolist())
+        without = _modules_where(self._parameters, self._moved[self._watched].tolist())
         unchanged = _modules_where(self._parameters, changed)
         if without:
             raise RunError(
@@ -62,16 +61,6 @@ class Watch:
                 f"{_some(unchanged)} are what they were before {self._steps} steps, though they got gradients: the learning rate is too "
                 "low for their dtype; raise it, or train in float32"
             )
-
-
-def _have_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Whether each parameter has a gradient that isn't zero: [n], bool, on their device."""
-    gradients = {i: parameter.grad for i, parameter in enumerate(parameters) if parameter.grad is not None}
-    moved = torch.zeros(len(parameters), dtype=torch.bool, device=parameters[0].device)
-    if gradients:
-        largest = torch._foreach_norm(list(gradients.values()), float("inf"))
-        moved[list(gradients)] = torch.stack(largest) != 0
-    return moved
 
 
 def checksums(tensors: Iterable[Tensor]) -> Tensor:

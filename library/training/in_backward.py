@@ -1,0 +1,112 @@
+"""InBackward: the step that is taken within backward, so that gradients never lie in memory together.
+
+Sources: Lv et al. 2023, arXiv:2306.09782 (LOMO); sd-scripts' --fused_backward_pass and --fused_optimizer_groups (contract: training_math.md
+section 5), which clip each tensor alone.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.data.order import Place
+from library.training.stepper import Stepper
+from library.training.update import Descended, Descent, clip_factor
+
+
+class InBackward(Descent):
+    """Each gradient is used and freed as it comes, in the backward that closes the window; those before it add up.
+
+    A gradient that isn't finite steps no weight by it; but others may have been stepped before it came.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        bunches: Sequence[Sequence[nn.Parameter]],
+        *,
+        max_grad_norm: float,
+        clips_by_previous: bool,
+    ):
+        """Args:
+        bunches: parameters that step together when the last one's gradient is there; of one group each.
+        max_grad_norm: of each gradient alone, or of all in the step before; 0 turns clipping off.
+        clips_by_previous: scale by the norm over all parameters that the step before had. The first one clips each alone.
+        """
+        self.stepper, self.is_partly_taken = stepper, False
+        self._max_grad_norm, self._clips_by_previous = max_grad_norm, clips_by_previous
+        self._previous: Tensor | None = None
+        self._bunches = [list(bunch) for bunch in bunches]
+        self._arrived = [0] * len(self._bunches)  # gradients of each that are there
+        self._index = {parameter: i for i, parameter in enumerate(stepper.parameters)}
+        self._norms = torch.zeros(len(self._index), device=stepper.parameters[0].device)
+        self._closes, self._number = False, 0
+        self._stopped: Collection[nn.Parameter] = ()
+        for number, bunch in enumerate(self._bunches):
+            for parameter in bunch:
+                parameter.register_post_accumulate_grad_hook(lambda ready, number=number: self._arrives(ready, number))
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def begin(self, place: Place, stopped: Collection[nn.Parameter]) -> None:
+        self._closes, self._number, self._stopped = place.closes_window, place.step, stopped
+
+    def _arrives(self, parameter: nn.Parameter, number: int) -> None:
+        """A gradient is complete, as far as this micro-batch goes."""
+        if parameter in self._stopped:
+            parameter.grad = None
+        elif self._closes:
+            self._arrived[number] += 1
+            if self._arrived[number] == len(self._bunches[number]):
+                self._step(number)
+
+    @torch.no_grad()
+    def _step(self, number: int) -> None:
+        """Clip and step the parameters of a bunch that have gradients, and free these."""
+        members = [parameter for parameter in self._bunches[number] if parameter.grad is not None]
+        self._arrived[number] = 0
+        self.is_partly_taken = True
+        gradients = [parameter.grad for parameter in members if parameter.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+        for parameter, norm in zip(members, norms, strict=True):
+            self._norms[self._index[parameter]] = norm
+        if self._previous is not None:
+            factor = clip_factor(self._previous, self._max_grad_norm)
+        elif len(members) == 1:
+            factor = clip_factor(norms[0], self._max_grad_norm)
+        else:
+            factor = torch.ones_like(norms[0])
+            for gradient, own in zip(gradients, clip_factor(norms, self._max_grad_norm), strict=True):
+                gradient.mul_(own)
+        del gradients
+        self.stepper.step(members, self._number, factor, norms.isfinite().all())
+        for parameter in members:
+            parameter.grad = None
+
+    def finish(self) -> Descended:
+        """Step what waits for a gradient that doesn't come."""
+        for number, bunch in enumerate(self._bunches):
+            if any(parameter.grad is not None for parameter in bunch):
+                self._step(number)
+        self.stepper.commit()
+        norms, self._norms = self._norms, torch.zeros_like(self._norms)
+        norm = torch.linalg.vector_norm(norms)
+        if self._clips_by_previous:
+            self._previous = norm
+        self.is_partly_taken = False
+        return Descended(norms, norm, overflowed=False)
+
+    def forget(self) -> None:
+        for parameter in self.stepper.parameters:
+            parameter.grad = None
+        self._arrived = [0] * len(self._bunches)
+
+    def state(self) -> dict[str, Any]:
+        return {"previous_norm": self._previous}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        previous = state.get("previous_norm")
+        if self._clips_by_previous and previous is not None:
+            self._previous = previous.to(self._norms.device)

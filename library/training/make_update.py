@@ -1,0 +1,86 @@
+"""Make the update that the options ask for: its optimizer, its schedule, and the way down."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from library.errors import Mistake, OptionError
+from library.options import Options
+from library.param_group import ParamGroup
+from library.training.in_backward import InBackward
+from library.training.lr_schedules import make_scheduler
+from library.training.optimizers import make_optimizer, start_training
+from library.training.options import OptimizerOptions, RunOptions, ScheduleOptions, read_arguments
+from library.training.stepper import Stepper, is_separable, stand_ins
+from library.training.stochastic_sums import StochasticSums
+from library.training.update import AtOnce, Descent, Update
+from library.training.update_options import UpdateOptions
+
+
+def make_update(
+    step: nn.Module, groups: Sequence[ParamGroup], options: Options, total_steps: int, *, seed: int, processes: int
+) -> Update:
+    """The update of these groups. Args: step: the wrapped Step."""
+    chosen, most = options[UpdateOptions], options[OptimizerOptions].max_grad_norm
+    if chosen.fused_optimizer_groups:
+        groups = split_groups(groups, chosen.fused_optimizer_groups)
+    optimizer, scheduler = _make_optimizer(stand_ins(groups), options, total_steps)
+    start_training(optimizer)
+    alone = not (chosen.full_bf16 or chosen.full_fp16) or _is_separable(options)
+    stepper = Stepper(optimizer, groups, rounding=chosen.rounding_used, seed=seed, is_separable=alone)
+    descent: Descent
+    if chosen.is_fused:
+        bunches = [[parameter] for parameter in stepper.parameters]
+        if chosen.fused_optimizer_groups:
+            bunches = [list(group.parameters.values()) for group in groups]
+        by_previous = chosen.fused_clip == "previous_norm"
+        descent = InBackward(stepper, bunches, max_grad_norm=most, clips_by_previous=by_previous)
+    else:
+        descent = AtOnce(stepper, max_grad_norm=most, scales_loss=options[RunOptions].mixed_precision == "fp16")
+    sums = None if chosen.rounding_used == "nearest" else StochasticSums(groups, seed)
+    return Update(step, groups, descent, scheduler, sums, processes=processes)
+
+
+def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:
+    """Raises OptionError if optimizer or schedule can't be made, or can't do what they are to. Args: groups: of any shapes."""
+    _make_optimizer(groups, options, total_steps=1000)
+    if options[UpdateOptions].fused_backward_pass and not _is_separable(options):
+        raise OptionError(
+            Mistake(
+                f"--fused_backward_pass: --optimizer_type {options[OptimizerOptions].name} looks at all gradients together, so it can't step "
+                "one alone; leave it out, or take --fused_optimizer_groups, in which each group is stepped as if there were no other",
+                ("fused_backward_pass", "optimizer_type"),
+            )
+        )
+
+
+def _make_optimizer(
+    groups: Sequence[ParamGroup], options: Options, total_steps: int
+) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    lr = options[OptimizerOptions].learning_rate
+    optimizer = _optimizer(groups, options)
+    return optimizer, make_scheduler(optimizer, options[ScheduleOptions], total_steps, lr)
+
+
+def _optimizer(groups: Sequence[ParamGroup], options: Options) -> torch.optim.Optimizer:
+    optimizing = options[OptimizerOptions]
+    arguments, _ = read_arguments("--optimizer_args", optimizing.optimizer_args)
+    return make_optimizer(optimizing.name, arguments, groups, optimizing.learning_rate)
+
+
+def _is_separable(options: Options) -> bool:
+    return is_separable(lambda groups: _optimizer(groups, options))
+
+
+def split_groups(groups: Sequence[ParamGroup], count: int) -> list[ParamGroup]:
+    """The groups cut into about `count`, each of the same number of tensors and one learning rate. Contract: training_math.md section 5."""
+    size = math.ceil(sum(len(group.parameters) for group in groups) / count)
+    cut = []
+    for group in groups:
+        members = list(group.parameters.items())
+        for start in range(0, len(members), size):
+            cut.append(ParamGroup(group.name, dict(members[start : start + size]), group.lr, group.stops_at))
+    return cut

@@ -1,0 +1,151 @@
+"""Steps within backward: equal to those behind it, and no gradient stays."""
+
+import pytest
+import torch
+from torch import nn
+
+from library.data.order import Place
+from library.param_group import ParamGroup
+from library.training.in_backward import InBackward
+from library.training.lr_schedules import make_scheduler
+from library.training.make_update import split_groups
+from library.training.optimizers import make_optimizer, start_training
+from library.training.options import ScheduleOptions
+from library.training.stepper import Stepper, is_separable, stand_ins
+from library.training.update import AtOnce, Descent, Update
+
+X = torch.randn(6, 80, generator=torch.Generator().manual_seed(1))
+OPTIMIZERS = {
+    "AdamW": {}, "AdamW8bit": {}, "Lion": {}, "Adafactor": {"relative_step": False}, "pytorch_optimizer.CAME": {},
+    "AdamWScheduleFree": {"warmup_steps": 3}, "SGDNesterov": {}, "RAdamScheduleFree": {},
+}  # fmt: skip
+
+
+class Small(nn.Module):
+    """Layers of which one is used twice, one in none but the first batch, and one is large enough for 8 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleDict(
+            {"first": nn.Linear(80, 80), "twice": nn.Linear(80, 80), "rare": nn.Linear(80, 80), "last": nn.Linear(80, 1)}
+        )
+
+    def forward(self, x: torch.Tensor, rarely: bool) -> torch.Tensor:
+        x = self.layers["twice"](self.layers["first"](x).tanh()).tanh()
+        x = self.layers["twice"](x).tanh()
+        return self.layers["last"](self.layers["rare"](x).tanh() if rarely else x)[:, 0] ** 2
+
+
+def groups_of(model: nn.Module) -> list[ParamGroup]:
+    named = dict(model.named_parameters())
+    first = {name: named.pop(name) for name in list(named) if "first" in name}
+    return [ParamGroup("a", first, 0.01), ParamGroup("b", named, 0.02)]
+
+
+def make(name: str, *, fused: bool, dtype=torch.float32, max_grad_norm=0.0, clips_by_previous=False, cut=0, **rounding) -> Update:  # fmt: skip
+    model = Small().to(dtype)
+    groups = split_groups(groups_of(model), cut) if cut else groups_of(model)
+    optimizer = make_optimizer(name, OPTIMIZERS[name], stand_ins(groups), 0.01)
+    start_training(optimizer)
+    scheduler = None if "ScheduleFree" in name else make_scheduler(optimizer, ScheduleOptions(lr_scheduler="linear"), 10, 0.01)  # fmt: skip
+    stepper = Stepper(optimizer, groups, **rounding)
+    bunches = [list(group.parameters.values()) for group in groups] if cut else [[p] for p in stepper.parameters]
+    descent: Descent = AtOnce(stepper, max_grad_norm=max_grad_norm, scales_loss=False)
+    if fused:
+        descent = InBackward(stepper, bunches, max_grad_norm=max_grad_norm, clips_by_previous=clips_by_previous)
+    return Update(model, groups, descent, scheduler)
+
+
+def train(update: Update, steps: int) -> list[torch.Tensor]:
+    """Windows of two batches of 2 and 4 pictures. Returns the norms."""
+    norms, dtype = [], next(update.step_module.parameters()).dtype
+    for step in range(steps):
+        for i, part in enumerate(X.to(dtype).split([2, 4])):
+            place = Place(0, step, 2 * step + i, 6 * step + 2 * i, 6, i == 1, False)
+            losses = update.step_module(part, rarely=i == 0)
+            update.backward(losses.float(), place)
+        norms.append(update.step().grad_norm)
+        assert all(parameter.grad is None for parameter in update.step_module.parameters())
+    return norms
+
+
+def numbers(update: Update) -> torch.Tensor:
+    with update.as_used():
+        return torch.cat([parameter.detach().flatten() for parameter in update.step_module.parameters()]).clone()
+
+
+@pytest.mark.parametrize("cut", [0, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_within_backward_are_those_behind_it(name, cut):
+    """float32, no clipping, windows of two batches; a parameter without a gradient in the closing one; within 1e-6."""
+    plain, fused = make(name, fused=False), make(name, fused=True, cut=cut)
+    norms = train(plain, 6), train(fused, 6)
+    torch.testing.assert_close(torch.stack(norms[0]), torch.stack(norms[1]))
+    torch.testing.assert_close(numbers(plain), numbers(fused), rtol=0, atol=1e-6)
+    assert plain.learning_rates() == fused.learning_rates()
+    assert not torch.allclose(numbers(plain), numbers(make(name, fused=False)), rtol=0, atol=1e-3), "nothing moved"
+
+
+def test_each_gradient_is_gone_before_the_next_one_comes():
+    update, alive = make("AdamW", fused=True), []
+    for parameter in update.step_module.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in update.step_module.parameters()))
+        )
+    update.backward(update.step_module(X, rarely=True), Place(0, 0, 0, 0, 6, True, False))
+    assert alive == [0] * 8 and update.is_partly_taken
+    update.step()
+    assert not update.is_partly_taken
+
+
+def test_tensors_are_clipped_alone_or_by_the_norm_of_the_step_before():
+    """Against torch's clip_grad_norm_ and SGD by hand: the first step has no norm before it."""
+    for by_previous in (False, True):
+        update = make("SGDNesterov", fused=True, max_grad_norm=0.05, clips_by_previous=by_previous)
+        twin = make("SGDNesterov", fused=False)
+        before = None
+        for norm in train_one_by_one(twin, by_previous, 0.05):
+            before = norm
+        train(update, 3)
+        torch.testing.assert_close(numbers(update), numbers(twin), rtol=0, atol=1e-6)
+        assert before is not None
+
+
+def train_one_by_one(update: Update, by_previous: bool, most: float):
+    previous = None
+    for step in range(3):
+        for i, part in enumerate(X.split([2, 4])):
+            (update.step_module(part, rarely=i == 0).sum() / 6).backward()
+        parameters = list(update.step_module.parameters())
+        norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
+        for parameter in parameters:
+            if by_previous and previous is not None:
+                parameter.grad *= min(1.0, most / (previous.item() + 1e-6))
+            else:
+                nn.utils.clip_grad_norm_([parameter], most)
+        previous = norm
+        update.optimizer.step()
+        update.optimizer.zero_grad()
+        update._scheduler.step()
+        yield norm
+
+
+def test_a_gradient_that_isnt_finite_steps_no_weight_to_where_it_isnt():
+    update = make("Lion", fused=True)
+    bad = X.clone()
+    bad[0, 0] = float("nan")
+    update.backward(update.step_module(bad, rarely=True), Place(0, 0, 0, 0, 6, True, False))
+    assert not update.step().grad_norm.isfinite()
+    assert all(parameter.isfinite().all() for parameter in update.step_module.parameters())
+
+
+@pytest.mark.parametrize("name, expected", [*((name, True) for name in OPTIMIZERS), ("Prodigy", False), ("pytorch_optimizer.DAdaptAdam", False)])  # fmt: skip
+def test_optimizers_that_look_at_all_gradients_are_recognised(name, expected):
+    assert is_separable(lambda groups: make_optimizer(name, OPTIMIZERS.get(name, {}), groups, 1.0)) is expected
+
+
+def test_groups_are_cut_by_number_and_rate():
+    """Contract: tensors in order, ceil(total / N) each, and a new one where the rate changes: 2 at 0.01 and 6 at 0.02."""
+    cut = split_groups(groups_of(Small()), 3)
+    assert [(group.lr, len(group.parameters)) for group in cut] == [(0.01, 2), (0.02, 3), (0.02, 3)]
