@@ -13,7 +13,7 @@ from library.models.unet import UNet
 from library.precision import Precision
 from networks.foreign import build_foreign
 from networks.lora import LoraNetwork, text_encoder_targets, unet_targets
-from networks.lora_file import copy_fitting, load_into, network_from_file, read_lora, read_tensors
+from networks.lora_file import TRAINING_REMEDY, copy_fitting, load_into, network_from_file, read_lora, read_tensors
 from networks.network import Network
 from networks.options import NetworkOptions, read_network_args
 
@@ -71,6 +71,7 @@ def _foreign(options: NetworkOptions, unet: UNet, encoders: Sequence[Any], compu
     if tensors is not None:
         assert options.network_weights is not None
         copy_fitting(
-            tensors, network.file_tensors(), source=options.network_weights, allow_partial=options.allow_partial
-        )
+            tensors, network.file_tensors(), source=f"--network_weights {options.network_weights}", remedy=TRAINING_REMEDY,
+            allow_partial=options.allow_partial,
+        )  # fmt: skip
     return network

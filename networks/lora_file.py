@@ -20,6 +20,7 @@ from networks.lora import UNET, LoraNetwork, Target, module_key
 from networks.options import LoraSettings
 
 _SHOWN = 5
+TRAINING_REMEDY = "Give the options it was trained with, --dim_from_weights, or --allow_partial to take what fits"
 
 
 def read_tensors(path: Path, *, flag: str = "--network_weights") -> dict[str, Tensor]:
@@ -31,7 +32,7 @@ def read_tensors(path: Path, *, flag: str = "--network_weights") -> dict[str, Te
         raise OptionError(f"{flag} {error}") from None
     bad = [name for name, tensor in tensors.items() if tensor.ndim and not _is_finite(tensor)]
     if bad:
-        raise OptionError(f"{flag} {path}: {len(bad)} tensors hold no finite numbers ({_some(bad)})")
+        raise OptionError(f"{flag} {path}: {len(bad)} tensors hold no finite numbers ({some(bad)})")
     return tensors
 
 
@@ -80,7 +81,9 @@ def load_into(network: LoraNetwork, tensors: Mapping[str, Tensor], *, source: Pa
     `allow_partial`; and always if none fits.
     """
     weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
-    fitting = copy_fitting(weights, dict(network.named_parameters()), source=source, allow_partial=allow_partial)
+    fitting = copy_fitting(
+        weights, dict(network.named_parameters()), source=f"--network_weights {source}", remedy=TRAINING_REMEDY, allow_partial=allow_partial
+    )  # fmt: skip
     for module, (_, alpha) in ranks_in_file(
         {name: tensors[name] for name in tensors if name in fitting or name.endswith(".alpha")}
     ).items():
@@ -91,9 +94,12 @@ def load_into(network: LoraNetwork, tensors: Mapping[str, Tensor], *, source: Pa
 
 @torch.no_grad()
 def copy_fitting(
-    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, source: Path, allow_partial: bool
+    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, source: str, remedy: str, allow_partial: bool
 ) -> list[str]:
-    """Copy the weights into the tensors of the same name and shape; returns their names. Raises as load_into does."""
+    """Copy the weights into the tensors of the same name and shape; returns their names. Raises as load_into does.
+
+    Args: source, remedy: the option and its file, and what to do if not all fits, for the message.
+    """
     fitting = [name for name in weights if name in wanted and weights[name].shape == wanted[name].shape]
     problems = {
         "are missing in it": [name for name in wanted if name not in weights],
@@ -102,17 +108,13 @@ def copy_fitting(
             _shapes(name, weights, wanted) for name in weights if name in wanted and name not in fitting
         ],
     }
-    told = "; ".join(f"{len(names)} tensors {what} ({_some(names)})" for what, names in problems.items() if names)
+    told = "; ".join(f"{len(names)} tensors {what} ({some(names)})" for what, names in problems.items() if names)
     if not fitting:
-        raise OptionError(f"--network_weights {source}: none of its {len(weights)} tensors fits this network: {told}")
+        raise OptionError(f"{source}: none of its {len(weights)} tensors fits this network: {told}")
     if told and not allow_partial:
-        raise OptionError(
-            f"--network_weights {source}: {told}. Give the options it was trained with, --dim_from_weights, or --allow_partial to take what fits"
-        )
+        raise OptionError(f"{source}: {told}. {remedy}")
     if told:
-        log.warning(
-            "--network_weights %s: %s; the rest, %d tensors, is taken (--allow_partial)", source, told, len(fitting)
-        )
+        log.warning("%s: %s; the rest, %d tensors, is taken (--allow_partial)", source, told, len(fitting))
     for name in fitting:
         wanted[name].copy_(weights[name])
     return fitting
@@ -127,7 +129,7 @@ def _shapes(name: str, weights: Mapping[str, Tensor], wanted: Mapping[str, Tenso
     return f"{name} {list(weights[name].shape)} instead of {list(wanted[name].shape)}"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
@@ -138,7 +140,7 @@ def write_lora(
     stored = {name: tensor.to(device="cpu", dtype=dtype or tensor.dtype) for name, tensor in tensors.items()}
     bad = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
     if bad:
-        raise NotFinite(f"{path}: not saved, as {len(bad)} of its tensors aren't finite ({_some(bad)})")
+        raise NotFinite(f"{path}: not saved, as {len(bad)} of its tensors aren't finite ({some(bad)})")
     if path.suffix != ".safetensors":
         write_atomically(path, lambda file: torch.save(stored, file))
         return

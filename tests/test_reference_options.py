@@ -14,7 +14,7 @@ from library.options import ConfigOptions
 from library.training import caching
 from library.training.not_yet import REFUSED, UNUSED
 from library.training.options import COMMON_TRAINING
-from library.training.task_options import EmbeddingOptions, PivotalOptions
+from library.training.task_options import EmbeddingOptions, FineTuneOptions, PivotalOptions
 from networks.options import NetworkOptions
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "reference_options.tsv").open(encoding="utf-8"), delimiter="\t"))
@@ -26,6 +26,7 @@ CHOICES = {
     "huggingface_repo_type": "any text there, which fails when the first file is sent",
 }
 OWN = {
+    "aesthetic_score",
     "allow_missing_captions",
     "allow_partial",
     "auto_resume",
@@ -109,6 +110,25 @@ def test_the_textual_inversion_script_forgets_no_option():
     assert not set(EMBEDDING) & (set(REFUSED) | set(UNUSED))
     row, spec = rows_of("ti")["save_model_as"], EMBEDDING["save_model_as"]
     assert (spec.default, set(spec.rules["choices"])) == (row["default"], set(row["choices"].split(",")) - {"None"})
+
+
+FINE_TUNE = specs_in((ConfigOptions, FineTuneOptions, *COMMON_TRAINING))
+
+
+@pytest.mark.parametrize("name", [name for name in rows_of("train") if name in FINE_TUNE and name not in NETWORK])
+def test_fine_tunings_own_options_are_the_references(name):
+    row, spec = rows_of("train")[name], FINE_TUNE[name]
+    assert spec.kinds[0].__name__ == row["type"] and str(spec.default) == row["default"]
+
+
+def test_the_fine_tuning_script_forgets_no_option():
+    reference = set(rows_of("train"))
+    assert reference - set(FINE_TUNE) - set(REFUSED) - set(UNUSED) <= {"fused_optimizer_groups"}
+    assert not set(FINE_TUNE) & (set(REFUSED) | set(UNUSED))
+    # Options of the network script's that users' files carry hold here too.
+    assert {"prior_loss_weight", "stop_text_encoder_training", "validation_split", "save_best"} <= set(FINE_TUNE)
+    row, spec = rows_of("train")["save_model_as"], FINE_TUNE["save_model_as"]
+    assert (str(spec.default), set(spec.rules["choices"])) == (row["default"], set(row["choices"].split(",")) - {"None"})  # fmt: skip
 
 
 @pytest.mark.parametrize("script", ["cache_latents", "cache_text"])

@@ -19,6 +19,9 @@ class TinyOptions(OptionGroup):
 
     output: Path = option(Path("tiny_sdxl.safetensors"), "file to write")
     seed: int = option(0, "seed of the weights")
+    twin: str = option(
+        "base", "which SDXL it is a tiny twin of", choices=("base", "ssd-1b", "vega", "refiner", "inpainting")
+    )
     precision: str = option("float", "dtype of the weights", choices=("float", "fp16", "bf16"))
     v_prediction: bool = option(False, "mark it as a model that predicts velocity, with zero terminal SNR")
 
@@ -31,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     from library.safetensors_io import write_safetensors
     from tools.tiny_models import tiny_checkpoint
 
-    tensors = tiny_checkpoint(chosen.seed, v_prediction=chosen.v_prediction)
+    tensors = tiny_checkpoint(chosen.seed, twin=chosen.twin, v_prediction=chosen.v_prediction)
     dtype = DTYPES[chosen.precision]
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(chosen.output, {name: tensor.to(dtype) for name, tensor in tensors.items()}, {"format": "pt"})

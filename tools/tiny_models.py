@@ -1,15 +1,15 @@
 """Random models of any of SDXL's families, built from their sizes: what make_tiny_sdxl.py and the benchmarks write."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from library.models import conversion
-from library.models.key_maps import FILE_PREFIXES
+from library.models.key_maps import FILE_PREFIXES, REFINER_PREFIXES
 from library.models.unet import UNet
-from library.models.unet_config import BlockPlan, UNetConfig
+from library.models.unet_config import SIZE_CHANNELS, BlockPlan, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class TextEncoderSizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a whole checkpoint."""
+    """Sizes of a whole checkpoint. The refiner has no text encoder 1."""
 
     unet: UNetConfig
-    text_encoder_1: TextEncoderSizes
+    text_encoder_1: TextEncoderSizes | None
     text_encoder_2: TextEncoderSizes
     vae_channels: tuple[int, ...]
 
@@ -77,12 +77,30 @@ REFINER = unet_config(384, (1, 2, 4, 4), (0, 4, 4, 0), ((0,) * 3, (4,) * 3, (4,)
 INPAINTING = unet_config(320, (1, 2, 4), (0, 2, 10), ((10,) * 3, (2,) * 3, (0,) * 3), 10, 2048, 2816, in_channels=9)
 
 FULL = ModelSizes(SDXL_BASE, TextEncoderSizes(768, 12, 768), TextEncoderSizes(1280, 32, 1280), (128, 256, 512, 512))
-TINY = ModelSizes(
-    unet_config(32, (1, 2, 4), (0, 1, 2), ((2,) * 3, (1,) * 3, (0,) * 3), 2, 64 + 128, 128 + 6 * 256),
-    TextEncoderSizes(64, 3, 64),
-    TextEncoderSizes(128, 3, 128),
-    (32, 32, 64, 64),
+
+
+def _tiny(
+    down_depths: Sequence[int], up_depths: Sequence[Sequence[int]], middle_depth: int | None, in_channels: int = 4
+) -> ModelSizes:
+    unet = unet_config(
+        32, (1, 2, 4), down_depths, up_depths, middle_depth, 64 + 128, 128 + 6 * SIZE_CHANNELS, in_channels
+    )
+    return ModelSizes(unet, TextEncoderSizes(64, 3, 64), TextEncoderSizes(128, 3, 128), (32, 32, 64, 64))
+
+
+# A tiny twin of each: the topology of the real one, with attention depths of 1 and 2 where that has more.
+TINY = _tiny((0, 1, 2), ((2,) * 3, (1,) * 3, (0,) * 3), 2)
+TINY_SSD_1B = _tiny((0, 2, 2), ((2, 2, 3), (2, 1, 1), (0,) * 3), None)
+TINY_VEGA = _tiny((0, 1, 2), ((2,) * 3, (1,) * 3, (0,) * 3), None)
+TINY_INPAINTING = _tiny((0, 1, 2), ((2,) * 3, (1,) * 3, (0,) * 3), 2, in_channels=9)
+TINY_REFINER = replace(
+    TINY,
+    unet=unet_config(
+        32, (1, 2, 4, 4), (0, 1, 1, 0), ((0,) * 3, (1,) * 3, (1,) * 3, (0,) * 3), 1, 128, 128 + 5 * SIZE_CHANNELS
+    ),
+    text_encoder_1=None,
 )
+TWINS = {"base": TINY, "ssd-1b": TINY_SSD_1B, "vega": TINY_VEGA, "refiner": TINY_REFINER, "inpainting": TINY_INPAINTING}
 
 
 def random_checkpoint(sizes: ModelSizes, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -90,22 +108,22 @@ def random_checkpoint(sizes: ModelSizes, seed: int, dtype: torch.dtype = torch.f
     torch.manual_seed(seed)
     with torch.device("meta"):
         modules = {"unet": UNet(sizes.unet), "vae": _vae(sizes.vae_channels)}
-        modules |= {f"text_encoder_{n}": _text_encoder(n, getattr(sizes, f"text_encoder_{n}")) for n in (1, 2)}
+        encoders = {1: sizes.text_encoder_1, 2: sizes.text_encoder_2}
+        modules |= {f"text_encoder_{n}": _text_encoder(n, own) for n, own in encoders.items() if own is not None}
+    prefixes = REFINER_PREFIXES if sizes.text_encoder_1 is None else FILE_PREFIXES
     tensors: dict[str, Tensor] = {}
     for part, module in modules.items():
         filled = {name: _filled(name, tensor.shape, dtype) for name, tensor in module.state_dict().items()}
         named = {_module_name(module, part, name): tensor for name, tensor in filled.items()}
-        tensors |= {
-            FILE_PREFIXES[part] + name: tensor for name, tensor in conversion.file_from_module(part, named).items()
-        }
-    tensors[FILE_PREFIXES["text_encoder_2"] + "logit_scale"] = torch.tensor(4.6052).to(dtype)
+        tensors |= {prefixes[part] + name: tensor for name, tensor in conversion.file_from_module(part, named).items()}
+    tensors[prefixes["text_encoder_2"] + "logit_scale"] = torch.tensor(4.6052).to(dtype)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def tiny_checkpoint(seed: int, *, v_prediction: bool = False) -> dict[str, Tensor]:
-    """The tiny SDXL, float32; with the keys that mark velocity models if asked for."""
+def tiny_checkpoint(seed: int, *, twin: str = "base", v_prediction: bool = False) -> dict[str, Tensor]:
+    """The tiny twin of an SDXL, float32; with the keys that mark velocity models if asked for."""
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)} if v_prediction else {}
-    return random_checkpoint(TINY, seed) | marks
+    return random_checkpoint(TWINS[twin], seed) | marks
 
 
 def _filled(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:

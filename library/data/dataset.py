@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
@@ -19,12 +20,13 @@ from library.data.cache import LatentCache, TextCache
 from library.data.captions import is_dropped, process_caption
 from library.data.images import BadImage
 from library.data.order import Group, MicroBatch, Place
-from library.data.pixels import load_conditioning, load_pixels
+from library.data.pixels import Pixels, load_conditioning, load_pixels
 from library.data.sample import Sample
 from library.data.subsets import Dataset
 from library.draws import python_draw
 from library.errors import RunError
 from library.models.text_encoders import EncodedText
+from library.models.unet_config import AESTHETIC_SCORE
 from library.signals import held_back, leave_to_parent
 
 FLIP_PROBABILITY = 0.5
@@ -39,9 +41,10 @@ def group_samples(datasets: Sequence[Dataset], samples: Sequence[Sample]) -> tup
 
 
 class _Picture(NamedTuple):
-    """One sample of a batch: its picture or raw latents, its loss mask, and (top, left) as the model is told."""
+    """One sample of a batch: its raw latents or its picture, or both, its loss mask, and (top, left) as the model is told."""
 
-    content: Tensor
+    latents: Tensor | None
+    image: Tensor | None
     mask: Tensor | None
     crop_top_left: tuple[int, int]
 
@@ -52,6 +55,8 @@ class Batches(TorchDataset):
 
     Attributes:
         prior_loss_weight: of regularisation samples.
+        aesthetic_score: of samples that have none of their own.
+        needs_images: the model sees pictures beside cached latents, too (inpainting).
     """
 
     samples: Sequence[Sample]
@@ -60,6 +65,8 @@ class Batches(TorchDataset):
     seed: int
     max_train_steps: int
     prior_loss_weight: float = 1.0
+    aesthetic_score: float = AESTHETIC_SCORE
+    needs_images: bool = False
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
         """Raises RunError, naming the file that can't be read any more."""
@@ -71,7 +78,6 @@ class Batches(TorchDataset):
             self._picture(sample, place, i, flipped=flip)
             for i, (sample, flip) in enumerate(zip(samples, flips, strict=True))
         ]
-        content = torch.stack([picture.content for picture in pictures])
         texts = self.texts(micro)
         weights = [
             0.0 if place.is_idle else self.prior_loss_weight if sample.subset.is_reg else 1.0 for sample in samples
@@ -80,8 +86,8 @@ class Batches(TorchDataset):
             place=place,
             paths=tuple(sample.file for sample in samples),
             captions=texts.captions,
-            images=None if self.latents else content,
-            latents=content if self.latents else None,
+            images=_stacked([picture.image for picture in pictures]),
+            latents=_stacked([picture.latents for picture in pictures]),
             text=texts.encoded,
             original_sizes=torch.tensor([(sample.size.height, sample.size.width) for sample in samples]),
             crop_top_lefts=torch.tensor([picture.crop_top_left for picture in pictures]),
@@ -89,6 +95,12 @@ class Batches(TorchDataset):
             weights=torch.tensor(weights),
             masks=_masks([picture.mask for picture in pictures], (bucket.height, bucket.width)),
             conditioning=self._conditioning(samples, flips),
+            aesthetic_scores=torch.tensor(
+                [
+                    float(self.aesthetic_score if sample.aesthetic_score is None else sample.aesthetic_score)
+                    for sample in samples
+                ]
+            ),
             attributes=tuple(sample.subset.custom_attributes for sample in samples),
         )
 
@@ -126,14 +138,11 @@ class Batches(TorchDataset):
     def _picture(self, sample: Sample, place: Place, i: int, *, flipped: bool) -> _Picture:
         if self.latents is not None:
             latents, mask = self.latents.read(sample, flipped=flipped)
-            return _Picture(latents, mask, sample.crop_top_left(flipped=flipped))
-        draw = python_draw(self.seed, "pixels", place.epoch, place.first + i)
-        try:
-            pixels = load_pixels(sample, draw, flipped=flipped)
-        except (OSError, BadImage) as error:
-            raise RunError(f"{sample.file}: can't be read any more: {error}") from None
+            image = _image(_read_pixels(sample, None, flipped=flipped)) if self.needs_images else None
+            return _Picture(latents, image, mask, sample.crop_top_left(flipped=flipped))
+        pixels = _read_pixels(sample, python_draw(self.seed, "pixels", place.epoch, place.first + i), flipped=flipped)
         mask = None if pixels.alpha is None else torch.from_numpy(np.ascontiguousarray(pixels.alpha))
-        return _Picture(torch.from_numpy(images.normalised(pixels.rgb)), mask, pixels.crop_top_left)
+        return _Picture(None, _image(pixels), mask, pixels.crop_top_left)
 
     def _conditioning(self, samples: Sequence[Sample], flips: Sequence[bool]) -> Tensor | None:
         """The conditioning images; samples without one (regularisation) get white, which masks nothing."""
@@ -157,6 +166,23 @@ class Texts(NamedTuple):
 
     captions: tuple[str, ...]
     encoded: EncodedText | None
+
+
+def _read_pixels(sample: Sample, draw: random.Random | None, *, flipped: bool) -> Pixels:
+    """Args: draw: None: as for the cache. Raises RunError."""
+    try:
+        return load_pixels(sample, draw, flipped=flipped)
+    except (OSError, BadImage) as error:
+        raise RunError(f"{sample.file}: can't be read any more: {error}") from None
+
+
+def _image(pixels: Pixels) -> Tensor:
+    return torch.from_numpy(images.normalised(pixels.rgb))
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    there = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(there) if there else None
 
 
 def _masks(masks: Sequence[Tensor | None], shape: tuple[int, int]) -> Tensor | None:

@@ -28,6 +28,7 @@ class Entry(NamedTuple):
     tags: str
     size: Size | None
     where: str
+    aesthetic_score: float | None = None
 
 
 class BadMetadata(ValueError):
@@ -50,8 +51,9 @@ def read_metadata(path: Path, settings: CaptionSettings) -> Iterator[Entry]:
         tags = values.get("tags") or ""
         size = values.get("image_size")
         yield Entry(
-            key, _caption(values.get("caption") or "", tags, settings), tags, Size(*size) if size else None, where
-        )
+            key, _caption(values.get("caption") or "", tags, settings), tags, Size(*size) if size else None, where,
+            values.get("aesthetic_score"),
+        )  # fmt: skip
     if mistakes:
         raise BadMetadata("\n".join(mistakes))
 
@@ -103,6 +105,11 @@ def _problem(key: str, values: Any) -> str | None:
     size = values.get("image_size")
     if size is not None and not _is_size(size):
         return f"image_size: expected [width, height] in pixels, got {size!r}"
+    score = values.get("aesthetic_score")
+    if score is not None and (
+        isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)
+    ):
+        return f"aesthetic_score: expected a number, got {score!r}"
     return None
 
 

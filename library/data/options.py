@@ -7,6 +7,7 @@ from pathlib import Path
 
 from library.data.size import INTERPOLATIONS, Size
 from library.errors import Mistake
+from library.models.unet_config import AESTHETIC_SCORE
 from library.options import OptionGroup, option
 
 DEFAULT_CAPTION_EXTENSION = ".caption"
@@ -61,6 +62,10 @@ class DatasetOptions(OptionGroup):
     alpha_mask: bool = option(False, "weigh the loss by the pictures' alpha channel")
     conditioning_data_dir: Path | None = option(
         None, "folder with a mask for each picture, of its name; needs --masked_loss"
+    )
+    aesthetic_score: float = option(
+        AESTHETIC_SCORE,
+        "what a refiner is told of pictures whose metadata hold no aesthetic_score; other models aren't told",
     )
     prior_loss_weight: float = option(1.0, "factor of the loss of regularisation pictures", at_least=0)
     validation_split: float = option(0.0, "share of the pictures that is held out from training", at_least=0, at_most=1)

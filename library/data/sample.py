@@ -97,6 +97,7 @@ class Sample:
         cache_stem: path of the cache files without their endings; two samples never share one.
         repeats: how often it is shown in an epoch.
         conditioning: path of the conditioning image or mask.
+        aesthetic_score: what a refiner is told of it; None: --aesthetic_score.
     """
 
     file: str
@@ -109,6 +110,7 @@ class Sample:
     cache_stem: str
     repeats: int
     conditioning: str | None = None
+    aesthetic_score: float | None = None
 
     @property
     def path(self) -> Path:

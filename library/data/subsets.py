@@ -107,7 +107,7 @@ class _Found(NamedTuple):
     caption: str
     tags: str
     size: Size | None = None
-    conditioning: str | None = None
+    aesthetic_score: float | None = None
 
 
 class _Scanner:
@@ -152,7 +152,7 @@ class _Scanner:
         found = self._in_metadata(subset) if subset.metadata_file else self._in_folders(subset)
         conditioning = ConditioningFolder(subset, self.extensions) if subset.conditioning_data_dir else None
         smallest = buckets.plan.step
-        for folder, name, stamp, caption, tags, size, _ in found:
+        for folder, name, stamp, caption, tags, size, score in found:
             file = f"{folder}{os.sep}{name}"
             try:
                 size = size or self._size(folder, name, stamp, file)
@@ -164,7 +164,7 @@ class _Scanner:
                 self.bad_images.append(f"{file}: {error}")
                 continue
             stem = self._cache_stem(subset, folder, name, number, fit.bucket)
-            yield Sample(file, caption, tags, subset, number, size, fit, stem, subset.num_repeats, partner)
+            yield Sample(file, caption, tags, subset, number, size, fit, stem, subset.num_repeats, partner, score)
         if conditioning:
             conditioning.tell()
 
@@ -315,7 +315,9 @@ class _Scanner:
                 folder, name = os.path.split(path)
                 if not entry.caption:
                     self.without_caption.append(path)
-                yield _Found(folder, name, stems.stamp(path), entry.caption, entry.tags, entry.size)
+                yield _Found(
+                    folder, name, stems.stamp(path), entry.caption, entry.tags, entry.size, entry.aesthetic_score
+                )
         except BadMetadata as error:
             self.mistakes += str(error).splitlines()
         if relative:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from library.errors import OptionError, RunError, first_line
 from library.hub import hub_errors, hub_files
 from library.models import conversion
-from library.models.key_maps import FILE_PREFIXES, FOLDERS, PARTS
+from library.models.key_maps import FILE_PREFIXES, FOLDERS, PARTS, REFINER_PREFIXES
 from library.models.unet_config import UNetConfig
 from library.safetensors_io import TensorFile
 
@@ -57,6 +57,11 @@ class Checkpoint:
     def parts(self) -> list[str]:
         return [part for part in PARTS if self._stored[part]]
 
+    @property
+    def prefixes(self) -> Mapping[str, str]:
+        """What the names of each part's tensors begin with in single files of this model."""
+        return FILE_PREFIXES if "text_encoder_1" in self.parts else REFINER_PREFIXES
+
     def describe(self) -> str:
         """The model in one line."""
         kind = "Diffusers folder" if self.is_folder else "single file"
@@ -74,7 +79,7 @@ class Checkpoint:
         convert = conversion.module_from_folder if self.is_folder else conversion.module_from_file
         return convert(part, stored)
 
-    def file_tensors(self, part: str) -> dict[str, "torch.Tensor"]:
+    def file_tensors(self, part: str) -> Mapping[str, "torch.Tensor"]:
         """What a single file keeps of the part, without prefix; of a single file, its very tensors."""
         if self.is_folder:
             return conversion.file_from_module(part, self.tensors(part))
@@ -107,9 +112,10 @@ def _open_file(path: Path, *, mapped: bool) -> Checkpoint:
     names = file.shapes
     if not all(any(name.startswith(prefix) for name in names) for prefix in _SDXL_SIGNATURE):
         raise OptionError(f"{path}: this is {identify(names)}; an SDXL checkpoint is needed")
+    has_first = any(name.startswith(FILE_PREFIXES["text_encoder_1"]) for name in names)
     stored = {
         part: {name.removeprefix(prefix): (file, name) for name in names if name.startswith(prefix)}
-        for part, prefix in FILE_PREFIXES.items()
+        for part, prefix in (FILE_PREFIXES if has_first else REFINER_PREFIXES).items()
     }
     shapes = {name: names[key] for name, (_, key) in stored["unet"].items()}
     says_v, says_zero = "v_pred" in names, "ztsnr" in names
@@ -171,11 +177,15 @@ def identify(names: Iterable[str]) -> str:
 
 
 def _open_folder(path: Path, *, mapped: bool, prefer_fp16: bool) -> Checkpoint:
-    pipeline = _read_json(path / "model_index.json").get("_class_name", "no pipeline")
+    index = _read_json(path / "model_index.json")
+    pipeline = index.get("_class_name", "no pipeline")
     if not str(pipeline).startswith("StableDiffusionXL"):
         raise OptionError(f"{path}: this folder holds {pipeline}; a StableDiffusionXL pipeline is needed")
-    stored = {}
+    stored: dict[str, dict[str, tuple[OpenTensors, str]]] = {}
     for part, folder in FOLDERS.items():
+        if index.get(folder) == [None, None]:  # the refiner's first text encoder
+            stored[part] = {}
+            continue
         files = [open_tensors(file, mapped=mapped) for file in _component_files(path / folder, prefer_fp16=prefer_fp16)]
         stored[part] = {name: (file, name) for file in files for name in file.shapes}
     rename = conversion.unet_name_from_folder(stored["unet"])

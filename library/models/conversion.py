@@ -7,7 +7,8 @@ Source of the transposed projection: open_clip computes `x @ text_projection`; S
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from library.models import key_maps
@@ -37,7 +38,23 @@ def module_from_file(part: str, tensors: Tensors) -> dict[str, "torch.Tensor"]:
     return kept
 
 
-def file_from_module(part: str, tensors: Tensors) -> dict[str, "torch.Tensor"]:
+class LazyTensors(Mapping[str, "torch.Tensor"]):
+    """Tensors that are made whenever they are read, so that not all of them are in memory at once."""
+
+    def __init__(self, made: "Mapping[str, Callable[[], torch.Tensor]]"):
+        self._made = made
+
+    def __getitem__(self, name: str) -> "torch.Tensor":
+        return self._made[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+def file_from_module(part: str, tensors: Tensors) -> Tensors:
     """What a single file keeps under the part's prefix."""
     if part == "text_encoder_2":
         return _text_encoder_2_to_file(tensors)
@@ -77,19 +94,19 @@ def _text_encoder_2_from_file(tensors: Tensors) -> dict[str, "torch.Tensor"]:
     return module
 
 
-def _text_encoder_2_to_file(tensors: Tensors) -> dict[str, "torch.Tensor"]:
+def _text_encoder_2_to_file(tensors: Tensors) -> LazyTensors:
     import torch
 
     rename = Renaming(inverse(key_maps.open_clip_pairs(_layers(tensors, r"text_model\.encoder\.layers\.(\d+)\."))))
-    file = {}
+    file: dict[str, Callable[[], torch.Tensor]] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(text_model\.encoder\.layers\.(\d+)\.self_attn)\.([qkv]_proj)\.(weight|bias)", name)
         if match is None:
-            file[rename(name)] = tensor.t() if name == "text_projection.weight" else tensor
+            file[rename(name)] = partial(torch.t if name == "text_projection.weight" else torch.as_tensor, tensor)
         elif match[3] == STACKED[0]:
-            stacked = torch.cat([tensors[f"{match[1]}.{projection}.{match[4]}"] for projection in STACKED])
-            file[f"transformer.resblocks.{match[2]}.attn.in_proj_{match[4]}"] = stacked
-    return file
+            pieces = [tensors[f"{match[1]}.{projection}.{match[4]}"] for projection in STACKED]
+            file[f"transformer.resblocks.{match[2]}.attn.in_proj_{match[4]}"] = partial(torch.cat, pieces)
+    return LazyTensors(file)
 
 
 def _vae_attention_shaped(tensors: Tensors, *, linear: bool) -> dict[str, "torch.Tensor"]:

@@ -18,6 +18,9 @@ FILE_PREFIXES = {
     "vae": "first_stage_model.",
 }
 
+# The refiner has the second text encoder alone, in the first one's place.
+REFINER_PREFIXES = {**FILE_PREFIXES, "text_encoder_2": "conditioner.embedders.0.model."}
+
 FOLDERS = {"unet": "unet", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2", "vae": "vae"}
 
 # Keys that older versions of the libraries wrote and that carry no weights.

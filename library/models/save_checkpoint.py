@@ -6,6 +6,7 @@ tensor at a time is in memory beside the model. Contract: formats.md section 5.
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from library.files import write_atomically
 from library.models import conversion
 from library.models.checkpoint import Checkpoint
-from library.models.key_maps import FILE_PREFIXES, FOLDERS, PARTS
+from library.models.key_maps import FOLDERS, PARTS
 from library.models.tokens import Tokenizer, save_tokenizer
 from library.models.unet_config import HEAD_CHANNELS, SIZE_CHANNELS, UNetConfig
 from library.models.vae import LATENT_SCALE
@@ -54,12 +55,13 @@ def save_single_file(
         dtype: of floating-point tensors; None keeps each tensor's own.
         v_prediction, zero_terminal_snr: marked by the keys v_pred and ztsnr, as other programs look for them.
     """
-    tensors: dict[str, Tensor] = {}
+    made: dict[str, Callable[[], Tensor]] = {}
     for part in PARTS:
-        for name, tensor in _file_tensors(part, checkpoint, changed).items():
-            tensors[FILE_PREFIXES[part] + name] = tensor
+        for own in _file_tensors(part, checkpoint, changed):
+            made |= {checkpoint.prefixes[part] + name: partial(own.__getitem__, name) for name in own}
     marks = {"v_pred": v_prediction, "ztsnr": zero_terminal_snr}
-    tensors |= {name: torch.zeros(0) for name, is_set in marks.items() if is_set}
+    made |= {name: partial(torch.zeros, 0) for name, is_set in marks.items() if is_set}
+    tensors = conversion.LazyTensors(made)
     if path.suffix == ".safetensors":
         write_safetensors(path, tensors, metadata, dtype_of=_dtype_chooser(dtype))
     else:
@@ -70,12 +72,11 @@ def save_single_file(
         write_atomically(path, lambda file: torch.save({"state_dict": stored}, file))
 
 
-def _file_tensors(part: str, checkpoint: Checkpoint, changed: ModuleTensors) -> dict[str, Tensor]:
-    stored = checkpoint.file_tensors(part)
-    if part not in changed:
-        return stored
-    # What the live module doesn't hold (logit_scale) stays what it was.
-    return {**stored, **conversion.file_from_module(part, changed[part])}
+def _file_tensors(part: str, checkpoint: Checkpoint, changed: ModuleTensors) -> Iterator[Mapping[str, Tensor]]:
+    """What a single file keeps of the part, later ones instead of earlier ones."""
+    yield checkpoint.file_tensors(part)
+    if part in changed:  # what the live module doesn't hold (logit_scale) stays what it was
+        yield conversion.file_from_module(part, changed[part])
 
 
 def _dtype_chooser(dtype: torch.dtype | None) -> Callable[[str, Tensor], str | None]:
@@ -96,9 +97,10 @@ def save_diffusers(
     zero_terminal_snr: bool = False,
 ) -> None:
     """Write a StableDiffusionXLPipeline folder with safetensors weights."""
-    tensors = {part: changed.get(part) or checkpoint.tensors(part) for part in PARTS}
+    tensors = {part: changed.get(part) or checkpoint.tensors(part) for part in checkpoint.parts}
     configs = dict(_configs(tensors, checkpoint.unet))
-    for part, name in FOLDERS.items():
+    for part in tensors:
+        name = FOLDERS[part]
         (folder / name).mkdir(parents=True, exist_ok=True)
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
         renamed = conversion.folder_from_module(part, tensors[part], checkpoint.unet)
@@ -106,10 +108,12 @@ def save_diffusers(
             folder / name / f"{stem}.safetensors", renamed, {"format": "pt"}, dtype_of=_dtype_chooser(dtype)
         )
         _write_json(folder / name / "config.json", configs[part])
+    index = _model_index(checkpoint.unet)
     for tokenizer, name in zip(tokenizers, ("tokenizer", "tokenizer_2"), strict=True):
-        save_tokenizer(tokenizer, folder / name)
+        if index[name] != _ABSENT:
+            save_tokenizer(tokenizer, folder / name)
     _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(v_prediction, zero_terminal_snr))
-    _write_json(folder / "model_index.json", _MODEL_INDEX)
+    _write_json(folder / "model_index.json", index)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -128,6 +132,23 @@ _MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+
+
+_ABSENT = [None, None]
+
+
+def _model_index(unet: UNetConfig) -> dict[str, Any]:
+    """model_index.json of the pipeline that the model is for."""
+    if unet.takes_score:
+        return {
+            **_MODEL_INDEX,
+            "_class_name": "StableDiffusionXLImg2ImgPipeline",
+            "force_zeros_for_empty_prompt": False,
+            "requires_aesthetics_score": True,
+            "text_encoder": _ABSENT,
+            "tokenizer": _ABSENT,
+        }
+    return {**_MODEL_INDEX, "_class_name": "StableDiffusionXLInpaintPipeline"} if unet.is_inpainting else _MODEL_INDEX
 
 
 def _scheduler(v_prediction: bool, zero_terminal_snr: bool) -> dict[str, Any]:
@@ -152,6 +173,8 @@ def _configs(tensors: ModuleTensors, unet: UNetConfig) -> Iterator[tuple[str, di
     yield "unet", unet_folder_config(unet)
     yield "vae", {"_class_name": "AutoencoderKL", "scaling_factor": LATENT_SCALE, **vae_config(tensors["vae"])}
     for number, kind in ((1, "CLIPTextModel"), (2, "CLIPTextModelWithProjection")):
+        if f"text_encoder_{number}" not in tensors:
+            continue
         config = text_encoder_config(tensors[f"text_encoder_{number}"], number)
         yield f"text_encoder_{number}", {"architectures": [kind], "model_type": "clip_text_model", **config}
 

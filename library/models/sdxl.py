@@ -90,17 +90,16 @@ class SdxlModels:
 
     @cached_property
     def text_encoders(self) -> tuple["CLIPTextModel", "CLIPTextModelWithProjection"]:
+        """Both; the refiner's first is an AbsentEncoder."""
         one, two = (self._text_encoder(number) for number in (1, 2))
         return one, two
 
     def _text_encoder(self, number: int) -> Any:
-        from library.models.text_encoders import build_text_encoder, module_name
+        from library.models.text_encoders import AbsentEncoder, build_text_encoder, module_name
 
         tensors = self.checkpoint.tensors(f"text_encoder_{number}")
         if not tensors:
-            raise RunError(
-                f"{self.checkpoint.path}: {self.checkpoint.unet.family}: text encoder {number} is not in this checkpoint"
-            )
+            return AbsentEncoder()
         encoder: Any = build_text_encoder(tensors, number)
         what = f"{self.checkpoint.path}: text encoder {number}"
         part = f"text_encoder_{number}"

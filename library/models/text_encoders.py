@@ -4,6 +4,8 @@ Shapes: B batch, n chunks of 75 tokens, T = 75 n + 2 tokens.
 Encoder 1 (CLIP ViT-L, width 768) gives the input of its last layer; encoder 2 (OpenCLIP bigG, 1280) the input of its last
 layer and, pooled at the first end-of-text token of the first chunk, a vector. Neither hidden state passes a final norm.
 
+The refiner has encoder 2 alone: hidden_1 has width 0 there.
+
 Source: Podell et al. 2023, arXiv:2307.01952, section 2.1; contract: training_math.md section 4.
 """
 
@@ -39,6 +41,15 @@ class TextConditioning(NamedTuple):
     @classmethod
     def of(cls, text: EncodedText) -> "TextConditioning":
         return cls(torch.cat([text.hidden_1, text.hidden_2], dim=-1), text.pooled)
+
+
+class AbsentEncoder(nn.Module):
+    """The first text encoder of a model that has none (the refiner): no layers, no parameters, states of width 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList()
 
 
 def build_text_encoder(tensors: Mapping[str, Tensor], number: int) -> nn.Module:
@@ -80,10 +91,14 @@ def module_name(encoder: nn.Module, name: str) -> str:
 def encode(
     ids_1: Tensor, ids_2: Tensor, encoder_1: "CLIPTextModel", encoder_2: "CLIPTextModelWithProjection"
 ) -> EncodedText:
-    """Encode token ids, [B, n, 77] each, on the encoders' device; in the encoders' dtype, differentiable."""
+    """Encode token ids, [B, n, 77] each, on the encoders' device; in the encoders' dtype, differentiable.
+
+    Args: encoder_1: may be an AbsentEncoder.
+    """
     chunks = ids_1.shape[1]
-    states_1, _ = _run(body_of(encoder_1), ids_1.flatten(0, 1))
     states_2, last = _run(body_of(encoder_2), ids_2.flatten(0, 1))
+    is_absent = isinstance(encoder_1, AbsentEncoder)
+    states_1 = states_2[..., :0] if is_absent else _run(body_of(encoder_1), ids_1.flatten(0, 1))[0]
     last = last.unflatten(0, (-1, chunks))[:, 0]  # [B, 77, 1280]: the first chunk's
     first_end = (ids_2[:, 0] == END_OF_TEXT).int().argmax(dim=-1)  # 0 if there is none
     pooled = encoder_2.text_projection(last[torch.arange(len(last), device=last.device), first_end])

@@ -12,6 +12,10 @@ from typing import NamedTuple
 Shapes = Mapping[str, tuple[int, ...]]
 
 HEAD_CHANNELS = 64  # attention: channels per head; no shape tells it, and no SDXL has another
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = (
+    6.0,
+    2.5,
+)  # what the refiner is told of prompts and negative prompts (Diffusers)
 SIZE_CHANNELS = 256  # the vector: each of its size numbers has this many channels (models/conditioning.py)
 
 
@@ -29,7 +33,7 @@ class UNetConfig:
     """Sizes of a U-Net.
 
     Attributes:
-        in_channels: 4 latent channels; 9 with an inpainting model's mask and masked latents.
+        in_channels: 4 latent channels; 9 with an inpainting model's mask and masked latents (models/inpainting.py).
         model_channels: width of level 0 (320 in SDXL base).
         context_channels: width of a text token (2048).
         vector_channels: width of the pooled text and size vector (2816).
@@ -49,11 +53,20 @@ class UNetConfig:
     output_blocks: tuple[BlockPlan, ...]
 
     @property
+    def takes_score(self) -> bool:
+        """Whether an aesthetic score stands where others have the target size: the refiner, with one encoder for all of its text."""
+        return self.vector_channels == self.context_channels + 5 * SIZE_CHANNELS
+
+    @property
+    def is_inpainting(self) -> bool:
+        return self.in_channels == 9
+
+    @property
     def family(self) -> str:
         """The model's name in words, by its block depths."""
         depths = (tuple(block.depth for block in self.input_blocks), self.middle_depth)
         name = _FAMILIES.get((self.model_channels, depths), f"SDXL-like, {self.model_channels} channels")
-        return f"{name}, inpainting (9 channels)" if self.in_channels == 9 else name
+        return f"{name}, inpainting (9 channels)" if self.is_inpainting else name
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> "UNetConfig":

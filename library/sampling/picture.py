@@ -30,6 +30,7 @@ def draw_picture(
     sampler: str,
     v_prediction: bool,
     zero_terminal_snr: bool,
+    beside: Tensor | None = None,
 ) -> np.ndarray:
     """One picture: [H, W, 3], uint8.
 
@@ -37,12 +38,15 @@ def draw_picture(
         decode: raw latents -> pixels in -1..1, [1, 3, H, W].
         prompt, negative: [1, T, ...]; the picture is drawn in their dtype and on their device.
         width, height: in pixels, multiples of 32.
+        beside: what an inpainting model sees beside the latents, [1, 5, H/8, W/8].
         seed: of the first noise and all later ones, drawn on the CPU so that every device gives the same.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((1, 4, height // 8, width // 8), generator=generator).to(prompt.context)
     chosen = make_sampler(sampler, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
-    latents = denoise(unet, chosen, noise, prompt, negative, steps=steps, scale=scale, generator=generator)
+    latents = denoise(
+        unet, chosen, noise, prompt, negative, steps=steps, scale=scale, generator=generator, beside=beside
+    )
     pixels = decode(unscale_latents(latents))[0].float()
     if not pixels.isfinite().all():
         raise ValueError("its numbers aren't finite")

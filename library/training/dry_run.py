@@ -50,6 +50,7 @@ from library.training.plan import (
     Plan,
     buckets_of,
     dtype_of,
+    encodes_pictures,
     estimate_memory,
     frozen_parts,
     groups_in_words,
@@ -417,13 +418,14 @@ def _made_up(options: Options, models: SdxlModels, largest: Bucket, samples: Seq
         place=Place(epoch=0, step=0, micro=0, first=0, window_samples=count, closes_window=True, is_idle=False),
         paths=("made up",) * count,
         captions=tuple(samples[i % len(samples)].caption for i in range(count)),
-        images=None if cache.latents else torch.rand(count, 3, height, width) * 2 - 1,
+        images=torch.rand(count, 3, height, width) * 2 - 1 if encodes_pictures(models, cache) else None,
         latents=latents if cache.latents else None,
         text=text,
         original_sizes=sizes,
         crop_top_lefts=torch.zeros_like(sizes),
         target_sizes=sizes,
         weights=torch.ones(count),
+        aesthetic_scores=torch.full((count,), options[DatasetOptions].aesthetic_score),
         attributes=({},) * count,
     )
 

@@ -34,6 +34,7 @@ from library.training.options import (
 
 BASE_MODEL_VERSION = "sdxl_base_v1-0"  # A1111 takes a file for SD 1 unless this starts with sdxl_
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
+REFINER_ARCHITECTURE = "stable-diffusion-xl-v1-refiner"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 SPEC_VERSION = "1.0.1"
 
@@ -148,7 +149,9 @@ def _hashes(name_key: str, legacy_key: str, hash_key: str, name: str) -> dict[st
 # ----------------------------------------------------------------------------------------------------------- modelspec
 
 
-def modelspec(options: Options, kind: str, *, v_prediction: bool, default_title: str) -> dict[str, str]:
+def modelspec(
+    options: Options, kind: str, *, v_prediction: bool, default_title: str, is_refiner: bool = False
+) -> dict[str, str]:
     """The modelspec keys of a file.
 
     Args:
@@ -159,7 +162,7 @@ def modelspec(options: Options, kind: str, *, v_prediction: bool, default_title:
     assert resolution is not None
     spec = {
         "sai_model_spec": SPEC_VERSION,
-        "architecture": ARCHITECTURE + kind,
+        "architecture": (REFINER_ARCHITECTURE if is_refiner else ARCHITECTURE) + kind,
         "implementation": IMPLEMENTATION,
         "title": chosen.metadata_title or options[SavingOptions].output_name or f"{default_title}@{int(time.time())}",
         "resolution": f"{resolution.width}x{resolution.height}",

@@ -101,7 +101,7 @@ def estimate_memory(
         checkpointing=options[MemoryOptions].gradient_checkpointing,
         text_channels=_text_channels(models) if trains_text else 0,
         text_tokens=options[ModelOptions].num_tokens + 2,
-        vae_channels=0 if cache.latents else models.stored("vae")["encoder.conv_in.weight"].shape[0],
+        vae_channels=models.stored("vae")["encoder.conv_in.weight"].shape[0] if encodes_pictures(models, cache) else 0,
         vae_batch=cache.vae_batch_size,
     )
     return estimate(
@@ -118,11 +118,19 @@ def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions) -> Iterato
     trained = {name: parameter for part in task.parts for name, parameter in part.tensors().items()}
     ids = {id(parameter) for parameter in trained.values()}
     yield "unet", sum(parameter.numel() for parameter in task.unet.parameters() if id(parameter) not in ids)
-    absent = [*(["text_encoder_1", "text_encoder_2"] if cache.text else []), *(["vae"] if cache.latents else [])]
-    for part in ("text_encoder_1", "text_encoder_2", "vae"):
-        if part not in absent:
+    absent = [
+        *(["text_encoder_1", "text_encoder_2"] if cache.text else []),
+        *([] if encodes_pictures(models, cache) else ["vae"]),
+    ]
+    for part in models.checkpoint.parts:
+        if part != "unet" and part not in absent:
             own = sum(parameter.numel() for name, parameter in trained.items() if name.startswith(f"{part}."))
             yield part, sum(tensor.numel() for tensor in models.stored(part).values()) - own
+
+
+def encodes_pictures(models: SdxlModels, cache: CacheOptions) -> bool:
+    """Whether steps need the VAE: for pictures without cached latents, and for what inpainting models see."""
+    return not cache.latents or models.checkpoint.unet.is_inpainting
 
 
 def dtype_of(part: str, models: SdxlModels) -> torch.dtype:
@@ -132,7 +140,8 @@ def dtype_of(part: str, models: SdxlModels) -> torch.dtype:
 
 
 def _text_channels(models: SdxlModels) -> int:
-    configs = [text_encoder_config(models.stored(f"text_encoder_{number}"), number) for number in (1, 2)]
+    stored = {number: models.stored(f"text_encoder_{number}") for number in (1, 2)}
+    configs = [text_encoder_config(tensors, number) for number, tensors in stored.items() if tensors]
     return sum(config["hidden_size"] * config["num_hidden_layers"] for config in configs)
 
 

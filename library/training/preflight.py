@@ -11,6 +11,7 @@ from library.data.subsets import Dataset, scan
 from library.errors import Mistake, OptionError, RunError
 from library.log import log
 from library.models.checkpoint import Checkpoint, check_vae, open_checkpoint
+from library.models.key_maps import PARTS
 from library.models.options import ModelOptions
 from library.models.stand_in import stand_in
 from library.options import Options
@@ -124,7 +125,7 @@ def _settled(options: Options, name: str, said: bool | None, checkpoint: Checkpo
 def _against_the_model(
     loss: LossOptions, checkpoint: Checkpoint, *, v_prediction: bool, zero_terminal_snr: bool
 ) -> list[Mistake]:
-    """Options that don't fit what the model predicts, and models that can't be trained yet."""
+    """Options that don't fit what the model predicts, and models that can't be trained."""
     found = []
     if loss.scale_v_pred_loss_like_noise_pred and not v_prediction:
         found.append(
@@ -141,6 +142,11 @@ def _against_the_model(
             "--zero_terminal_snr with a model that predicts noise makes the weights of --min_snr_gamma, --debiased_estimation_loss and "
             "--v_pred_like_loss infinite at the last timestep; leave them out, or train velocity with --v_parameterization"
         )
-    if checkpoint.unet.in_channels != 4 or "text_encoder_1" not in checkpoint.parts:
-        found.append(f"{checkpoint.path}: {checkpoint.unet.family} can't be trained yet in this version")
+    unet = checkpoint.unet
+    if unet.in_channels != 4 and not unet.is_inpainting:
+        found.append(f"{checkpoint.path}: a U-Net with {unet.in_channels} input channels is none that is known here")
+    absent = {"text_encoder_1"} if unet.takes_score else set()
+    if missing := [part for part in PARTS if part not in checkpoint.parts and part not in absent]:
+        told = ", ".join(part.replace("_", " ") for part in missing)
+        found.append(f"{checkpoint.path}: {unet.family}: the file is incomplete, it lacks {told}")
     return [Mistake(text) for text in found]

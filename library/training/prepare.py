@@ -147,12 +147,12 @@ def text_cache(
     texts = TextPlan(options.text_cache_variants)
     if not options.cache_text_encoder_outputs_to_disk:
         return TextInMemory(texts)
-    parts = ["text_encoder_1", "text_encoder_2"]
+    parts = [part for part in models.checkpoint.parts if part.startswith("text_encoder")]
     identity = "" if options.skip_cache_check else _identity(models, parts, models.precision.compute, known)
     identity += ", captions weighted" if weighted else ""
     change = models.change.text_identity() if models.change is not None else ""
     identity += f", with {change}" if change else ""
-    one, two = (token_width(models, part) for part in parts)
+    one, two = (token_width(models, part) for part in ("text_encoder_1", "text_encoder_2"))
     return TextOnDisk(num_tokens + 2, (one, two), identity, texts, known, trusted=options.skip_cache_check)
 
 
@@ -199,8 +199,9 @@ def _stamp_of(source: Path) -> tuple[int, int]:
 
 
 def token_width(models: SdxlModels, part: str) -> int:
-    """Numbers per token of an encoder's hidden states."""
-    return models.checkpoint.tensors(part)["text_model.embeddings.token_embedding.weight"].shape[1]
+    """Numbers per token of an encoder's hidden states; 0 where the model hasn't it."""
+    tensors = models.checkpoint.tensors(part)
+    return tensors["text_model.embeddings.token_embedding.weight"].shape[1] if tensors else 0
 
 
 def _share(share: tuple[int, int], cache: LatentCache | TextCache) -> tuple[int, int]:

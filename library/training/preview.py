@@ -17,9 +17,11 @@ from library.draws import seed_of
 from library.errors import first_line
 from library.files import write_atomically
 from library.log import log
+from library.models.inpainting import inpainting_channels
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import TextConditioning
 from library.models.unet import UNet
+from library.models.vae import PIXELS_PER_LATENT
 from library.sampling.picture import contact_sheet, draw_picture, thumbnail
 from library.sampling.prompts import SamplePrompt
 
@@ -131,7 +133,17 @@ class Preview:
             self.unet, self._decode, wanted, unwanted, width=prompt.width, height=prompt.height, steps=prompt.sample_steps, scale=prompt.scale,
             seed=seed_of(self.seed, "sample", number) if prompt.seed is None else prompt.seed, sampler=prompt.sample_sampler or self.sampler,
             v_prediction=self.v_prediction, zero_terminal_snr=self.zero_terminal_snr,
+            beside=self._all_hidden(prompt.width, prompt.height) if self.unet.config.is_inpainting else None,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _all_hidden(self, width: int, height: int) -> Tensor:
+        """What an inpainting model sees beside the latents where the whole picture is to be painted: [1, 5, H/8, W/8]."""
+        noise = torch.zeros(1, 4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+        grey, everything = torch.zeros(1, 3, height, width), torch.ones(1, height, width)
+        return inpainting_channels(grey, everything, lambda image: self.models.encode_images(image, noise).cpu()).to(
+            self.models.device
+        )
 
     @torch.no_grad()
     def _decode(self, raw: Tensor) -> Tensor:

@@ -107,7 +107,8 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     )  # fmt: skip
     # Once captions are encoded, the text encoders go; so do prompts that they would have to encode later.
     texts = encode_prompts(models, prompts, options[ModelOptions].num_tokens) if prepared.text and prompts else None
-    models.release(*(["vae"] if prepared.latents else []), *(["text_encoders"] if prepared.text else []))
+    keeps_vae = prepared.latents is None or found.checkpoint.unet.is_inpainting
+    models.release(*([] if keeps_vae else ["vae"]), *(["text_encoders"] if prepared.text else []))
     plan = make_plan(options[RunOptions], prepared.datasets, processes=accelerator.num_processes, seed=seed)
     if options[LossOptions].masked_loss and not any(
         sample.conditioning or sample.subset.pixels.alpha_mask for sample in prepared.samples
@@ -150,11 +151,13 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         seed,
         plan.total_steps,
         options[DatasetOptions].prior_loss_weight,
+        options[DatasetOptions].aesthetic_score,
+        needs_images=found.checkpoint.unet.is_inpainting,
     )
     sampling, saving, validating = options[PreviewOptions], options[SavingOptions], options[ValidationOptions]
     preview = Preview(
         prompts, models, task.unet, texts, options[ModelOptions].num_tokens,
-        folder=folder / "sample", name=saving.output_name, sampler=sampling.sample_sampler, seed=seed, keeps_vae=prepared.latents is None,
+        folder=folder / "sample", name=saving.output_name, sampler=sampling.sample_sampler, seed=seed, keeps_vae=keeps_vae,
         v_prediction=found.v_prediction, zero_terminal_snr=found.zero_terminal_snr,
         every_steps=sampling.sample_every_n_steps, every_epochs=sampling.sample_every_n_epochs, at_first=sampling.sample_at_first,
     )  # fmt: skip
@@ -344,8 +347,9 @@ def _make_saver(
 
     def metadata(steps: int, epoch: int) -> dict[str, str]:
         described = modelspec(
-            options, task.modelspec_kind, v_prediction=found.v_prediction, default_title=task.default_title
-        )
+            options, task.modelspec_kind, v_prediction=found.v_prediction, default_title=task.default_title,
+            is_refiner=found.checkpoint.unet.takes_score,
+        )  # fmt: skip
         return {**settled(), **({} if task.is_terse else at_save(steps, epoch)), **described}
 
     dtype = Precision.decide("no", options[SavingOptions].save_precision, no_half_vae=True).save

@@ -1,5 +1,6 @@
 """Step: the one training forward. Everything that trains, validates or measures calls it, and it is what gets wrapped."""
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 from library.data.batch import Batch
 from library.draws import Draws
 from library.errors import RunError
+from library.models.inpainting import inpainting_channels
 from library.models.vae import PIXELS_PER_LATENT, scale_latents
+from library.training.inpainting_masks import draw_masks
 from library.training.loss import sample_losses
 from library.training.noise import make_noisy
 from library.training.options import LossOptions, NoiseOptions
@@ -33,13 +36,16 @@ class Step(nn.Module):
         """The weighted loss of each sample: [B], float32. Args: timesteps: [B]; drawn if not given."""
         task, objective = self._task, self._objective
         latents = scale_latents(self._raw_latents(batch, draws))
+        mask = self._mask(batch)
+        if task.unet.config.is_inpainting:
+            batch = dataclasses.replace(batch, beside=self._beside(batch, mask, draws))
         text = task.encode_text(batch)
         noisy = make_noisy(latents, draws, objective.schedule, self._noise, timesteps)
         prediction = task.predict(noisy, text, batch)
         target = task.target(noisy, text, batch, objective)
         losses = sample_losses(
             prediction, target, noisy.timesteps, objective.schedule, self._loss,
-            mask=self._mask(batch), v_prediction=objective.v_prediction,
+            mask=mask, v_prediction=objective.v_prediction,
         )  # fmt: skip
         return losses * batch.weights
 
@@ -48,6 +54,15 @@ class Step(nn.Module):
         if self._loss.masked_loss and batch.conditioning is not None:
             return batch.conditioning[:, 0] / 2 + 0.5
         return batch.masks
+
+    @torch.no_grad()
+    def _beside(self, batch: Batch, mask: Tensor | None, draws: Draws) -> Tensor:
+        """What an inpainting model sees beside the noisy latents: the loss mask, or a drawn one, is what it is to paint."""
+        assert batch.images is not None
+        height, width = batch.images.shape[2:]
+        noise = draws.normal("masked posterior", (4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
+        masks = draw_masks(draws, height, width) if mask is None else mask
+        return inpainting_channels(batch.images, masks, lambda masked: self._encode_images(masked, noise))
 
     @torch.no_grad()
     def _raw_latents(self, batch: Batch, draws: Draws) -> Tensor:

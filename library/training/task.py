@@ -96,8 +96,20 @@ class Task:
 
     def predict(self, noisy: Noisy, text: TextConditioning, batch: Batch) -> Tensor:
         """What the U-Net makes of the noisy latents: [B, 4, H/8, W/8]."""
-        vector = conditioning_vector(text.pooled, batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
-        return self.unet(noisy.latents.to(self.compute_dtype), noisy.timesteps, text.context, vector)
+        return self.unet(self.model_input(noisy, batch), noisy.timesteps, text.context, self.vector(text, batch))
+
+    def model_input(self, noisy: Noisy, batch: Batch) -> Tensor:
+        """What the U-Net sees, [B, 4, H/8, W/8]; of inpainting models [B, 9, H/8, W/8]."""
+        seen = noisy.latents if batch.beside is None else torch.cat([noisy.latents, batch.beside], dim=1)
+        return seen.to(self.compute_dtype)
+
+    def vector(self, text: TextConditioning, batch: Batch) -> Tensor:
+        """What the U-Net is told of text and sizes: [B, 2816], or a refiner's [B, 2560]."""
+        target = batch.target_sizes
+        if self.unet.config.takes_score:
+            assert batch.aesthetic_scores is not None
+            target = batch.aesthetic_scores[:, None]
+        return conditioning_vector(text.pooled, batch.original_sizes, batch.crop_top_lefts, target)
 
     def target(self, noisy: Noisy, text: TextConditioning, batch: Batch, objective: Objective) -> Tensor:
         """What it should make of them."""

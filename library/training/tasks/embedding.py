@@ -61,6 +61,8 @@ def add_token(
     models: SdxlModels, word: str, init_word: str | None, count: int, weights: Path | None = None
 ) -> NewToken:
     """Add a new word to the models' tokenizers and encoders. Raises OptionError if it can't be, or the file doesn't fit."""
+    if models.checkpoint.unet.takes_score:
+        raise OptionError(f"{models.checkpoint.path}: a new word needs both text encoders, and the refiner has one")
     if init_word and models.device.type != "meta" and (found := num_init_tokens(models, init_word)) != count:
         log.warning("%r has %d tokens for %d vectors: they are taken in turn", init_word, found, count)
     rows = first_rows(models, init_word, count)

@@ -59,7 +59,7 @@ class ModelPart(Part):
         size = 0
         for part in PARTS:
             for name, tensor in self._models.checkpoint.tensors(part).items():
-                own = self._tensors.get(FILE_PREFIXES[part] + name, tensor)
+                own = self._tensors.get(_prefix(part) + name, tensor)
                 size += tensor.numel() * (item or own.element_size())
         return size
 
@@ -134,10 +134,9 @@ class FineTune(Task):
         if options.train_text_encoder:
             for number, (encoder, own) in enumerate(zip(self._encoders, options.text_encoder_lrs, strict=True), 1):
                 rate = lr if own is None else own
-                if rate:
-                    groups.append(
-                        ParamGroup(f"text_encoder{number}", _encoder_parameters(encoder, number), rate, text_stops_at)
-                    )
+                parameters = _encoder_parameters(encoder, number)
+                if rate and parameters:
+                    groups.append(ParamGroup(f"text_encoder{number}", parameters, rate, text_stops_at))
         for group in groups:
             for parameter in group.parameters.values():
                 parameter.requires_grad_(True)
