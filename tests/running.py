@@ -1,14 +1,18 @@
 """Running the scripts: in this process (fast), or as a user does."""
 
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from library.errors import run
 from library.safetensors_io import load_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +50,25 @@ def train_network(model: Path, pictures: Path, output: Path, *extra: object, qui
 
     sdxl_train_network.main(arguments(model, pictures, output, *extra, quick=quick))
     return output / "lora.safetensors"
+
+
+class Ended(NamedTuple):
+    """How a script ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_here(main: Callable[[list[str]], None], *words: object) -> Ended:
+    """What a user who starts the script sees, without the seconds of a new process's imports."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            run(lambda: main([str(word) for word in words]))
+        except SystemExit as ended:
+            status = ended.code or 0
+    return Ended(status, out.getvalue(), err.getvalue())
 
 
 def losses_of(output: Path) -> list[float]:

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sdxl_train_network
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
-from running import QUICK, ROOT, arguments, losses_of, script, tensors_of, train_network, without
+from running import QUICK, Ended, arguments, losses_of, run_here, script, tensors_of, train_network, without
 
 from library.safetensors_io import write_safetensors
 
 
-def run(*words: object, quick=QUICK, env=None):
-    return script(ROOT / "sdxl_train_network.py", *arguments(*words, quick=quick), env=env)
+def run(*words: object, quick=QUICK) -> Ended:
+    return run_here(sdxl_train_network.main, *arguments(*words, quick=quick))
 
 
 def refused(done, output: Path, *pieces: str, status: int = 2) -> str:
@@ -375,7 +377,7 @@ def test_weights_that_arent_finite_are_never_saved(golden_model, pictures, outpu
 def test_a_config_file_that_cant_be_read_is_the_only_mistake_told(content, expected, tmp_path):
     if content is not None:
         (tmp_path / "run.toml").write_bytes(content)
-    done = script(ROOT / "sdxl_train_network.py", "--config_file", str(tmp_path / "run.toml"))
+    done = run_here(sdxl_train_network.main, "--config_file", tmp_path / "run.toml")
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("error:") == 1
 
 
@@ -385,13 +387,14 @@ def test_a_vae_that_is_none_is_told_by_its_header(golden_model, pictures, output
 
 
 def test_a_hub_id_without_a_network_is_one_sentence(pictures, output):
-    refused(run("some-one/no-such-model", pictures, output, env={"HF_HUB_OFFLINE": "1"}), output, "some-one/no-such-model: no such file or folder here, and the hub says")  # fmt: skip
+    refused(run("some-one/no-such-model", pictures, output), output, "some-one/no-such-model: no such file or folder here, and the hub says")  # fmt: skip
 
 
-def test_a_broken_xformers_is_told_and_done_without(golden_model, pictures, output, tmp_path):
+def test_a_broken_xformers_is_told_and_done_without(golden_model, pictures, output, tmp_path, monkeypatch):
     (tmp_path / "site" / "xformers").mkdir(parents=True)
     (tmp_path / "site" / "xformers" / "__init__.py").write_text("raise ImportError('made for another torch')")
-    done = run(golden_model, pictures, output, "--xformers", "--max_train_steps", "1", env={"PYTHONPATH": str(tmp_path / "site")})  # fmt: skip
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    done = run(golden_model, pictures, output, "--xformers", "--max_train_steps", "1")
     assert done.returncode == 0 and "can't be used (made for another torch)" in done.stderr, done.stderr[-2000:]
 
 
@@ -401,10 +404,12 @@ def test_a_caption_that_is_too_long_is_told(golden_model, pictures, output):
     assert done.returncode == 0 and "a caption has more than 75 tokens (--max_token_length); left out: '" in done.stderr
 
 
-def test_accelerates_own_settings_change_nothing(golden_model, pictures, output, tmp_path):
+def test_accelerates_own_settings_change_nothing(golden_model, pictures, output, tmp_path, monkeypatch):
     plain = train_network(golden_model, pictures, tmp_path / "plain", "--max_train_steps", "2")
-    done = run(golden_model, pictures, output, "--max_train_steps", "2", env={"ACCELERATE_DYNAMO_BACKEND": "EAGER", "ACCELERATE_MIXED_PRECISION": "bf16"})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train_network(golden_model, pictures, output, "--max_train_steps", "2")
     assert losses_of(output) == losses_of(plain.parent)
 
 
