@@ -71,9 +71,10 @@ def run_here(main: Callable[[list[str]], None], *words: object) -> Ended:
     return Ended(status, out.getvalue(), err.getvalue())
 
 
-def losses_of(output: Path) -> list[float]:
+def losses_of(output: Path, name: str = "loss/current") -> list[float]:
+    """Of a run's log."""
     lines = (output / "lora-log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row["loss/current"] for row in map(json.loads, lines) if "loss/current" in row]
+    return [row[name] for row in map(json.loads, lines) if name in row]
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:

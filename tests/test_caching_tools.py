@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from running import QUICK, ROOT, arguments, losses_of, script, train_network, without
+from running import QUICK, ROOT, Ended, losses_of, run_here, script, train_network, without
 
 BUCKETS = [
     "--resolution",
@@ -36,11 +37,15 @@ def tool(name: str, model: Path, pictures: Path, *extra: object) -> list[str]:
     return [str(word) for word in [*words, *extra]]
 
 
-def call(name: str, *words: object) -> None:
-    """Run a tool's main in this process."""
-    sys.path.insert(0, str(ROOT))
-    module = __import__(name, fromlist=["main"])
-    module.main([str(word) for word in words])
+def call(name: str, *words: object) -> Ended:
+    """Run a tool's main in this process, to its end."""
+    ended = ends(name, *words)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended
+
+
+def ends(name: str, *words: object) -> Ended:
+    return run_here(import_module(name).main, *words)
 
 
 def arrays_of(folder: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -75,18 +80,17 @@ def test_what_the_tools_cache_is_what_training_caches_and_uses(golden_model, pic
 
 
 def test_two_processes_make_the_files_that_one_makes(golden_model, pictures):
-    def on(processes: int) -> dict:
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        done = subprocess.run([*launch, *tool("cache_latents", golden_model, pictures, "--flip_aug")], env=env, capture_output=True, text=True, check=False)  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        return arrays_of(pictures)
-
-    two = on(2)
+    words = tool("cache_latents", golden_model, pictures, "--flip_aug")
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, *words], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = arrays_of(pictures)
     for file in pictures.rglob("*.npz"):
         file.unlink()
     assert len(two) == 4
-    assert_equal(two, on(1))
+    call("tools.cache_latents", *words[1:])
+    assert_equal(two, arrays_of(pictures))
 
 
 def test_a_config_file_of_training_is_taken_and_damaged_pictures_are_all_told(golden_model, pictures, tmp_path):
@@ -97,12 +101,12 @@ def test_a_config_file_of_training_is_taken_and_damaged_pictures_are_all_told(go
     )
     for number in (0, 2):
         (pictures / "2_shapes" / f"picture{number}.png").write_bytes(Image.new("RGB", (64, 64)).tobytes()[:50])
-    done = script(ROOT / "tools" / "cache_latents.py", "--config_file", str(tmp_path / "run.toml"))
+    done = ends("tools.cache_latents", "--config_file", tmp_path / "run.toml")
     assert done.returncode == 2 and all(f"picture{number}.png" in done.stderr for number in (0, 2))
-    done = script(ROOT / "tools" / "cache_latents.py", "--config_file", str(tmp_path / "run.toml"), "--skip_bad_images")
-    assert done.returncode == 0 and "the caches of 2 pictures are complete" in done.stderr, done.stderr
+    done = call("tools.cache_latents", "--config_file", tmp_path / "run.toml", "--skip_bad_images")
+    assert "the caches of 2 pictures are complete" in done.stderr, done.stderr
     assert "min_snr_gamma" in done.stderr and "it is for training" in done.stderr
-    done = script(ROOT / "tools" / "cache_text_encoder_outputs.py", "--config_file", str(tmp_path / "run.toml"))
+    done = ends("tools.cache_text_encoder_outputs", "--config_file", tmp_path / "run.toml")
     assert done.returncode == 2 and "--text_cache_variants 8" in done.stderr
 
 
@@ -145,22 +149,23 @@ def train_metadata(path: Path) -> dict[str, str]:
 
 
 def test_prepare_buckets_refuses_what_cant_work_all_at_once(golden_model, pictures, tmp_path):
-    done = script(
-        ROOT / "prepare_buckets_latents.py", str(pictures), str(tmp_path / "none.json"), str(tmp_path / "out.json"), str(golden_model),
+    done = ends(
+        "prepare_buckets_latents", pictures, tmp_path / "none.json", tmp_path / "out.json", golden_model,
         "--max_resolution", "64", "--bucket_reso_steps", "7", "--batch_size", "0", "--v2",
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("error:") == 5 and "Traceback" not in done.stderr
 
 
-def test_drawn_captions_train_from_a_cache_without_the_text_encoders(golden_model, pictures, tmp_path):
+def test_drawn_captions_train_from_a_cache_without_the_text_encoders(golden_model, pictures, tmp_path, capsys):
     words = ["--shuffle_caption", "--caption_dropout_rate", 0.3, "--text_cache_variants", 3, "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]  # fmt: skip
     train_network(golden_model, pictures, tmp_path / "first", *words, "--max_train_steps", 4)
     with np.load(next(pictures.rglob("*_te_outputs.npz"))) as arrays:
         assert {"hidden_state1", "pool2_3"} <= set(
             arrays
         ) and "pool2_4" not in arrays  # three captions and the empty one
-    again = script(ROOT / "sdxl_train_network.py", *arguments(golden_model, pictures, tmp_path / "second", *words, "--max_train_steps", 4))  # fmt: skip
-    assert again.returncode == 0 and "text-encoder outputs: 4 of 4 are cached" in again.stderr, again.stderr[-2000:]
+    capsys.readouterr()
+    train_network(golden_model, pictures, tmp_path / "second", *words, "--max_train_steps", 4)
+    assert "text-encoder outputs: 4 of 4 are cached" in capsys.readouterr().err
     assert losses_of(tmp_path / "first") == losses_of(tmp_path / "second")
 
 
@@ -214,7 +219,7 @@ def test_prepare_buckets_writes_no_metadata_when_a_picture_cant_be_encoded(golde
     raw = (folder / "picture1.png").read_bytes()
     (folder / "picture1.png").write_bytes(raw[:60] + bytes(len(raw) - 60))  # its header is whole
     words = [folder, tmp_path / "in.json", tmp_path / "out.json", golden_model, "--max_resolution", "64,64", "--min_bucket_reso", 32, "--bucket_reso_steps", 32]  # fmt: skip
-    done = script(ROOT / "prepare_buckets_latents.py", *map(str, words), "--max_data_loader_n_workers", "2")
+    done = ends("prepare_buckets_latents", *words, "--max_data_loader_n_workers", 2)
     assert done.returncode == 1 and "picture1.png: damaged" in done.stderr and "--skip_existing" in done.stderr
     assert "--max_data_loader_n_workers changes nothing here" in done.stderr
     assert not (tmp_path / "out.json").exists() and len(list(folder.glob("*.npz"))) == 3

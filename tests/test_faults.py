@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sdxl_train_network
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from running import QUICK, Ended, arguments, losses_of, run_here, script, tensors_of, train_network, without
 
+import sdxl_train_network
 from library.safetensors_io import write_safetensors
 
 

@@ -1,11 +1,13 @@
 """Networks from elsewhere, base weights, preserved outputs, and text encoders that stop."""
 
 import json
+import sys
 
 import pytest
 import torch
-from running import QUICK, arguments, assert_bit_equal, losses_of, script, tensors_of, train_network, without
+from running import QUICK, arguments, assert_bit_equal, losses_of, run_here, tensors_of, train_network, without
 
+import sdxl_train_network
 from library.errors import OptionError
 from library.models.text_encoders import TextConditioning
 from library.safetensors_io import read_header, write_safetensors
@@ -72,19 +74,22 @@ def create_network(multiplier, network_dim, network_alpha, vae, text_encoder, un
 """
 
 
-def test_any_module_with_create_network_will_do(golden_model, pictures, tmp_path):
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
     (tmp_path / "own_network.py").write_text(OWN_MODULE, encoding="utf-8")
-    words = arguments(golden_model, pictures, tmp_path / "out", "--network_module", "own_network", "--network_args", "wanted=yes", "--max_train_steps", "2")  # fmt: skip
-    done = script("-c", f"import sys; sys.path.append({str(tmp_path)!r})\nimport sdxl_train_network as s\ns.main({words!r})")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    tensors = tensors_of(tmp_path / "out" / "lora.safetensors")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_network", raising=False)
+
+
+def test_any_module_with_create_network_will_do(golden_model, pictures, tmp_path, own_module):
+    words = ["--network_module", "own_network", "--network_args", "wanted=yes", "--max_train_steps", "2"]
+    tensors = tensors_of(train_network(golden_model, pictures, tmp_path / "out", *words))
     assert tensors and all(name.startswith("own_unet_") and tensor.item() != 0 for name, tensor in tensors.items())
 
 
-def test_arguments_that_the_module_refuses_are_told_before_caching(golden_model, pictures, tmp_path):
-    (tmp_path / "own_network.py").write_text(OWN_MODULE, encoding="utf-8")
+def test_arguments_that_the_module_refuses_are_told_before_caching(golden_model, pictures, tmp_path, own_module):
     words = arguments(golden_model, pictures, tmp_path / "out", "--network_module", "own_network", "--network_args", "other=1")  # fmt: skip
-    done = script("-c", f"import sys; sys.path.append({str(tmp_path)!r})\nimport sdxl_train_network as s\nfrom library.errors import run\nrun(lambda: s.main({words!r}))")  # fmt: skip
+    done = run_here(sdxl_train_network.main, *words)
     assert done.returncode == 2 and "caching" not in done.stderr
     assert "error: --network_module own_network with --network_args other=1: AssertionError" in done.stderr
 

@@ -7,9 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import QUICK, ROOT, arguments, assert_bit_equal, losses_of, script, tensors_of, train_network, without
+from running import (
+    QUICK,
+    ROOT,
+    arguments,
+    assert_bit_equal,
+    losses_of,
+    run_here,
+    script,
+    tensors_of,
+    train_network,
+    without,
+)
 
+import sdxl_train_network
 from library.safetensors_io import read_header
+from tools import before_after, make_tiny_sdxl
 
 SHARED = ROOT.parent / "shared"
 WITH_TEXT = without(QUICK, "--network_train_unet_only", "--cache_text_encoder_outputs")
@@ -248,23 +261,27 @@ def torchrun(processes: int, *words: object, port: int) -> subprocess.CompletedP
 
 
 def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, pictures, tmp_path):
-    """Losses 1e-5, weights 1e-4; nothing but the number of processes differs, and they are really two."""
+    """Losses 1e-5, of validation too, weights 1e-4; nothing but the number of processes differs, and they are really two."""
     quick = ["--max_train_steps", "5", "--train_batch_size", "1", "--flip_aug", "--noise_offset", "0.05"]
+    quick += ["--validation_split", "0.5", "--validation_seed", "3", "--validate_every_n_steps", "1"]
     train_network(golden_model, pictures, tmp_path / "one", *quick, "--gradient_accumulation_steps", "2")
     done = torchrun(2, *command(golden_model, pictures, tmp_path / "two", *quick), port=29511)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "/ (2 processes x 1 accumulated)" in done.stderr
-    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
-    assert one == pytest.approx(two, abs=1e-5)
+    for name, count in (("loss/current", 5), ("loss/validation/step_average", 5)):
+        one, two = losses_of(tmp_path / "one", name), losses_of(tmp_path / "two", name)
+        assert len(one) == count and one == pytest.approx(two, abs=1e-5)
     tensors = tensors_of(tmp_path / "two" / "lora.safetensors")
     for name, tensor in tensors_of(tmp_path / "one" / "lora.safetensors").items():
         torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-4)
 
 
-def test_two_processes_train_text_encoders_and_share_caches_on_disk(golden_model, pictures, tmp_path):
+def test_two_processes_train_text_encoders_with_dropped_modules_and_share_caches_on_disk(golden_model, pictures, tmp_path):  # fmt: skip
+    """Each process leaves other modules out; gradients are exchanged all the same."""
+    dropout = ["--network_args", "module_dropout=0.5", "rank_dropout=0.2"]
     extra = command(
-        golden_model, pictures, tmp_path / "out", "--max_train_steps", 2, "--cache_latents_to_disk", quick=WITH_TEXT
-    )
+        golden_model, pictures, tmp_path / "out", "--max_train_steps", 3, "--cache_latents_to_disk", *dropout, quick=WITH_TEXT
+    )  # fmt: skip
     done = torchrun(2, *extra, port=29512)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list(pictures.rglob("*_sdxl.npz"))) == 4
@@ -290,7 +307,7 @@ def test_quickstarts_pieces_make_a_picture(tmp_path, golden_model, pictures):
         "--height",
         "64",
     ]
-    done = script(ROOT / "tools" / "before_after.py", *extra, "--steps", "2", "--prompt", "a red circle")
+    done = run_here(before_after.main, *extra, "--steps", "2", "--prompt", "a red circle")
     assert done.returncode == 0, done.stderr[-2000:]
     from PIL import Image
 
@@ -301,9 +318,7 @@ def test_quickstarts_pieces_make_a_picture(tmp_path, golden_model, pictures):
 
 def test_make_tiny_sdxl_makes_the_same_model_from_the_same_seed(tmp_path):
     for name in ("a", "b"):
-        done = script(
-            ROOT / "tools" / "make_tiny_sdxl.py", "--output", tmp_path / f"{name}.safetensors", "--precision", "fp16"
-        )
+        done = run_here(make_tiny_sdxl.main, "--output", tmp_path / f"{name}.safetensors", "--precision", "fp16")
         assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     from library.models.checkpoint import open_checkpoint
@@ -339,7 +354,6 @@ def test_the_step_log_is_json_lines(golden_model, pictures, tmp_path):
 
 def test_what_a_gui_writes_is_taken_with_a_few_lines(golden_model, pictures, tmp_path, caplog):
     """Foreign keys get one line together, and so do options that mean nothing in this version; nothing is refused."""
-    import sdxl_train_network
     from library.options import read_options
     from library.training.not_yet import REFUSED, UNUSED
     from library.training.options import COMMON_TRAINING, OptimizerOptions, check_training
@@ -373,18 +387,12 @@ def test_with_complete_caches_neither_transformers_nor_diffusers_is_imported(gol
     assert done.stdout.strip() == "set()", done.stderr[-2000:]
 
 
-def test_module_dropout_trains_on_two_processes(golden_model, pictures, tmp_path):
-    """Each process leaves other modules out; gradients are exchanged all the same."""
-    extra = ["--max_train_steps", "3", "--network_args", "module_dropout=0.5", "rank_dropout=0.2"]
-    done = torchrun(2, *command(golden_model, pictures, tmp_path / "out", *extra), port=29513)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_the_output_may_not_overwrite_the_base_model(golden_model, pictures, tmp_path):
     import shutil
 
     shutil.copy(golden_model, tmp_path / "lora.safetensors")
-    done = script(*command(tmp_path / "lora.safetensors", pictures, tmp_path, "--max_train_steps", "1"))
+    words = arguments(tmp_path / "lora.safetensors", pictures, tmp_path, "--max_train_steps", "1")
+    done = run_here(sdxl_train_network.main, *words)
     assert done.returncode == 2 and "would overwrite the base model" in done.stderr
     assert (tmp_path / "lora.safetensors").read_bytes() == golden_model.read_bytes()
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from running import ROOT, arguments, script, tensors_of, train_network
+from running import arguments, run_here, tensors_of, train_network
 
+import sdxl_train_network
 from library import safetensors_io
 from library.safetensors_io import read_header
 from networks.lora_file import write_lora
@@ -50,9 +51,9 @@ def test_fault_73_secrets_are_in_no_file_and_no_line(extra, golden_model, pictur
     out, config = tmp_path / "out", tmp_path / "run.toml"
     secret = [word for name, value in SECRETS.items() for word in (f"--{name}", value)]
     words = [*arguments(golden_model, pictures, out, "--max_train_steps", 1, "--logging_dir", tmp_path / "log", "--log_config"), *secret, *extra]  # fmt: skip
-    done = script(ROOT / "sdxl_train_network.py", *words)
+    done = run_here(sdxl_train_network.main, *words)
     assert done.returncode == (2 if extra else 0), done.stderr[-2000:]
-    written = script(ROOT / "sdxl_train_network.py", *words, "--output_config", "--config_file", config)
+    written = run_here(sdxl_train_network.main, *words, "--output_config", "--config_file", config)
     told = done.stdout + done.stderr + written.stdout + written.stderr
     folders = [path for folder in (out, tmp_path / "log") for path in folder.rglob("*") if path.is_file()]
     files = [*folders, *([config] if config.exists() else [])]
@@ -65,7 +66,7 @@ def test_fault_73_secrets_are_in_no_file_and_no_line(extra, golden_model, pictur
 def test_a_secret_that_is_wrong_isnt_repeated(golden_model, pictures, tmp_path):
     config = tmp_path / "run.toml"
     config.write_text('huggingface_token = ["hf_abcdefghijklmnopqrstuvwxyz0123456789"]\n', encoding="utf-8")
-    done = script(ROOT / "sdxl_train_network.py", *arguments(golden_model, pictures, tmp_path / "out"), "--config_file", config)  # fmt: skip
+    done = run_here(sdxl_train_network.main, *arguments(golden_model, pictures, tmp_path / "out"), "--config_file", config)  # fmt: skip
     assert done.returncode == 2 and "huggingface_token" in done.stderr and "hf_abc" not in done.stderr
 
 

@@ -1,13 +1,10 @@
 """Validation: fixed noise and timesteps, a split that doesn't overlap, and training that doesn't notice."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from running import QUICK, ROOT, arguments, assert_bit_equal, losses_of, tensors_of, train_network, without
+from running import QUICK, assert_bit_equal, losses_of, tensors_of, train_network, without
 
 from library.data.order import Group
 from library.training.validation import fixed_timesteps, validation_batches
@@ -81,18 +78,3 @@ def test_without_pictures_to_validate_on_the_user_is_told(golden_model, pictures
     train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", "1", "--validate_every_n_steps", "1")
     assert "there is nothing to validate on" in capsys.readouterr().err
     assert validation_lines(tmp_path / "out") == []
-
-
-def test_two_processes_validate_as_one(golden_model, pictures, tmp_path):
-    def losses(processes: int) -> list[float]:
-        output = tmp_path / str(processes)
-        words = arguments(
-            golden_model, pictures, output, *SPLIT, "--learning_rate", "1e-12", "--validate_every_n_steps", 2
-        )
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        done = subprocess.run([*launch, str(ROOT / "sdxl_train_network.py"), *words], env=env, capture_output=True, text=True, check=False)  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        return step_losses(output)
-
-    assert losses(2) == pytest.approx(losses(1), rel=1e-5)
