@@ -1,14 +1,12 @@
 """The caching tools, end to end: pictures to metadata to caches to training; several processes; what they refuse."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import end_together, processes
 from PIL import Image
 from running import QUICK, ROOT, Ended, losses_of, run_here, script, train_network, without
 
@@ -81,10 +79,7 @@ def test_what_the_tools_cache_is_what_training_caches_and_uses(golden_model, pic
 
 def test_two_processes_make_the_files_that_one_makes(golden_model, pictures):
     words = tool("cache_latents", golden_model, pictures, "--flip_aug")
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, *words], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    end_together(processes("tools/cache_latents.py", *words[1:], count=2, port=29514))
     two = arrays_of(pictures)
     for file in pictures.rglob("*.npz"):
         file.unlink()

@@ -1,19 +1,17 @@
 """Resuming: bit-equal to a run that was never interrupted, whatever is trained and wherever it stopped; what isn't the same run is told."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from running import QUICK, ROOT, arguments, assert_bit_equal, script, tensors_of, train_network, without
+from forked import Script, end_together, processes, wait_until
+from running import QUICK, arguments, assert_bit_equal, tensors_of, train_network, without
 from test_state import assert_same, tamper
 
 from library.errors import OptionError, RunError
@@ -104,22 +102,6 @@ def test_fault_65_whatever_is_trained_and_wherever_it_stopped(case, golden_model
         latest = output
 
 
-def started(*words: object) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "sdxl_train_network.py"), *map(str, words)]
-    return subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
-def kill_after_steps(process: subprocess.Popen, output: Path, steps: int) -> None:
-    deadline = time.monotonic() + 120
-    while not (output / "lora-log.jsonl").exists() or len(rows_of(output)) < steps:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-3000:]
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is POSIX")
 def test_fault_65_a_run_that_was_killed_goes_on_in_a_new_process(golden_model, pictures, tmp_path):
     """kill -9 somewhere in an accumulation window; dropouts, noise, warm-up and a moving average."""
@@ -129,11 +111,14 @@ def test_fault_65_a_run_that_was_killed_goes_on_in_a_new_process(golden_model, p
     again = arguments(
         golden_model, pictures, output, *words, "--save_every_n_steps", "2", "--save_state", "--auto_resume"
     )
-    kill_after_steps(started(*again), output, 3)
+    run = Script("sdxl_train_network.py", *again)
+    wait_until(lambda: (output / "lora-log.jsonl").exists() and len(rows_of(output)) >= 3, run)
+    run.kill()
+    assert run.end()[0] == -signal.SIGKILL
     assert (output / ".lora.lock").exists() and state_at(output, 2).exists()
     assert not (output / "lora.safetensors").exists()
-    done = script(ROOT / "sdxl_train_network.py", *again)
-    assert done.returncode == 0 and "resumed from" in done.stderr, done.stderr[-3000:]
+    status, told = Script("sdxl_train_network.py", *again).end()
+    assert status == 0 and "resumed from" in told, told[-3000:]
     assert_same_end(tmp_path / "plain", output, 0)
     assert [row["step"] for row in rows_of(output)] == list(range(1, 7))
     assert not list(output.glob(".*"))
@@ -193,26 +178,16 @@ def test_fault_65_a_state_of_an_epochs_last_step_still_has_the_epochs_end_before
 
 @pytest.mark.long
 def test_fault_65_two_processes_go_on_to_the_bit(golden_model, pictures, tmp_path):
-    def torchrun(output: str, *extra: object) -> None:
-        launch = [
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            "29631",
-            ROOT / "sdxl_train_network.py",
-        ]
+    def on_two(output: str, *extra: object) -> None:
         words = arguments(
             golden_model, pictures, tmp_path / output, *NOISY, "--max_train_steps", "5", "--save_state", *extra
         )
-        done = script(*launch, *words, env={"ACCELERATE_USE_CPU": "true"})
-        assert done.returncode == 0, done.stderr[-3000:]
+        end_together(processes("sdxl_train_network.py", *words, count=2, port=29531))
 
-    torchrun("plain", "--save_every_n_steps", "3")
-    torchrun("output", "--resume", state_at(tmp_path / "plain", 3))
+    on_two("plain", "--save_every_n_steps", "3")
+    on_two("output", "--resume", state_at(tmp_path / "plain", 3))
     assert_same_end(tmp_path / "plain", tmp_path / "output", 3)
-    torchrun("plain", "--resume", state_at(tmp_path / "plain", 3), "--verify_resume", "5")
+    on_two("plain", "--resume", state_at(tmp_path / "plain", 3), "--verify_resume", "5")
     with pytest.raises(OptionError, match="processes: 2 -> 1"):
         train_network(golden_model, pictures, tmp_path / "one", *NOISY, "--max_train_steps", "5", "--resume", state_at(tmp_path / "plain", 3))  # fmt: skip
 

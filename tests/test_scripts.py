@@ -2,11 +2,11 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from forked import end_together, processes
 from running import (
     QUICK,
     ROOT,
@@ -255,19 +255,14 @@ def test_plain_python_and_accelerate_launch_give_the_same_file(golden_model, pic
     )
 
 
-def torchrun(processes: int, *words: object, port: int) -> subprocess.CompletedProcess:
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", port]
-    return script(*launch, *words, env={"ACCELERATE_USE_CPU": "true"})
-
-
 def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, pictures, tmp_path):
     """Losses 1e-5, of validation too, weights 1e-4; nothing but the number of processes differs, and they are really two."""
     quick = ["--max_train_steps", "5", "--train_batch_size", "1", "--flip_aug", "--noise_offset", "0.05"]
     quick += ["--validation_split", "0.5", "--validation_seed", "3", "--validate_every_n_steps", "1"]
     train_network(golden_model, pictures, tmp_path / "one", *quick, "--gradient_accumulation_steps", "2")
-    done = torchrun(2, *command(golden_model, pictures, tmp_path / "two", *quick), port=29511)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "/ (2 processes x 1 accumulated)" in done.stderr
+    words = arguments(golden_model, pictures, tmp_path / "two", *quick)
+    told = end_together(processes("sdxl_train_network.py", *words, count=2, port=29511))
+    assert "/ (2 processes x 1 accumulated)" in told
     for name, count in (("loss/current", 5), ("loss/validation/step_average", 5)):
         one, two = losses_of(tmp_path / "one", name), losses_of(tmp_path / "two", name)
         assert len(one) == count and one == pytest.approx(two, abs=1e-5)
@@ -279,11 +274,10 @@ def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, pictu
 def test_two_processes_train_text_encoders_with_dropped_modules_and_share_caches_on_disk(golden_model, pictures, tmp_path):  # fmt: skip
     """Each process leaves other modules out; gradients are exchanged all the same."""
     dropout = ["--network_args", "module_dropout=0.5", "rank_dropout=0.2"]
-    extra = command(
+    words = arguments(
         golden_model, pictures, tmp_path / "out", "--max_train_steps", 3, "--cache_latents_to_disk", *dropout, quick=WITH_TEXT
     )  # fmt: skip
-    done = torchrun(2, *extra, port=29512)
-    assert done.returncode == 0, done.stderr[-3000:]
+    end_together(processes("sdxl_train_network.py", *words, count=2, port=29512))
     assert len(list(pictures.rglob("*_sdxl.npz"))) == 4
     ups = {
         name: t
