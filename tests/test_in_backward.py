@@ -28,7 +28,12 @@ class Small(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleDict(
-            {"first": nn.Linear(80, 80), "twice": nn.Linear(80, 80), "rare": nn.Linear(80, 80), "last": nn.Linear(80, 1)}
+            {
+                "first": nn.Linear(80, 80),
+                "twice": nn.Linear(80, 80),
+                "rare": nn.Linear(80, 80),
+                "last": nn.Linear(80, 1),
+            }
         )
 
     def forward(self, x: torch.Tensor, rarely: bool) -> torch.Tensor:
@@ -114,7 +119,7 @@ def test_tensors_are_clipped_alone_or_by_the_norm_of_the_step_before():
 
 def train_one_by_one(update: Update, by_previous: bool, most: float):
     previous = None
-    for step in range(3):
+    for _ in range(3):
         for i, part in enumerate(X.split([2, 4])):
             (update.step_module(part, rarely=i == 0).sum() / 6).backward()
         parameters = list(update.step_module.parameters())
