@@ -1,6 +1,5 @@
 """Make the update that the options ask for: its optimizer, its schedule, and the way down."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +8,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import Mistake, OptionError
 from library.options import Options
-from library.param_group import ParamGroup
+from library.param_group import ParamGroup, split_groups
 from library.training.in_backward import InBackward
 from library.training.lr_schedules import make_scheduler
 from library.training.optimizers import make_optimizer, start_training
@@ -73,14 +72,3 @@ def _optimizer(groups: Sequence[ParamGroup], options: Options) -> torch.optim.Op
 
 def _is_separable(options: Options) -> bool:
     return is_separable(lambda groups: _optimizer(groups, options))
-
-
-def split_groups(groups: Sequence[ParamGroup], count: int) -> list[ParamGroup]:
-    """The groups cut into about `count`, each of the same number of tensors and one learning rate. Contract: training_math.md section 5."""
-    size = math.ceil(sum(len(group.parameters) for group in groups) / count)
-    cut = []
-    for group in groups:
-        members = list(group.parameters.items())
-        for start in range(0, len(members), size):
-            cut.append(ParamGroup(group.name, dict(members[start : start + size]), group.lr, group.stops_at))
-    return cut

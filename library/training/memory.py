@@ -28,6 +28,9 @@ _TEXT_LAYER = (
 _VAE = 3.0  # a residual block's input, inner and output, at the pictures' full size
 
 _FLOAT32 = 4
+# Bytes for each number that is stepped within backward: its gradient and two of the optimizer's temporaries; with 16 bits its float32
+# copy and that of its gradient too.
+_FUSED, _FUSED_16 = 12, 16
 # Bytes that an optimizer keeps for each number that it trains, by the lower-case names of --optimizer_type, counted after a
 # step. Paged ones are counted too, though the driver may move them to the host.
 _OPTIMIZER_BYTES = {
@@ -88,19 +91,30 @@ class Work(NamedTuple):
 
 
 def estimate(
-    frozen: Sequence[Frozen], work: Work, *, trained: int, optimizer: str, average_on_device: bool = False
+    frozen: Sequence[Frozen],
+    work: Work,
+    *,
+    trained: int,
+    optimizer: str,
+    average_on_device: bool = False,
+    bytes_each: int = _FLOAT32,
+    has_rests: bool = False,
+    fused: int = 0,
 ) -> Estimate:
-    """The peak of a training step. What is trained, its gradients and its average are float32.
+    """The peak of a training step. The optimizer's state and the average are float32's, whatever the weights are.
 
     Args:
         trained: numbers that are trained.
         optimizer: --optimizer_type; one that isn't known is taken to keep as much as AdamW.
         average_on_device: --ema_decay with its average beside the weights.
+        bytes_each: of a trained weight, and of its gradient.
+        has_rests: --rounding kahan.
+        fused: the most numbers that step together within backward, when no gradient is kept; 0: all step behind it.
     """
     return Estimate(
         frozen=sum(part.numbers * part.bytes_each for part in frozen),
-        trained=trained * _FLOAT32,
-        gradients=trained * _FLOAT32,
+        trained=trained * bytes_each * (2 if has_rests else 1),
+        gradients=fused * (_FUSED if bytes_each == _FLOAT32 else _FUSED_16) if fused else trained * bytes_each,
         optimizer=trained * optimizer_bytes(optimizer),
         average=trained * _FLOAT32 if average_on_device else 0,
         activations=activation_bytes(work),

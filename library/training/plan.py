@@ -17,13 +17,14 @@ from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import text_encoder_config
 from library.options import Options
-from library.param_group import ParamGroup
+from library.param_group import ParamGroup, split_groups
 from library.training.lr_schedules import num_steps
 from library.training.memory import Estimate, Frozen, Work, estimate
 from library.training.memory_options import MemoryOptions
 from library.training.options import EmaOptions, OptimizerOptions, RunOptions
 from library.training.saving import Saver, size_in_words
 from library.training.task import Task
+from library.training.update_options import UpdateOptions
 
 _SHOWN = 6  # names of saves
 
@@ -110,7 +111,20 @@ def estimate_memory(
         trained=sum(parameter.numel() for group in groups for parameter in group.parameters.values()),
         optimizer=options[OptimizerOptions].name,
         average_on_device=ema.ema_decay is not None and ema.ema_device != "cpu",
+        bytes_each=models.precision.trained.itemsize,
+        has_rests=options[UpdateOptions].rounding == "kahan",
+        fused=_most_at_once(groups, options),
     )
+
+
+def _most_at_once(groups: Sequence[ParamGroup], options: Options) -> int:
+    """The most numbers that step together within backward, if no gradient is kept until then; else 0."""
+    chosen = options[UpdateOptions]
+    if not chosen.is_fused or options[RunOptions].gradient_accumulation_steps > 1:
+        return 0
+    count = sum(len(group.parameters) for group in groups)
+    bunches = split_groups(groups, chosen.fused_optimizer_groups or count)
+    return max(sum(parameter.numel() for parameter in bunch.parameters.values()) for bunch in bunches)
 
 
 def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions) -> Iterator[tuple[str, int]]:

@@ -1,0 +1,184 @@
+"""Weights of 16 bits: what each rounding keeps of small steps, and sums of gradients."""
+
+import pytest
+import torch
+from test_in_backward import OPTIMIZERS, X, groups_of, make, numbers, train
+from torch import nn
+
+from library.data.order import Place
+from library.param_group import ParamGroup
+from library.training.optimizers import make_optimizer, start_training
+from library.training.rounding import compensate, round_stochastically
+from library.training.stepper import Stepper, stand_ins
+from library.training.stochastic_sums import StochasticSums
+
+BF16 = torch.bfloat16
+
+
+def draw(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_stochastic_rounding_goes_to_a_neighbour_and_on_average_to_the_value():
+    """1 + 0.3 of the last bit becomes the upper neighbour in 30 % of cases, whatever the sign."""
+    last = 2.0**-7
+    for sign in (1, -1):
+        rounded = round_stochastically(torch.full((100_000,), sign * (1 + 0.3 * last)), draw()).float() * sign
+        assert set(rounded.tolist()) == {1.0, 1.0 + last}
+        assert (rounded > 1).float().mean().item() == pytest.approx(0.3, abs=0.006)
+
+
+def test_what_a_bfloat16_holds_stays_and_so_does_what_is_no_number():
+    exact = torch.randn(1000, generator=draw()).to(BF16)
+    assert torch.equal(round_stochastically(exact.float(), draw()), exact)
+    odd = torch.tensor([float("inf"), -float("inf"), 0.0, -0.0, 1e-40])
+    assert torch.equal(round_stochastically(odd, draw())[:4], odd[:4].to(BF16))
+    all_bits_set = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # a card's NaN
+    assert round_stochastically(all_bits_set, draw()).isnan().all()
+
+
+def test_a_value_and_its_rest_have_twice_the_bits():
+    values = torch.randn(1000, generator=draw())
+    for dtype, bits in ((BF16, 16), (torch.float16, 22)):
+        nearest, rest = compensate(values, dtype)
+        assert torch.equal(nearest, values.to(dtype))
+        assert ((nearest.float() + rest.float() - values).abs() <= values.abs() * 2.0**-bits + 1e-7).all()
+
+
+WEIGHTS = torch.randn(60_000, generator=draw(1)) * 0.02  # as a convolution's of SDXL
+
+
+def moved(rounding: str, dtype: torch.dtype = BF16, steps: int = 20) -> torch.Tensor:
+    """The mean step of weights that AdamW moves down by 1e-6 each time, as a share of that; and where they end."""
+    weights = nn.Parameter(WEIGHTS.to(dtype))
+    start = weights.detach().float().clone()
+    groups = [ParamGroup("all", {"w": weights}, 1e-6)]
+    optimizer = make_optimizer("AdamW", {"weight_decay": 0.0}, stand_ins(groups), 1e-6)
+    stepper = Stepper(optimizer, groups, rounding=rounding)
+    for number in range(steps):
+        weights.grad = torch.ones_like(weights)
+        stepper.step_all(number, torch.ones(()))
+    return ((start - weights.detach().float()).double().mean() / (steps * 1e-6)).item()
+
+
+def test_at_1e6_nearest_loses_nine_tenths_of_the_update_and_stochastic_keeps_its_mean():
+    """The claims of --full_bf16, on weights as large as SDXL's."""
+    assert moved("nearest", torch.float32) == pytest.approx(1, abs=1e-3)
+    assert moved("nearest") < 0.1
+    assert moved("stochastic") == pytest.approx(1, abs=0.02)
+
+
+def test_kahans_rest_adds_up_what_is_too_small():
+    """A rest of 8 bits is rounded too: of steps of 1e-6 it keeps 93 %."""
+    assert moved("kahan", steps=300) == pytest.approx(0.93, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    "rounding, share", [("nearest", (-0.1, 0.2)), ("stochastic", (0.9, 1.2)), ("kahan", (0.9, 1.2))]
+)
+def test_where_nearest_hardly_learns_the_others_learn_as_float32_does(rounding, share):
+    """The fall of a regression's loss in 300 steps of AdamW at 1e-6, as a share of float32's."""
+
+    def fall(rounding: str, dtype: torch.dtype) -> float:
+        layer = nn.Linear(64, 64, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(64, 64, generator=draw(2)) * 0.02)
+        wanted = layer.weight.detach().to(dtype).float() + 5e-4 * torch.randn(64, 64, generator=draw(3))
+        layer.to(dtype)
+        inputs = torch.randn(256, 64, generator=draw(4))
+        groups = [ParamGroup("all", {"w": layer.weight}, 1e-6)]
+        stepper = Stepper(make_optimizer("AdamW", {"weight_decay": 0.0}, stand_ins(groups), 1e-6), groups, rounding=rounding)  # fmt: skip
+
+        def loss() -> torch.Tensor:
+            return ((inputs @ (layer.weight.float() - wanted).T) ** 2).mean()
+
+        first = loss().item()
+        for number in range(300):
+            loss().backward()
+            stepper.step_all(number, torch.ones(()))
+            layer.weight.grad = None
+        return first - loss().item()
+
+    least, most = share
+    whole = fall("nearest", torch.float32)
+    assert whole > 0 and least <= fall(rounding, BF16) / whole <= most
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan", "nearest"])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "Prodigy"])
+def test_every_optimizer_moves_16_bit_weights_as_float32s_and_keeps_the_state_of_those(name, rounding):
+    """Ten steps with the same gradients. Prodigy looks at all of them, so it steps all weights together."""
+    moves, lr = [], 1.0 if name == "Prodigy" else 0.01
+    arguments = {"d0": 1e-3} if name == "Prodigy" else OPTIMIZERS[name]
+    for dtype in (torch.float32, BF16):
+        members = {
+            "a": nn.Parameter((torch.randn(80, 80, generator=draw(1)) * 0.1).to(dtype)),
+            "b": nn.Parameter(torch.zeros(80, dtype=dtype)),
+        }
+        start = torch.cat([parameter.detach().flatten() for parameter in members.values()]).float()
+        groups = [ParamGroup("all", members, lr)]
+        optimizer = make_optimizer(name, arguments, stand_ins(groups), lr)
+        start_training(optimizer)
+        stepper = Stepper(optimizer, groups, rounding=rounding, is_separable=name != "Prodigy")
+        gradients = draw(2)
+        for number in range(10):
+            for parameter in members.values():
+                parameter.grad = torch.randn(parameter.shape, generator=gradients).to(dtype)
+            stepper.step_all(number, torch.ones(()))
+        with stepper.as_used():
+            moves.append(torch.cat([parameter.detach().flatten() for parameter in members.values()]).float() - start)
+        assert all(parameter.dtype is dtype for parameter in members.values())
+        kept = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
+        assert not {value.dtype for value in kept} & {BF16, torch.float16}
+    assert torch.cosine_similarity(*moves, dim=0) > 0.85 and moves[0].norm() > 0.1
+
+
+def test_the_draws_depend_on_seed_step_and_name_alone():
+    """Not on what was drawn before: whoever steps first, and in which run."""
+
+    def stepped(seed: int, number: int, disturb: bool) -> torch.Tensor:
+        model = make("AdamW", fused=False, dtype=BF16).step_module
+        groups = groups_of(model)
+        optimizer = make_optimizer("AdamW", {}, stand_ins(groups), 0.01)
+        stepper = Stepper(optimizer, groups, rounding="stochastic", seed=seed)
+        for parameter in stepper.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        if disturb:
+            torch.rand(17)
+        stepper.step_all(number, torch.ones(()))
+        return torch.cat([parameter.detach().flatten() for parameter in stepper.parameters])
+
+    assert torch.equal(stepped(1, 5, False), stepped(1, 5, True))
+    assert not torch.equal(stepped(1, 5, False), stepped(2, 5, False))
+    assert not torch.equal(stepped(1, 5, False), stepped(1, 6, False))
+
+
+def test_gradients_add_up_without_losing_what_is_small():
+    """1, then 200 times 0.001 in bfloat16: to nearest it would stay 1."""
+    weights = nn.Parameter(torch.zeros(20_000, dtype=BF16))
+    sums = StochasticSums([ParamGroup("all", {"w": weights}, 1.0)], seed=0)
+    for i in range(201):
+        sums.begin(Place(0, 0, i, i, 201, False, False))
+        (weights * (1.0 if i == 0 else 0.001)).sum().backward()
+    assert weights.grad.dtype is BF16
+    assert weights.grad.float().mean().item() == pytest.approx(1 + 200 * torch.tensor(0.001).to(BF16).item(), abs=0.01)
+    plain = nn.Parameter(torch.zeros(1, dtype=BF16))
+    for i in range(201):
+        (plain * (1.0 if i == 0 else 0.001)).sum().backward()
+    assert plain.grad.item() == 1
+
+
+def test_a_step_within_backward_rounds_by_the_same_draws():
+    """Each tensor alone in both: the fused run of 16-bit weights ends where the other does, to the bit."""
+    plain, fused = (make("SGDNesterov", fused=fused, dtype=BF16, rounding="stochastic", seed=3) for fused in (False, True))  # fmt: skip
+    plain._descent.stepper.step_all = lambda number, factor, is_finite=None: one_by_one(plain, number, factor)
+    for update in (plain, fused):
+        train(update, 4)
+    assert torch.equal(numbers(plain), numbers(fused)) and len(X)
+
+
+def one_by_one(update, number, factor):
+    stepper = update._descent.stepper
+    for parameter in stepper.parameters:
+        stepper.step([parameter], number, factor)
+    stepper.commit()
