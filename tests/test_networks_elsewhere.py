@@ -29,7 +29,7 @@ def test_lycoris_trains_for_real(algo, parts, golden_model, pictures, tmp_path):
     """U-Net and both encoders, in bfloat16 beside float32 weights of theirs; the file goes on being trained."""
     pytest.importorskip("lycoris")
     words = ["--network_module", "lycoris.kohya", "--network_args", f"algo={algo}", "conv_dim=2", "preset=full"]
-    words += ["--max_train_steps", "3", "--mixed_precision", "bf16"]
+    words += ["--max_train_steps", "2", "--mixed_precision", "bf16"]
     first = train_network(golden_model, pictures, tmp_path / "first", *words, quick=TEXT_TOO)
     tensors, metadata = tensors_of(first), read_header(first).metadata
     assert {name.split(".", 1)[1] for name in tensors} == parts
@@ -43,9 +43,8 @@ def test_lycoris_trains_for_real(algo, parts, golden_model, pictures, tmp_path):
     assert metadata["sshs_model_hash"] and all(tensor.isfinite().all() for tensor in tensors.values())
     again = train_network(golden_model, pictures, tmp_path / "again", *words, "--network_weights", first, "--dim_from_weights", quick=TEXT_TOO)  # fmt: skip
     start = "hada_w1_b" if algo == "loha" else "lokr_w2_b"
-    moved = [
-        name for name in tensors if name.endswith(start) and not torch.equal(tensors[name], tensors_of(again)[name])
-    ]
+    later = tensors_of(again)
+    moved = [name for name in tensors if name.endswith(start) and not torch.equal(tensors[name], later[name])]
     assert len(moved) > 100
 
 
@@ -179,7 +178,7 @@ def dataset_file(path, pictures, attributes: str):
     return path
 
 
-@pytest.mark.parametrize("quick", [QUICK, TEXT_TOO])
+@pytest.mark.parametrize("quick", [pytest.param(QUICK, marks=pytest.mark.long), TEXT_TOO], ids=["cached", "text"])
 def test_preserved_pictures_are_told_what_the_base_model_makes_of_them(quick, golden_model, pictures, tmp_path):
     """A new network changes nothing, so its loss there is 0; a trained one is drawn back to it."""
     config = dataset_file(tmp_path / "data.toml", pictures, "{ diff_output_preservation = true }")
@@ -194,14 +193,14 @@ def test_preserved_pictures_are_told_what_the_base_model_makes_of_them(quick, go
 
     assert train(tmp_path / "new") == [0.0] * 3
     trained = train_network(golden_model, pictures, tmp_path / "trained", "--max_train_steps", "2", "--learning_rate", "0.05", quick=quick)  # fmt: skip
-    losses = train(tmp_path / "drawn back", "--network_weights", trained, "--max_train_steps", "16")
-    assert losses[0] > 1e-4 and sum(losses[-4:]) < sum(losses[:4])
+    losses = train(tmp_path / "drawn back", "--network_weights", trained, "--max_train_steps", "10")
+    assert losses[0] > 1e-4 and sum(losses[-3:]) < sum(losses[:3])
 
 
 def test_text_encoders_stop_after_their_steps_and_the_unet_goes_on(golden_model, pictures, tmp_path):
     two = train_network(golden_model, pictures, tmp_path / "two", "--max_train_steps", "2", quick=TEXT_TOO)
-    five = train_network(golden_model, pictures, tmp_path / "five", "--max_train_steps", "5", "--stop_text_encoder_training", "2", quick=TEXT_TOO)  # fmt: skip
-    early, late = tensors_of(two), tensors_of(five)
+    three = train_network(golden_model, pictures, tmp_path / "three", "--max_train_steps", "3", "--stop_text_encoder_training", "2", quick=TEXT_TOO)  # fmt: skip
+    early, late = tensors_of(two), tensors_of(three)
     text = {name for name in early if name.startswith("lora_te")}
     assert_bit_equal({n: early[n] for n in text}, {n: late[n] for n in text})
     ups = [name for name in early if name.startswith("lora_unet") and name.endswith("lora_up.weight")]

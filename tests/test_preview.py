@@ -1,15 +1,14 @@
 """Samples during training: what is drawn, when, under which names, and that training doesn't notice."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from forked import end_together
+from forked import processes as on_processes
 from PIL import Image
-from running import QUICK, ROOT, arguments, assert_bit_equal, losses_of, tensors_of, train_network, without
+from running import QUICK, arguments, assert_bit_equal, losses_of, tensors_of, train_network, without
 
 from library.sampling import picture
 from library.sampling.picture import contact_sheet, thumbnail
@@ -52,10 +51,10 @@ def test_samples_by_steps_have_the_contracts_names_and_the_training_resolution(
     assert sheet.height >= 3 * 64 and sheet.width >= 64 + 96
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [pytest.param(True, marks=pytest.mark.long), False])
 def test_epochs_win_over_steps_and_training_doesnt_notice(cached, golden_model, pictures, prompts, tmp_path):
     words = QUICK if cached else without(QUICK, "--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")  # fmt: skip
-    words = [*words, "--network_args", "rank_dropout=0.2", "--max_train_steps", "9"]
+    words = [*words, "--network_args", "rank_dropout=0.2", "--max_train_steps", "8"]
     plain = train_network(golden_model, pictures, tmp_path / "plain", quick=words)
     drawn = train_network(golden_model, pictures, tmp_path / "drawn", "--sample_prompts", prompts, "--sample_every_n_epochs", 1, "--sample_every_n_steps", 2, quick=words)  # fmt: skip
     assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "drawn")
@@ -68,10 +67,7 @@ def test_two_processes_draw_the_samples_of_one(golden_model, pictures, prompts, 
     def run(processes):
         out = tmp_path / str(processes)
         words = arguments(golden_model, pictures, out, "--max_train_steps", 1, "--gradient_accumulation_steps", 2 // processes, "--sample_prompts", prompts, "--sample_at_first")  # fmt: skip
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29613"]  # fmt: skip
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*launch, str(ROOT / "sdxl_train_network.py"), *words], env=env, capture_output=True, text=True, check=False)  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        end_together(on_processes("sdxl_train_network.py", *words, count=processes, port=29513))
         return {re.sub(r"_\d{14}", "", path.name): path.read_bytes() for path in (out / "sample").iterdir()}
 
     one = run(1)

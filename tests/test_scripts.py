@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import end_together, processes
+from forked import Script, end_together, processes
 from running import (
     QUICK,
     ROOT,
@@ -53,13 +53,13 @@ def test_two_steps_change_every_module_that_can_train_and_nothing_else(golden_mo
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the acceptance check lies beside the project")
-@pytest.mark.parametrize("unet_only", [True, False])
+@pytest.mark.parametrize("unet_only", [pytest.param(True, marks=pytest.mark.long), False])
 def test_the_file_loads_in_diffusers_completely(unet_only, golden_model, pictures, tmp_path):
     extra = ["--max_train_steps", "2", "--network_args", "conv_dim=2", "--save_precision", "fp16"]
     path = train_network(golden_model, pictures, tmp_path / "out", *extra, quick=QUICK if unet_only else WITH_TEXT)
-    done = script(SHARED / "checks" / "check_lora_diffusers.py", path, golden_model, env={"HF_HUB_OFFLINE": "0"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "metadata missing (A1111/ComfyUI/Civitai read these): none" in done.stdout
+    status, told = Script(SHARED / "checks" / "check_lora_diffusers.py", path, golden_model).end()
+    assert status == 0, told[-2000:]
+    assert "metadata missing (A1111/ComfyUI/Civitai read these): none" in told
 
 
 RANDOM = [
@@ -121,8 +121,9 @@ def test_network_weights_go_on_where_they_ended(golden_model, pictures, tmp_path
         "--learning_rate",
         "1e-12",
     )
-    for name, tensor in tensors_of(first).items():
-        torch.testing.assert_close(tensors_of(same)[name], tensor, rtol=0, atol=1e-8)
+    before, after = tensors_of(first), tensors_of(same)
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-8)
     extra = [
         "--network_weights",
         first,
@@ -132,7 +133,7 @@ def test_network_weights_go_on_where_they_ended(golden_model, pictures, tmp_path
         "--network_args",
         "conv_dim=4",
     ]
-    assert tensors_of(train_network(golden_model, pictures, tmp_path / "c", *extra)).keys() == tensors_of(first).keys()
+    assert tensors_of(train_network(golden_model, pictures, tmp_path / "c", *extra)).keys() == before.keys()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -193,8 +194,9 @@ def test_tensorboard_gets_the_contracts_scalars(golden_model, pictures, tmp_path
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["AdamW8bit", "Adafactor", "Lion", "Prodigy", "AdamWScheduleFree", "torch.optim.RAdam"]
-)
+    "optimizer",
+    ["Prodigy", *(pytest.param(name, marks=pytest.mark.long) for name in ("AdamW8bit", "Adafactor", "Lion", "AdamWScheduleFree", "torch.optim.RAdam"))],
+)  # fmt: skip
 def test_optimizers_train_a_network(optimizer, golden_model, pictures, tmp_path):
     rate = "1" if optimizer == "Prodigy" else "1e-3"
     path = train_network(
@@ -242,7 +244,8 @@ def command(*words: object, **settings) -> list[object]:
 
 
 def test_plain_python_and_accelerate_launch_give_the_same_file(golden_model, pictures, tmp_path):
-    plain = script(*command(golden_model, pictures, tmp_path / "plain", "--max_train_steps", "2"), cwd=tmp_path)
+    words = arguments(golden_model, pictures, tmp_path / "plain", "--max_train_steps", "2")
+    plain = run_here(sdxl_train_network.main, *words)
     assert plain.returncode == 0, plain.stderr[-2000:]
     assert plain.stdout == ""  # everything that is told goes to stderr
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", "1"]
@@ -410,7 +413,7 @@ def test_weighted_captions_change_what_is_learnt_cached_or_not(golden_model, pic
         "cached plain": ["--cache_text_encoder_outputs_to_disk"],
     }.items():
         words = without(QUICK, "--cache_text_encoder_outputs") if "cached" not in name else QUICK
-        train_network(golden_model, pictures, tmp_path / name, "--max_train_steps", "3", *extra, quick=words)
+        train_network(golden_model, pictures, tmp_path / name, "--max_train_steps", "1", *extra, quick=words)
         losses[name] = losses_of(tmp_path / name)
     assert losses["weighted"] == pytest.approx(losses["cached"], abs=1e-5)
     assert losses["plain"] == pytest.approx(losses["cached plain"], abs=1e-5)
