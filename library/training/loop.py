@@ -90,7 +90,9 @@ def loop(run: Run, progress: Progress, signals: Signals) -> None:
     update, report = run.update, run.report
     if progress.step == 0 and run.preview.is_due():
         preview(run, progress)
-    for window in run.windows_from(progress.step) if progress.step < run.total_steps else ():
+    if is_at_epochs_end(run, progress):  # of a state that was saved between an epoch's last step and its end
+        end_epoch(run, progress)
+    for window in () if is_done(run, progress) else run.windows_from(progress.step):
         rates = update.learning_rates()
         seen = gradients(run, progress, window)
         updated = update.step(asked=signals.asked is not None)
@@ -108,12 +110,23 @@ def loop(run: Run, progress: Progress, signals: Signals) -> None:
         if all(rates.values()) and not updated.overflowed:
             run.watch.stepped()
         after_step(run, progress)
-        if progress.step >= run.total_steps or is_asked_to_end(run, signals):
+        if is_done(run, progress) or is_asked_to_end(run, signals):
             return
-        if run.best.is_lost:
-            waited = run.best.waited
-            log.info("the validation loss hasn't improved %d times: the run ends at step %d", waited, progress.step)
-            return
+
+
+def is_done(run: Run, progress: Progress) -> bool:
+    """Whether no step is left, or validation has stopped to improve."""
+    if progress.step >= run.total_steps:
+        return True
+    if run.best.is_lost:
+        waited = run.best.waited
+        log.info("the validation loss hasn't improved %d times: the run ends at step %d", waited, progress.step)
+    return run.best.is_lost
+
+
+def is_at_epochs_end(run: Run, progress: Progress) -> bool:
+    """Whether the last step of the epoch is done, and the epoch isn't ended yet."""
+    return progress.step == (progress.epoch + 1) * run.order.steps_per_epoch
 
 
 def gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Seen]:
@@ -167,15 +180,18 @@ def is_asked_to_end(run: Run, signals: Signals) -> bool:
 
 
 def after_step(run: Run, progress: Progress) -> None:
-    """What is done after an optimizer step, and after an epoch's last one."""
+    """What is done after an optimizer step."""
     if run.validation.is_due(step=progress.step):
         validate(run, progress)
     if run.preview.is_due(step=progress.step):
         preview(run, progress)
     if run.saver.step_is_due(progress.step):
         save(run, progress, "step")
-    if progress.step % run.order.steps_per_epoch:
-        return
+    if is_at_epochs_end(run, progress):
+        end_epoch(run, progress)
+
+
+def end_epoch(run: Run, progress: Progress) -> None:
     progress.epoch += 1
     run.report.epoch_ended(progress.epoch, progress.step)
     if run.validation.is_due(epoch=progress.epoch):

@@ -84,11 +84,11 @@ class Best:
         return not self.waited
 
     def state(self) -> dict[str, float | int | None]:
-        return {"loss": None if math.isinf(self.loss) else self.loss, "waited": self.waited}
+        return {"loss": None if math.isinf(self.loss) else self.loss, "waited": self.waited, "step": self._step}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.loss = math.inf if state["loss"] is None else state["loss"]
-        self.waited = state["waited"]
+        self.waited, self._step = state["waited"], state["step"]
 
     @property
     def is_lost(self) -> bool:
