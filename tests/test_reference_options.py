@@ -23,6 +23,7 @@ ROWS = list(csv.DictReader((Path(__file__).parent / "reference_options.tsv").ope
 CHOICES = {
     "resize_interpolation": "box, which the dataset file has, is an option too",
     "lr_scheduler": "any text there, which fails late; here the names that work",
+    "sample_sampler": "Karras' noise levels, and uni_pc, lcm and the stochastic dpmsolver++, are choices too",
     "huggingface_repo_type": "any text there, which fails when the first file is sent",
 }
 OWN = {

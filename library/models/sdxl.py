@@ -180,8 +180,7 @@ class SdxlModels:
         """
         from library.models import text_encoders, tokens
 
-        if self.new_token is not None:
-            texts = [self.new_token.expand(text) for text in texts]
+        texts = [self.expand(text) for text in texts]
         one, two = (tokens.encode(tokenizer, texts, num_tokens, weighted=weighted) for tokenizer in self.tokenizers)
         self._tell_cut(one.cut, num_tokens)
         ids_one, ids_two = (to_device(part.ids, self.device) for part in (one, two))
@@ -191,6 +190,10 @@ class SdxlModels:
             if weighted
             else encoded
         )
+
+    def expand(self, text: str) -> str:
+        """The text with all vectors of each new word where the word stands."""
+        return text if self.new_token is None else self.new_token.expand(text)
 
     def _tell_cut(self, cut: Sequence[tuple[str, str]], num_tokens: int) -> None:
         """Captions that are longer than the encoders read, each once, and a few only."""

@@ -89,11 +89,18 @@ def module_name(encoder: nn.Module, name: str) -> str:
 
 
 def encode(
-    ids_1: Tensor, ids_2: Tensor, encoder_1: "CLIPTextModel", encoder_2: "CLIPTextModelWithProjection"
+    ids_1: Tensor,
+    ids_2: Tensor,
+    encoder_1: "CLIPTextModel",
+    encoder_2: "CLIPTextModelWithProjection",
+    *,
+    keep_markers: bool = False,
 ) -> EncodedText:
     """Encode token ids, [B, n, 77] each, on the encoders' device; in the encoders' dtype, differentiable.
 
-    Args: encoder_1: may be an AbsentEncoder.
+    Args:
+        encoder_1: may be an AbsentEncoder.
+        keep_markers: T = 77 n: each chunk keeps its begin and end marker, as when pictures are drawn from prompts.
     """
     chunks = ids_1.shape[1]
     states_2, last = _run(body_of(encoder_2), ids_2.flatten(0, 1))
@@ -102,7 +109,8 @@ def encode(
     last = last.unflatten(0, (-1, chunks))[:, 0]  # [B, 77, 1280]: the first chunk's
     first_end = (ids_2[:, 0] == END_OF_TEXT).int().argmax(dim=-1)  # 0 if there is none
     pooled = encoder_2.text_projection(last[torch.arange(len(last), device=last.device), first_end])
-    return EncodedText(_merge_chunks(states_1, chunks), _merge_chunks(states_2, chunks), pooled)
+    join = _join_chunks if keep_markers else _merge_chunks
+    return EncodedText(join(states_1, chunks), join(states_2, chunks), pooled)
 
 
 def body_of(encoder: Any) -> Any:
@@ -126,6 +134,11 @@ def _merge_chunks(states: Tensor, chunks: int) -> Tensor:
     states = states.unflatten(0, (-1, chunks))
     inner = states[:, :, 1:-1].flatten(1, 2)
     return torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)
+
+
+def _join_chunks(states: Tensor, chunks: int) -> Tensor:
+    """[B * n, 77, C] -> [B, 77 n, C]."""
+    return states.unflatten(0, (-1, chunks)).flatten(1, 2)
 
 
 def weigh(text: EncodedText, weights_1: Tensor, weights_2: Tensor) -> EncodedText:

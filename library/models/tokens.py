@@ -88,12 +88,12 @@ def encode(
         if len(ids) > max_token_length:
             cut.append((text, tokenizer.text(ids[max_token_length:])))
         ids, factors = ids[:max_token_length], factors[:max_token_length]
-        rows.append(_chunks(ids, tokenizer.pad, max_token_length // CHUNK_TOKENS))
+        rows.append(chunks_of(ids, tokenizer.pad, max_token_length // CHUNK_TOKENS))
         weights.append([1.0, *factors] + [1.0] * (max_token_length + 1 - len(factors)))
     return Tokens(torch.tensor(rows), torch.tensor(weights), tuple(cut))
 
 
-def _chunks(ids: list[int], pad: int, count: int) -> list[list[int]]:
+def chunks_of(ids: list[int], pad: int, count: int) -> list[list[int]]:
     """[count, 77]: every chunk has a begin marker; an end marker stands behind the text, and last in a full chunk."""
     row = [BEGIN, *ids, END]
     row += [pad] * (count * CHUNK_TOKENS + 2 - len(row))

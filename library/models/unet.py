@@ -12,7 +12,10 @@ Parameter names are those of the original checkpoint, so loading is load_state_d
 Source: Podell et al. 2023, arXiv:2307.01952, table 1; Stability-AI/generative-models sd_xl_base.yaml.
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.models.attention import AttentionFunction, sdpa
@@ -34,6 +37,13 @@ from library.models.unet_config import BlockPlan, UNetConfig
 from library.models.unet_extra import Extra
 
 NUM_LR_BLOCKS = 23
+
+
+class Shrink(NamedTuple):
+    """Before this input block the feature map's sides are multiplied by the ratio (Deep Shrink)."""
+
+    block: int
+    ratio: float
 
 
 class UNet(nn.Module):
@@ -73,7 +83,13 @@ class UNet(nn.Module):
         self.activations = Activations(checkpointing, (m for m in self.modules() if isinstance(m, CHEAP)))
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor, extra: Extra | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        vector: Tensor,
+        extra: Extra | None = None,
+        shrink: Shrink | None = None,
     ) -> Tensor:
         """Predict the noise in `x`.
 
@@ -83,14 +99,17 @@ class UNet(nn.Module):
             context: text tokens, [B, T, 2048].
             vector: pooled text and sizes, [B, 2816].
             extra: what else reaches the transformer blocks; None: nothing does.
+            shrink: where the feature map becomes smaller; on the way up it is as large as each skip again.
 
         Returns:
             [B, 4, H, W], in the dtype of x.
         """
         with self.activations.saved(x.device):
-            return self._forward(x, timesteps, context, vector, extra or {})
+            return self._forward(x, timesteps, context, vector, extra or {}, shrink)
 
-    def _forward(self, x: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor, extra: Extra) -> Tensor:
+    def _forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor, extra: Extra, shrink: Shrink | None
+    ) -> Tensor:
         dtype, run = x.dtype, self.activations.run
         time = sinusoidal_embedding(timesteps, self.config.model_channels).to(dtype)
         emb = self.time_embed(time) + self.label_emb(vector.to(dtype))
@@ -98,13 +117,20 @@ class UNet(nn.Module):
         h = x.to(memory_format=torch.channels_last)
         skips = []
         for number, block in enumerate(self.input_blocks):
+            if shrink is not None and number == shrink.block:
+                h = F.interpolate(h, scale_factor=shrink.ratio, mode="bicubic")
             h = block(h, emb, context, run, extra.get(f"input_blocks.{number}"))
             skips.append(h)
         h = self.middle_block(h, emb, context, run, extra.get("middle_block"))
         for number, block in enumerate(self.output_blocks):
-            joined = torch.cat([h, skips.pop()], dim=1)
+            joined = torch.cat([_as_large_as(skips[-1], h), skips.pop()], dim=1)
             h = block(joined, emb, context, run, extra.get(f"output_blocks.{number}"))
-        return self.out(h)
+        return _as_large_as(x, self.out(h))
+
+
+def _as_large_as(other: Tensor, x: Tensor) -> Tensor:
+    """x at the other's height and width, which differ where the map was shrunk, or where halving left a remainder."""
+    return x if x.shape[2:] == other.shape[2:] else F.interpolate(x, size=other.shape[2:], mode="bicubic")
 
 
 def block_of(name: str) -> int:

@@ -1,67 +1,163 @@
-"""Denoise: from noise to scaled latents, with classifier-free guidance.
+"""Denoise: from noise to scaled latents, with guidance.
 
-Shapes: B pictures, H and W in pixels.
+Shapes: B pictures, H and W in pixels, h = H / 8 and w = W / 8.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from library.models.conditioning import conditioning_vector
 from library.models.text_encoders import TextConditioning
-from library.models.unet import UNet
+from library.models.unet import Shrink, UNet
 from library.models.unet_config import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
+from library.sampling.changes import ExtraAt
+from library.sampling.deep_shrink import DeepShrink
+
+Generators = torch.Generator | list[torch.Generator] | None
+"""Of the noise that samplers like euler_a add at each step: one, or one for each picture; None: the global one."""
+
+
+class Told(NamedTuple):
+    """What the U-Net is told of each picture: context [B, T, 2048], vector [B, 2816]."""
+
+    context: Tensor
+    vector: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        text: TextConditioning,
+        *,
+        original: tuple[int, int],
+        target: tuple[int, int],
+        crop: tuple[int, int] = (0, 0),
+        score: float | None = None,
+    ) -> "Told":
+        """Args:
+        original, target: (height, width) in pixels.
+        crop: (top, left).
+        score: what models that know scores are told in place of the target (score_of).
+        """
+        pairs = (original, crop, target if score is None else (score,))
+        sizes = [torch.tensor([pair], device=text.pooled.device).expand(len(text.pooled), -1) for pair in pairs]
+        return cls(text.context, conditioning_vector(text.pooled, *sizes))
+
+
+def score_of(unet: UNet, *, is_negative: bool) -> float | None:
+    """How beautiful a picture is said to be, to the refiner; None: the model isn't told."""
+    if not unet.config.takes_score:
+        return None
+    return NEGATIVE_AESTHETIC_SCORE if is_negative else AESTHETIC_SCORE
+
+
+class Guidance(NamedTuple):
+    """How predictions become one.
+
+    Attributes:
+        scale: strength of the prompt against the negative one; 1 or below leaves the negative one out.
+        negative_scale: None, or the negative prompt's own strength, both as seen from the empty prompt.
+        rescale: share of the guided prediction that gets the prompt's own spread back.
+    """
+
+    scale: float
+    negative_scale: float | None = None
+    rescale: float = 0.0
+
+    @property
+    def parts(self) -> int:
+        """Predictions of each picture: [negative, [empty,] prompt]."""
+        return 1 if self.scale <= 1 else 2 if self.negative_scale is None else 3
+
+    def applied(self, predicted: Tensor) -> Tensor:
+        """[parts * B, 4, h, w] -> [B, 4, h, w].
+
+        Source: Ho & Salimans 2022, arXiv:2207.12598, equation 6; Lin et al. 2023, arXiv:2305.08891, equations 14-16.
+        """
+        if self.parts == 1:
+            return predicted
+        negative, *between, prompt = predicted.chunk(self.parts)
+        if self.negative_scale is None:
+            guided = negative + self.scale * (prompt - negative)
+        else:
+            empty = between[0]
+            guided = empty + self.scale * (prompt - empty) - self.negative_scale * (negative - empty)
+        if self.rescale:
+            spreads = [part.float().std(dim=(1, 2, 3), keepdim=True) for part in (prompt, guided)]
+            factor = self.rescale * (spreads[0] / spreads[1]) + (1 - self.rescale)
+            guided = guided * factor.to(guided.dtype)
+        return guided
+
+
+class Kept(NamedTuple):
+    """What stays of a picture that is painted over in part.
+
+    Attributes:
+        latents: its own, scaled, [B, 4, h, w]; noise: that which it gets, the same shape.
+        mask: 1 where it is repainted, 0 where it stays, [B, 1, h, w].
+    """
+
+    latents: Tensor
+    noise: Tensor
+    mask: Tensor
+
+    def laid_over(self, drawn: Tensor, sampler: Any, timestep: Tensor | None) -> Tensor:
+        """The drawn latents with what stays, at the noise of the timestep; None: at none."""
+        own = self.latents if timestep is None else sampler.add_noise(self.latents, self.noise, timestep[None])
+        return drawn * self.mask + own.to(drawn.dtype) * (1 - self.mask)
 
 
 @torch.no_grad()
 def denoise(
     unet: UNet,
     sampler: Any,
-    noise: Tensor,
-    prompt: TextConditioning,
-    negative: TextConditioning,
+    latents: Tensor,
+    told: Sequence[Told],
+    guidance: Guidance,
     *,
-    steps: int,
-    scale: float,
-    generator: torch.Generator | None = None,
+    timesteps: Tensor,
+    generators: Generators = None,
+    extra_at: ExtraAt = lambda step, steps: None,
+    shrink: DeepShrink | None = None,
+    kept: Kept | None = None,
     beside: Tensor | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Draw pictures: scaled latents, [B, 4, H/8, W/8], in the dtype of the noise.
+    """Draw pictures: scaled latents, [B, 4, h, w], in the dtype of `latents`.
+
+    Nothing waits for the device: what the host must know lies on the host.
 
     Args:
-        sampler: of make_sampler.
-        noise: standard normal, [B, 4, H/8, W/8].
-        prompt, negative: [B, T, ...] each.
-        scale: strength of the prompt against the negative one; 1 or below leaves the negative one out.
-        beside: what an inpainting model sees beside the latents, [B, 5, H/8, W/8] (models/inpainting.py).
-        generator: of the noise that samplers like euler_a add at each step; the global one if None.
-
-    Source: Ho & Salimans 2022, arXiv:2207.12598, equation 6.
+        sampler: of make_sampler, its timesteps set on the CPU.
+        latents: at the noise of the first timestep.
+        told: for each part of the guidance, [negative, [empty,] prompt].
+        timesteps: those of the sampler that are gone through, on the CPU.
+        extra_at: what else reaches the U-Net in a step.
+        beside: what an inpainting model sees beside the latents, [B, 5, h, w] (models/inpainting.py).
     """
-    guided = scale > 1
-    text = TextConditioning(*(torch.cat(pair) for pair in zip(negative, prompt, strict=True))) if guided else prompt
-    size = torch.tensor([[noise.shape[2] * 8, noise.shape[3] * 8]], device=noise.device).expand(len(text.pooled), 2)
-    scores = [[NEGATIVE_AESTHETIC_SCORE]] * (len(text.pooled) - len(noise)) + [[AESTHETIC_SCORE]] * len(noise)
-    target = torch.tensor(scores, device=noise.device) if unet.config.takes_score else size
-    vector = conditioning_vector(text.pooled, size, torch.zeros_like(size), target)
-    if beside is not None:
-        beside = beside.repeat(len(text.pooled) // len(noise), 1, 1, 1).to(noise.dtype)
-    sampler.set_timesteps(steps, device=noise.device)
-    draws = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
-    latents = noise * sampler.init_noise_sigma
-    for timestep in sampler.timesteps:
-        doubled = torch.cat([latents, latents]) if guided else latents
-        doubled = sampler.scale_model_input(doubled, timestep).to(noise.dtype)
+    context, vector = (torch.cat(parts) for parts in zip(*told, strict=True))
+    draws = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
+    on_device = timesteps.to(latents.device)
+    for step, timestep in enumerate(timesteps):
+        scaled = sampler.scale_model_input(latents, timestep).to(latents.dtype)
         if beside is not None:
-            doubled = torch.cat([doubled, beside], dim=1)
-        predicted = unet(doubled, timestep.expand(len(doubled)), text.context, vector)
-        if guided:
-            without, with_prompt = predicted.chunk(2)
-            predicted = without + scale * (with_prompt - without)
-        latents = sampler.step(predicted, timestep, latents, return_dict=False, **draws)[0]
+            scaled = torch.cat([scaled, beside], dim=1)
+        many = torch.cat([scaled] * guidance.parts) if guidance.parts > 1 else scaled
+        block = None if shrink is None else shrink.block_at(float(timestep))
+        predicted = unet(
+            many,
+            on_device[step].expand(len(many)),
+            context,
+            vector,
+            extra_at(step, len(timesteps)),
+            None if shrink is None or block is None else Shrink(block, shrink.ratio),
+        )
+        latents = sampler.step(guidance.applied(predicted), timestep, latents, return_dict=False, **draws)[0]
+        if kept is not None:
+            following = timesteps[step + 1] if step + 1 < len(timesteps) else None
+            latents = kept.laid_over(latents, sampler, following)
         on_step()
     return latents

@@ -10,7 +10,7 @@ from torch import Tensor
 from library.models.text_encoders import TextConditioning
 from library.models.unet import UNet
 from library.models.vae import unscale_latents
-from library.sampling.denoise import denoise
+from library.sampling.denoise import Guidance, Told, denoise, score_of
 from library.sampling.samplers import make_sampler
 
 _MARGIN, _LABEL_WIDTH = 4, 56  # pixels
@@ -44,13 +44,26 @@ def draw_picture(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((1, 4, height // 8, width // 8), generator=generator).to(prompt.context)
     chosen = make_sampler(sampler, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
+    chosen.set_timesteps(steps)
+    told = [
+        Told.of(
+            text, original=(height, width), target=(height, width), score=score_of(unet, is_negative=text is not prompt)
+        )
+        for text in ((negative, prompt) if scale > 1 else (prompt,))
+    ]
     latents = denoise(
-        unet, chosen, noise, prompt, negative, steps=steps, scale=scale, generator=generator, beside=beside
-    )
-    pixels = decode(unscale_latents(latents))[0].float()
+        unet, chosen, noise * chosen.init_noise_sigma, told, Guidance(scale), timesteps=chosen.timesteps, generators=generator,
+        beside=beside,
+    )  # fmt: skip
+    pixels = decode(unscale_latents(latents))
     if not pixels.isfinite().all():
         raise ValueError("its numbers aren't finite")
-    return pixels.clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 0).to("cpu", torch.uint8).numpy()
+    return as_bytes(pixels)[0]
+
+
+def as_bytes(pixels: Tensor) -> np.ndarray:
+    """[B, 3, H, W] in -1..1 -> [B, H, W, 3], uint8."""
+    return pixels.clamp(-1, 1).add(1).mul(127.5).round().permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
 
 
 def thumbnail(picture: np.ndarray, side: int) -> Image.Image:

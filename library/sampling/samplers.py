@@ -3,7 +3,6 @@
 import inspect
 from typing import Any
 
-from library.errors import OptionError
 from library.imports import import_diffusers
 from library.models.noise_schedule import BETA_END, BETA_START, NUM_TIMESTEPS, NoiseSchedule
 from library.sampling.options import SAMPLERS
@@ -12,23 +11,20 @@ _LEAST_ALPHA_BAR = 2.0**-24  # Diffusers' own, of schedules whose last signal-to
 
 
 def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool) -> Any:
-    """The Diffusers scheduler of that name, for what the model predicts. Raises OptionError if a package is missing."""
+    """The Diffusers scheduler of that name, for what the model predicts."""
     kind = SAMPLERS[name]
-    try:
-        scheduler = getattr(import_diffusers(), kind.scheduler)
-        arguments: dict[str, Any] = {
-            "num_train_timesteps": NUM_TIMESTEPS,
-            "beta_start": BETA_START,
-            "beta_end": BETA_END,
-            "beta_schedule": "scaled_linear",
-            "prediction_type": "v_prediction" if v_prediction else "epsilon",
-            **kind.arguments,
-        }
-        if zero_terminal_snr:
-            arguments |= _zero_terminal_snr(scheduler)
-        return scheduler(**arguments)
-    except ImportError:
-        raise OptionError(f"sampler {name}: Diffusers needs scipy for it; pip install scipy, or take euler_a") from None
+    scheduler = getattr(import_diffusers(), kind.scheduler)
+    arguments: dict[str, Any] = {
+        "num_train_timesteps": NUM_TIMESTEPS,
+        "beta_start": BETA_START,
+        "beta_end": BETA_END,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction" if v_prediction else "epsilon",
+        **kind.arguments,
+    }
+    if zero_terminal_snr:
+        arguments |= _zero_terminal_snr(scheduler)
+    return scheduler(**arguments)
 
 
 def _zero_terminal_snr(scheduler: Any) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from library.options import Options
 from library.param_group import ParamGroup
 from library.precision import Precision
 from library.sampling.prompts import SamplePrompt, at_size, read_sample_prompts
-from library.sampling.samplers import make_sampler
 from library.training.ema import Ema
 from library.training.make_update import make_update, try_optimizer
 from library.training.memory_options import MemoryOptions
@@ -197,8 +196,6 @@ def sample_prompts(options: Options, found: Preflight) -> list[SamplePrompt]:
         log.warning(problem)
     if not prompts:
         log.warning("--sample_prompts %s: no prompts in it; no samples are drawn", chosen.sample_prompts)
-    for name in {chosen.sample_sampler, *(prompt.sample_sampler or "ddim" for prompt in prompts)}:
-        make_sampler(name, v_prediction=found.v_prediction, zero_terminal_snr=found.zero_terminal_snr)
     size = found.datasets[0].plan.buckets.resolution
     return [at_size(prompt, size.width, size.height) for prompt in prompts]
 
