@@ -1,5 +1,7 @@
 """Checkpoints: identified by name, read from every layout, saved both ways, byte for byte."""
 
+import dataclasses
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +16,9 @@ from library.models.conditioning import conditioning_vector
 from library.models.key_maps import PARTS
 from library.models.save_checkpoint import module_tensors, save_diffusers, save_single_file
 from library.models.sdxl import vae_tensors
+from library.models.tokens import load_tokenizers
 from library.safetensors_io import load_tensors, read_header, write_safetensors
+from tools.tiny_models import TINY, TextEncoderSizes, random_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +217,38 @@ def test_missing_unexpected_and_misshapen_tensors_are_counted_and_named(golden_m
         RunError, match=r"1 missing \(out.0.bias\); 1 unexpected \(out.9.bias\); 1 of another shape \(middle_block"
     ):
         _ = open_models(tmp_path / "x.safetensors").unet
+
+
+def most_bytes(work) -> int:
+    """The most bytes of tensors that were there at once, of those that were made while it worked."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in changes), initial=0))
+
+
+@pytest.mark.parametrize("kind", ["single file", "folder"])
+def test_a_save_holds_one_tensor_beside_the_model(kind, tmp_path):
+    sizes = dataclasses.replace(
+        TINY,
+        text_encoder_1=TextEncoderSizes(64, 3, 64, vocabulary=100),
+        text_encoder_2=TextEncoderSizes(128, 12, 128, vocabulary=100),
+    )
+    write_safetensors(tmp_path / "model.safetensors", random_checkpoint(sizes, 0), {"format": "pt"})
+    checkpoint = open_checkpoint(str(tmp_path / "model.safetensors"))
+    trained = {part: {name: t.clone() for name, t in checkpoint.tensors(part).items()} for part in PARTS}
+    largest = max(tensor.nbytes for own in trained.values() for tensor in own.values())
+    assert sum(t.nbytes for t in trained["text_encoder_2"].values() if t.ndim == 2) > 4 * largest
+
+    def save():
+        if kind == "folder":
+            tokenizers = load_tokenizers(None, None)
+            save_diffusers(tmp_path / "folder", checkpoint, trained, tokenizers, dtype=torch.bfloat16)
+        else:
+            save_single_file(tmp_path / "out.safetensors", checkpoint, trained, {}, dtype=torch.bfloat16)
+
+    assert 0 < most_bytes(save) < 1.6 * largest
 
 
 # ----------------------------------------------------------------------------------------------------------- Diffusers

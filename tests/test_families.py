@@ -1,15 +1,24 @@
 """A tiny twin of each SDXL, end to end: trained, saved, loaded again, drawn with. And what is special about each."""
 
+import json
+
 import pytest
 import torch
 from conftest import open_models
-from running import QUICK, tensors_of
+from PIL import Image
+from running import QUICK, tensors_of, train_network, without
 
+from library.draws import Draws
+from library.errors import OptionError
 from library.models.checkpoint import open_checkpoint
-from library.safetensors_io import write_safetensors
-from tools.tiny_models import TWINS, tiny_checkpoint
+from library.models.unet_blocks import sinusoidal_embedding
+from library.models.vae import scale_latents
+from library.safetensors_io import read_header, write_safetensors
+from library.training.inpainting_masks import draw_masks
+from library.training.task import Task
+from tools.tiny_models import tiny_checkpoint
 
-TRAIN = [word for word in QUICK if word not in ("--network_module", "networks.lora", "--network_dim", "2", "--network_train_unet_only")]  # fmt: skip
+TRAIN = without(QUICK, "--network_module", "networks.lora", "--network_dim", "2", "--network_train_unet_only")
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +36,18 @@ def twins(tmp_path_factory):
     return twin
 
 
-def fine_tune(model, pictures, output, *extra):
+def fine_tune(model, pictures, output, *extra, quick=TRAIN):
     import sdxl_train
 
     files = ["--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--output_dir", output]
-    sdxl_train.main([str(word) for word in [*TRAIN, *files, "--output_name", "tuned", "--max_train_steps", "2", *extra]])  # fmt: skip
+    sdxl_train.main([str(word) for word in [*quick, *files, "--output_name", "tuned", "--max_train_steps", "2", *extra]])  # fmt: skip
     return output / "tuned.safetensors"
 
 
-@pytest.mark.parametrize("name", ["base-v", *TWINS])
+@pytest.mark.parametrize("name", [
+    *("ssd-1b", "refiner", "inpainting"),
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("base", "base-v", "vega")),
+])  # fmt: skip
 def test_a_twin_of_each_is_trained_saved_loaded_again_and_drawn_with(name, twins, pictures, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle --n dark --w 64 --h 64 --s 2 --l 5\n")
@@ -127,3 +139,127 @@ def models_vector():
 
     nothing = torch.zeros(1, 2)
     return conditioning_vector(torch.zeros(1, 128), nothing, nothing, nothing)
+
+
+# ----------------------------------------------------------------------------------------------------------- inpainting
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the U-Net gets in each step: (input, vector, batch)."""
+    found, model_input, vector = [], Task.model_input, Task.vector
+
+    def noted(self, noisy, batch):
+        found.append([model_input(self, noisy, batch)])
+        return found[-1][0]
+
+    def noted_too(self, text, batch):
+        found[-1] += [vector(self, text, batch), batch]
+        return found[-1][1]
+
+    monkeypatch.setattr(Task, "model_input", noted)
+    monkeypatch.setattr(Task, "vector", noted_too)
+    return found
+
+
+def masks_of(pictures, folder):
+    """A mask for each picture, its left half white: as a picture's own alpha channel too."""
+    folder.mkdir()
+    for path in sorted(pictures.rglob("*.png")):
+        with Image.open(path) as image:
+            mask = Image.new("L", image.size, 0)
+            mask.paste(255, (0, 0, image.width // 2, image.height))
+            image = image.convert("RGB")
+        image.putalpha(mask)
+        image.save(path)
+        mask.save(folder / path.name)
+
+
+@pytest.mark.parametrize("extra", [
+    ["--alpha_mask", "--cache_latents"],
+    ["--conditioning_data_dir", "MASKS", "--masked_loss"],
+])  # fmt: skip
+def test_what_counts_in_the_loss_is_what_an_inpainting_model_paints(extra, twins, pictures, seen, tmp_path):
+    masks_of(pictures, tmp_path / "masks")
+    words = [str(tmp_path / "masks") if word == "MASKS" else word for word in extra]
+    fine_tune(twins("inpainting"), pictures, tmp_path / "out", *words, quick=without(TRAIN, "--cache_latents"))
+    models = open_models(twins("inpainting"))
+    for x, _, batch in seen:
+        width = x.shape[3] // 2
+        assert (x[:, 4, :, : width - 1] == 1).all() and (x[:, 4, :, width + 1 :] == 0).all()
+        hidden = torch.nn.functional.interpolate(x[:, 4:5], scale_factor=8)
+        raw = models.encode_images(batch.images * (1 - hidden), torch.zeros(len(x), 4, *x.shape[2:]))
+        # But for the posterior's noise, and the mask's edge within a latent cell.
+        far = [*range(width - 4), *range(width + 4, x.shape[3])]
+        torch.testing.assert_close(x[:, 5:][..., far], scale_latents(raw)[..., far], rtol=0, atol=0.05)
+        assert "--cache_latents" not in extra or batch.latents is not None
+
+
+def test_masks_are_drawn_by_place_where_there_are_none(twins, pictures, seen, tmp_path):
+    fine_tune(twins("inpainting"), pictures, tmp_path / "out", "--max_train_steps", "3")
+    masks = [x[:, 4] for x, _, _ in seen]
+    assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask.any() for mask in masks)
+    shares = [draw_masks(Draws(5, 0, place, 1), 64, 96).mean().item() for place in range(200)]
+    assert 0.15 < sum(share == 1 for share in shares) / 200 < 0.35 and min(shares) > 0
+    together, apart = draw_masks(Draws(5, 0, 3, 2), 64, 96), draw_masks(Draws(5, 0, 4, 1), 64, 96)
+    assert torch.equal(together[1:], apart)
+
+
+# -------------------------------------------------------------------------------------------------------------- refiner
+
+
+def test_the_refiner_is_told_each_pictures_score(twins, pictures, seen, tmp_path):
+    """From the metadata file; from --aesthetic_score where that has none."""
+    files = sorted(pictures.rglob("*.png"))[:2]
+    rows = {str(file): {"caption": "a shape"} for file in files}
+    rows[str(files[0])]["aesthetic_score"] = 7.5
+    (tmp_path / "meta.json").write_text(json.dumps(rows), encoding="utf-8")
+    fine_tune(
+        twins("refiner"),
+        files[0].parent,
+        tmp_path / "out",
+        "--in_json",
+        tmp_path / "meta.json",
+        "--aesthetic_score",
+        "4",
+    )
+    expected = {str(files[0]): 7.5, str(files[1]): 4.0}
+    assert {path for _, _, batch in seen for path in batch.paths} == set(expected)
+    for _, vector, batch in seen:
+        told = torch.stack([sinusoidal_embedding(torch.tensor([expected[path]]), 256)[0] for path in batch.paths])
+        torch.testing.assert_close(vector[:, -256:], told)
+        assert vector.shape[1] == 128 + 5 * 256
+
+
+def test_a_lora_on_the_refiner_has_its_second_text_encoder_alone(twins, pictures, tmp_path):
+    words = without(QUICK, "--network_train_unet_only", "--cache_text_encoder_outputs")
+    lora = train_network(twins("refiner"), pictures, tmp_path / "out", "--max_train_steps", "2", quick=words)
+    parts = {name.split("_")[1] for name in tensors_of(lora)}
+    assert parts == {"unet", "te2"}
+    assert read_header(lora).metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-refiner/lora"
+
+
+def test_what_cant_be_trained_is_refused_by_name(twins, pictures, tmp_path):
+    import sdxl_train_textual_inversion
+
+    files = [
+        "--pretrained_model_name_or_path",
+        twins("refiner"),
+        "--train_data_dir",
+        pictures,
+        "--output_dir",
+        tmp_path,
+    ]
+    with pytest.raises(OptionError, match="a new word needs both text encoders, and the refiner has one"):
+        sdxl_train_textual_inversion.main(
+            [str(word) for word in [*files, "--token_string", "zyx", "--use_object_template", "--resolution", "64"]]
+        )
+    tensors = tensors_of(twins("base"))
+    one = {name: tensor for name, tensor in tensors.items() if not name.startswith("conditioner.embedders.0")}
+    write_safetensors(tmp_path / "one.safetensors", one, {})
+    with pytest.raises(OptionError, match="the file is incomplete, it lacks text encoder 1"):
+        fine_tune(tmp_path / "one.safetensors", pictures, tmp_path / "out")
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    write_safetensors(tmp_path / "five.safetensors", {**tensors, name: torch.zeros(32, 5, 3, 3)}, {})
+    with pytest.raises(OptionError, match="a U-Net with 5 input channels is none that is known here"):
+        fine_tune(tmp_path / "five.safetensors", pictures, tmp_path / "out")
