@@ -35,7 +35,7 @@ TRAINING = "sdxl_train_network.py"
 # Scripts without options, or for those who work on the suite.
 OFF_THE_PAGE = {"tools/quickstart.py"}
 # Pages for users: every option that they name exists. differences.md speaks of those of sd-scripts too.
-NAMES_OPTIONS = ["README.md", "docs/dataset.md", "docs/training.md"]
+NAMES_OPTIONS = ["README.md", "docs/dataset.md", "docs/training.md", "docs/fine_tune.md"]
 PROGRAMS = {"pip", "tensorboard", "wandb", "hf"}  # not ours, so their words aren't checked
 MODULES = {"venv", "pip"}
 
@@ -166,7 +166,10 @@ WHOLE = {
 def check_part(block: Block, script: str) -> None:
     """Some lines of a config file."""
     own = tomllib.loads(block.text)
-    rest = "".join(f"{name} = {json.dumps(value)}\n" for name, value in WHOLE.items() if name not in own)
+    known = declared_by(script).names
+    rest = "".join(
+        f"{name} = {json.dumps(value)}\n" for name, value in WHOLE.items() if name in known and name not in own
+    )
     check_config(block._replace(text=rest + block.text), script)
 
 
