@@ -20,6 +20,16 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._device = device
         self._alive: dict[int, weakref.ref] = {}
+        self._left_out: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def leave_out(self, *tensors: Tensor) -> None:
+        """Tensors that lie elsewhere, as far as this count goes."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._left_out.add(storage)
+            if id(storage) in self._alive:
+                del self._alive[id(storage)]
+                self.now -= storage.nbytes()
 
     def count(self, *tensors: Tensor) -> None:
         """Tensors that were there before."""
@@ -37,13 +47,13 @@ class LiveBytes(TorchDispatchMode):
         if tensor.device.type != self._device:
             return
         storage = tensor.untyped_storage()
-        if id(storage) in self._alive:
+        if id(storage) in self._alive or storage in self._left_out:
             return
         key, size = id(storage), storage.nbytes()
 
         def freed(_: object) -> None:
-            del self._alive[key]
-            self.now -= size
+            if self._alive.pop(key, None) is not None:
+                self.now -= size
 
         self._alive[key] = weakref.ref(storage, freed)
         self.now += size

@@ -254,8 +254,8 @@ def test_a_dry_run_takes_at_most_three_times_as_long_as_importing_torch(golden_m
 def test_a_step_on_the_largest_batch_can_be_measured(quick, golden_model, pictures, tmp_path, monkeypatch, capsys):
     """On the CPU, where only the time is; the page itself measures on CUDA alone."""
     seen = []
-    whole = page_module._made_up
-    monkeypatch.setattr(page_module, "_made_up", lambda *all: seen.append(whole(*all)) or seen[-1])
+    whole = page_module.made_up
+    monkeypatch.setattr(page_module, "made_up", lambda *all: seen.append(whole(*all)) or seen[-1])
     monkeypatch.setattr(page_module, "_time", lambda page, plan, buckets, device, measured: [("took", f"{measured()}")])
     page = page_of(capsys, *arguments(golden_model, pictures, tmp_path / "out", "--train_batch_size", 3, quick=quick))
     assert re.fullmatch(r"Measured\(peak=0, seconds=\d+\.\d+\)", row(page, "took"))

@@ -31,6 +31,7 @@ OWN = {
     "allow_missing_captions",
     "allow_partial",
     "auto_resume",
+    "base_quant",
     "bundle_token",
     "cache_dir",
     "checkpoint_policy",

@@ -17,6 +17,7 @@ from library.models.attention import AttentionFunction, sdpa
 from library.models.checkpoint import Checkpoint, locate_vae, open_checkpoint, open_tensors
 from library.models.checkpointing import KEPT, Checkpointing
 from library.models.key_maps import FILE_PREFIXES, FOLDERS
+from library.models.quantized import quantize
 from library.models.unet import UNet
 from library.precision import Precision
 
@@ -53,6 +54,7 @@ class SdxlModels:
     Attributes:
         change: what is done to weights when they are loaded; set before any is.
         trained: parts that are loaded in the dtype of trained weights; set before any is.
+        quantized: how the large layers of parts are kept (quantized.py), by part; set before any is loaded.
         new_token: a word that was added to tokenizers and encoders.
     """
 
@@ -78,6 +80,7 @@ class SdxlModels:
         self.change: Change | None = None
         self.new_token: NewToken | None = None
         self.trained: frozenset[str] = frozenset()
+        self.quantized: Mapping[str, str] = {}
         self._cut: set[str] = set()
 
     @cached_property
@@ -139,9 +142,14 @@ class SdxlModels:
             module.requires_grad_(False).eval()
             return
         dtype = self.precision.trained if part in self.trained else self.precision.compute
-        load_weights(module, tensors, dtype, self.device, what=what, name_of=name_of)
+        kind = self.quantized.get(part)
+        # Before a layer is quantised, it stays in its file's pages: the whole part may be larger than the device.
+        device = self.device if kind is None else torch.device("cpu")
+        load_weights(module, tensors, dtype if kind is None else None, device, what=what, name_of=name_of)
         if self.change is not None:
             self.change.apply(part, module)
+        if kind is not None:
+            quantize(module, kind, lambda weight: _placed(weight, dtype, self.device))
 
     def without_weights(self) -> "SdxlModels":
         """The same modules on the meta device, for building what goes on them without reading a weight."""
@@ -227,7 +235,7 @@ def load_vae(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.de
 def load_weights(
     module: nn.Module,
     tensors: Mapping[str, Tensor],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device,
     *,
     what: str,
@@ -238,6 +246,7 @@ def load_weights(
     A tensor that needs neither cast nor move is used as it lies in its file's pages; on a device, casts happen there.
 
     Args:
+        dtype: None: each tensor's own.
         name_of: the name in `tensors` of one of the module's own names.
 
     Raises RunError with counts and the first names if anything is missing, left over, or of another shape.
@@ -257,7 +266,7 @@ def load_weights(
             if names
         )
         raise RunError(f"{what}: its tensors don't fit an SDXL model: {told}")
-    placed = {own: _placed(tensors[name], dtype, device) for name, (own, _) in wanted.items()}
+    placed = {own: _placed(tensors[name], dtype or tensors[name].dtype, device) for name, (own, _) in wanted.items()}
     module.load_state_dict(placed, assign=True)
     for name, buffer in module.named_buffers():
         assert name.endswith("position_ids") or not buffer.is_meta, f"{name} has no value"
@@ -268,6 +277,7 @@ def load_weights(
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    dtype = dtype if tensor.is_floating_point() else tensor.dtype
     if device.type == "cpu":
         return tensor.to(dtype)
     memory_format = torch.channels_last if tensor.ndim == 4 else torch.preserve_format

@@ -391,7 +391,7 @@ def measure(
         make_step(task, models, options, found), trained_groups(task, _STEPS), options, _STEPS + 1, seed=0, processes=1
     )
     own = [sample for sample in samples if sample.fit.bucket == largest.size]
-    batch = _made_up(options, models, largest, own).to(device)
+    batch = made_up(options, models, largest, own).to(device)
     started = 0.0
     for number in range(_STEPS + 1):
         if number == 1:
@@ -404,8 +404,8 @@ def measure(
     return Measured(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0, seconds)
 
 
-def _made_up(options: Options, models: SdxlModels, largest: Bucket, samples: Sequence[Sample]) -> Batch:
-    """A batch like the run's largest, of random pictures. Args: samples: of the bucket; their captions are taken."""
+def made_up(options: Options, models: SdxlModels, largest: Bucket, samples: Sequence[Sample]) -> Batch:
+    """A batch like the run's largest, of random pictures. Args: samples: of the bucket; their captions are taken; none: empty ones."""
     count, (width, height) = largest.largest, largest.size
     cache, tokens = options[CacheOptions], options[ModelOptions].num_tokens + 2
     sizes = torch.tensor([(height, width)] * count)
@@ -417,7 +417,7 @@ def _made_up(options: Options, models: SdxlModels, largest: Bucket, samples: Seq
     return Batch(
         place=Place(epoch=0, step=0, micro=0, first=0, window_samples=count, closes_window=True, is_idle=False),
         paths=("made up",) * count,
-        captions=tuple(samples[i % len(samples)].caption for i in range(count)),
+        captions=tuple(samples[i % len(samples)].caption if samples else "" for i in range(count)),
         images=torch.rand(count, 3, height, width) * 2 - 1 if encodes_pictures(models, cache) else None,
         latents=latents if cache.latents else None,
         text=text,

@@ -24,7 +24,27 @@ class MemoryOptions(OptionGroup):
         False, "what --gradient_checkpointing keeps waits in RAM, and returns ahead of its use; for large batches"
     )
 
+    fp8_base: bool = option(
+        False,
+        "the frozen base model's linear layers are kept in float8 (e4m3), half of bfloat16's memory; networks only",
+    )
+    fp8_base_unet: bool = option(False, "as --fp8_base, but the text encoders stay as they are")
+    base_quant: str | None = option(
+        None,
+        "the frozen base model's linear layers are kept in int8, or in nf4, a quarter of bfloat16's memory; networks only",
+        choices=("int8", "nf4"),
+    )
+
+    @property
+    def quantized(self) -> dict[str, str]:
+        """How the base model's parts are kept, where not in the compute dtype."""
+        kind = "fp8" if self.fp8_base or self.fp8_base_unet else self.base_quant
+        parts = ("unet",) if self.fp8_base_unet else ("unet", "text_encoder_1", "text_encoder_2")
+        return {} if kind is None else dict.fromkeys(parts, kind)
+
     def mistakes(self) -> Iterable[Mistake]:
         for name in ("checkpoint_policy", "cpu_offload_checkpointing"):
             if getattr(self, name) not in (False, "full") and not self.gradient_checkpointing:
                 yield Mistake(f"--{name} needs --gradient_checkpointing", (name, "gradient_checkpointing"))
+        if self.base_quant and (self.fp8_base or self.fp8_base_unet):
+            yield Mistake("--base_quant and --fp8_base both say how the base model is kept; give one", ("base_quant",))

@@ -40,7 +40,7 @@ SPEC_VERSION = "1.0.1"
 
 # What the reference records of options that this version doesn't have.
 _ABSENT = {
-    "ss_full_fp16": False, "ss_fp8_base": False, "ss_fp8_base_unet": False,
+    "ss_full_fp16": False,
     "ss_sd_scripts_commit_hash": "(unknown)",
 }  # fmt: skip
 
@@ -114,6 +114,10 @@ def training_metadata(options: Options, facts: RunFacts) -> dict[str, str]:
     }
     if noise.timestep_sampling != "uniform":  # the reference has no key for these
         values["ss_timestep_sampling"] = noise.timestep_sampling
+    memory = options[MemoryOptions]
+    values |= {"ss_fp8_base": memory.fp8_base, "ss_fp8_base_unet": memory.fp8_base_unet}
+    if memory.base_quant is not None:
+        values["ss_base_quant"] = memory.base_quant
     if options[EmaOptions].ema_decay is not None:
         values["ss_ema_decay"] = options[EmaOptions].ema_decay
     described = dataset_metadata(

@@ -11,10 +11,6 @@ _REFUSED = (
         " zero3_save_16bit_model fp16_master_weights_and_gradients",
         f"DeepSpeed {_LATER}; leave it out",
     ),
-    (
-        "fp8_base fp8_base_unet",
-        f"it {_LATER}; take --mixed_precision bf16, which keeps what is trained in float32",
-    ),
     ("torch_compile", f"it {_LATER}; leave it out"),
     ("dataset_class", "a class of sd-scripts can't be loaded here; describe the pictures by --dataset_config"),
 )

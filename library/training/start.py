@@ -254,6 +254,9 @@ def open_models(kind: type[Task], options: Options, found: Preflight, device: to
         checkpointing=checkpointing_of(options[MemoryOptions]),
     )
     models.trained = kind.trained_parts(options)
+    # Caches are filled by whole encoders: other runs read them too.
+    whole = ("text_encoder_1", "text_encoder_2") if options[CacheOptions].text else ()
+    models.quantized = {part: how for part, how in options[MemoryOptions].quantized.items() if part not in whole}
     models.change = kind.change(models.without_weights(), options)
     return models
 

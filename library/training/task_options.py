@@ -8,6 +8,7 @@ from pathlib import Path
 from library.data.options import CacheOptions
 from library.errors import Mistake
 from library.options import OptionGroup, Options, option
+from library.training.memory_options import MemoryOptions
 from library.training.options import OptimizerOptions, RunOptions, is_plain_name
 from networks.options import NUM_BLOCKS, NetworkOptions, check_weights
 
@@ -141,6 +142,11 @@ def check_network(options: Options) -> Iterable[Mistake]:
             ("stop_text_encoder_training", "network_train_text_encoder_only"),
         )
     yield from check_weights(network)
+    if options[MemoryOptions].quantized and not network.is_own:
+        yield Mistake(
+            f"--network_module {network.network_module} reads the base model's weights itself, and can't go with --fp8_base or --base_quant",
+            ("network_module", "fp8_base", "base_quant"),
+        )
     pivotal = options[PivotalOptions]
     if pivotal.train_token is not None and options[CacheOptions].text:
         yield Mistake(
@@ -168,6 +174,11 @@ def check_embedding(options: Options) -> Iterable[Mistake]:
 def check_fine_tune(options: Options) -> Iterable[Mistake]:
     """Contradictions between fine-tuning's options and others."""
     chosen, base = options[FineTuneOptions], options[OptimizerOptions].learning_rate
+    if options[MemoryOptions].quantized:
+        yield Mistake(
+            "--fp8_base, --fp8_base_unet and --base_quant are for networks beside a frozen model; here the model itself is trained",
+            ("fp8_base", "fp8_base_unet", "base_quant"),
+        )
     if chosen.train_text_encoder and options[CacheOptions].text:
         yield Mistake(
             "--train_text_encoder: captions that are encoded before training can't go with it; leave out --cache_text_encoder_outputs",
