@@ -61,10 +61,10 @@ def make(name: str, *, fused: bool, dtype=torch.float32, max_grad_norm=0.0, clip
     return Update(model, groups, descent, scheduler)
 
 
-def train(update: Update, steps: int) -> list[torch.Tensor]:
-    """Windows of two batches of 2 and 4 pictures. Returns the norms."""
+def train(update: Update, steps: int, first: int = 0) -> list[torch.Tensor]:
+    """Up to so many steps, with windows of two batches of 2 and 4 pictures. Returns the norms."""
     norms, dtype = [], next(update.step_module.parameters()).dtype
-    for step in range(steps):
+    for step in range(first, steps):
         for i, part in enumerate(X.to(dtype).split([2, 4])):
             place = Place(0, step, 2 * step + i, 6 * step + 2 * i, 6, i == 1, False)
             losses = update.step_module(part, rarely=i == 0)

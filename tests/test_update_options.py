@@ -1,0 +1,105 @@
+"""--full_bf16, --full_fp16, --fused_backward_pass and their kin through the scripts: what is trained and saved, resuming, refusals."""
+
+import shutil
+
+import pytest
+import torch
+from running import assert_bit_equal, losses_of, tensors_of, train_network
+from test_fine_tune import QUICK, train
+
+from library.errors import OptionError, RunError
+from library.training.options import OptimizerOptions
+from library.training.update_options import UpdateOptions, check_update
+
+LAST_BLOCKS = ["--block_lr", ",".join(["0"] * 20 + ["1e-4"] * 3)]  # a short way back
+BF16 = ["--mixed_precision", "bf16", "--full_bf16"]
+ADAFACTOR = ["--optimizer_type", "Adafactor", "--optimizer_args", "scale_parameter=False", "relative_step=False", "warmup_init=False"]  # fmt: skip
+CASES = {
+    "fused Adafactor in bf16, by the norm before": [*BF16, "--fused_backward_pass", "--fused_clip", "previous_norm", *ADAFACTOR, "--max_grad_norm", "0.01"],
+    "fused AdamW, by the norm before": ["--fused_backward_pass", "--fused_clip", "previous_norm", "--max_grad_norm", "0.01"],
+    "Kahan": [*BF16, "--rounding", "kahan"],
+    "stochastic, schedule-free": [*BF16, "--optimizer_type", "AdamWScheduleFree"],
+    "stochastic, all weights together": [*BF16, "--optimizer_type", "Prodigy"],
+    "fused groups": ["--fused_optimizer_groups", "4"],
+    "float16": ["--mixed_precision", "fp16", "--full_fp16"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [name if name.startswith("fused AdamW") else pytest.param(name, marks=pytest.mark.long) for name in CASES])  # fmt: skip
+def test_resuming_is_bit_equal(case, golden_model, pictures, tmp_path):
+    """Windows of two batches; the state is of step 2 of 4."""
+    words = [*LAST_BLOCKS, *CASES[case], "--max_train_steps", "4", "--gradient_accumulation_steps", "2", "--save_state", "--save_every_n_steps", "2"]  # fmt: skip
+    if "Prodigy" in words:
+        words[1] = words[1].replace("1e-4", "1")
+    whole = train(golden_model, pictures, tmp_path / "whole", *words)
+    shutil.copytree(tmp_path / "whole" / "lora-step00000002-state", tmp_path / "parts" / "lora-step00000002-state")
+    parts = train(golden_model, pictures, tmp_path / "parts", *words, "--auto_resume")
+    assert_bit_equal(tensors_of(whole), tensors_of(parts))
+    assert losses_of(tmp_path / "whole")[2:] == losses_of(tmp_path / "parts")
+    before, after = tensors_of(golden_model), tensors_of(whole)
+    changed = [name for name in after if not torch.equal(before[name].to(after[name].dtype), after[name])]
+    dtype = torch.bfloat16 if BF16[2] in words else torch.float16 if "fp16" in words else torch.float32
+    assert changed and {after[name].dtype for name in changed} == {dtype}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", [BF16, ["--mixed_precision", "fp16", "--full_fp16"]])
+def test_a_network_is_trained_in_16_bits_too(precision, golden_model, pictures, tmp_path):
+    path = train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", "3", *precision, "--network_dim", "4")  # fmt: skip
+    tensors = tensors_of(path)
+    assert {tensor.dtype for name, tensor in tensors.items() if "lora_" in name.rpartition(".")[0][-12:]} <= {torch.bfloat16, torch.float16}  # fmt: skip
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
+
+
+@pytest.mark.long
+def test_a_network_is_stepped_within_backward_too(golden_model, pictures, tmp_path):
+    """Without clipping it ends where it does without, but for the order of sums."""
+    words = ["--max_train_steps", "3", "--max_grad_norm", "0", "--learning_rate", "1e-4"]
+    plain = train_network(golden_model, pictures, tmp_path / "plain", *words)
+    fused = train_network(golden_model, pictures, tmp_path / "fused", *words, "--fused_backward_pass")
+    one, two = tensors_of(plain), tensors_of(fused)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
+
+
+def test_fault_64_memory_that_runs_out_in_a_step_within_backward_ends_the_run_unsaved(golden_model, pictures, tmp_path, monkeypatch):  # fmt: skip
+    """Some weights are of this step then, others of the one before."""
+    from library.training.in_backward import InBackward
+
+    steps, step = [], InBackward._step
+
+    def limited(self, number):
+        steps.append(self._number)
+        if steps.count(1) == 3:  # of the second optimizer step
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+        return step(self, number)
+
+    monkeypatch.setattr(InBackward, "_step", limited)
+    with pytest.raises(RunError, match=r"step 2: out of memory .*some of its weights were stepped already.*the last saved state is whole"):  # fmt: skip
+        train(golden_model, pictures, tmp_path / "out", *LAST_BLOCKS, "--fused_backward_pass", "--max_train_steps", "3", "--train_batch_size", "2", "--save_state", "--save_every_n_steps", "1")  # fmt: skip
+    assert [path.name for path in (tmp_path / "out").glob("*-state")] == ["lora-step00000001-state"]
+
+
+@pytest.mark.parametrize(
+    "extra, expected",
+    [
+        (["--full_bf16"], "--full_bf16 needs --mixed_precision bf16, got no"),
+        (["--full_fp16", "--mixed_precision", "bf16"], "--full_fp16 needs --mixed_precision fp16, got bf16"),
+        (["--rounding", "kahan"], "--rounding kahan: trained weights are float32, so nothing is rounded"),
+        (["--full_fp16", "--mixed_precision", "fp16", "--rounding", "stochastic"], "with --full_fp16 take kahan or nearest"),
+        (["--fused_backward_pass", "--fused_optimizer_groups", "3"], "give one of them"),
+        (["--fused_clip", "previous_norm"], "--fused_clip goes with --fused_backward_pass"),
+        (["--fused_backward_pass", "--mixed_precision", "fp16"], "float16 gradients may overflow"),
+        (["--fused_backward_pass", "--optimizer_type", "Prodigy"], "Prodigy finds its rate from all gradients together"),
+        (["--fused_backward_pass", "--optimizer_type", "pytorch_optimizer.Prodigy"], "looks at all gradients together"),
+    ],
+)  # fmt: skip
+def test_what_cant_work_is_refused(extra, expected, golden_model, pictures, tmp_path):
+    with pytest.raises(OptionError, match=expected):
+        train(golden_model, pictures, tmp_path / "out", *extra, quick=QUICK)
+
+
+def test_several_processes_are_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = list(check_update(UpdateOptions(fused_backward_pass=True), mixed_precision="no", optimizer=OptimizerOptions().name))  # fmt: skip
+    assert len(found) == 1 and "before they are exchanged" in found[0].text
