@@ -48,14 +48,15 @@ def read_lora(path: Path, unet: UNet, *, flag: str = "--network_weights") -> dic
     tensors = read_tensors(path, flag=flag)
     if not any(name.endswith(".lora_down.weight") for name in tensors):
         raise OptionError(f"{flag} {path}: this is {identify(tensors)}; a LoRA with .lora_down.weight keys is needed")
-    respelt = _diffusers_names(unet)
+    respelt = diffusers_names(unet)
     return {
         f"{respelt.get(module, module)}.{rest}": tensor
         for (module, _, rest), tensor in ((key.partition("."), t) for key, t in tensors.items())
     }
 
 
-def _diffusers_names(unet: UNet) -> dict[str, str]:
+def diffusers_names(unet: UNet) -> dict[str, str]:
+    """Our module names by those that Diffusers' module names lead to."""
     rename = Renaming(unet_pairs_of_config(unet.config))
     paths = [path for path, _ in unet.named_modules() if path]
     return {module_key(UNET, rename(path)): module_key(UNET, path) for path in paths}

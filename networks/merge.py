@@ -1,18 +1,18 @@
-"""Merging LoRA files into the weights of a model: W += multiplier * (alpha / r) * up @ down.
+"""Base weights: LoRA files that are merged into a model before it is trained: W += multiplier * (alpha / r) * up @ down.
 
 Source: contract, formats.md section 10 (sdxl_merge_lora with --sd_model).
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from library.errors import OptionError
 from library.models.unet import UNet
+from networks.applied import merge_into
 from networks.lora import Target, text_encoder_targets, unet_targets
 from networks.lora_file import read_lora
 
@@ -53,35 +53,12 @@ class BaseWeights:
         """Change the layers of a freshly loaded part: "unet", "text_encoder_1" or "text_encoder_2"."""
         targets = list(unet_targets(module) if part == "unet" else text_encoder_targets(module, int(part[-1])))
         for path, multiplier in self._files:
-            merge(targets, self._read(path), multiplier)
+            modules: dict[str, dict[str, Tensor]] = {}
+            for key, tensor in self._read(path).items():
+                name, _, rest = key.partition(".")
+                modules.setdefault(name, {})[rest] = tensor
+            merge_into(targets, modules, multiplier)
 
 
 def _of_encoders(encoders: Iterable[nn.Module]) -> list[Target]:
     return [target for number, encoder in enumerate(encoders, 1) for target in text_encoder_targets(encoder, number)]
-
-
-@torch.no_grad()
-def merge(targets: Iterable[Target], tensors: Mapping[str, Tensor], multiplier: float) -> None:
-    """Add a file's changes to the layers' weights, in float32 and rounded once; weights may lie in a mapped file, so they are replaced."""
-    for target in targets:
-        if f"{target.name}.lora_down.weight" not in tensors:
-            continue
-        layer: Any = target.layer
-        change = multiplier * change_of(tensors, target.name).to(layer.weight.device)
-        if change.numel() != layer.weight.numel():
-            raise OptionError(
-                f"{target.name}: its change is {list(change.shape)}, the layer {list(layer.weight.shape)}"
-            )
-        weight = (layer.weight.float() + change.reshape(layer.weight.shape)).to(layer.weight.dtype)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-
-
-def change_of(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """(alpha / r) * up @ down of one module: [out, in], or [out, in, kh, kw]; float32."""
-    down, up = (tensors[f"{name}.lora_{which}.weight"].float() for which in ("down", "up"))
-    rank = len(down)
-    alpha = tensors.get(f"{name}.alpha")
-    scale = 1.0 if alpha is None else float(alpha) / rank
-    if (mid := tensors.get(f"{name}.lora_mid.weight")) is not None:  # a convolution taken apart by Tucker's rule
-        return scale * torch.einsum("or,rskl,si->oikl", up.flatten(1), mid.float(), down.flatten(1))
-    return scale * (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])

@@ -11,9 +11,10 @@ import sdxl_train_network
 from library.errors import OptionError
 from library.models.text_encoders import TextConditioning
 from library.safetensors_io import read_header, write_safetensors
+from networks.kinds import change_of
 from networks.lora import text_encoder_targets, unet_targets
 from networks.lora_file import load_into, network_from_file, read_lora
-from networks.merge import BaseWeights, change_of
+from networks.merge import BaseWeights
 from networks.options import LoraSettings
 
 TEXT_TOO = without(QUICK, "--cache_text_encoder_outputs", "--network_train_unet_only")
@@ -137,7 +138,8 @@ def test_merged_base_weights_do_what_the_network_beside_the_model_does(golden_mo
 
 def test_the_change_of_a_convolution_by_hand():
     down, up = torch.randn(2, 3, 3, 3), torch.randn(5, 2, 1, 1)
-    change = change_of({"a.lora_down.weight": down, "a.lora_up.weight": up, "a.alpha": torch.tensor(1.0)}, "a")
+    parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
+    change = change_of(parts, torch.empty(5, 3, 3, 3))
     x = torch.randn(1, 3, 6, 6)
     expected = 0.5 * torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down), up)
     torch.testing.assert_close(torch.nn.functional.conv2d(x, change), expected, rtol=1e-4, atol=1e-4)

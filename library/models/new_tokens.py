@@ -20,18 +20,23 @@ from library.models.text_encoders import body_of
 
 
 class ExtendedEmbedding(nn.Module):
-    """An embedding table with rows behind it: ids from `first` on are theirs."""
+    """An embedding table with rows behind it: ids from `first` on are theirs. Of several new words, one table lies on the other."""
 
-    def __init__(self, table: nn.Embedding, rows: Tensor, first: int):
+    def __init__(self, table: "nn.Embedding | ExtendedEmbedding", rows: Tensor, first: int):
         super().__init__()
-        self.weight = table.weight  # frozen
+        self.table = table  # frozen
         self.rows = nn.Parameter(rows)
         self.first = first
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows of the known words."""
+        return self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] -> [..., C], in the table's dtype."""
         is_new = ids >= self.first
-        known = F.embedding(ids.masked_fill(is_new, 0), self.weight)
+        known: Tensor = self.table(ids.masked_fill(is_new, 0))
         new = F.embedding((ids - self.first).clamp(min=0), self.rows).to(known.dtype)
         return torch.where(is_new[..., None], new, known)
 

@@ -55,7 +55,7 @@ class SdxlModels:
         change: what is done to weights when they are loaded; set before any is.
         trained: parts that are loaded in the dtype of trained weights; set before any is.
         quantized: how the large layers of parts are kept (quantized.py), by part; set before any is loaded.
-        new_token: a word that was added to tokenizers and encoders.
+        new_tokens: words that were added to tokenizers and encoders.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SdxlModels:
         self._attention = attention
         self._checkpointing = checkpointing
         self.change: Change | None = None
-        self.new_token: NewToken | None = None
+        self.new_tokens: list[NewToken] = []
         self.trained: frozenset[str] = frozenset()
         self.quantized: Mapping[str, str] = {}
         self._cut: set[str] = set()
@@ -201,7 +201,9 @@ class SdxlModels:
 
     def expand(self, text: str) -> str:
         """The text with all vectors of each new word where the word stands."""
-        return text if self.new_token is None else self.new_token.expand(text)
+        for token in self.new_tokens:
+            text = token.expand(text)
+        return text
 
     def _tell_cut(self, cut: Sequence[tuple[str, str]], num_tokens: int) -> None:
         """Captions that are longer than the encoders read, each once, and a few only."""

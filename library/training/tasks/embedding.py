@@ -68,8 +68,9 @@ def add_token(
     rows = first_rows(models, init_word, count)
     if weights is not None:
         rows = _read_rows(weights, rows)
-    models.new_token = NewToken(models, word, [own.to(models.device, models.precision.trained) for own in rows])
-    return models.new_token
+    token = NewToken(models, word, [own.to(models.device, models.precision.trained) for own in rows])
+    models.new_tokens.append(token)
+    return token
 
 
 def _read_rows(path: Path, like: list[Tensor]) -> list[Tensor]:

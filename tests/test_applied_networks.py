@@ -1,0 +1,348 @@
+"""Networks on a model that draws: golden 07 beside, merged and folded in; kinds against LyCORIS; layouts against Diffusers; regions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import open_models
+
+from library.errors import OptionError
+from library.models import text_encoders
+from library.safetensors_io import load_tensors, write_safetensors
+from networks.applied import matched_modules
+from networks.generation import AppliedNetworks
+from networks.generation_options import AppliedNetworkOptions
+from networks.kinds import change_of, unread_parts
+from networks.layouts import every_layer, modules_in_file
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_tensors(GOLDEN / "07_lora_tiny.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def golden_lora(golden, tmp_path_factory):
+    path = tmp_path_factory.mktemp("lora") / "golden.safetensors"
+    write_safetensors(path, {n.removeprefix("lora."): t for n, t in golden.items() if n.startswith("lora.")}, {})
+    return path
+
+
+def predicted(models, golden):
+    with torch.no_grad():
+        return models.unet(*(golden[name] for name in ("latents", "timesteps", "context", "y")))
+
+
+# ---------------------------------------------------------------------------------------------------------- three ways
+
+
+@pytest.mark.parametrize("way", [{}, {"network_pre_calc": True}])
+def test_golden_07_at_every_multiplier_and_0_restores_every_bit(way, golden, golden_lora, own_models):
+    plain = predicted(own_models, golden)
+    networks = AppliedNetworks(AppliedNetworkOptions(network_weights=(golden_lora,), **way), own_models)
+    for name in (name for name in golden if name.startswith("unet_out.mult")):
+        networks.set_multipliers([float(name.removeprefix("unet_out.mult"))])
+        torch.testing.assert_close(predicted(own_models, golden), golden[name], rtol=0, atol=1e-4)
+    networks.set_multipliers(None)
+    with torch.no_grad():
+        ids = [golden[f"input_ids{n}"].view(-1, 1, 77) for n in (1, 2)]
+        text = text_encoders.encode(*ids, *own_models.text_encoders)
+    for found, name in zip(text, ("hidden1", "hidden2", "pool"), strict=True):
+        torch.testing.assert_close(found, golden[next(n for n in golden if name in n)], rtol=0, atol=1e-4)
+    networks.set_multipliers([0.0])
+    assert torch.equal(predicted(own_models, golden), plain)
+
+
+def test_merged_networks_and_those_beside_add_up(golden, golden_lora, own_models):
+    """Twice at 0.25, once merged and once beside, is once at 0.5: the first one's multiplier has no say any more."""
+    options = AppliedNetworkOptions(
+        network_weights=(golden_lora, golden_lora), network_mul=(0.25, 0.25), network_merge_n_models=1
+    )
+    networks = AppliedNetworks(options, own_models)
+    assert networks.num_networks == 2
+    found = predicted(own_models, golden)
+    other = open_models(own_models.checkpoint.path)
+    AppliedNetworks(AppliedNetworkOptions(network_weights=(golden_lora,), network_mul=(0.5,)), other)
+    torch.testing.assert_close(found, predicted(other, golden), rtol=0, atol=1e-4)
+    networks.set_multipliers([9.0, 0.25])
+    assert torch.equal(predicted(own_models, golden), found)
+
+
+# --------------------------------------------------------------------------------------------------------------- kinds
+
+LINEAR, CONVOLUTION = torch.nn.Linear(12, 20), torch.nn.Conv2d(8, 12, 3, padding=1)
+
+
+@pytest.mark.parametrize("layer", [LINEAR, CONVOLUTION], ids=["linear", "conv"])
+@pytest.mark.parametrize("kind, module", [("locon", "LoConModule"), ("loha", "LohaModule"), ("lokr", "LokrModule")])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_tucker": True}, {"weight_decompose": True}, {"weight_decompose": True, "wd_on_out": False}, {"use_scalar": True}],
+    ids=["plain", "tucker", "dora", "dora of inputs", "scalar"],
+)  # fmt: skip
+def test_every_kind_is_lycoris_own_change(kind, module, settings, layer):
+    if "use_tucker" in settings and layer is LINEAR:
+        pytest.skip("convolutions alone")
+    library = pytest.importorskip(f"lycoris.modules.{kind}")
+    torch.manual_seed(0)
+    theirs = getattr(library, module)("x", layer, 1.0, 4, 2.0, **settings).eval()
+    for name, parameter in theirs.named_parameters():
+        if "dora" in name:
+            parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
+        else:
+            parameter.data.normal_()
+    parts = theirs.custom_state_dict() if hasattr(theirs, "custom_state_dict") else theirs.state_dict()
+    x = torch.randn(2, 12) if layer is LINEAR else torch.randn(2, 8, 5, 5)
+    own = layer.forward
+    theirs.apply_to()
+    expected = layer(x)
+    layer.forward = own
+    assert not unread_parts(parts)
+    weight = layer.weight.detach() + change_of(parts, layer.weight.detach())
+    found = torch.func.functional_call(layer, {"weight": weight, "bias": layer.bias}, (x,))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_is_peft_s(own_models, tmp_path):
+    """A DoRA that PEFT made for one layer, under PEFT's own keys."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    layer = own_models.unet.get_submodule("input_blocks.4.1.transformer_blocks.0.attn1.to_q")
+    model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(layer.in_features, layer.out_features, bias=False)})
+    model["to_q"].weight.data.copy_(layer.weight)
+    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["to_q"], use_dora=True)
+    wrapped = peft.get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+        if "magnitude" in name:
+            parameter.data *= 1.3
+    tensors = {
+        name.replace("base_model.model.to_q", f"base_model.model.{path}"): tensor
+        for name, tensor in peft.get_peft_model_state_dict(wrapped).items()
+    }
+    tensors[f"base_model.model.{path}.alpha"] = torch.tensor(2.0)
+    write_safetensors(tmp_path / "dora.safetensors", {n: t.contiguous() for n, t in tensors.items()}, {})
+    x = torch.randn(3, layer.in_features)
+    expected = wrapped.base_model.model["to_q"](x)
+    AppliedNetworks(AppliedNetworkOptions(network_weights=(tmp_path / "dora.safetensors",)), own_models)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+
+def test_the_same_network_in_diffusers_and_peft_spelling(golden, golden_lora, own_models, tmp_path):
+    """By Diffusers' own converter, with the alphas in the metadata as Diffusers saves them."""
+    from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as Loader
+
+    tensors = {
+        n: t for n, t in load_tensors(golden_lora)[0].items() if "lora_unet" in n and "_1_transformer_blocks" in n
+    }
+    write_safetensors(tmp_path / "kohya.safetensors", tensors, {})
+    layers = every_layer(own_models.unet, own_models.text_encoders)
+
+    def read(name):
+        return matched_modules(tmp_path / name, layers, own_models.unet, flag="--network_weights", allow_partial=False)
+
+    ours = read("kohya.safetensors")
+    diffusers, alphas = Loader.lora_state_dict({k: v.clone() for k, v in tensors.items()}, unet_config=_Config())
+    one = next(iter(alphas.values()))
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": one, "unet.r": 3})}
+    write_safetensors(tmp_path / "diffusers.safetensors", diffusers, metadata)
+    theirs = read("diffusers.safetensors")
+    assert theirs.keys() == ours.keys() and all(name.startswith("lora_unet_") for name in ours)
+    by_name = {target.name: target.layer.weight for target in layers}
+    for name, parts in ours.items():
+        torch.testing.assert_close(change_of(theirs[name], by_name[name]), change_of(parts, by_name[name]))
+
+
+class _Config:
+    """What Diffusers' converter asks of a U-Net: SDXL's blocks."""
+
+    layers_per_block = 2
+
+
+@pytest.mark.parametrize(
+    "key, module, part",
+    [
+        ("unet.down_blocks.1.attentions.0.proj_in.lora_A.weight", "lora_unet_input_blocks_4_1_proj_in", "lora_down.weight"),
+        ("unet.up_blocks.0.attentions.1.proj_out.lora.up.weight", "lora_unet_output_blocks_1_1_proj_out", "lora_up.weight"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.down.weight",
+         "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_out_0", "lora_down.weight"),
+        ("base_model.model.mid_block.resnets.1.conv1.lora_B.default.weight", "lora_unet_middle_block_2_in_layers_2", "lora_up.weight"),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight", "lora_te1_text_model_encoder_layers_0_self_attn_q_proj", "lora_up.weight"),
+        ("text_encoder_2.encoder.layers.1.mlp.fc1.lora_magnitude_vector", "lora_te2_text_model_encoder_layers_1_mlp_fc1", "dora_scale"),
+        ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "lora_unet_middle_block_1_proj_in", "lora_down.weight"),
+    ],
+)  # fmt: skip
+def test_keys_of_other_programs(key, module, part, golden_models, tmp_path):
+    write_safetensors(tmp_path / "one.safetensors", {key: torch.zeros(2, 2)}, {})
+    found = modules_in_file(tmp_path / "one.safetensors", golden_models.unet, flag="--network_weights")
+    assert {name: list(parts) for name, parts in found.items()} == {module: [part]}
+
+
+def test_a_file_that_does_not_fit_is_refused_with_counts_unless_partial(golden_lora, own_models, tmp_path):
+    tensors, _ = load_tensors(golden_lora)
+    changed = {**tensors, "lora_unet_nowhere.lora_down.weight": torch.zeros(2, 4), "lora_unet_nowhere.lora_up.weight": torch.zeros(4, 2)}  # fmt: skip
+    up = next(name for name in tensors if name.endswith("to_q.lora_up.weight"))
+    changed[up] = torch.zeros(7, 3)
+    changed["lora_unet_odd.oft_blocks"] = torch.zeros(2, 2, 2)
+    write_safetensors(tmp_path / "other.safetensors", changed, {})
+    options = {"network_weights": (tmp_path / "other.safetensors",)}
+    with pytest.raises(
+        OptionError,
+        match=r"1 of its \d+ modules aren't understood \(lora_unet_odd\); 1 of .* no layer .*nowhere.*another size .*--allow_partial",
+    ):
+        AppliedNetworks(AppliedNetworkOptions(**options), own_models)
+    AppliedNetworks(AppliedNetworkOptions(**options, allow_partial=True), own_models)
+    write_safetensors(
+        tmp_path / "other.safetensors", {"lora_unet_x.lora_down.weight": torch.zeros(1, 2), "lora_unet_x.lora_up.weight": torch.zeros(2, 1)}, {}
+    )  # fmt: skip
+    with pytest.raises(OptionError, match="nothing of it fits this model"):
+        AppliedNetworks(AppliedNetworkOptions(**options, allow_partial=True), own_models)
+    write_safetensors(tmp_path / "other.safetensors", {"model.diffusion_model.out.0.weight": torch.zeros(2)}, {})
+    with pytest.raises(OptionError, match=r"this is .*; a LoRA, LoHa or LoKr is needed"):
+        AppliedNetworks(AppliedNetworkOptions(**options, allow_partial=True), own_models)
+
+
+# ------------------------------------------------------------------------------------------------------------- regions
+
+
+def test_networks_in_regions_by_hand(golden, golden_lora, own_models):
+    """Masks that are full, and the same sub-prompt for both: layers add up as without regions. Half masks: a network works in its half."""
+    x, t, context, vector = (golden[name][:1] for name in ("latents", "timesteps", "context", "y"))
+    rows = [value.expand(2, *value.shape[1:]) for value in (x, t, context, vector)]
+    with torch.no_grad():
+        plain = own_models.unet(*rows)
+    options = AppliedNetworkOptions(network_weights=(golden_lora, golden_lora))
+    networks = AppliedNetworks(options, own_models, is_regional=True)
+    assert networks.is_regional and networks.num_networks == 2
+    height, width = x.shape[2] * 8, x.shape[3] * 8
+
+    def draw(mask, strengths):
+        networks.set_multipliers(strengths)
+        at = networks.conditions(guides=(), sub_contexts=[context, context], mask=mask, parts=2)
+        with torch.no_grad():
+            return own_models.unet(*rows, at(0, 4))
+
+    halves = torch.zeros(height, width, 3, dtype=torch.uint8)
+    halves[:, : width // 2, 0], halves[:, width // 2 :, 1] = 255, 255
+    torch.testing.assert_close(draw(halves, [0.0, 0.0]), plain, rtol=0, atol=1e-2)  # the 1e-4 beside the masks' sum
+    left = (draw(halves, [1.0, 0.0]) - plain)[1].abs().mean(dim=(0, 1))
+    right = (draw(halves, [0.0, 1.0]) - plain)[1].abs().mean(dim=(0, 1))
+    half = x.shape[3] // 2
+    assert left[:half].sum() > left[half:].sum() and right[half:].sum() > right[:half].sum()
+    with pytest.raises(OptionError, match=r"2 networks need as many sub-prompts, divided by AND; this prompt has 1"):
+        networks.conditions(guides=(), sub_contexts=[context], mask=halves, parts=2)
+
+
+def test_text_encoders_see_the_network_of_the_sub_prompt_alone(golden_lora, own_models):
+    networks = AppliedNetworks(
+        AppliedNetworkOptions(network_weights=(golden_lora, golden_lora)), own_models, is_regional=True
+    )
+
+    def encoded():
+        with torch.no_grad():
+            return own_models.encode_texts(["a red square"], 75).pooled
+
+    networks.set_multipliers([0.5, 2.0])
+    both = encoded()
+    networks.set_multipliers([0.5, 2.0], sub_prompt=0)
+    first = encoded()
+    networks.set_multipliers([0.5, 2.0], sub_prompt=1)
+    second = encoded()
+    networks.set_multipliers([0.0, 2.0])
+    assert torch.equal(encoded(), second)
+    assert not torch.equal(first, second) and not torch.equal(both, second)
+
+
+def test_masks_by_channel_and_by_colour_code():
+    from networks.regional import masks_of
+
+    mask = torch.zeros(1, 4, 3, dtype=torch.uint8)
+    mask[0, 0, 0], mask[0, 1, 1], mask[0, 2, :2] = 255, 255, 255
+    by_channel = masks_of(mask, 3, None)
+    assert by_channel[:, 0].tolist() == [[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 1, 1]]  # an empty one is everywhere
+    by_code = masks_of(mask, 3, 7)
+    assert by_code[:, 0].tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+
+
+# ----------------------------------------------------------------------------------------------------------- new words
+
+
+def test_embedding_files_are_words_and_each_shape_is_read(own_models, tmp_path):
+    widths = (64, 128)
+    torch.manual_seed(0)
+    rows = [torch.randn(2, width) for width in widths]
+    write_safetensors(tmp_path / "xboth.safetensors", {"clip_l": rows[0], "clip_g": rows[1]}, {})
+    torch.save({"string_to_param": {"*": rows[0]}}, tmp_path / "xolder.pt")
+    torch.save({"clip_l": rows[0], "clip_g": rows[1]}, tmp_path / "xdict.pt")
+    files = (tmp_path / "xboth.safetensors", tmp_path / "xolder.pt", tmp_path / "xdict.pt")
+    AppliedNetworks(AppliedNetworkOptions(textual_inversion_embeddings=files), own_models)
+    assert own_models.expand("a xboth, xolder cat") == "a xboth xboth1, xolder xolder1 cat"
+    with torch.no_grad():
+        one, two, three = (own_models.encode_texts([f"a {word} cat"], 75) for word in ("xboth", "xdict", "xolder"))
+    assert torch.equal(one.hidden_1, two.hidden_1) and torch.equal(one.pooled, two.pooled)
+    assert torch.equal(one.hidden_1, three.hidden_1) and not torch.equal(one.pooled, three.pooled)
+
+
+def test_embedding_files_that_do_not_fit_are_told(own_models, tmp_path):
+    def refused(tensors, text, name="word.safetensors"):
+        write_safetensors(tmp_path / name, tensors, {})
+        with pytest.raises(OptionError, match=text):
+            AppliedNetworks(AppliedNetworkOptions(textual_inversion_embeddings=(tmp_path / name,)), own_models)
+
+    refused({"clip_l": torch.zeros(1, 768)}, r"clip_l is \[1, 768\].*clip_l \[n, 64\]")
+    refused({"clip_l": torch.zeros(1, 64), "clip_g": torch.zeros(2, 128)}, "both encoders need as many")
+    refused({"clip_l": torch.full((1, 64), torch.nan)}, "aren't finite")
+    refused({"clip_l": torch.zeros(1, 64)}, "know already.*give the file another name", "cat.safetensors")
+    (tmp_path / "bad.pt").write_bytes(b"no pickle")
+    with pytest.raises(OptionError, match="can't be read as a file of tensors alone"):
+        AppliedNetworks(AppliedNetworkOptions(textual_inversion_embeddings=(tmp_path / "bad.pt",)), own_models)
+
+
+# -------------------------------------------------------------------------------------------------------- control nets
+
+
+def test_control_nets_add_up_and_end_at_their_share_of_the_steps(golden_models, tmp_path):
+    golden, _ = load_tensors(GOLDEN / "08_lllite_tiny.safetensors")
+    path = tmp_path / "lllite.safetensors"
+    write_safetensors(path, {n.removeprefix("lllite."): t for n, t in golden.items() if n.startswith("lllite.")}, {})
+    options = AppliedNetworkOptions(
+        control_net_lllite_models=(path, path), control_net_multipliers=(0.5,), control_net_ratios=(1.0, 0.5)
+    )
+    networks = AppliedNetworks(options, golden_models)
+    guide = golden["cond_image"]
+    at = networks.conditions(guides=[guide, guide], sub_contexts=(), mask=None, parts=1)
+    inputs = [golden[name] for name in ("latents", "timesteps", "context", "y")]
+    with torch.no_grad():
+        torch.testing.assert_close(golden_models.unet(*inputs, at(3, 4)), golden["out.mult0.5"], rtol=0, atol=1e-5)
+        both = golden_models.unet(*inputs, at(2, 4))
+    assert (both - golden["out.mult0.5"]).abs().max() > 1e-3
+    assert at(0, 4) is at(2, 4)  # made once for all steps
+    doubled = networks.conditions(guides=[guide, guide], sub_contexts=(), mask=None, parts=2)
+    with torch.no_grad():
+        twice = golden_models.unet(*(torch.cat([value, value]) for value in inputs), doubled(3, 4))
+    torch.testing.assert_close(twice, torch.cat([golden["out.mult0.5"]] * 2), rtol=0, atol=1e-5)
+    assert networks.conditions(guides=(), sub_contexts=(), mask=None, parts=2)(0, 4) is None
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"network_module": ("networks.lora",)}, "1 networks, but --network_weights has 0 files"),
+        ({"network_module": ("networks.oft",), "network_weights": (GOLDEN / "02_unet.json",)}, "networks.oft: pictures can't be drawn"),
+        ({"network_weights": (Path("nowhere.safetensors"),)}, "no such file"),
+        ({"network_mul": (1.0,)}, "--network_mul: 1 numbers for 0 files"),
+        ({"network_pre_calc": True, "network_regional_mask_max_color_codes": 4}, "weights have no regions"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_before_torch(options, text):
+    with pytest.raises(OptionError, match=text):
+        mistakes = list(AppliedNetworkOptions(**options).mistakes())
+        raise OptionError("; ".join(mistake.text for mistake in mistakes))
