@@ -4,7 +4,6 @@ python benchmarks/token_learns.py [--steps 150] [--words 20]
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -30,11 +29,13 @@ def main() -> None:
 
 def compare(folder: Path, steps: int, words: int) -> tuple[float, float, list[float]]:
     """(loss with the first values, with the trained ones, with each random word's)."""
+    import sdxl_train_textual_inversion
     from library.safetensors_io import load_tensors
+    from tools import make_tiny_sdxl
     from tools.make_tiny_dataset import make_pictures
 
     model, pictures = folder / "model.safetensors", folder / "pictures" / "1_shape"
-    subprocess.run([sys.executable, ROOT / "tools" / "make_tiny_sdxl.py", "--output", model], check=True)
+    make_tiny_sdxl.main(["--output", str(model)])
     make_pictures(pictures, 1)
     next(pictures.glob("*.txt")).write_text(CAPTION, encoding="utf-8")
     train = [
@@ -42,7 +43,7 @@ def compare(folder: Path, steps: int, words: int) -> tuple[float, float, list[fl
         "--init_word", "thing", "--resolution", "64", "--cache_latents", "--max_train_steps", steps, "--learning_rate", "0.02",
         "--save_model_as", "safetensors", "--seed", "1", "--max_data_loader_n_workers", "0",
     ]  # fmt: skip
-    subprocess.run([sys.executable, ROOT / "sdxl_train_textual_inversion.py", *map(str, train)], check=True)
+    sdxl_train_textual_inversion.main(list(map(str, train)))
     rows, _ = load_tensors(folder / "out" / "zyx.safetensors")
     return losses_of(model, next(pictures.glob("*.png")), rows, words)
 

@@ -28,6 +28,7 @@ from library.training.task_options import PivotalOptions
 from networks.options import NetworkOptions
 from tools import tiny_models
 
+TEXT_TOO = without(QUICK, "--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")
 DISK = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
 
 
@@ -151,8 +152,7 @@ def test_caches_are_looked_at_and_told_without_being_made(golden_model, pictures
 
 
 def test_without_caches_all_parts_are_in_every_step(golden_model, pictures, tmp_path, capsys):
-    uncached = without(QUICK, "--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")
-    page = page_of(capsys, *arguments(golden_model, pictures, tmp_path / "out", quick=uncached))
+    page = page_of(capsys, *arguments(golden_model, pictures, tmp_path / "out", quick=TEXT_TOO))
     for part, numbers in (("unet", "8,666,692"), ("text_encoder_2", "6,945,536"), ("vae", "1,399,879")):
         assert row(page, part).strip() == f"{numbers} frozen numbers, float32, in every step"
     assert "none: pictures and captions are encoded in every step" in page
@@ -186,7 +186,8 @@ def test_without_its_model_a_dry_run_checks_all_else(model, pictures, tmp_path, 
 
 
 def test_a_dry_run_that_cant_start_exits_2_and_imports_no_more_than_it_needs(pictures, tmp_path):
-    words = [*arguments(tmp_path / "gone.safetensors", pictures, tmp_path / "out"), "--dry_run"]
+    """Text encoders that would be trained are counted by the checkpoint's header."""
+    words = [*arguments(tmp_path / "gone.safetensors", pictures, tmp_path / "out", quick=TEXT_TOO), "--dry_run"]
     program = (
         "import sys, sdxl_train_network as s\nfrom library.errors import run\n"
         f"try: run(lambda: s.main({words!r}))\nfinally: print({{'transformers', 'diffusers'}} & set(sys.modules))"
@@ -228,7 +229,17 @@ def test_a_folder_that_cant_be_written_in_is_told(golden_model, pictures, tmp_pa
 
 
 @pytest.mark.long
-def test_a_dry_run_takes_at_most_three_times_as_long_as_importing_torch(golden_model, pictures, tmp_path):
+@pytest.mark.parametrize(
+    "script_name, words",
+    [
+        ("sdxl_train_network", QUICK),
+        ("sdxl_train_network", TEXT_TOO),
+        ("sdxl_train", ["--resolution", "64", "--train_text_encoder"]),
+        ("sdxl_train_textual_inversion", ["--resolution", "64", "--token_string", "zyx", "--use_object_template"]),
+    ],
+    ids=["lora", "lora and text", "fine-tuning", "textual inversion"],
+)
+def test_a_dry_run_takes_at_most_three_times_as_long_as_importing_torch(script_name, words, golden_model, pictures, tmp_path):  # fmt: skip
     """CPU seconds of new processes, the best of three each: loads of the machine don't count."""
     import resource
 
@@ -243,8 +254,8 @@ def test_a_dry_run_takes_at_most_three_times_as_long_as_importing_torch(golden_m
         return best
 
     torch_alone = seconds("-c", "import torch")
-    words = arguments(golden_model, pictures, tmp_path / "out", "--dry_run")
-    assert seconds(ROOT / "sdxl_train_network.py", *words) <= 3 * torch_alone
+    whole = arguments(golden_model, pictures, tmp_path / "out", "--dry_run", quick=words)
+    assert seconds(ROOT / f"{script_name}.py", *whole) <= 3 * torch_alone
 
 
 # --------------------------------------------------------------------------------------------------------- measurement

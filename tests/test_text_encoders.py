@@ -10,6 +10,7 @@ from library.models import text_encoders, tokens
 from library.models.checkpointing import Checkpointing
 from library.models.tokens import BEGIN, END, load_tokenizers, parse_weights, save_tokenizer
 from library.safetensors_io import load_tensors
+from networks.lora import text_encoder_targets
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = json.loads((GOLDEN / "03_text.json").read_text(encoding="utf-8"))
@@ -108,6 +109,20 @@ def test_fault_22_encoder_names_keep_text_model_whatever_transformers_calls_them
         names = set(module_tensors(encoder, part))
         assert names == set(golden_models.checkpoint.tensors(part))
         assert all(name.startswith("text_model.") or name == "text_projection.weight" for name in names)
+
+
+def test_an_outline_has_the_names_shapes_and_layers_of_its_encoder(golden_models):
+    """So what is counted, rehearsed and refused by it is what a run does."""
+    for number, encoder in enumerate(golden_models.text_encoders, 1):
+        drawn = text_encoders.outline(golden_models.checkpoint.tensors(f"text_encoder_{number}"))
+        whole = {text_encoders.module_name(encoder, name): tensor for name, tensor in encoder.named_parameters()}
+        shapes = [
+            {name: tensor.shape for name, tensor in one.items()} for one in (dict(drawn.named_parameters()), whole)
+        ]
+        assert shapes[0] == shapes[1]
+        one, two = (list(text_encoder_targets(module, number)) for module in (drawn, encoder))
+        assert [(t.name, t.is_used, t.layer.weight.shape) for t in one] == [(t.name, t.is_used, t.layer.weight.shape) for t in two]  # fmt: skip
+        assert len(one) > 10 and all(t.layer.weight.is_meta for t in one)
 
 
 def test_the_tokenizer_cache_folder_is_filled_once_and_read_back(tmp_path):

@@ -50,7 +50,7 @@ class NewToken:
         self.word = word
         self.words = [word, *(f"{word}{i}" for i in range(1, count))]
         self.tables: list[ExtendedEmbedding] = []
-        for tokenizer, encoder, own in zip(models.tokenizers, models.text_encoders, rows, strict=True):
+        for tokenizer, encoder, own in zip(models.tokenizers, models.text_layers, rows, strict=True):
             first = len(tokenizer.clip)
             if len(tokenizer.ids(word)) == 1 or tokenizer.clip.add_tokens(self.words) != count:
                 raise OptionError(
@@ -75,7 +75,7 @@ class NewToken:
 def first_rows(models: SdxlModels, init_word: str | None, count: int) -> list[Tensor]:
     """The first values of `count` vectors for both encoders, float32: those of the init word's tokens in turn, or the tables' means."""
     rows = []
-    for tokenizer, encoder in zip(models.tokenizers, models.text_encoders, strict=True):
+    for tokenizer, encoder in zip(models.tokenizers, models.text_layers, strict=True):
         table: Tensor = body_of(encoder).embeddings.token_embedding.weight.detach()
         ids = tokenizer.ids(init_word) if init_word else []
         if init_word and not ids:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 _TOLD_CUT = 5
-_LOADED = ("unet", "vae", "text_encoders", "tokenizers")
+_LOADED = ("unet", "vae", "text_encoders", "_outlines", "tokenizers")
 
 
 class Change(Protocol):
@@ -95,6 +95,19 @@ class SdxlModels:
     def text_encoders(self) -> tuple["CLIPTextModel", "CLIPTextModelWithProjection"]:
         """Both; the refiner's first is an AbsentEncoder."""
         one, two = (self._text_encoder(number) for number in (1, 2))
+        return one, two
+
+    @property
+    def text_layers(self) -> tuple[Any, Any]:
+        """The text encoders as far as networks and optimizers look at them: without weights, outlines, which are made quickly."""
+        return self._outlines if self.device.type == "meta" else self.text_encoders
+
+    @cached_property
+    def _outlines(self) -> tuple[Any, Any]:
+        from library.models.text_encoders import AbsentEncoder, outline
+
+        stored = (self.checkpoint.tensors(f"text_encoder_{number}") for number in (1, 2))
+        one, two = (outline(tensors) if tensors else AbsentEncoder() for tensors in stored)
         return one, two
 
     def _text_encoder(self, number: int) -> Any:

@@ -60,6 +60,32 @@ def build_text_encoder(tensors: Mapping[str, Tensor], number: int) -> nn.Module:
         return kind(transformers.CLIPTextConfig(**text_encoder_config(tensors, number)))
 
 
+def outline(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The layers and parameters of a text encoder (module names) on the meta device: all that a network or an optimizer asks for.
+
+    It can't encode, and needs no transformers, whose import takes longer than all else that a dry run does.
+    """
+    encoder = nn.Module()
+    with torch.device("meta"):
+        for name, tensor in tensors.items():
+            module = encoder
+            *path, parameter = name.split(".")
+            for depth, step in enumerate(path, 1):
+                if step not in module._modules:
+                    module.add_module(step, _layer(".".join(path[:depth]), tensors))
+                module = module.get_submodule(step)
+            module.register_parameter(parameter, nn.Parameter(torch.empty(tensor.shape), requires_grad=False))
+    return encoder
+
+
+def _layer(path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A linear layer by its matrix and bias, a list by its name, or a module that only holds others."""
+    weight = tensors.get(f"{path}.weight")
+    if weight is not None and weight.ndim == 2 and f"{path}.bias" in tensors:
+        return nn.Linear(weight.shape[1], weight.shape[0])
+    return nn.ModuleList() if path.endswith(".layers") else nn.Module()
+
+
 def text_encoder_config(tensors: Mapping[str, Tensor], number: int) -> dict[str, Any]:
     """transformers' configuration of text encoder 1 or 2, by the shapes of its tensors (module names)."""
     vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape

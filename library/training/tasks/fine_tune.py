@@ -127,7 +127,7 @@ class FineTune(Task):
     ):
         """Args: lr: the base learning rate. text_is_cached: captions come encoded, and the text encoders aren't needed."""
         self._models, self._num_tokens, self._weighted = models, num_tokens, weighted_captions
-        self._encoders = () if text_is_cached else models.text_encoders
+        self._encoders = () if text_is_cached else models.text_layers
         self.unet = models.unet
         self.compute_dtype = models.precision.compute
         groups = _unet_groups(self.unet, options.block_lrs, lr)

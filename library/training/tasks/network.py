@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,10 @@ class NetworkTask(Task):
         """
         self._models, self._num_tokens, self._weighted = models, num_tokens, weighted_captions
         self.is_terse = options.no_metadata
-        self._encoders = () if text_is_cached else models.text_encoders
+        if text_is_cached:
+            self._encoders: tuple[Any, ...] = ()
+        else:  # another package's network may look for transformers' own classes
+            self._encoders = models.text_layers if options.is_own else models.text_encoders
         self.unet = models.unet
         self.compute_dtype = models.precision.compute
         self._network = build_network(options, self.unet, self._encoders, models.device, models.precision)
@@ -144,7 +148,7 @@ class NetworkTask(Task):
         chosen = options[NetworkOptions]
         if not chosen.base_weights:
             return None
-        return BaseWeights(chosen.base_weights, chosen.base_weights_multiplier or (), models.unet, models.text_encoders)
+        return BaseWeights(chosen.base_weights, chosen.base_weights_multiplier or (), models.unet, models.text_layers)
 
     def modules(self) -> list[nn.Module]:
         return [self._network.module, self.unet, *self._encoders]
