@@ -6,7 +6,7 @@ from torch import nn
 
 from library.data.order import Place
 from library.param_group import ParamGroup, split_groups
-from library.training.in_backward import InBackward
+from library.training.in_backward import InBackward, bunches_of
 from library.training.lr_schedules import make_scheduler
 from library.training.optimizers import make_optimizer, start_training
 from library.training.options import ScheduleOptions
@@ -145,6 +145,15 @@ def test_a_gradient_that_isnt_finite_steps_no_weight_to_where_it_isnt():
 @pytest.mark.parametrize("name, expected", [*((name, True) for name in OPTIMIZERS), ("Prodigy", False), ("pytorch_optimizer.DAdaptAdam", False)])  # fmt: skip
 def test_optimizers_that_look_at_all_gradients_are_recognised(name, expected):
     assert is_separable(lambda groups: make_optimizer(name, OPTIMIZERS.get(name, {}), groups, 1.0)) is expected
+
+
+def test_large_tensors_step_alone_and_small_ones_of_a_group_together(monkeypatch):
+    from library.training import in_backward
+
+    monkeypatch.setattr(in_backward, "_SMALL", 81)
+    groups = groups_of(Small())
+    sizes = [sorted(parameter.numel() for parameter in bunch) for bunch in bunches_of(groups)]
+    assert sizes == [[6400], [80], [6400], [6400], [1, 80, 80, 80]]
 
 
 def test_groups_are_cut_by_number_and_rate():

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from library.data.order import Place
+from library.param_group import ParamGroup
 from library.training.stepper import Stepper
-from library.training.update import Descended, Descent, clip_factor
+from library.training.update import Descended, Descent, clip_factor, norms_of
+
+_SMALL = 1 << 15  # numbers: biases and norms
 
 
 class InBackward(Descent):
@@ -68,19 +71,11 @@ class InBackward(Descent):
         members = [parameter for parameter in self._bunches[number] if parameter.grad is not None]
         self._arrived[number] = 0
         self.is_partly_taken = True
-        gradients = [parameter.grad for parameter in members if parameter.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+        norms = norms_of(members)
         for parameter, norm in zip(members, norms, strict=True):
             self._norms[self._index[parameter]] = norm
-        if self._previous is not None:
-            factor = clip_factor(self._previous, self._max_grad_norm)
-        elif len(members) == 1:
-            factor = clip_factor(norms[0], self._max_grad_norm)
-        else:
-            factor = torch.ones_like(norms[0])
-            for gradient, own in zip(gradients, clip_factor(norms, self._max_grad_norm), strict=True):
-                gradient.mul_(own)
-        del gradients
+        factor = clip_factor(norms if self._previous is None else self._previous, self._max_grad_norm)
+        factor = factor[0] if len(members) == 1 and factor.ndim else factor
         self.stepper.step(members, self._number, factor, norms.isfinite().all())
         for parameter in members:
             parameter.grad = None
@@ -110,3 +105,13 @@ class InBackward(Descent):
         previous = state.get("previous_norm")
         if self._clips_by_previous and previous is not None:
             self._previous = previous.to(self._norms.device)
+
+
+def bunches_of(groups: Sequence[ParamGroup]) -> list[list[nn.Parameter]]:
+    """What steps together: large tensors alone; the small ones of a group, half of all and a thousandth of the numbers, at once."""
+    bunches = []
+    for group in groups:
+        small = [parameter for parameter in group.parameters.values() if parameter.numel() < _SMALL]
+        bunches += [[parameter] for parameter in group.parameters.values() if parameter.numel() >= _SMALL]
+        bunches += [small] if small else []
+    return bunches

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from library.errors import Mistake, OptionError
 from library.options import Options
 from library.param_group import ParamGroup, split_groups
-from library.training.in_backward import InBackward
+from library.training.in_backward import InBackward, bunches_of
 from library.training.lr_schedules import make_scheduler
 from library.training.optimizers import make_optimizer, start_training
 from library.training.options import OptimizerOptions, RunOptions, ScheduleOptions, read_arguments
@@ -32,9 +32,8 @@ def make_update(
     stepper = Stepper(optimizer, groups, rounding=chosen.rounding_used, seed=seed, is_separable=alone)
     descent: Descent
     if chosen.is_fused:
-        bunches = [[parameter] for parameter in stepper.parameters]
-        if chosen.fused_optimizer_groups:
-            bunches = [list(group.parameters.values()) for group in groups]
+        whole = [list(group.parameters.values()) for group in groups]
+        bunches = whole if chosen.fused_optimizer_groups else bunches_of(groups)
         by_previous = chosen.fused_clip == "previous_norm"
         descent = InBackward(stepper, bunches, max_grad_norm=most, clips_by_previous=by_previous)
     else:

@@ -88,7 +88,7 @@ class Stepper:
         Args:
             members: with gradients, which may be changed, and are gone behind it where parameters have 16 bits.
             number: optimizer steps done before this one.
-            factor: of the gradients; [], float32.
+            factor: of the gradients, [], or of each, [members]; float32.
             is_finite: whether the gradients are; []; None: they are. If not, weights stay as they are where the optimizer
                 sees to that on the device (`skips_on_device`), and are stepped with gradients of 0 where it doesn't.
         """
@@ -108,6 +108,9 @@ class Stepper:
         for bunch in narrow:
             self._lend_gradients(bunch)
         gradients = _gradients([self._stand_ins[parameter] for parameter in members])
+        if factor.ndim:
+            torch._foreach_mul_(gradients, list(factor))
+            factor = factor.new_ones(())
         if self.skips_on_device:  # its kernel divides by grad_scale and heeds found_inf: the host needn't wait
             self.optimizer.grad_scale = 1 / factor  # type: ignore[attr-defined]
             self.optimizer.found_inf = None if is_finite is None else (~is_finite).float()  # type: ignore[attr-defined]
@@ -265,6 +268,8 @@ def _flat(members: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _views(flat: Tensor, members: Sequence[nn.Parameter]) -> list[Tensor]:
+    if len(members) == 1:  # most large ones are stepped alone, and split takes its time
+        return [flat.view(members[0].shape)]
     parts = flat.split([parameter.numel() for parameter in members])
     return [part.view(parameter.shape) for part, parameter in zip(parts, members, strict=True)]
 
