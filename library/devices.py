@@ -11,6 +11,17 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def lacks_bf16(device: torch.device) -> str:
+    """A sentence about a card that has no bfloat16 arithmetic of its own; "" if it has, or is none."""
+    if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic (compute capability {major}.{minor}; 8.0 has), so it is emulated, "
+        "many times slower; take --mixed_precision fp16"
+    )
+
+
 class Arriving:
     """Numbers on their way from a device to the host, read later without waiting for what the device does meanwhile."""
 

@@ -1,12 +1,15 @@
 """--full_bf16, --full_fp16, --fused_backward_pass and their kin through the scripts: what is trained and saved, resuming, refusals."""
 
 import shutil
+import sys
 
 import pytest
 import torch
+from forked import end_together, processes
 from running import assert_bit_equal, losses_of, tensors_of, train_network
 from test_fine_tune import QUICK, train
 
+from library.devices import lacks_bf16
 from library.errors import OptionError, RunError
 from library.training.options import OptimizerOptions
 from library.training.update_options import UpdateOptions, check_update
@@ -97,6 +100,52 @@ def test_fault_64_memory_that_runs_out_in_a_step_within_backward_ends_the_run_un
 def test_what_cant_work_is_refused(extra, expected, golden_model, pictures, tmp_path):
     with pytest.raises(OptionError, match=expected):
         train(golden_model, pictures, tmp_path / "out", *extra, quick=QUICK)
+
+
+def test_a_card_without_bfloat16_is_told_in_words(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert "Tesla T4 has no bfloat16 arithmetic (compute capability 7.5; 8.0 has)" in lacks_bf16(torch.device("cuda"))
+    assert lacks_bf16(torch.device("cpu")) == ""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="new processes are forked")
+def test_two_processes_round_alike(golden_model, pictures, tmp_path):
+    """Each rounds all weights by itself; the run compares them after the first step and before it saves."""
+    words = [*QUICK, *LAST_BLOCKS, *BF16, "--max_train_steps", "2", "--gradient_accumulation_steps", "2"]
+    files = [
+        "--pretrained_model_name_or_path",
+        golden_model,
+        "--train_data_dir",
+        pictures,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    end_together(processes("sdxl_train.py", *words, *files, count=2, port=29633))
+    assert (tmp_path / "out" / "lora.safetensors").exists()
+
+
+@pytest.mark.long
+def test_fine_tuning_within_backward_is_fine_tuning_behind_it(golden_model, pictures, tmp_path):
+    """float32, no clipping, within 1e-6: encoders too, by Adafactor."""
+    quick = [word for word in QUICK if word != "--cache_text_encoder_outputs"]
+    words = [
+        "--train_text_encoder",
+        *ADAFACTOR,
+        "--max_grad_norm",
+        "0",
+        "--max_train_steps",
+        "2",
+        "--learning_rate",
+        "1e-5",
+    ]
+    plain = train(golden_model, pictures, tmp_path / "plain", *words, quick=quick)
+    fused = train(golden_model, pictures, tmp_path / "fused", *words, "--fused_backward_pass", quick=quick)
+    one, two = tensors_of(plain), tensors_of(fused)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6, msg=name)
 
 
 def test_several_processes_are_refused_before_anything_is_loaded(monkeypatch):

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from library.data.dataset import Batches, group_samples
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.devices import lacks_bf16
 from library.errors import OptionError
 from library.log import log, muted
 from library.models.attention import choose_attention
@@ -239,6 +240,8 @@ def _shared_seed(seed: int | None) -> int:
 def open_models(kind: type[Task], options: Options, found: Preflight, device: torch.device) -> SdxlModels:
     """The base model as the task wants it; nothing is loaded yet."""
     model, run, update = options[ModelOptions], options[RunOptions], options[UpdateOptions]
+    if run.mixed_precision == "bf16" and (sentence := lacks_bf16(device)):
+        log.warning("--mixed_precision bf16: %s", sentence)
     models = SdxlModels(
         found.checkpoint,
         Precision.decide(
