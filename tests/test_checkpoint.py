@@ -276,6 +276,34 @@ def test_the_folder_loads_in_diffusers_and_gives_the_same_numbers(folder, golden
         torch.testing.assert_close(text.pooled, pooled, rtol=0, atol=1e-5)
 
 
+def test_a_trained_single_file_loads_in_diffusers_and_gives_the_same_numbers(golden_models, folder, tmp_path):
+    """from_single_file with a local configuration: U-Net, both text encoders and VAE, all of them changed."""
+    from library.imports import import_diffusers
+
+    draws = torch.Generator().manual_seed(1)
+    trained = {
+        part: {name: t + 0.02 * torch.randn(t.shape, generator=draws) for name, t in golden_models.checkpoint.tensors(part).items()}
+        for part in PARTS
+    }  # fmt: skip
+    path = tmp_path / "trained.safetensors"
+    save_single_file(path, golden_models.checkpoint, trained, {"modelspec.title": "trained"}, v_prediction=True)
+    pipeline = import_diffusers().StableDiffusionXLPipeline.from_single_file(
+        str(path), config=str(folder), local_files_only=True
+    )
+    models = open_models(path)
+    latents, timesteps = torch.randn(1, 4, 8, 8, generator=draws), torch.tensor([500])
+    with torch.no_grad():
+        context, _, pooled, _ = pipeline.encode_prompt("a cat", device="cpu", do_classifier_free_guidance=False)
+        text = models.encode_texts(["a cat"], 75)
+        torch.testing.assert_close(torch.cat([text.hidden_1, text.hidden_2], -1), context, rtol=0, atol=1e-5)
+        torch.testing.assert_close(text.pooled, pooled, rtol=0, atol=1e-5)
+        sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
+        theirs = pipeline.unet(latents, timesteps, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample  # fmt: skip
+        vector = conditioning_vector(pooled, sizes[:, :2], sizes[:, 2:4], sizes[:, 4:])
+        torch.testing.assert_close(models.unet(latents, timesteps, context, vector), theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(models.decode_latents(latents), pipeline.vae.decode(latents).sample, rtol=0, atol=1e-5)  # fmt: skip
+
+
 def test_shards_variants_and_pickles_are_found():
     names = ["config.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"]
     shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]

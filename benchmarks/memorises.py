@@ -1,0 +1,102 @@
+"""Does full fine-tuning learn? A tiny model memorises three pictures, and draws each by its caption.
+
+python benchmarks/memorises.py [--steps 400] [--full_bf16]
+
+What is drawn, less the mean of the three, is correlated with the latents that were trained, less theirs: each drawing should be
+nearest to its own picture. The VAE is random, so the pictures themselves show nothing.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+PICTURES, SIDE, SEEDS, SAMPLING_STEPS = 3, 64, 4, 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400, help="training steps")
+    parser.add_argument("--learning_rate", default="1e-3", help="of AdamW")
+    parser.add_argument("--full_bf16", action="store_true", help="train bfloat16 weights, rounded by chance")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        losses, correlations = memorise(Path(folder), chosen.steps, chosen.learning_rate, full_bf16=chosen.full_bf16)
+    tenth = max(1, len(losses) // 10)
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    print(f"loss: {first:.3f} in the first tenth of {len(losses)} steps, {last:.3f} in the last")
+    print("drawn \\ trained" + "".join(f"{number:8d}" for number in range(PICTURES)))
+    for number, row in enumerate(correlations):
+        print(f"{number:15d}" + "".join(f"{value:8.3f}" for value in row))
+    learnt = all(max(row) == row[number] for number, row in enumerate(correlations))
+    print("each drawing is nearest to its own picture" if learnt else "NOT each drawing is nearest to its own picture")
+    raise SystemExit(not learnt)
+
+
+def memorise(folder: Path, steps: int, learning_rate: str, *, full_bf16: bool) -> tuple[list[float], list[list[float]]]:
+    """(the loss of each step, the correlation of each caption's drawings with each picture)."""
+    from tools.make_tiny_dataset import make_pictures
+
+    model, pictures = folder / "model.safetensors", folder / "pictures" / "1_shape"
+    subprocess.run([sys.executable, ROOT / "tools" / "make_tiny_sdxl.py", "--output", model], check=True)
+    paths = make_pictures(pictures, PICTURES, seed=1)
+    words = [
+        "--pretrained_model_name_or_path", model, "--train_data_dir", pictures.parent, "--output_dir", folder / "out", "--output_name", "tuned",
+        "--resolution", SIDE, "--train_batch_size", PICTURES, "--cache_latents_to_disk", "--cache_text_encoder_outputs",
+        "--max_train_steps", steps, "--learning_rate", learning_rate, "--max_data_loader_n_workers", "0", "--seed", "1",
+        *(["--mixed_precision", "bf16", "--full_bf16", "--no_half_vae"] if full_bf16 else []),
+    ]  # fmt: skip
+    subprocess.run([sys.executable, ROOT / "sdxl_train.py", *map(str, words)], check=True)
+    rows = map(json.loads, (folder / "out" / "tuned-log.jsonl").read_text(encoding="utf-8").splitlines())
+    losses = [row["loss/current"] for row in rows if "loss/current" in row]
+    return losses, correlations(folder / "out" / "tuned.safetensors", paths)
+
+
+def correlations(model: Path, paths: list[Path]) -> list[list[float]]:
+    """Of each caption's drawing, the mean over some seeds, with each picture's latents."""
+    import numpy as np
+    import torch
+
+    from library.draws import generator
+    from library.models.checkpoint import open_checkpoint
+    from library.models.sdxl import SdxlModels
+    from library.models.text_encoders import TextConditioning
+    from library.models.vae import scale_latents
+    from library.precision import Precision
+    from library.sampling.denoise import denoise
+    from library.sampling.samplers import make_sampler
+
+    models = SdxlModels(
+        open_checkpoint(str(model)), Precision.decide("no", None, no_half_vae=True), torch.device("cpu")
+    )
+    trained = []
+    for path in paths:
+        (cache,) = path.parent.glob(f"{path.stem}_*_sdxl.npz")
+        with np.load(cache) as arrays:
+            trained.append(scale_latents(torch.from_numpy(arrays["latents"])).flatten())
+    drawn = []
+    for number, path in enumerate(paths):
+        noise = torch.randn(SEEDS, 4, SIDE // 8, SIDE // 8, generator=generator("memorises", number))
+        captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip()] * SEEDS
+        with torch.no_grad():
+            text = TextConditioning.of(models.encode_texts(captions, 75))
+        sampler = make_sampler("euler", v_prediction=False, zero_terminal_snr=False)
+        latents = denoise(models.unet, sampler, noise, text, text, steps=SAMPLING_STEPS, scale=1)
+        drawn.append(latents.mean(dim=0).flatten())
+    ours, theirs = (_less_their_mean(torch.stack(rows)) for rows in (drawn, trained))
+    return (ours @ theirs.T).tolist()
+
+
+def _less_their_mean(rows):  # noqa: ANN001, ANN202 - torch is imported late
+    """Unit vectors of the rows without what they share."""
+    rows = rows - rows.mean(dim=0)
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+if __name__ == "__main__":
+    main()
