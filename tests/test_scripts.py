@@ -362,12 +362,11 @@ def test_what_a_gui_writes_is_taken_with_a_few_lines(golden_model, pictures, tmp
         sdxl_train_network.__doc__, [NetworkOptions, *COMMON_TRAINING], [str(word) for word in argv],
         checks=[check_training], refused=REFUSED, unused=UNUSED,
     )  # fmt: skip
-    assert len(options.notices) == 3
+    assert len(options.notices) == 2
     for piece in (
         "epoch",
         "noise_offset_type",
         "sdxl",
-        "dynamo_backend",
         "clip_skip changes nothing",
     ):
         assert sum(piece in notice for notice in options.notices) == 1, piece

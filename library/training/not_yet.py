@@ -11,7 +11,6 @@ _REFUSED = (
         " zero3_save_16bit_model fp16_master_weights_and_gradients",
         f"DeepSpeed {_LATER}; leave it out",
     ),
-    ("torch_compile", f"it {_LATER}; leave it out"),
     ("dataset_class", "a class of sd-scripts can't be loaded here; describe the pictures by --dataset_config"),
 )
 
@@ -19,5 +18,4 @@ REFUSED = {name: reason for names, reason in _REFUSED for name in names.split()}
 
 UNUSED = {
     "zero_stage": "there is no --deepspeed yet",
-    "dynamo_backend": "there is no --torch_compile yet",
 }

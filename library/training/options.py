@@ -12,6 +12,7 @@ from library.log import LogOptions
 from library.models.options import ModelOptions
 from library.options import OptionGroup, Options, option
 from library.sampling.options import SAMPLERS
+from library.training.compile_options import CompileOptions
 from library.training.memory_options import MemoryOptions
 from library.training.update_options import UpdateOptions, check_update
 
@@ -474,7 +475,7 @@ class MetadataOptions(OptionGroup):
 
 
 COMMON_TRAINING = (
-    ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, MemoryOptions, OptimizerOptions, UpdateOptions, ScheduleOptions, NoiseOptions,
+    ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, MemoryOptions, CompileOptions, OptimizerOptions, UpdateOptions, ScheduleOptions, NoiseOptions,
     LossOptions,
     ValidationOptions, PreviewOptions, EmaOptions, SavingOptions, ResumeOptions, UploadOptions, TrackerOptions, MetadataOptions, LogOptions,
 )  # fmt: skip
@@ -526,6 +527,16 @@ def check_training(options: Options) -> Iterable[Mistake]:
     if upload.resume_from_huggingface and (states.resume or "").count("/") < 2:
         yield Mistake(
             f"--resume_from_huggingface: --resume {states.resume or ''} must be OWNER/REPOSITORY/FOLDER", ("resume",)
+        )
+    memory = options[MemoryOptions]
+    if (
+        options[CompileOptions].torch_compile
+        and memory.gradient_checkpointing
+        and memory.checkpoint_policy == "selective"
+    ):
+        yield Mistake(
+            "--checkpoint_policy selective can't go with --torch_compile, which decides itself what it computes again; leave one out",
+            ("checkpoint_policy", "torch_compile"),
         )
     if options[RunOptions].ddp_static_graph and options[RunOptions].gradient_accumulation_steps > 1:
         yield Mistake(

@@ -22,6 +22,7 @@ from library.errors import OptionError
 from library.log import log, muted
 from library.models.attention import choose_attention
 from library.models.checkpointing import Checkpointing
+from library.models.compiling import compile_blocks
 from library.models.noise_schedule import NoiseSchedule
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
@@ -29,6 +30,7 @@ from library.options import Options
 from library.param_group import ParamGroup
 from library.precision import Precision
 from library.sampling.prompts import SamplePrompt, at_size, read_sample_prompts
+from library.training.compile_options import CompileOptions
 from library.training.ema import Ema
 from library.training.make_update import make_update, try_optimizer
 from library.training.memory_options import MemoryOptions
@@ -118,6 +120,9 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     torch.manual_seed(seed)
     task = kind.from_options(models, options)
     groups = trained_groups(task, plan.total_steps)
+    compiling = options[CompileOptions]
+    if compiling.torch_compile:
+        compile_blocks(task.unet, compiling.dynamo_backend, accelerator.device)
     step = _wrapped(make_step(task, models, options, found), accelerator)
     update = make_update(step, groups, options, plan.total_steps, seed=seed, processes=accelerator.num_processes)
     ema = make_ema(task, options[EmaOptions])
