@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from library.models.attention import AttentionFunction
+from library.models.products import conv2d, linear
 from library.models.unet_config import HEAD_CHANNELS
 from library.models.unet_extra import AttentionExtra, BlockExtra, steered
 
@@ -34,12 +35,12 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype))
+        return linear(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype))
 
 
 class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype), self.stride, self.padding)
+        return conv2d(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype), self.stride, self.padding)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -151,11 +152,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (projected,) = ctx.saved_tensors
         value, gate = projected.chunk(2, dim=-1)
-        grad_projected = torch.empty_like(projected)
-        grad_value, grad_gate = grad_projected.chunk(2, dim=-1)
-        torch.mul(grad, F.gelu(gate), out=grad_value)
-        torch.ops.aten.gelu_backward.grad_input(grad * value, gate, grad_input=grad_gate)
-        return grad_projected
+        return torch.cat([grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * value, gate)], dim=-1)
 
 
 class FeedForward(nn.Module):

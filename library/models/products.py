@@ -1,0 +1,79 @@
+"""Matrix products and convolutions; on CPUs without bfloat16 instructions, those of bfloat16 are taken in float32 and rounded.
+
+PyTorch's own way there is up to a hundred times slower, most of all backward. Tensors that are kept for backward stay bfloat16,
+so a float32 copy of a weight lives for one product only.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@functools.cache
+def cpu_lacks_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def is_emulated(x: Tensor) -> bool:
+    """Whether products of this dtype on this device are PyTorch's emulation."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and cpu_lacks_bfloat16()
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, [N, K] by [K, M], without a gradient."""
+    return (a.float() @ b.float()).to(a.dtype) if is_emulated(a) else a @ b
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias, all of one dtype: [..., in] -> [..., out]."""
+    if not is_emulated(x):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
+    """The convolution of x [B, in, H, W], all of one dtype: [B, out, H', W']."""
+    if not is_emulated(x):
+        return F.conv2d(x, weight, bias, stride, padding)
+    return _Conv2d.apply(x, weight, bias, stride, padding)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            matmul(grad, weight) if wants_x else None,
+            matmul(grad.t(), x) if wants_weight else None,
+            grad.sum(0) if wants_bias else None,
+        )
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.places = stride, padding
+        return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding = ctx.places
+        wanted = list(ctx.needs_input_grad[:3])
+        found = torch.ops.aten.convolution_backward(
+            grad.float(), x.float(), weight.float(), [len(weight)], stride, padding, (1, 1), False, (0, 0), 1, wanted
+        )
+        return (*(one if one is None else one.to(x.dtype) for one in found), None, None)
