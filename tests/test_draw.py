@@ -1,15 +1,20 @@
 """Drawing: the reference's final latents (golden 11), its first noise, and what batches and guidance must not change."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from library.models.unet import Shrink
+from library.models.vae import scale_latents
 from library.safetensors_io import load_tensors
 from library.sampling.changes import NoChanges
+from library.sampling.deep_shrink import DeepShrink
 from library.sampling.draw import Painter, PictureNoise, Start, _noised
 from library.sampling.drawing import Drawing
+from library.sampling.gradual_latent import GradualLatent
 from library.sampling.prompt_line import read_line
 from library.sampling.text import PromptEncoder
 
@@ -96,7 +101,87 @@ def test_a_picture_from_a_picture_starts_and_ends_as_the_references(golden_model
     assert_golden(latents, "img2img")
 
 
-def test_the_first_noise_and_the_vector_are_the_references():
+def test_inpainting_keeps_the_latents_that_are_black_in_the_mask(golden_models):
+    pixels = torch.rand(1, 3, 128, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.zeros(1, 1, 16, 12)
+    mask[..., 6:] = 1
+    drawing = dataclasses.replace(drawing_of(CASES["ddim"]), strength=1.0, steps=3)
+    painter = painter_of(golden_models)
+    painted, whole = (painter.latents([drawing], Start(pixels=pixels, mask=one)) for one in (mask, None))
+    noise = PictureNoise.drawn(drawing.seed, (1, 4, 16, 12), 3, CPU, torch.float32, for_source=True)
+    own = scale_latents(golden_models.encode_images(pixels, torch.randn((1, 4, 16, 12), generator=noise.generator)))
+    assert torch.equal(painted[..., :6], own[..., :6])
+    assert (painted - own)[..., 6:].abs().mean() > 0.1 and (whole - own)[..., :6].abs().mean() > 0.1
+
+
+def test_gradual_latent_grows_to_the_full_size_and_with_ratio_1_is_euler_a(golden_models):
+    case = dataclasses.replace(drawing_of(CASES["euler_a"]), steps=6)
+    plain = painter_of(golden_models).latents([case])
+    same = painter_of(golden_models).latents([dataclasses.replace(case, growth=GradualLatent(ratio=1.0))])
+    torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-4)
+    growing = GradualLatent(timesteps=700, ratio=0.5, ratio_step=0.25, every_n_steps=2, unsharp="3,0.5,0.5,0")
+    assert growing.growths([999, 799, 599, 399, 199, 0], 128, 96) == [None, None, (96, 72), None, (128, 96), None]
+    assert painter_of(golden_models).latents([dataclasses.replace(case, growth=growing)]).shape == (1, 4, 16, 12)
+
+
+def test_deep_shrink_works_in_its_timesteps_and_leaves_the_size():
+    shrink = DeepShrink(depth_1=3, timesteps_1=650, depth_2=6, timesteps_2=300)
+    assert [shrink.block_at(t) for t in (999, 650, 649, 300, 299)] == [3, 3, 6, 6, None]
+    assert [DeepShrink().block_at(t) for t in (650, 649)] == [3, None]
+
+
+@pytest.mark.parametrize("block", [0, 3, 8])
+def test_a_shrunk_map_is_as_large_as_each_skip_again(block, golden_models):
+    """By hooks: the shrunk block and those behind it see half the sides, the block on the way up that meets its skip the old ones."""
+    unet, seen = golden_models.unet, {}
+    names = [*(f"input_blocks.{i}" for i in range(9)), *(f"output_blocks.{i}" for i in range(9))]
+    hooks = [
+        unet.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.__setitem__(name, args[0].shape[2:])
+        )
+        for name in names
+    ]
+    inputs = torch.randn(1, 4, 16, 24), torch.tensor([999]), torch.randn(1, 77, 192), torch.randn(1, 1664)
+    sizes = []
+    for shrink in (None, Shrink(block, 0.5)):
+        assert unet(*inputs, None, shrink).shape == inputs[0].shape
+        sizes.append(dict(seen))
+    for hook in hooks:
+        hook.remove()
+    for i in range(9):
+        factor = 1 if i < block else 2
+        assert all(
+            a == b * factor for a, b in zip(sizes[0][f"input_blocks.{i}"], sizes[1][f"input_blocks.{i}"], strict=True)
+        )
+        factor = 2 if 8 - i >= block else 1  # the skip of input block 8 - i comes to output block i
+        assert all(
+            a == b * factor for a, b in zip(sizes[0][f"output_blocks.{i}"], sizes[1][f"output_blocks.{i}"], strict=True)
+        )
+
+
+def test_long_prompts_keep_their_markers_and_weights_keep_the_mean(golden_models):
+    encoder = PromptEncoder(golden_models, None)
+    text = ", ".join(f"detail {i}" for i in range(60))  # 60 words, 59 commas, 110 digits
+    assert encoder.chunks(text) == 4 and encoder.chunks("a", text) == 4 and encoder.chunks("a BREAK b") == 2
+    assert PromptEncoder(golden_models, 1).chunks(text) == 1
+    plain, weighted = encoder.encode("a red house", None, 1), encoder.encode("a (red:1.5) house", None, 1)
+    assert plain.context.shape == (1, 77, 192) and torch.equal(plain.pooled, weighted.pooled)
+    for part in (slice(0, 64), slice(64, None)):
+        torch.testing.assert_close(weighted.context[..., part].mean(), plain.context[..., part].mean())
+    assert not torch.equal(plain.context, weighted.context)
+    second = encoder.encode("a red house", "a dog", 1)
+    assert torch.equal(second.context[..., :64], plain.context[..., :64]) and not torch.equal(
+        second.pooled, plain.pooled
+    )
+
+
+def test_the_first_noise_and_the_vector_are_the_references(golden_models):
     recorded = golden()
     noise = PictureNoise.drawn(1234, (1, 4, 16, 12), 6, CPU, torch.float32, for_source=False)
     assert torch.equal(noise.start, recorded["euler_a.start_noise"])
+    for name in ("options", "long"):
+        drawing = drawing_of(CASES[name])
+        painter = painter_of(golden_models)
+        prompts, _ = painter._prompts([drawing])
+        vectors = torch.cat([told.vector for told in painter._told(drawing, prompts, [drawing])])
+        torch.testing.assert_close(vectors, recorded[f"{name}.unet_y"], rtol=0, atol=1e-5)

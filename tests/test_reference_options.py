@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from library.log import LogOptions
 from library.option_values import Spec, specs_of
 from library.options import ConfigOptions
+from library.sampling.generation_options import GENERATION
 from library.training import caching
 from library.training.not_yet import REFUSED, UNUSED
 from library.training.options import COMMON_TRAINING
 from library.training.task_options import EmbeddingOptions, FineTuneOptions, PivotalOptions
+from networks.generation_options import AppliedNetworkOptions
 from networks.options import NetworkOptions
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "reference_options.tsv").open(encoding="utf-8"), delimiter="\t"))
@@ -131,6 +134,29 @@ def test_the_fine_tuning_script_forgets_no_option():
     assert {"prior_loss_weight", "stop_text_encoder_training", "validation_split", "save_best"} <= set(FINE_TUNE)
     row, spec = rows_of("train")["save_model_as"], FINE_TUNE["save_model_as"]
     assert (str(spec.default), set(spec.rules["choices"])) == (row["default"], set(row["choices"].split(",")) - {"None"})  # fmt: skip
+
+
+GENERATE = specs_in((ConfigOptions, *GENERATION, AppliedNetworkOptions, LogOptions))
+GENERATE_OWN = {
+    *("allow_partial", "clip_vision_model", "compile", "contact_sheet", "dry_run", "from_png", "guidance_rescale"),
+    *("image_format", "prompt2", "v_parameterization", "vae_tiling", "zero_terminal_snr"),
+    *("config_file", "output_config", "strict_config"),
+}  # fmt: skip
+MORE_CHOICES = {"sampler"}  # beside the reference's: Karras' noise levels, uni_pc, lcm, the stochastic dpmsolver++
+
+
+@pytest.mark.parametrize("name", rows_of("gen"))
+def test_sdxl_gen_imgs_options_are_the_references(name):
+    row, spec = rows_of("gen")[name], GENERATE[name]
+    assert {"Path": "str"}.get(spec.kinds[0].__name__, spec.kinds[0].__name__) == row["type"]
+    assert str(spec.default) == row["default"]
+    choices = spec.rules["choices"]
+    wanted = None if row["choices"] == "-" else set(row["choices"].split(","))
+    assert (wanted < set(choices)) if name in MORE_CHOICES else (None if choices is None else set(choices)) == wanted
+
+
+def test_sdxl_gen_img_has_few_options_of_its_own():
+    assert set(GENERATE) - set(rows_of("gen")) == GENERATE_OWN
 
 
 @pytest.mark.parametrize("script", ["cache_latents", "cache_text"])

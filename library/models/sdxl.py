@@ -144,11 +144,11 @@ class SdxlModels:
 
         return encode(self.vae, images, noise, self._vae_in_float32)
 
-    def decode_latents(self, raw: Tensor) -> Tensor:
+    def decode_latents(self, raw: Tensor, *, black: float | None = None) -> Tensor:
         """Pictures of raw latents (library/models/vae.py: decode)."""
         from library.models.vae import decode
 
-        return decode(self.vae, raw, self._vae_in_float32)
+        return decode(self.vae, raw, self._vae_in_float32, black=black)
 
     def _load(self, module: nn.Module, part: str, tensors: Mapping[str, Tensor], *, what: str, name_of: Callable[[str], str] = lambda name: name) -> None:  # fmt: skip
         if self.device.type == "meta":

@@ -92,16 +92,54 @@ def _tell_overflow(vae: "AutoencoderKL", count: int, total: int) -> None:
 
 
 @torch.inference_mode()
-def decode(vae: "AutoencoderKL", raw: Tensor, in_float32: InFloat32 | None = None) -> Tensor:
-    """Pictures of raw latents [B, 4, H/8, W/8]: [B, 3, H, W], float32, about -1..1; those that aren't finite in float32 again."""
+def decode(
+    vae: "AutoencoderKL", raw: Tensor, in_float32: InFloat32 | None = None, *, black: float | None = None
+) -> Tensor:
+    """Pictures of raw latents [B, 4, H/8, W/8]: [B, 3, H, W], float32, about -1..1.
+
+    Args:
+        in_float32: for pictures that aren't finite, which are decoded again.
+        black: those that are nowhere brighter than this are decoded again too.
+    """
     images = _decode(vae, raw)
     if vae.dtype == torch.float32 or in_float32 is None:
         return images
     bad = ~finite_samples(images)
+    if black is not None:
+        bad |= images.flatten(1).amax(dim=1) <= black
     if bad.any():
         _tell_overflow(vae, int(bad.sum()), len(bad))
         images[bad] = _decode(in_float32(), raw[bad.to(raw.device)])
     return images
+
+
+def decode_in_tiles(vae: "AutoencoderKL") -> None:
+    """From now on it decodes overlapping tiles of 512 pixels: least memory. Their seams are blended, so pictures differ a little."""
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 64
+    vae.enable_tiling()
+
+
+def decode_in_slices(vae: "AutoencoderKL", slices: int) -> None:
+    """From now on each 3x3 convolution of its decoder works on so many slices of the rows in turn: less memory, the same picture."""
+    convolutions: list[Any] = [m for m in vae.decoder.modules() if isinstance(m, torch.nn.Conv2d)]
+    for convolution in convolutions:
+        if convolution.kernel_size == (3, 3):
+            convolution.forward = _sliced(convolution, slices)
+
+
+def _sliced(conv: torch.nn.Conv2d, slices: int) -> Callable[[Tensor], Tensor]:
+    """The convolution, so many slices of the rows in turn; each sees a row of its neighbours."""
+
+    def forward(x: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+        rows = -(-x.shape[2] // slices)
+        parts = [
+            torch.nn.functional.conv2d(padded[:, :, first : first + rows + 2], conv.weight, conv.bias)
+            for first in range(0, x.shape[2], rows)
+        ]
+        return torch.cat(parts, dim=2)
+
+    return forward
 
 
 def _decode(vae: "AutoencoderKL", raw: Tensor) -> Tensor:

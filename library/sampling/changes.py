@@ -32,8 +32,11 @@ class Changes(Protocol):
         """Whether each network has its region, and its own sub-prompt."""
         ...
 
-    def set_multipliers(self, multipliers: Sequence[float] | None) -> None:
-        """From now on, for text encoders and U-Net; None: those of the options."""
+    def set_multipliers(self, multipliers: Sequence[float] | None, sub_prompt: int | None = None) -> None:
+        """From now on, for text encoders and U-Net; None: those of the options.
+
+        Args: sub_prompt: while this one is encoded, only the network of its region works.
+        """
         ...
 
     def conditions(
@@ -57,7 +60,7 @@ class NoChanges:
     num_guides = 0
     is_regional = False
 
-    def set_multipliers(self, multipliers: Sequence[float] | None) -> None:
+    def set_multipliers(self, multipliers: Sequence[float] | None, sub_prompt: int | None = None) -> None:
         pass
 
     def conditions(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from library.errors import OptionError
 from library.models.inpainting import inpainting_channels
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import TextConditioning
@@ -118,15 +119,27 @@ class Painter:
         return _AND.split(prompt) if self.changes.is_regional else [prompt]
 
     def _prompts(self, drawings: Sequence[Drawing]) -> tuple[TextConditioning, list[Tensor]]:
-        """The prompts' conditioning, [B, ...]: of the last sub-prompts; and the contexts of all of them."""
-        by_picture = [
-            [self._text(text, d, d.prompt2) for text in self._sub_prompts(d.prompt)] for d in drawings
-        ]  # fmt: skip
-        columns = [_stacked(column) for column in zip(*by_picture, strict=True)]
-        return columns[-1], [column.context for column in columns] if self.changes.is_regional else []
+        """The prompts' conditioning, [B, ...]: of the last sub-prompts; and the contexts of all of them, where there are regions."""
+        if not self.changes.is_regional:
+            return _stacked([self._text(d.prompt, d, d.prompt2) for d in drawings]), []
+        columns = []
+        for number, texts in enumerate(self._by_region(drawings)):
+            self.changes.set_multipliers(drawings[0].multipliers, sub_prompt=number)
+            columns.append(
+                _stacked([self._text(text, d, None, number) for text, d in zip(texts, drawings, strict=True)])
+            )
+        self.changes.set_multipliers(drawings[0].multipliers)
+        return columns[-1], [column.context for column in columns]
 
-    def _text(self, text: str, drawing: Drawing, second: str | None) -> TextConditioning:
-        return self.encoder.encode(text, second, self.chunks(drawing), drawing.multipliers)
+    def _by_region(self, drawings: Sequence[Drawing]) -> list[tuple[str, ...]]:
+        """The sub-prompts of all pictures, region by region. Raises OptionError where one has more than another."""
+        split = [self._sub_prompts(d.prompt) for d in drawings]
+        if len({len(one) for one in split}) > 1:
+            raise OptionError("prompts of one batch need as many sub-prompts (AND) each; take --batch_size 1")
+        return list(zip(*split, strict=True))
+
+    def _text(self, text: str, drawing: Drawing, second: str | None, sub_prompt: int | None = None) -> TextConditioning:
+        return self.encoder.encode(text, second, self.chunks(drawing), (drawing.multipliers, sub_prompt))
 
     def _told(self, first: Drawing, prompts: TextConditioning, drawings: Sequence[Drawing]) -> list[Told]:
         """What each part of the guidance is told: [negative, [empty,] prompt]."""

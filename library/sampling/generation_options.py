@@ -18,7 +18,7 @@ GRADUAL_SAMPLERS = ("euler_a", "k_euler_a")
 
 @dataclass(frozen=True)
 class GenerationModelOptions(OptionGroup):
-    """Model"""
+    """Model to draw with"""
 
     ckpt: str | None = option(None, "model: a .safetensors or .ckpt file, a Diffusers folder, a hub id, or a pattern (*) that one file fits")  # fmt: skip
     vae: str | None = option(None, "another VAE: a VAE file or whole checkpoint, a Diffusers folder, or a hub id")
@@ -71,7 +71,7 @@ class GenerationModelOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class PromptOptions(OptionGroup):
-    """Prompts"""
+    """Prompts to draw"""
 
     prompt: str | None = option(None, "what to draw; may hold options of its own, such as --w 832 (docs/generate.md)")
     prompt2: str | None = option(None, "another prompt for the second text encoder; --p2 within a prompt wins")
@@ -253,7 +253,7 @@ def read_unsharp(text: str) -> tuple[int, float, float, bool]:
 
 @dataclass(frozen=True)
 class OutputOptions(OptionGroup):
-    """Files"""
+    """Files of pictures"""
 
     outdir: Path = option(Path("outputs"), "folder for the pictures; what lies there is never replaced")
     sequential_file_name: bool = option(False, "names im_000001.png and so on, behind those that are there")

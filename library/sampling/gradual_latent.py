@@ -42,7 +42,7 @@ class GradualLatent:
         for step, timestep in enumerate(timesteps):
             if timestep < self.timesteps and ratio < 1 and step - last >= self.every_n_steps:
                 ratio, last = min(ratio + self.ratio_step, 1.0), step
-                sides = (int(side * ratio) // _CELLS * _CELLS for side in (height, width))
+                sides = (max(_CELLS, int(side * ratio) // _CELLS * _CELLS) for side in (height, width))
                 found.append((height, width) if ratio == 1 else (next(sides), next(sides)))
             else:
                 found.append(None)

@@ -21,7 +21,7 @@ from library.models.inpainting import inpainting_channels
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import TextConditioning
 from library.models.unet import UNet
-from library.models.vae import PIXELS_PER_LATENT
+from library.models.vae import PIXELS_PER_LATENT, decode_in_tiles
 from library.sampling.picture import contact_sheet, draw_picture, thumbnail
 from library.sampling.prompts import SamplePrompt
 
@@ -152,7 +152,7 @@ class Preview:
             return self.models.decode_latents(raw)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            self.models.vae.enable_tiling()
+            decode_in_tiles(self.models.vae)
             return self.models.decode_latents(raw)
 
     def _save(self, label: str, pictures: Mapping[int, np.ndarray]) -> None:

@@ -1,0 +1,154 @@
+"""Generate: from options to picture files. What can be wrong is told before torch is imported."""
+
+import glob
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from library.errors import Mistake, OptionError
+from library.files import make_writable_folder
+from library.log import log
+from library.models.checkpoint import Checkpoint, check_vae, open_checkpoint
+from library.options import Options
+from library.sampling.drawing import Drawing
+from library.sampling.generation_options import (
+    GenerationModelOptions,
+    HighresFixOptions,
+    OutputOptions,
+    PromptOptions,
+    SourceOptions,
+)
+from library.sampling.metadata import drawing_in
+from library.sampling.plan import Line, Planner, read_lines
+from library.sampling.sources import read_picture
+
+if TYPE_CHECKING:
+    from library.models.sdxl import SdxlModels
+    from library.sampling.changes import Changes
+    from library.sampling.studio import Studio
+
+OpenChanges = Callable[["SdxlModels"], "Changes"]
+"""Puts the run's networks on a model."""
+
+
+def generate(options: Options, open_changes: OpenChanges, *, num_networks: int, num_guides: int) -> None:
+    """Draw what the options ask for. Raises OptionError for the user's mistakes, RunError for pictures that failed.
+
+    Args: num_networks, num_guides: networks with a multiplier, and control nets, that `open_changes` will put on the model.
+    """
+    lines = [] if options[PromptOptions].from_png is not None else read_lines(options)
+    planner = Planner(options, len(lines), num_guides=num_guides, num_networks=num_networks)
+    drawings = _planned(options, planner, lines)
+    checkpoint = _open(options[GenerationModelOptions])
+    _look_at_files(drawings)
+    log.info(checkpoint.describe())
+    if options[OutputOptions].dry_run:
+        _tell(drawings, options)
+        return
+    try:
+        make_writable_folder(options[OutputOptions].outdir)
+    except OSError as error:
+        raise OptionError(f"--outdir {options[OutputOptions].outdir}: can't be written: {error.strerror}") from None
+    from library.sampling.studio import Studio
+
+    studio = Studio(options, checkpoint, open_changes)
+    if options[PromptOptions].interactive:
+        for line in _asked_for():
+            _draw_line(studio, planner, line)
+    else:
+        studio.draw(drawings)
+    studio.finish()
+
+
+def check_generation(options: Options) -> Iterable[Mistake]:
+    """Contradictions between the groups of options."""
+    sources, fix = options[SourceOptions], options[HighresFixOptions]
+    if sources.mask_path is not None and sources.image_path is None and not options.given("network_weights"):
+        yield Mistake(
+            "--mask_path needs --image_path, of which it says what is repainted, or --network_weights, of which it says where they work",
+            ("mask_path",),
+        )
+    if options.given("control_net_lllite_models") and sources.guide_image_path is None:
+        yield Mistake("--control_net_lllite_models need --guide_image_path: what they follow", ("guide_image_path",))
+    if sources.guide_image_path is not None and not options.given("control_net_lllite_models"):
+        yield Mistake("--guide_image_path needs --control_net_lllite_models, which follow it", ("guide_image_path",))
+    if fix.highres_fix_scale is not None and options.given("gradual_latent_timesteps"):
+        yield Mistake("--highres_fix_scale and --gradual_latent_timesteps: take one of them", ("highres_fix_scale",))
+
+
+def _planned(options: Options, planner: Planner, lines: Sequence[Line]) -> list[Drawing]:
+    chosen = options[PromptOptions]
+    if chosen.from_png is not None:
+        return [drawing_in(chosen.from_png)]
+    rounds = 1 if chosen.interactive else chosen.n_iter
+    return [drawing for _ in range(rounds) for drawing in planner.round_of(lines)]
+
+
+def _open(options: GenerationModelOptions) -> Checkpoint:
+    """The model's header. Raises OptionError."""
+    name = options.ckpt
+    assert name is not None
+    if glob.has_magic(name) and not Path(name).exists():
+        found = sorted(glob.glob(name))
+        if len(found) != 1:
+            told = "no file fits" if not found else f"{len(found)} files fit ({', '.join(found[:3])}, …)"
+            raise OptionError(f"--ckpt {name}: {told}; exactly one must")
+        name = found[0]
+    checkpoint = open_checkpoint(name, prefer_fp16=options.fp16)
+    if options.vae is not None:
+        check_vae(options.vae)
+    return checkpoint
+
+
+def _look_at_files(drawings: Sequence[Drawing]) -> None:
+    """Read every picture that is drawn from, so that a bad one is told before anything is drawn."""
+    named: dict[tuple[Path, str], None] = {}
+    for drawing in drawings:
+        of_drawing = [(drawing.source, "--image_path"), (drawing.mask, "--mask_path")]
+        of_drawing += [(guide, "--guide_image_path") for guide in drawing.guides]
+        named |= {(path, flag): None for path, flag in of_drawing if path is not None}
+    mistakes = []
+    for path, flag in named:
+        try:
+            read_picture(path, flag)
+        except OptionError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise OptionError(*mistakes)
+
+
+def _tell(drawings: Sequence[Drawing], options: Options) -> None:
+    """--dry_run: what would be drawn."""
+    for drawing in drawings:
+        log.info(
+            "%d: %dx%d, %d steps of %s, scale %g, seed %d: %s", drawing.number + 1, drawing.width, drawing.height, drawing.steps,
+            drawing.sampler, drawing.scale, drawing.seed, drawing.prompt,
+        )  # fmt: skip
+    log.info("%d pictures would go to %s (--dry_run)", len(drawings), options[OutputOptions].outdir)
+
+
+def _asked_for() -> Iterator[Line]:
+    """Lines from the keyboard, until it ends."""
+    number = 0
+    while True:
+        if sys.stdin.isatty():
+            print("prompt (an empty line ends): ", end="", flush=True)
+        text = sys.stdin.readline()
+        if not text.strip():
+            if not text or sys.stdin.isatty():
+                return
+            continue
+        number += 1
+        yield Line(text.strip(), f"prompt {number}")
+
+
+def _draw_line(studio: "Studio", planner: Planner, line: Line) -> None:
+    """One line of --interactive: a mistake in it is told, and the next one is asked for."""
+    try:
+        drawings: list[Any] = planner.drawings_of(line)
+        _look_at_files(drawings)
+        studio.draw(drawings)
+    except OptionError as error:
+        for mistake in error.mistakes:
+            print(f"error: {mistake.text}", file=sys.stderr)

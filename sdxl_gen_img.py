@@ -1,0 +1,37 @@
+"""Draw pictures with SDXL: from prompts, from pictures, with networks and control nets.
+
+python sdxl_gen_img.py --ckpt model.safetensors --prompt "a cat --w 832 --h 1216"
+"""
+
+import sys
+
+from library.errors import run
+from library.log import LogOptions, start_logging
+from library.options import read_options
+from library.sampling.generate import check_generation, generate
+from library.sampling.generation_options import GENERATION, SourceOptions
+from library.sampling.metadata import with_stored_words
+from networks.generation_options import AppliedNetworkOptions
+
+
+def main(argv: list[str] | None = None) -> None:
+    words = with_stored_words(sys.argv[1:] if argv is None else argv)
+    options = read_options(__doc__, [*GENERATION, AppliedNetworkOptions, LogOptions], words, checks=[check_generation])
+    start_logging(options)
+    networks = options[AppliedNetworkOptions]
+
+    def open_networks(models):  # noqa: ANN001, ANN202 - their types would import torch
+        from networks.generation import AppliedNetworks
+
+        return AppliedNetworks(networks, models, is_regional=options[SourceOptions].mask_path is not None)
+
+    generate(
+        options,
+        open_networks,
+        num_networks=len(networks.network_weights or ()),
+        num_guides=len(networks.control_net_lllite_models or ()),
+    )
+
+
+if __name__ == "__main__":
+    run(main)
