@@ -112,7 +112,7 @@ def test_resuming_is_bit_equal(golden_model, pictures, tmp_path):
     words = [
         "--train_text_encoder",
         "--max_train_steps",
-        "4",
+        "3",
         "--save_state",
         "--save_every_n_steps",
         "2",

@@ -279,8 +279,11 @@ class Part:
     def file_bytes(self, dtype) -> int:
         return 9
 
+    def path(self, stem: Path) -> Path:
+        return stem.with_name(f"{stem.name}.safetensors")
+
     def save(self, stem: Path, dtype, metadata) -> Path:
-        path = stem.with_name(f"{stem.name}.safetensors")
+        path = self.path(stem)
 
         def write(file):
             file.write(b"half")
@@ -298,7 +301,9 @@ def saver_of(folder: Path, part: Part, session: str = "1", **options) -> Saver:
     return Saver(saving, states, [part], lambda s, e: {}, None, 9, session_id=session, is_main=True)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RunError("no")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RunError("no"), torch.OutOfMemoryError("CUDA out of memory.")]
+)
 def test_fault_6_what_is_old_goes_only_when_the_new_one_is_whole(error, tmp_path, told):
     part = Part()
     saver = saver_of(tmp_path, part, save_every_n_steps=1, save_last_n_steps=1)
@@ -388,6 +393,30 @@ def test_fault_9_what_a_strange_file_says_of_its_run_leads_nowhere(session, tmp_
     assert saver_of(output, Part()).save("final", Progress(step=1))
     assert sorted(path.name for path in output.iterdir()) == ["n.1000.safetensors", "n.safetensors"]
     assert os.listdir(tmp_path) == ["output"]
+
+
+def test_fault_9_a_folder_and_a_file_with_more_behind_its_name_are_moved_aside_too(tmp_path, told):
+    """A Diffusers model of another run; a new word beside a network."""
+
+    class Folder(Part):
+        def path(self, stem):
+            return stem
+
+        def save(self, stem, dtype, metadata):
+            stem.mkdir()
+            return stem
+
+    class Word(Part):
+        def path(self, stem):
+            return stem.with_name(f"{stem.name}-zyx.safetensors")
+
+    for name in ("n", "n-zyx.safetensors"):
+        (tmp_path / name).mkdir() if name == "n" else (tmp_path / name).write_text("another run's")
+        os.utime(tmp_path / name, (1000, 1000))
+    for part in (Folder(), Word()):
+        assert saver_of(tmp_path, part).save("final", Progress(step=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["n", "n-zyx.1000.safetensors", "n-zyx.safetensors", "n.1000"]  # fmt: skip
+    assert (tmp_path / "n-zyx.1000.safetensors").read_text() == "another run's"
 
 
 def test_fault_9_another_runs_model_stays_if_the_new_one_cant_be_written(tmp_path, told):

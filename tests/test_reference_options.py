@@ -44,7 +44,6 @@ OWN = {
     "ema_device",
     "emergency_dir",
     "fused_clip",
-    "fused_optimizer_groups",
     "logit_mean",
     "logit_std",
     "mode_scale",
@@ -73,67 +72,44 @@ def specs_in(groups: Iterable[type]) -> dict[str, Spec]:
     return {spec.name: spec for group in groups for spec in specs_of(group)}
 
 
-NETWORK = specs_in((ConfigOptions, NetworkOptions, PivotalOptions, *COMMON_TRAINING))
+SCRIPTS = {
+    "network": specs_in((ConfigOptions, NetworkOptions, PivotalOptions, *COMMON_TRAINING)),
+    "ti": specs_in((ConfigOptions, EmbeddingOptions, *COMMON_TRAINING)),
+    "train": specs_in((ConfigOptions, FineTuneOptions, *COMMON_TRAINING)),
+}
+EACH = [(script, name) for script, specs in SCRIPTS.items() for name in rows_of(script) if name in specs]
 
 
-@pytest.mark.parametrize("name", [name for name in rows_of("network") if name in NETWORK])
-def test_type_default_and_choices_are_the_references(name):
-    row, spec = rows_of("network")[name], NETWORK[name]
+@pytest.mark.parametrize("script, name", EACH)
+def test_type_default_and_choices_are_the_references(script, name):
+    row, spec = rows_of(script)[name], SCRIPTS[script][name]
     kinds = {"Path": "str"}
     types = "int_or_float" if spec.kinds == (int, float) else kinds.get(spec.kinds[0].__name__, spec.kinds[0].__name__)
-    assert types == ("str" if row["type"] == "Path" else row["type"])
+    assert types == kinds.get(row["type"], row["type"])
     default = {"1": "1.0"}.get(row["default"], row["default"]) if spec.kinds == (float,) else row["default"]
     assert str(spec.default) in (default, row["default"])
     choices = spec.rules["choices"]
-    if name in CHOICES:
-        wanted = set() if row["choices"] == "-" else set(row["choices"].split(","))
-        assert choices and set(choices) != wanted, f"{name} is listed as different, and isn't"
-        return
     wanted = None if row["choices"] == "-" else set(row["choices"].split(",")) - {"None"}
-    assert (None if choices is None else set(map(str, choices))) == wanted
+    if name in CHOICES:
+        assert choices and set(choices) != wanted, f"{name} is listed as different, and isn't"
+    else:
+        assert (None if choices is None else set(map(str, choices))) == wanted
 
 
-def test_the_network_script_forgets_no_option_and_has_few_of_its_own():
-    reference = set(rows_of("network"))
-    assert reference - set(NETWORK) - set(REFUSED) - set(UNUSED) == set()
-    assert set(NETWORK) - reference == OWN
-    assert not set(NETWORK) & (set(REFUSED) | set(UNUSED)), "an option can't be there and refused"
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_training_script_forgets_an_option(script):
+    known = set(SCRIPTS[script])
+    assert set(rows_of(script)) - known - set(REFUSED) - set(UNUSED) == set()
+    assert not known & (set(REFUSED) | set(UNUSED)), "an option can't be there and refused"
 
 
-EMBEDDING = specs_in((ConfigOptions, EmbeddingOptions, *COMMON_TRAINING))
+def test_what_the_reference_has_in_no_training_script_is_listed():
+    reference = {name for script in SCRIPTS for name in rows_of(script)}
+    assert {name for specs in SCRIPTS.values() for name in specs if name not in reference} == OWN
 
 
-@pytest.mark.parametrize("name", [name for name in rows_of("ti") if name in EMBEDDING and name not in NETWORK])
-def test_textual_inversions_own_options_are_the_references(name):
-    row, spec = rows_of("ti")[name], EMBEDDING[name]
-    assert spec.kinds[0].__name__ == {"weights": "Path"}.get(name, row["type"]) and str(spec.default) == row["default"]
-
-
-def test_the_textual_inversion_script_forgets_no_option():
-    reference = set(rows_of("ti"))
-    assert reference - set(EMBEDDING) - set(REFUSED) - set(UNUSED) == set()
-    assert not set(EMBEDDING) & (set(REFUSED) | set(UNUSED))
-    row, spec = rows_of("ti")["save_model_as"], EMBEDDING["save_model_as"]
-    assert (spec.default, set(spec.rules["choices"])) == (row["default"], set(row["choices"].split(",")) - {"None"})
-
-
-FINE_TUNE = specs_in((ConfigOptions, FineTuneOptions, *COMMON_TRAINING))
-
-
-@pytest.mark.parametrize("name", [name for name in rows_of("train") if name in FINE_TUNE and name not in NETWORK])
-def test_fine_tunings_own_options_are_the_references(name):
-    row, spec = rows_of("train")[name], FINE_TUNE[name]
-    assert spec.kinds[0].__name__ == row["type"] and str(spec.default) == row["default"]
-
-
-def test_the_fine_tuning_script_forgets_no_option():
-    reference = set(rows_of("train"))
-    assert reference - set(FINE_TUNE) - set(REFUSED) - set(UNUSED) == set()
-    assert not set(FINE_TUNE) & (set(REFUSED) | set(UNUSED))
-    # Options of the network script's that users' files carry hold here too.
-    assert {"prior_loss_weight", "stop_text_encoder_training", "validation_split", "save_best"} <= set(FINE_TUNE)
-    row, spec = rows_of("train")["save_model_as"], FINE_TUNE["save_model_as"]
-    assert (str(spec.default), set(spec.rules["choices"])) == (row["default"], set(row["choices"].split(",")) - {"None"})  # fmt: skip
+def test_options_of_the_network_scripts_that_users_files_carry_hold_for_fine_tuning_too():
+    assert {"prior_loss_weight", "stop_text_encoder_training", "validation_split", "save_best"} <= set(SCRIPTS["train"])
 
 
 GENERATE = specs_in((ConfigOptions, *GENERATION, AppliedNetworkOptions, LogOptions))

@@ -18,8 +18,11 @@ class FakePart:
     def file_bytes(self, dtype):
         return 0
 
+    def path(self, stem: Path) -> Path:
+        return stem.with_name(f"{stem.name}.safetensors")
+
     def save(self, stem: Path, dtype, metadata) -> Path:
-        path = stem.with_name(f"{stem.name}.safetensors")
+        path = self.path(stem)
         path.write_text(json.dumps(dict(metadata)))
         return path
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from library.errors import NotFinite, OptionError, RunError
+from library.errors import NotFinite, OptionError, RunError, first_line
 from library.files import free_space, make_writable_folder, remove_left_over
 from library.log import log
 from library.safetensors_io import read_header
@@ -30,6 +30,8 @@ MakeMetadata = Callable[[int, int], Mapping[str, str]]
 When = Literal["step", "epoch", "best", "final"]
 
 _SESSION = "ss_session_id"
+_ENDINGS = (".safetensors", ".ckpt", ".pt")
+_FAILURES = (RunError, OSError, torch.OutOfMemoryError, MemoryError)  # of a save, after which training goes on
 
 
 class Space(NamedTuple):
@@ -195,7 +197,7 @@ class Saver:
                 paths = self._write(folder, stem, metadata)
             except NotFinite:
                 raise
-            except (RunError, OSError) as error:
+            except _FAILURES as error:
                 self._failed(error)
                 continue
             log.info("saved %s", ", ".join(map(str, paths)))
@@ -214,8 +216,9 @@ class Saver:
         return [self._folder, *([self._options.emergency_dir] if self._options.emergency_dir else [])]
 
     def _failed(self, error: Exception) -> None:
-        self.failures.append(str(error))
-        log.error("NOT SAVED: %s", error)
+        text = first_line(error) if isinstance(error, torch.OutOfMemoryError | MemoryError) else str(error)
+        self.failures.append(text)
+        log.error("NOT SAVED: %s", text)
 
     def _write(self, folder: Path, stem: str, metadata: Mapping[str, str]) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +235,7 @@ class Saver:
             try:
                 _check_space(folder, self.state_bytes())
                 write_state(folder / name, state)
-            except (RunError, OSError) as error:
+            except _FAILURES as error:
                 self._failed(error)
                 continue
             log.info("saved state %s", folder / name)
@@ -245,13 +248,15 @@ class Saver:
 
     def _move_aside(self, folder: Path, stem: str) -> None:
         """What another run saved under this name gets a name of its own."""
-        stems = {stem} if self._ema is None else {stem, f"{stem}-ema"}
-        for path in list(folder.iterdir()) if not self._saved.get(stem) else ():
-            if path.suffix not in (".safetensors", ".ckpt", ".pt") or path.stem not in stems:
-                continue
+        if self._saved.get(stem):
+            return
+        stems = [stem] if self._ema is None else [stem, f"{stem}-ema"]
+        for path in (part.path(folder / one) for part in self._parts for one in stems):
             session = _session_of(path)
-            if session != self._session_id:
-                aside = path.with_name(f"{path.stem}.{session or int(path.stat().st_mtime)}{path.suffix}")
+            if path.exists() and session != self._session_id:
+                ending = path.suffix if path.suffix in _ENDINGS else ""  # a folder's name may hold a dot
+                name = path.name.removesuffix(ending)
+                aside = path.with_name(f"{name}.{session or int(path.stat().st_mtime)}{ending}")
                 path.rename(aside)
                 log.warning("%s is of another run; it is %s now", path, aside.name)
 
@@ -288,7 +293,7 @@ class Saver:
 
 
 def _session_of(path: Path) -> str | None:
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" or not path.is_file():
         return None
     try:
         session = read_header(path).metadata.get(_SESSION, "")

@@ -46,8 +46,12 @@ class Part(Protocol):
         item = None if dtype is None else torch.empty((), dtype=dtype).element_size()
         return sum(tensor.numel() * (item or tensor.element_size()) for tensor in self.tensors().values())
 
+    def path(self, stem: Path) -> Path:
+        """The file, or folder, that `save` writes."""
+        return stem.with_name(f"{stem.name}.safetensors")
+
     def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
-        """Write the file `stem` plus the part's ending; returns its path. dtype None: the tensors' own."""
+        """Write `path(stem)` and return it. Args: dtype: None: the tensors' own."""
         ...
 
 

@@ -40,8 +40,11 @@ class TokenPart(Part):
     def after_step(self) -> None:
         pass
 
+    def path(self, stem: Path) -> Path:
+        return stem.with_name(f"{stem.name}{self._suffix}.{self._extension}")
+
     def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
-        path = stem.with_name(f"{stem.name}{self._suffix}.{self._extension}")
+        path = self.path(stem)
         stored = embedding_tensors(self._token, dtype)
         if not all(tensor.isfinite().all() for tensor in stored.values()):
             raise NotFinite(f"{path}: not saved, as its vectors aren't finite")

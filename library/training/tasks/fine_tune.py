@@ -63,6 +63,9 @@ class ModelPart(Part):
                 size += tensor.numel() * (item or own.element_size())
         return size
 
+    def path(self, stem: Path) -> Path:
+        return stem if self._kind.startswith("diffusers") else stem.with_name(f"{stem.name}.{self._kind}")
+
     def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
         bad = [name for name, tensor in self._tensors.items() if not tensor.isfinite().all()]
         if bad:
@@ -79,7 +82,7 @@ class ModelPart(Part):
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
             return stem
-        path = stem.with_name(f"{stem.name}.{self._kind}")
+        path = self.path(stem)
         save_single_file(
             path, checkpoint, self._changed(), metadata, dtype=dtype, v_prediction=is_v, zero_terminal_snr=is_zero
         )

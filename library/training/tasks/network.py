@@ -62,8 +62,11 @@ class NetworkPart(Part):
         if self._largest_norm is not None:
             self._network.limit_norms(self._largest_norm)
 
+    def path(self, stem: Path) -> Path:
+        return stem.with_name(f"{stem.name}.{self._extension}")
+
     def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
-        path = stem.with_name(f"{stem.name}.{self._extension}")
+        path = self.path(stem)
         tensors = self._network.file_tensors()
         if self._bundled is not None:
             own = embedding_tensors(self._bundled, dtype)
