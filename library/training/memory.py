@@ -28,9 +28,9 @@ _TEXT_LAYER = (
 _VAE = 3.0  # a residual block's input, inner and output, at the pictures' full size
 
 _FLOAT32 = 4
-# Bytes for each number that is stepped within backward: its gradient and two of the optimizer's temporaries; with 16 bits its float32
+# Bytes for each number that is stepped within backward, measured with Adafactor: its gradient and three temporaries; of 16 bits its float32
 # copy and that of its gradient too.
-_FUSED, _FUSED_16 = 12, 16
+_FUSED, _FUSED_16 = 16, 20
 # Bytes that an optimizer keeps for each number that it trains, by the lower-case names of --optimizer_type, counted after a
 # step. Paged ones are counted too, though the driver may move them to the host.
 _OPTIMIZER_BYTES = {

@@ -59,7 +59,7 @@ class Watch:
         if unchanged:
             raise RunError(
                 f"{_some(unchanged)} are what they were before {self._steps} steps, though they got gradients: the learning rate is too "
-                "low for their dtype; raise it, or train in float32"
+                "low for their dtype; raise it, take --rounding stochastic, or train in float32"
             )
 
 
