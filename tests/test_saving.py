@@ -107,3 +107,12 @@ def test_other_processes_write_nothing(tmp_path):
     options = SavingOptions(output_dir=tmp_path / "new")
     saver = Saver(options, ResumeOptions(), [FakePart()], lambda s, e: {}, None, 1, session_id="1", is_main=False)
     assert saver.save("final", Progress()) == [] and not (tmp_path / "new").exists()
+
+
+def test_the_space_that_is_planned_for_has_the_best_model_and_what_retention_keeps_for_a_moment(tmp_path):
+    """Steps 2 and 4 of the last 2, the one that is being saved, the best and the final one."""
+    options = SavingOptions(output_dir=tmp_path, save_every_n_steps=2, save_last_n_steps=2)
+    parts = [FakePart()]
+    for keeps_best, models in ((False, 4), (True, 5)):
+        saver = Saver(options, ResumeOptions(), parts, lambda s, e: {}, None, 1, session_id="1", is_main=True, keeps_best=keeps_best)  # fmt: skip
+        assert saver.space(100).models == models

@@ -165,6 +165,20 @@ def test_what_cant_work_is_refused(extra, expected, golden_model, pictures, tmp_
     assert "torch" in sys.modules and not (tmp_path / "out").exists()
 
 
+def test_samples_show_the_word_and_validation_and_the_average_see_it(golden_model, pictures, tmp_path):
+    """What is drawn without the word stays as it was, bit by bit."""
+    out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
+    prompts.write_text("a mytoken --s 1 --d 1\na red square --s 1 --d 1\n", encoding="utf-8")
+    words = ["--sample_prompts", prompts, "--sample_every_n_steps", "2", "--sample_at_first", "--max_train_steps", "2"]
+    words += ["--validation_split", "0.5", "--validate_every_n_steps", "1", "--save_best", "--ema_decay", "0.9"]
+    path = train(golden_model, pictures, out, *words)
+    drawn = {tuple(file.name.split("_")[1:3]): file.read_bytes() for file in (out / "sample").glob("lora_[0e]*.png")}
+    assert drawn["e000000", "01"] == drawn["000002", "01"] and drawn["e000000", "00"] != drawn["000002", "00"]
+    assert len(set(losses_of(out, "loss/validation/step_average"))) == 2
+    assert tensors_of(out / "lora-best.safetensors").keys() == {"clip_l", "clip_g"}
+    assert not torch.equal(tensors_of(out / "lora-ema.safetensors")["clip_l"], tensors_of(path)["clip_l"])
+
+
 # ----------------------------------------------------------------------------------------------- a token beside a LoRA
 
 

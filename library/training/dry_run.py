@@ -44,6 +44,7 @@ from library.training.options import (
     ScheduleOptions,
     TrackerOptions,
     UploadOptions,
+    ValidationOptions,
 )
 from library.training.plan import (
     Bucket,
@@ -271,7 +272,8 @@ def _output(page: _Page, options: Options, task: Task, plan: Plan) -> Rows:
     ema = make_ema(task, dataclasses.replace(options[EmaOptions], ema_device="accelerator"))  # the meta device here
     dtype = Precision.decide("no", saving.save_precision, no_half_vae=True).save
     saver = Saver(
-        saving, options[ResumeOptions], task.parts, lambda steps, epoch: {}, dtype, plan.num_epochs, session_id="", is_main=True, ema=ema
+        saving, options[ResumeOptions], task.parts, lambda steps, epoch: {}, dtype, plan.num_epochs, session_id="", is_main=True, ema=ema,
+        keeps_best=options[ValidationOptions].keeps_best,
     )  # fmt: skip
     with page.checked():
         _see_writable(saving.output_dir)

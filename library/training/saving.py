@@ -70,11 +70,15 @@ class Saver:
         *,
         session_id: str,
         is_main: bool,
+        keeps_best: bool = False,
         ema: Ema | None = None,
         uploads: Uploads | None = None,
         sends_states: bool = False,
     ):
-        """Args: session_id: of this run; files of other ones are moved aside, not replaced."""
+        """Args:
+        session_id: of this run; files of other ones are moved aside, not replaced.
+        keeps_best: the weights of the lowest validation loss are saved too.
+        """
         assert options.output_dir is not None
         self._options, self._states, self._parts, self._metadata = options, states, parts, metadata
         self._dtype, self._session_id = dtype, session_id
@@ -82,7 +86,7 @@ class Saver:
         self._every_epochs = options.save_every_n_epochs or 0
         if options.save_n_epoch_ratio:
             self._every_epochs = num_epochs // options.save_n_epoch_ratio or 1
-        self._ema, self._uploads, self._sends_states = ema, uploads, sends_states
+        self._ema, self._uploads, self._sends_states, self._keeps_best = ema, uploads, sends_states, keeps_best
         self._saved: dict[str, list[Path]] = {}
         self.failures: list[str] = []
 
@@ -123,7 +127,7 @@ class Saver:
         if epochs and self._options.save_last_n_epochs is not None:
             epochs = min(epochs, self._options.save_last_n_epochs + 1)
         states = (steps + epochs + 1) if self._states.save_state else int(self._states.save_state_on_train_end)
-        return Space(steps + epochs + 1, self.model_bytes(), states, self.state_bytes())
+        return Space(steps + epochs + self._keeps_best + 1, self.model_bytes(), states, self.state_bytes())
 
     def check_space(self, total_steps: int) -> None:
         """See that everything that will lie there at once fits the disk. Raises OptionError with what would help."""

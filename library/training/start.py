@@ -363,7 +363,7 @@ def _make_saver(
     dtype = Precision.decide("no", options[SavingOptions].save_precision, no_half_vae=True).save
     return Saver(
         options[SavingOptions], options[ResumeOptions], task.parts, metadata, dtype, plan.num_epochs,
-        session_id=session_id, is_main=accelerator.is_main_process, ema=ema, uploads=uploads,
+        session_id=session_id, is_main=accelerator.is_main_process, keeps_best=options[ValidationOptions].keeps_best, ema=ema, uploads=uploads,
         sends_states=options[UploadOptions].save_state_to_huggingface,
     )  # fmt: skip
 
