@@ -378,3 +378,13 @@ def test_old_attention_names_of_diffusers_vaes_are_known(golden_models, folder, 
 def test_mapping_can_be_turned_off(golden_model):
     mapped, read = (open_checkpoint(str(golden_model), mapped=flag).tensors("unet") for flag in (True, False))
     assert all(torch.equal(mapped[name], read[name]) for name in mapped)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_fault_16_numbers_that_arent_finite_in_a_model_are_told_when_it_is_loaded(value, golden_model, tmp_path):
+    tensors = load_tensors(golden_model)[0]
+    name = "model.diffusion_model.out.2.bias"
+    tensors[name] = tensors[name].clone().fill_(value)
+    write_safetensors(tmp_path / "x.safetensors", tensors, {})
+    with pytest.raises(RunError, match=r"x\.safetensors: U-Net: 1 of its tensors hold numbers that aren't finite in float32 \(out\.2\.bias\)"):  # fmt: skip
+        _ = open_models(tmp_path / "x.safetensors").unet

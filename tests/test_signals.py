@@ -284,7 +284,7 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launc
 
 @ON_LINUX
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT])
-def test_accelerates_end_is_told_and_is_no_second_request(start, tmp_path, number):
+def test_fault_63_accelerates_end_is_told_and_is_no_second_request(start, tmp_path, number):
     """SIGTERM goes to the launcher alone. Ctrl-C goes to both: the launcher ends later than that, and this is no second one."""
     process = start(UNDER_A_LAUNCHER, 0.2, launcher=ACCELERATE, env={"HF_HOME": str(tmp_path)})
     process.until("ready")

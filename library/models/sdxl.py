@@ -264,7 +264,7 @@ def load_weights(
         dtype: None: each tensor's own.
         name_of: the name in `tensors` of one of the module's own names.
 
-    Raises RunError with counts and the first names if anything is missing, left over, or of another shape.
+    Raises RunError with counts and the first names if anything is missing, left over, of another shape, or not finite.
     """
     wanted = {name_of(name): (name, tuple(tensor.shape)) for name, tensor in module.state_dict().items()}
     problems = {
@@ -282,6 +282,7 @@ def load_weights(
         )
         raise RunError(f"{what}: its tensors don't fit an SDXL model: {told}")
     placed = {own: _placed(tensors[name], dtype or tensors[name].dtype, device) for name, (own, _) in wanted.items()}
+    _see_finite(placed, what)
     module.load_state_dict(placed, assign=True)
     for name, buffer in module.named_buffers():
         assert name.endswith("position_ids") or not buffer.is_meta, f"{name} has no value"
@@ -289,6 +290,20 @@ def load_weights(
             owner = module.get_submodule(name.rpartition(".")[0])
             owner.position_ids = torch.arange(buffer.shape[-1], device=device).expand(1, -1)
     module.requires_grad_(False).eval()
+
+
+def _see_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raises RunError where a file is damaged, or float16 can't hold its numbers: losses would tell it late, and blame pictures."""
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize > 1]
+    if not names:
+        return
+    are_finite = torch.stack([tensors[name].isfinite().all() for name in names]).tolist()
+    bad = [name for name, is_finite in zip(names, are_finite, strict=True) if not is_finite]
+    if bad:
+        raise RunError(
+            f"{what}: {len(bad)} of its tensors hold numbers that aren't finite in {str(tensors[bad[0]].dtype).removeprefix('torch.')} "
+            f"({', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}); get the file again, or take another --mixed_precision"
+        )
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
