@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+SMALL = 1 << 15
+"""Numbers: tensors with fewer are biases and norms, a thousandth of a model's numbers, and handled together."""
+
 
 @dataclass(frozen=True)
 class ParamGroup:

@@ -148,9 +148,9 @@ def test_optimizers_that_look_at_all_gradients_are_recognised(name, expected):
 
 
 def test_large_tensors_step_alone_and_small_ones_of_a_group_together(monkeypatch):
-    from library.training import in_backward
+    from library import param_group
 
-    monkeypatch.setattr(in_backward, "_SMALL", 81)
+    monkeypatch.setattr(param_group, "SMALL", 81)
     groups = groups_of(Small())
     sizes = [sorted(parameter.numel() for parameter in bunch) for bunch in bunches_of(groups)]
     assert sizes == [[6400], [80], [6400], [6400], [1, 80, 80, 80]]

@@ -26,7 +26,7 @@ def trained(steps: int, *, lr: float, use_both: bool = True, dtype=torch.float32
     for _ in range(steps):
         x = layers["used"](torch.ones(1, 2, dtype=dtype))
         (layers["other"](x) if use_both else x).sum().backward()
-        watch.note_gradients(norms_of(list(layers.parameters())))
+        watch.note_gradients(norms_of(list(layers.parameters()), torch.device("cpu")))
         optimizer.step()
         optimizer.zero_grad()
         watch.stepped()

@@ -24,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from library.lane import Fetched, Lane
+from library.models.streaming import Streamer
 
 _LEAST_BYTES = 1 << 20  # smaller ones stay: moving them costs more than it frees
 
@@ -40,13 +41,18 @@ KEPT = Checkpointing()
 
 
 class Activations:
-    """What autograd saves during a U-Net's forward goes through here."""
+    """What autograd saves during a U-Net's forward goes through here; its blocks run through here.
+
+    Attributes:
+        streamer: of blocks that aren't on the device all the time.
+    """
 
     def __init__(self, how: Checkpointing, cheap: Iterable[nn.Module]):
         """Args: cheap: modules whose results are rather computed again than kept, with "selective"."""
         self.how = how
         self._again: MutableMapping[Any, _Again] = WeakKeyDictionary()  # by the storage that the result has
         self._away: MutableMapping[Any, tuple[object, _Away]] = WeakKeyDictionary()  # by storage, with the layout in it
+        self.streamer: Streamer | None = None
         self._lane: Lane | None = None
         self._last: ref[_Away] | None = None
         for module in cheap if how.policy == "selective" else ():
@@ -55,8 +61,11 @@ class Activations:
     def run(self, block: nn.Module, *arguments: Any) -> Tensor:
         """block(*arguments), to be computed again in backward with the policy "full"."""
         if self.how.policy == "full" and torch.is_grad_enabled():
-            return checkpoint(block, *arguments, use_reentrant=False)
-        return block(*arguments)
+            return checkpoint(self._compute, block, *arguments, use_reentrant=False)
+        return self._compute(block, *arguments)
+
+    def _compute(self, block: nn.Module, *arguments: Any) -> Tensor:
+        return block(*arguments) if self.streamer is None else self.streamer.run(block, *arguments)
 
     @contextmanager
     def saved(self, device: torch.device) -> Iterator[None]:

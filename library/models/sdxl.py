@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from library.devices import to_device
 from library.errors import RunError
+from library.lane import Lane
 from library.log import log
 from library.models import conversion
 from library.models.attention import AttentionFunction, sdpa
@@ -18,6 +19,7 @@ from library.models.checkpoint import Checkpoint, locate_vae, open_checkpoint, o
 from library.models.checkpointing import KEPT, Checkpointing
 from library.models.key_maps import FILE_PREFIXES, FOLDERS
 from library.models.quantized import quantize
+from library.models.streaming import Streamer, largest_blocks
 from library.models.unet import UNet
 from library.precision import Precision
 
@@ -54,6 +56,7 @@ class SdxlModels:
     Attributes:
         change: what is done to weights when they are loaded; set before any is.
         trained: parts that are loaded in the dtype of trained weights; set before any is.
+        swapped_blocks: how many of the U-Net's blocks lie in RAM (streaming.py); set before it is loaded.
         quantized: how the large layers of parts are kept (quantized.py), by part; set before any is loaded.
         new_tokens: words that were added to tokenizers and encoders.
     """
@@ -81,6 +84,7 @@ class SdxlModels:
         self.new_tokens: list[NewToken] = []
         self.trained: frozenset[str] = frozenset()
         self.quantized: Mapping[str, str] = {}
+        self.swapped_blocks = 0
         self._cut: set[str] = set()
 
     @cached_property
@@ -90,6 +94,15 @@ class SdxlModels:
         what = f"{self.checkpoint.path}: U-Net"
         self._load(unet, "unet", self.checkpoint.tensors("unet"), what=what)
         return unet
+
+    def _stream(self, unet: UNet) -> None:
+        """Give the largest blocks their places in RAM, and the device what is left."""
+        streamed = largest_blocks(unet.blocks, self.swapped_blocks)
+        streamer = unet.activations.streamer = Streamer(streamed, Lane(torch.device("cpu"), self.device))
+        away = streamer.tensors
+        for tensor in (*unet.parameters(), *unet.buffers()):
+            if id(tensor) not in away:
+                tensor.data = _placed(tensor.data, tensor.dtype, self.device)
 
     @cached_property
     def text_encoders(self) -> tuple["CLIPTextModel", "CLIPTextModelWithProjection"]:
@@ -150,19 +163,22 @@ class SdxlModels:
 
         return decode(self.vae, raw, self._vae_in_float32, black=black)
 
-    def _load(self, module: nn.Module, part: str, tensors: Mapping[str, Tensor], *, what: str, name_of: Callable[[str], str] = lambda name: name) -> None:  # fmt: skip
+    def _load(self, module: Any, part: str, tensors: Mapping[str, Tensor], *, what: str, name_of: Callable[[str], str] = lambda name: name) -> None:  # fmt: skip
         if self.device.type == "meta":
             module.requires_grad_(False).eval()
             return
         dtype = self.precision.trained if part in self.trained else self.precision.compute
         kind = self.quantized.get(part)
-        # Before a layer is quantised, it stays in its file's pages: the whole part may be larger than the device.
-        device = self.device if kind is None else torch.device("cpu")
+        is_streamed = part == "unet" and self.swapped_blocks > 0
+        # The whole part may be larger than the device: before a layer is quantised, it stays in its file's pages.
+        device = torch.device("cpu") if kind is not None or is_streamed else self.device
         load_weights(module, tensors, dtype if kind is None else None, device, what=what, name_of=name_of)
         if self.change is not None:
             self.change.apply(part, module)
         if kind is not None:
             quantize(module, kind, lambda weight: _placed(weight, dtype, self.device))
+        if is_streamed:
+            self._stream(module)
 
     def without_weights(self) -> "SdxlModels":
         """The same modules on the meta device, for building what goes on them without reading a weight."""

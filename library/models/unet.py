@@ -23,6 +23,7 @@ from library.models.checkpointing import KEPT, Activations, Checkpointing
 from library.models.unet_blocks import (
     CHEAP,
     GROUPS,
+    BasicTransformerBlock,
     Conv2d,
     Downsample2D,
     GroupNorm,
@@ -81,6 +82,11 @@ class UNet(nn.Module):
             GroupNorm(GROUPS, last, eps=1e-5), nn.SiLU(), Conv2d(last, config.out_channels, 3, padding=1)
         )
         self.activations = Activations(checkpointing, (m for m in self.modules() if isinstance(m, CHEAP)))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Residual and transformer blocks, in the order in which a forward comes to them."""
+        return [module for module in self.modules() if isinstance(module, ResnetBlock2D | BasicTransformerBlock)]
 
     def forward(
         self,

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library import param_group
 from library.data.order import Place
 from library.param_group import ParamGroup
 from library.training.stepper import Stepper
 from library.training.update import Descended, Descent, clip_factor, norms_of
-
-_SMALL = 1 << 15  # numbers: biases and norms
 
 
 class InBackward(Descent):
@@ -43,7 +42,7 @@ class InBackward(Descent):
         self._bunches = [list(bunch) for bunch in bunches]
         self._arrived = [0] * len(self._bunches)  # gradients of each that are there
         self._index = {parameter: i for i, parameter in enumerate(stepper.parameters)}
-        self._norms = torch.zeros(len(self._index), device=stepper.parameters[0].device)
+        self._norms = torch.zeros(len(self._index), device=stepper.device)
         self._closes, self._number = False, 0
         self._stopped: Collection[nn.Parameter] = ()
         for number, bunch in enumerate(self._bunches):
@@ -71,7 +70,7 @@ class InBackward(Descent):
         members = [parameter for parameter in self._bunches[number] if parameter.grad is not None]
         self._arrived[number] = 0
         self.is_partly_taken = True
-        norms = norms_of(members)
+        norms = norms_of(members, self.stepper.device)
         for parameter, norm in zip(members, norms, strict=True):
             self._norms[self._index[parameter]] = norm
         factor = clip_factor(norms if self._previous is None else self._previous, self._max_grad_norm)
@@ -111,7 +110,7 @@ def bunches_of(groups: Sequence[ParamGroup]) -> list[list[nn.Parameter]]:
     """What steps together: large tensors alone; the small ones of a group, half of all and a thousandth of the numbers, at once."""
     bunches = []
     for group in groups:
-        small = [parameter for parameter in group.parameters.values() if parameter.numel() < _SMALL]
-        bunches += [[parameter] for parameter in group.parameters.values() if parameter.numel() >= _SMALL]
+        small = [parameter for parameter in group.parameters.values() if parameter.numel() < param_group.SMALL]
+        bunches += [[parameter] for parameter in group.parameters.values() if parameter.numel() >= param_group.SMALL]
         bunches += [small] if small else []
     return bunches

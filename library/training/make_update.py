@@ -7,10 +7,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import Mistake, OptionError
+from library.lane import Lane
 from library.options import Options
 from library.param_group import ParamGroup, split_groups
 from library.training.in_backward import InBackward, bunches_of
+from library.training.lodging import Lodging
 from library.training.lr_schedules import make_scheduler
+from library.training.memory_options import MemoryOptions
 from library.training.optimizers import make_optimizer, start_training
 from library.training.options import OptimizerOptions, RunOptions, ScheduleOptions, read_arguments
 from library.training.stepper import Stepper, is_separable, stand_ins
@@ -28,8 +31,11 @@ def make_update(
         groups = split_groups(groups, chosen.fused_optimizer_groups)
     optimizer, scheduler = _make_optimizer(stand_ins(groups), options, total_steps)
     start_training(optimizer)
-    alone = not (chosen.full_bf16 or chosen.full_fp16) or _is_separable(options)
+    offloads = options[MemoryOptions].optimizer_offload
+    alone = not (chosen.full_bf16 or chosen.full_fp16 or offloads) or _is_separable(options)
     stepper = Stepper(optimizer, groups, rounding=chosen.rounding_used, seed=seed, is_separable=alone)
+    if offloads:
+        stepper.lodging = Lodging(optimizer, Lane(torch.device("cpu"), stepper.device))
     descent: Descent
     if chosen.is_fused:
         whole = [list(group.parameters.values()) for group in groups]
@@ -45,10 +51,18 @@ def make_update(
 def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:
     """Raises OptionError if optimizer or schedule can't be made, or can't do what they are to. Args: groups: of any shapes."""
     _make_optimizer(groups, options, total_steps=1000)
+    name = options[OptimizerOptions].name
+    if options[MemoryOptions].optimizer_offload and not _is_separable(options):
+        raise OptionError(
+            Mistake(
+                f"--optimizer_offload: --optimizer_type {name} looks at all gradients together, so its state is needed at once; leave it out",
+                ("optimizer_offload", "optimizer_type"),
+            )
+        )
     if options[UpdateOptions].fused_backward_pass and not _is_separable(options):
         raise OptionError(
             Mistake(
-                f"--fused_backward_pass: --optimizer_type {options[OptimizerOptions].name} looks at all gradients together, so it can't step "
+                f"--fused_backward_pass: --optimizer_type {name} looks at all gradients together, so it can't step "
                 "one alone; leave it out, or take --fused_optimizer_groups, in which each group is stepped as if there were no other",
                 ("fused_backward_pass", "optimizer_type"),
             )

@@ -24,6 +24,15 @@ class MemoryOptions(OptionGroup):
         False, "what --gradient_checkpointing keeps waits in RAM, and returns ahead of its use; for large batches"
     )
 
+    blocks_to_swap: int | None = option(
+        None,
+        "so many of the U-Net's blocks, the largest first, lie in RAM and visit the card while they are computed with; SDXL has 87",
+        at_least=1,
+        unset=(0,),
+    )
+    optimizer_offload: bool = option(
+        False, "the optimizer's state lies in RAM and visits the card tensor by tensor, while that is stepped"
+    )
     fp8_base: bool = option(
         False,
         "the frozen base model's linear layers are kept in float8 (e4m3), half of bfloat16's memory; networks only",
@@ -46,5 +55,11 @@ class MemoryOptions(OptionGroup):
         for name in ("checkpoint_policy", "cpu_offload_checkpointing"):
             if getattr(self, name) not in (False, "full") and not self.gradient_checkpointing:
                 yield Mistake(f"--{name} needs --gradient_checkpointing", (name, "gradient_checkpointing"))
+        if self.blocks_to_swap and not (self.gradient_checkpointing and self.checkpoint_policy == "full"):
+            yield Mistake(
+                "--blocks_to_swap needs --gradient_checkpointing, and that whole blocks are computed again (--checkpoint_policy full): "
+                "activations that are kept for backward would hold the weights on the card",
+                ("blocks_to_swap", "gradient_checkpointing", "checkpoint_policy"),
+            )
         if self.base_quant and (self.fp8_base or self.fp8_base_unet):
             yield Mistake("--base_quant and --fp8_base both say how the base model is kept; give one", ("base_quant",))

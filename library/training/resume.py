@@ -70,6 +70,8 @@ _FREE_NAMES = frozenset(
         "dry_run",
         "checkpoint_policy",
         "cpu_offload_checkpointing",
+        "blocks_to_swap",
+        "optimizer_offload",
         "cache_latents",
         "cache_latents_to_disk",
         "cache_text_encoder_outputs",

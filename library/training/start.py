@@ -264,6 +264,7 @@ def open_models(kind: type[Task], options: Options, found: Preflight, device: to
     models.trained = kind.trained_parts(options)
     # Caches are filled by whole encoders: other runs read them too.
     whole = ("text_encoder_1", "text_encoder_2") if options[CacheOptions].text else ()
+    models.swapped_blocks = options[MemoryOptions].blocks_to_swap or 0
     models.quantized = {part: how for part, how in options[MemoryOptions].quantized.items() if part not in whole}
     models.change = kind.change(models.without_weights(), options)
     return models
@@ -295,7 +296,7 @@ def _wrapped(step: Step, accelerator: Accelerator) -> nn.Module:
     """The Step, wrapped for several processes. Frozen weights are left out of what the wrapper keeps equal: all read one file."""
     frozen = [name for name, parameter in step.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, frozen)
-    return accelerator.prepare(step)
+    return accelerator.prepare(step, device_placement=[False])  # all is where it belongs
 
 
 def _make_validation(prepared: Prepared, batches: Batches, options: Options, seed: int, total_steps: int) -> Validation:

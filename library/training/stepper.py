@@ -5,7 +5,7 @@ it would be for float32 weights (AdamW: 8 bytes a number), and what it makes of 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from library.draws import seed_of
 from library.log import muted
 from library.param_group import ParamGroup
+from library.training.lodging import Lodging
 from library.training.optimizers import start_training, takes_scaled_gradients
 from library.training.rounding import compensate, round_stochastically
 from library.training.state import optimizer_state, restore_optimizer
@@ -36,7 +37,11 @@ def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
 
 
 class Stepper:
-    """Steps parameters by an optimizer, wherever they lie at that time."""
+    """Steps parameters by an optimizer, wherever they lie at that time.
+
+    Attributes:
+        lodging: where the optimizer's state is between steps; None: beside the weights.
+    """
 
     def __init__(
         self,
@@ -55,6 +60,7 @@ class Stepper:
         """
         self.optimizer = optimizer
         self._rounding, self._seed, self._is_separable = rounding, seed, is_separable
+        self.lodging: Lodging | None = None
         self._names: dict[nn.Parameter, str] = {}
         self._group_of: dict[nn.Parameter, int] = {}
         self._stand_ins: dict[nn.Parameter, nn.Parameter] = {}
@@ -68,12 +74,18 @@ class Stepper:
         self._changed: dict[int, dict[str, Any]] = {}
         self.skips_on_device = takes_scaled_gradients(optimizer)
 
+    @property
+    def device(self) -> torch.device:
+        """The one that computes; some parameters may lie in RAM."""
+        devices = [parameter.device for parameter in self.parameters]
+        return next((device for device in devices if device.type != "cpu"), devices[0])
+
     # ------------------------------------------------------------------------------------------------------- stepping
 
     def step_all(self, number: int, factor: Tensor, is_finite: Tensor | None = None) -> None:
         """Step everything that has a gradient. Args: as of step."""
         members = [parameter for parameter in self.parameters if parameter.grad is not None]
-        if not self._narrow(members) or not self._is_separable:
+        if (not self._narrow(members) and self.lodging is None) or not self._is_separable:
             self._step(members, number, factor, is_finite)
             return
         for bunch in self._bunches_by_group(members):
@@ -119,7 +131,8 @@ class Stepper:
             if is_finite is not None:
                 for gradient in gradients:
                     gradient.masked_fill_(~is_finite, 0)
-        self.optimizer.step()
+        with nullcontext() if self.lodging is None else self.lodging.visit([self._stand_ins[p] for p in members]):
+            self.optimizer.step()
         del gradients
         for bunch, flat in zip(narrow, weights, strict=True):
             self._take_back(bunch, flat, number)
@@ -220,6 +233,8 @@ class Stepper:
 
     def state(self, names: Mapping[int, str]) -> dict[str, Any]:
         """The optimizer's state, and what Kahan's rounding keeps. Args: names: of the parameters, by their id."""
+        if self.lodging is not None:
+            self.lodging.wait()
         return {
             **optimizer_state(self.optimizer, self._with_stand_ins(names)),
             "rests": {names[id(parameter)]: rest for parameter, rest in self._rests.items()},

@@ -10,6 +10,7 @@ from library.errors import Mistake
 from library.options import OptionGroup, Options, option
 from library.training.memory_options import MemoryOptions
 from library.training.options import OptimizerOptions, RunOptions, is_plain_name
+from library.training.update_options import UpdateOptions
 from networks.options import NUM_BLOCKS, NetworkOptions, check_weights
 
 
@@ -174,6 +175,11 @@ def check_embedding(options: Options) -> Iterable[Mistake]:
 def check_fine_tune(options: Options) -> Iterable[Mistake]:
     """Contradictions between fine-tuning's options and others."""
     chosen, base = options[FineTuneOptions], options[OptimizerOptions].learning_rate
+    if options[MemoryOptions].blocks_to_swap and not options[UpdateOptions].fused_backward_pass:
+        yield Mistake(
+            "--blocks_to_swap in full fine-tuning needs --fused_backward_pass: a block's weights are stepped while they visit the card",
+            ("blocks_to_swap", "fused_backward_pass"),
+        )
     if options[MemoryOptions].quantized:
         yield Mistake(
             "--fp8_base, --fp8_base_unet and --base_quant are for networks beside a frozen model; here the model itself is trained",

@@ -92,7 +92,7 @@ class Update:
         """Args: step: the wrapped Step, which is what the loop calls. sums: how 16-bit gradients add up; None: as autograd does."""
         self.step_module, self._groups = step, groups
         self._descent, self._scheduler, self._sums, self._processes = descent, scheduler, sums, processes
-        self._loss = torch.zeros((), device=descent.stepper.parameters[0].device)
+        self._loss = torch.zeros((), device=descent.stepper.device)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -214,7 +214,7 @@ class AtOnce(Descent):
         """Step, unless gradients aren't finite."""
         for parameter in self._stopped:
             parameter.grad = None
-        norms = norms_of(self.stepper.parameters) / self.scale.value
+        norms = norms_of(self.stepper.parameters, self.stepper.device) / self.scale.value
         norm = torch.linalg.vector_norm(norms)
         factor = clip_factor(norm, self._max_grad_norm) / self.scale.value
         overflowed = False
@@ -240,11 +240,11 @@ class AtOnce(Descent):
             self.scale.restore(state["scale"])
 
 
-def norms_of(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The norm of each parameter's gradient, 0 where it has none: [n], float32."""
+def norms_of(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """The norm of each parameter's gradient, 0 where it has none: [n], float32, on the device that computes."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     found = iter(torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else ())
-    zero = torch.zeros((), device=parameters[0].device)
+    zero = torch.zeros((), device=device)
     return torch.stack([zero if parameter.grad is None else next(found) for parameter in parameters])
 
 

@@ -68,7 +68,8 @@ def checksums(tensors: Iterable[Tensor]) -> Tensor:
     found = [tensor.detach() for tensor in tensors]
     if not found:
         return torch.zeros(0, dtype=torch.int64)
-    return torch.stack([tensor.view(_BITS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in found])
+    sums = [tensor.view(_BITS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in found]
+    return torch.stack([one.to(sums[0].device) for one in sums])  # some may lie in RAM
 
 
 def check_equal(parameters: Mapping[str, Tensor], processes: int, step: int) -> None:
