@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from library.sampling.draw import Painter, PictureNoise, Start, _noised
 from library.sampling.drawing import Drawing
 from library.sampling.gradual_latent import GradualLatent
 from library.sampling.prompt_line import read_line
+from library.sampling.sources import as_tensor, read_picture, resized
 from library.sampling.text import PromptEncoder
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -185,3 +187,29 @@ def test_the_first_noise_and_the_vector_are_the_references(golden_models):
         prompts, _ = painter._prompts([drawing])
         vectors = torch.cat([told.vector for told in painter._told(drawing, prompts, [drawing])])
         torch.testing.assert_close(vectors, recorded[f"{name}.unet_y"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(WITH_CHANGES))
+def test_final_latents_with_networks_are_the_references(name, own_models, tmp_path):
+    """Of files trained in golden 10: a LoRA beside the layers and merged, a ControlNet-LLLite, a new word."""
+    from networks.generation import AppliedNetworks
+    from networks.generation_options import AppliedNetworkOptions
+
+    options, runs = CASES[name]["options"], GOLDEN / "10_training"
+    files = {"lora_te.safetensors": "lora_te", "lllite.safetensors": "lllite", "mytoken.safetensors": "ti"}
+    words = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in options.items()
+        if key not in ("guide_image_path", "network_module")
+    }
+    for key in ("network_weights", "control_net_lllite_models", "textual_inversion_embeddings"):
+        for file in words.get(key, ()):
+            shutil.copy(runs / f"{files[file]}.out.safetensors", tmp_path / file)
+            words[key] = (tmp_path / file,)
+    applied = AppliedNetworks(AppliedNetworkOptions(**words), own_models)
+    drawing = drawing_of(CASES[name])
+    guides = []
+    if "guide_image_path" in options:
+        guide = runs / "dataset" / "data_cond" / options["guide_image_path"][0]
+        guides = [as_tensor([resized(read_picture(guide, ""), drawing.width, drawing.height)])]
+    assert_golden(painter_of(own_models, applied).latents([drawing], guides=guides), name)

@@ -129,7 +129,7 @@ def test_enumerated_variants_multiply_and_replace_the_pictures_per_prompt(draw):
     ("a --w 20", "must be a multiple of 32; take 32"), ("a --s 3.5", "--s: expected a whole number, got '3.5'"),
     ("a --ss euler", "--ss is no option of a prompt"), ("a --d 1,x", "expected a whole number, or several with commas"),
     ("a --am 0.5", "no network is loaded"), ("a --t 2", "expected a number from 0 to 1"), ("{3$$a|b}", "but it has 2"),
-    ("a --glus 4,1,1", "with an odd size"), ("a --ds1 3", "did you mean 'dsd1'?"),
+    ("a --glus 4,1,1", "with an odd size"), ("a AND b", "divides a prompt for networks"), ("a --ds1 3", "did you mean 'dsd1'?"),
 ])  # fmt: skip
 def test_mistakes_in_lines_are_told_with_the_line(line, told, draw, tmp_path):
     file = tmp_path / "lines.txt"

@@ -4,7 +4,6 @@ Shapes: B pictures, H and W in pixels, h = H / 8 and w = W / 8.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,10 +20,10 @@ from library.sampling.changes import Changes
 from library.sampling.denoise import Guidance, Kept, Told, denoise, score_of
 from library.sampling.drawing import Drawing
 from library.sampling.gradual_latent import GrowingEuler
+from library.sampling.prompt_line import AND
 from library.sampling.samplers import make_sampler
 from library.sampling.text import PromptEncoder
 
-_AND = re.compile(r"\s+AND\s+")
 _DRAWS_TWICE = ("dpm_2_a", "k_dpm_2_a")  # the reference draws two noises a step for these
 
 
@@ -116,7 +115,7 @@ class Painter:
         )  # fmt: skip
 
     def _sub_prompts(self, prompt: str) -> list[str]:
-        return _AND.split(prompt) if self.changes.is_regional else [prompt]
+        return AND.split(prompt) if self.changes.is_regional else [prompt]
 
     def _prompts(self, drawings: Sequence[Drawing]) -> tuple[TextConditioning, list[Tensor]]:
         """The prompts' conditioning, [B, ...]: of the last sub-prompts; and the contexts of all of them, where there are regions."""

@@ -22,7 +22,7 @@ from library.sampling.generation_options import (
 )
 from library.sampling.gradual_latent import GradualLatent
 from library.sampling.metadata import read_texts
-from library.sampling.prompt_line import NO_NEGATIVE_SCALE, PromptLine, read_line
+from library.sampling.prompt_line import AND, NO_NEGATIVE_SCALE, PromptLine, read_line
 from library.sampling.sources import list_pictures, size_of
 from library.sampling.variants import variants
 
@@ -158,6 +158,7 @@ class Planner:
 
     def _drawing(self, read: PromptLine, line: Line, row: int, place: int) -> Drawing:
         picture = self._picture
+        self._check_regions(read.prompt, line.where)
         source = self._sources[self._number % len(self._sources)] if self._sources else None
         width, height = self._size(read, source)
         if read.multipliers and not self._num_networks:
@@ -177,6 +178,18 @@ class Planner:
             mask=self._masks[self._number % len(self._masks)] if self._masks else None,
             guides=self._next_guides(), number=self._number, row=row,
         )  # fmt: skip
+
+    def _check_regions(self, prompt: str, where: str) -> None:
+        parts = len(AND.split(prompt))
+        if self._num_networks and self._masks:
+            if parts < self._num_networks:
+                raise OptionError(
+                    f"{where}: {self._num_networks} networks need as many sub-prompts, divided by AND; this prompt has {parts}"
+                )
+        elif parts > 1:
+            raise OptionError(
+                f"{where}: AND divides a prompt for networks that work in regions, which need --network_weights and --mask_path; leave it out, or write it small"
+            )
 
     def _size(self, read: PromptLine, source: Path | None) -> tuple[int, int]:
         width, height = _first(read.width, self._picture.W), _first(read.height, self._picture.H)

@@ -59,6 +59,7 @@ class PromptLine:
 
 
 NO_NEGATIVE_SCALE = -math.inf
+AND = re.compile(r"\s+AND\s+")  # divides a prompt into those of regions
 
 
 class _Kind(NamedTuple):

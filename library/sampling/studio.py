@@ -18,8 +18,8 @@ from library.errors import OptionError, RunError
 from library.log import log, progress_bar
 from library.models.attention import choose_attention
 from library.models.checkpoint import Checkpoint
+from library.models.compiling import compile_blocks
 from library.models.sdxl import SdxlModels
-from library.models.unet_blocks import BasicTransformerBlock, ResnetBlock2D
 from library.models.vae import decode_in_slices, decode_in_tiles, finite_samples, unscale_latents
 from library.options import Options
 from library.precision import Precision
@@ -69,9 +69,7 @@ class Studio:
             on_step=lambda pictures: self._bar.update(),
         )
         if chosen.compile:
-            for module in self._models.unet.modules():
-                if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
-                    module.compile()
+            compile_blocks(self._models.unet, "inductor", device)
         fix = options[HighresFixOptions]
         self._output = Output(options[OutputOptions], with_stages=fix.highres_fix_scale is not None)
         self._upscaler = None if fix.highres_fix_upscaler is None else _open_upscaler(fix, self._models)
