@@ -22,6 +22,7 @@ from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.errors import OptionError, RunError
 from library.option_values import read_value
 from library.options import read_options
+from library.sampling.prompt_line import LINE_OPTIONS
 from library.sampling.prompts import _INLINE, read_sample_prompts
 from library.training.options import LossOptions
 from library.training.trackers import read_tracker_config
@@ -35,7 +36,7 @@ TRAINING = "sdxl_train_network.py"
 # Scripts without options, or for those who work on the suite.
 OFF_THE_PAGE = {"tools/quickstart.py"}
 # Pages for users: every option that they name exists. differences.md speaks of those of sd-scripts too.
-NAMES_OPTIONS = ["README.md", "docs/dataset.md", "docs/training.md", "docs/fine_tune.md"]
+NAMES_OPTIONS = ["README.md", "docs/dataset.md", "docs/training.md", "docs/fine_tune.md", "docs/generate.md"]
 PROGRAMS = {"pip", "tensorboard", "wandb", "hf"}  # not ours, so their words aren't checked
 MODULES = {"venv", "pip"}
 
@@ -360,7 +361,12 @@ def test_a_wrong_command_is_noticed():
 
 @pytest.mark.parametrize("name", NAMES_OPTIONS)
 def test_every_option_that_a_page_names_exists(name):
-    known = {option for script in SCRIPTS for option in declared_by(script).names} | {"help"} | set(_INLINE)
+    known = (
+        {option for script in SCRIPTS for option in declared_by(script).names}
+        | {"help"}
+        | set(_INLINE)
+        | set(LINE_OPTIONS)
+    )
     named = {
         (number, option)
         for number, line in text_lines(ROOT / name)
