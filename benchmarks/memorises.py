@@ -3,7 +3,8 @@
 python benchmarks/memorises.py [--steps 400] [--full_bf16]
 
 What is drawn, less the mean of the three, is correlated with the latents that were trained, less theirs: each drawing should be
-nearest to its own picture. The VAE is random, so the pictures themselves show nothing.
+nearest to its own picture. The VAE is random, so the pictures themselves show nothing; its latents are brought to the spread
+that SDXL's have.
 """
 
 import argparse
@@ -43,8 +44,8 @@ def memorise(folder: Path, steps: int, learning_rate: str, *, full_bf16: bool) -
     from tools.make_tiny_dataset import make_pictures
 
     model, pictures = folder / "model.safetensors", folder / "pictures" / "1_shape"
-    subprocess.run([sys.executable, ROOT / "tools" / "make_tiny_sdxl.py", "--output", model], check=True)
     paths = make_pictures(pictures, PICTURES, seed=1)
+    make_model(model, paths)
     words = [
         "--pretrained_model_name_or_path", model, "--train_data_dir", pictures.parent, "--output_dir", folder / "out", "--output_name", "tuned",
         "--resolution", SIDE, "--train_batch_size", PICTURES, "--cache_latents_to_disk", "--cache_text_encoder_outputs",
@@ -55,6 +56,33 @@ def memorise(folder: Path, steps: int, learning_rate: str, *, full_bf16: bool) -
     rows = map(json.loads, (folder / "out" / "tuned-log.jsonl").read_text(encoding="utf-8").splitlines())
     losses = [row["loss/current"] for row in rows if "loss/current" in row]
     return losses, correlations(folder / "out" / "tuned.safetensors", paths)
+
+
+def make_model(path: Path, pictures: list[Path]) -> None:
+    """The tiny SDXL, whose latents of the pictures have mean 0 and spread 1 when they are scaled, and next to no noise."""
+    import torch
+
+    from library.data import images
+    from library.models.checkpoint import open_checkpoint
+    from library.models.sdxl import SdxlModels
+    from library.models.vae import LATENT_SCALE
+    from library.precision import Precision
+    from library.safetensors_io import write_safetensors
+    from tools.tiny_models import tiny_checkpoint
+
+    tensors = tiny_checkpoint(0)
+    last = "first_stage_model.quant_conv"  # gives means and log variances, four channels each
+    tensors[f"{last}.weight"][4:], tensors[f"{last}.bias"][4:] = 0.0, -12.0
+    write_safetensors(path, tensors, {})
+    models = SdxlModels(open_checkpoint(str(path)), Precision.decide("no", None, no_half_vae=True), torch.device("cpu"))
+    pixels = torch.cat(
+        [torch.from_numpy(images.normalised(images.load(own)))[None, :, :SIDE, :SIDE] for own in pictures]
+    )
+    means = models.encode_images(pixels, torch.zeros(len(pictures), 4, SIDE // 8, SIDE // 8))
+    factor = 1 / LATENT_SCALE / means.std(dim=(0, 2, 3))
+    tensors[f"{last}.weight"][:4] *= factor[:, None, None, None]
+    tensors[f"{last}.bias"][:4] = -means.mean(dim=(0, 2, 3)) * factor
+    write_safetensors(path, tensors, {"format": "pt"})
 
 
 def correlations(model: Path, paths: list[Path]) -> list[list[float]]:
@@ -68,7 +96,7 @@ def correlations(model: Path, paths: list[Path]) -> list[list[float]]:
     from library.models.text_encoders import TextConditioning
     from library.models.vae import scale_latents
     from library.precision import Precision
-    from library.sampling.denoise import denoise
+    from library.sampling.denoise import Guidance, Told, denoise
     from library.sampling.samplers import make_sampler
 
     models = SdxlModels(
@@ -86,7 +114,10 @@ def correlations(model: Path, paths: list[Path]) -> list[list[float]]:
         with torch.no_grad():
             text = TextConditioning.of(models.encode_texts(captions, 75))
         sampler = make_sampler("euler", v_prediction=False, zero_terminal_snr=False)
-        latents = denoise(models.unet, sampler, noise, text, text, steps=SAMPLING_STEPS, scale=1)
+        sampler.set_timesteps(SAMPLING_STEPS)
+        told = [Told.of(text, original=(SIDE, SIDE), target=(SIDE, SIDE))]
+        noise = noise * sampler.init_noise_sigma
+        latents = denoise(models.unet, sampler, noise, told, Guidance(1), timesteps=sampler.timesteps)
         drawn.append(latents.mean(dim=0).flatten())
     ours, theirs = (_less_their_mean(torch.stack(rows)) for rows in (drawn, trained))
     return (ours @ theirs.T).tolist()

@@ -64,6 +64,36 @@ def test_a_twin_of_each_is_trained_saved_loaded_again_and_drawn_with(name, twins
     assert torch.equal(open_models(tuned).unet.out[2].weight, after["model.diffusion_model.out.2.weight"])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["base-v", "ssd-1b", "vega", "inpainting"])
+def test_a_lora_on_a_twin_of_each_is_trained_and_drawn_with(name, twins, pictures, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle --w 64 --h 64 --s 2 --l 5\n", encoding="utf-8")
+    drawing = ["--sample_prompts", prompts, "--sample_every_n_steps", "2", "--max_train_steps", "2"]
+    lora = train_network(twins(name), pictures, tmp_path / "out", *drawing)
+    ups = {key: tensor for key, tensor in tensors_of(lora).items() if key.endswith("lora_up.weight")}
+    assert len(list((tmp_path / "out" / "sample").glob("lora_000002_00_*.png"))) == 1
+    assert ups and all(tensor.any() for tensor in ups.values())
+    assert ("lora_unet_middle_block_1_proj_in.lora_up.weight" in ups) == (name in ("base-v", "inpainting"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ssd-1b", "vega"])
+def test_a_folder_of_a_smaller_twin_is_diffusers_too(name, twins, tmp_path):
+    """Attention depths that differ within a level, and a middle without attention."""
+    from library.imports import import_diffusers
+
+    models = folder_of(twins(name), tmp_path)
+    theirs = import_diffusers().UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    draws = torch.Generator().manual_seed(2)
+    latents, context = torch.randn(1, 4, 8, 8, generator=draws), torch.randn(1, 77, 192, generator=draws)
+    added = {"text_embeds": torch.zeros(1, 128), "time_ids": torch.zeros(1, 6)}
+    with torch.no_grad():
+        expected = theirs(latents, torch.tensor([400]), context, added_cond_kwargs=added).sample
+        found = models.unet(latents, torch.tensor([400]), context, models_vector())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def folder_of(path, folder):
     """The model as a Diffusers folder."""
     from library.models.save_checkpoint import save_diffusers

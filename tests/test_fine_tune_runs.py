@@ -128,6 +128,21 @@ def test_a_folder_whose_save_fails_stays_what_it_was(model, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
+def test_another_vae_is_part_of_the_saved_model_and_nothing_else_changes(model, tmp_path):
+    vae = {
+        name: tensor + 0.5
+        for name, tensor in tensors_of(model).items()
+        if name.startswith("first_stage_model.")
+    }  # fmt: skip
+    write_safetensors(tmp_path / "vae.safetensors", vae, {})
+    models = open_models(model, vae=str(tmp_path / "vae.safetensors"))
+    models.trained = frozenset({"unet"})
+    task = FineTune(models, FineTuneOptions(), lr=1e-4, num_tokens=75, text_is_cached=True)
+    saved, before = tensors_of(task.parts[0].save(tmp_path / "lora", None, {})), tensors_of(model)
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], vae.get(name, before[name])) for name in before)
+
+
 @pytest.mark.long
 def test_two_processes_equal_one_with_twice_the_accumulation(model, pictures, tmp_path):
     """Pictures by --dataset_config; losses 1e-5, weights 1e-4."""
