@@ -14,7 +14,7 @@ from library.models.vae import PIXELS_PER_LATENT, scale_latents
 
 
 def inpainting_channels(images: Tensor, masks: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """The five channels beside the noisy latents: [B, 5, H/8, W/8], float32.
+    """The five channels beside the noisy latents: [B, 5, H/8, W/8], float32, where the masks are.
 
     Args:
         images: [B, 3, H, W] in -1..1.
@@ -22,6 +22,6 @@ def inpainting_channels(images: Tensor, masks: Tensor, encode: Callable[[Tensor]
         encode: pictures -> raw latents, [B, 4, H/8, W/8].
     """
     hidden = (masks[:, None] >= 0.5).float()
-    latents = scale_latents(encode(images * (1 - hidden)))
+    latents = scale_latents(encode(images * (1 - hidden))).to(hidden)
     size = (images.shape[2] // PIXELS_PER_LATENT, images.shape[3] // PIXELS_PER_LATENT)
-    return torch.cat([F.interpolate(hidden, size), latents.float()], dim=1)
+    return torch.cat([F.interpolate(hidden, size), latents], dim=1)

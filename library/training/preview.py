@@ -141,9 +141,8 @@ class Preview:
         """What an inpainting model sees beside the latents where the whole picture is to be painted: [1, 5, H/8, W/8]."""
         noise = torch.zeros(1, 4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
         grey, everything = torch.zeros(1, 3, height, width), torch.ones(1, height, width)
-        return inpainting_channels(grey, everything, lambda image: self.models.encode_images(image, noise).cpu()).to(
-            self.models.device
-        )
+        channels = inpainting_channels(grey, everything, lambda image: self.models.encode_images(image, noise))
+        return channels.to(self.models.device, self.models.precision.compute)
 
     @torch.no_grad()
     def _decode(self, raw: Tensor) -> Tensor:
