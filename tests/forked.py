@@ -1,5 +1,7 @@
 """Scripts in processes of their own, forked from one that has torch, transformers and diffusers imported already."""
 
+import atexit
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -8,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from functools import cache
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,7 @@ class Script:
         argv = [str(ROOT / script), *map(str, words)]
         self._process = _server().Process(target=_enter, args=(argv, {**os.environ, **(env or {})}, name))
         self._process.start()
+        atexit.register(self.kill)  # a test that fails doesn't leave it running
 
     @property
     def pid(self) -> int:
@@ -40,7 +43,8 @@ class Script:
         return self._told.read_text(encoding="utf-8", errors="replace")
 
     def kill(self) -> None:
-        self._process.kill()
+        with contextlib.suppress(ValueError):  # it is closed
+            self._process.kill()
 
     def end(self, timeout: float = 180) -> tuple[int, str]:
         """(exit status, all that it told), once it has ended; it is killed if it doesn't in time."""
@@ -50,8 +54,10 @@ class Script:
             self._process.join()
         told = self.told()
         self._told.unlink()
-        assert self._process.exitcode is not None
-        return self._process.exitcode, told
+        status = self._process.exitcode
+        assert status is not None
+        self._process.close()
+        return status, told
 
 
 def processes(script: str, *words: object, count: int, port: int) -> list[Script]:
@@ -79,8 +85,10 @@ def wait_until(is_so, script: Script, timeout: float = 120) -> None:
 
 
 @cache
-def _server() -> ForkServerContext:
-    """Started with the first script; it ends with this process."""
+def _server() -> BaseContext:
+    """Started with the first script; it ends with this process. Windows can't fork: there each script imports for itself."""
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
     from multiprocessing.forkserver import ensure_running, set_forkserver_preload
 
     set_forkserver_preload(["preloaded"])
@@ -97,7 +105,8 @@ def _server() -> ForkServerContext:
 
 def _enter(argv: list[str], env: dict[str, str], told: str) -> None:
     """In the new process: be the script."""
-    os.setsid()
+    if hasattr(os, "setsid"):
+        os.setsid()
     os.environ.clear()
     os.environ.update(env, OMP_NUM_THREADS="1")
     os.chdir(ROOT)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from forked import end_together, processes
 from replay import Golden, replay
 from running import ROOT, assert_bit_equal, losses_of, tensors_of, without
 
@@ -263,35 +264,11 @@ def test_it_learns_the_picture_better_than_random_words_do(tmp_path):
 
 @pytest.mark.long
 def test_two_processes_train_the_word_of_one(golden_model, pictures, tmp_path):
-    import os
-    import subprocess
-
-    def run(processes):
-        out = tmp_path / str(processes)
+    def run(count):
+        out = tmp_path / str(count)
         files = ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", pictures, "--output_dir", out]
-        words = [
-            *QUICK,
-            *files,
-            "--max_train_steps",
-            "3",
-            "--gradient_accumulation_steps",
-            2 // processes,
-            "--optimizer_type",
-            "SGD",
-        ]
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            processes,
-            "--master_port",
-            "29619",
-        ]
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        command = [str(word) for word in [*launch, ROOT / "sdxl_train_textual_inversion.py", *words]]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        words = ["--max_train_steps", "3", "--gradient_accumulation_steps", 2 // count, "--optimizer_type", "SGD"]
+        end_together(processes("sdxl_train_textual_inversion.py", *QUICK, *files, *words, count=count, port=29519))
         return tensors_of(out / "lora.safetensors")
 
     one, two = run(1), run(2)
