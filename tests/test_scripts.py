@@ -69,7 +69,7 @@ RANDOM = [
     "--network_dropout",
     "0.1",
     "--max_train_steps",
-    "4",
+    "3",
     "--train_batch_size",
     "2",
 ]
@@ -136,7 +136,7 @@ def test_network_weights_go_on_where_they_ended(golden_model, pictures, tmp_path
     assert tensors_of(train_network(golden_model, pictures, tmp_path / "c", *extra)).keys() == before.keys()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
 def test_mixed_precision_trains_near_float32(precision, golden_model, pictures, tmp_path):
     plain = train_network(golden_model, pictures, tmp_path / "no", "--max_train_steps", "1")
     mixed = train_network(
@@ -219,7 +219,7 @@ def test_v_pred_models_are_trained_as_such_by_themselves(golden_model, pictures,
 
     model = tmp_path / "v.safetensors"
     write_safetensors(model, {**tensors_of(golden_model), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, {})
-    path = train_network(model, pictures, tmp_path / "v", "--max_train_steps", "2")
+    path = train_network(model, pictures, tmp_path / "v", "--max_train_steps", "1")
     told = capsys.readouterr().err
     assert "--v_parameterization is set by the checkpoint itself (its key v_pred and its key ztsnr)" in told
     metadata = read_header(path).metadata
@@ -229,7 +229,7 @@ def test_v_pred_models_are_trained_as_such_by_themselves(golden_model, pictures,
         pictures,
         tmp_path / "forced",
         "--max_train_steps",
-        "2",
+        "1",
         "--v_parameterization",
         "--zero_terminal_snr",
     )
@@ -393,7 +393,7 @@ def test_the_output_may_not_overwrite_the_base_model(golden_model, pictures, tmp
     assert (tmp_path / "lora.safetensors").read_bytes() == golden_model.read_bytes()
 
 
-@pytest.mark.parametrize("ending", ["ckpt", "pt"])
+@pytest.mark.parametrize("ending", ["ckpt", pytest.param("pt", marks=pytest.mark.long)])
 def test_other_formats_of_the_network_hold_the_same_tensors(ending, golden_model, pictures, tmp_path):
     path = train_network(golden_model, pictures, tmp_path / "a", "--max_train_steps", "1")
     train_network(golden_model, pictures, tmp_path / "b", "--max_train_steps", "1", "--save_model_as", ending)
@@ -421,7 +421,7 @@ def test_weighted_captions_change_what_is_learnt_cached_or_not(golden_model, pic
 
 def test_scale_weight_norms_holds_every_module_of_a_run_below_its_limit(golden_model, pictures, tmp_path):
     limit = 1e-3
-    words = ["--max_train_steps", "4", "--learning_rate", "1e-2"]
+    words = ["--max_train_steps", "3", "--learning_rate", "1e-2"]
     free = tensors_of(train_network(golden_model, pictures, tmp_path / "free", *words))
     held = tensors_of(train_network(golden_model, pictures, tmp_path / "held", *words, "--scale_weight_norms", limit))
 

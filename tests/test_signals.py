@@ -264,7 +264,7 @@ LOADS = """
 
 
 @ON_LINUX
-@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
+@pytest.mark.parametrize("number", [SIGINT, pytest.param(SIGTERM, marks=pytest.mark.long)])
 def test_workers_go_on_loading_after_a_signal_to_the_whole_group(start, number):
     """Ctrl-C in a terminal; torchrun's SIGTERM. After it 20 batches more are loaded than lie ready."""
     process = start(LOADS)
@@ -410,7 +410,7 @@ def test_a_training_that_fails_queues_nothing(job, tmp_path):
     assert told(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [SIGUSR1, SIGTERM])
+@pytest.mark.parametrize("number", [SIGUSR1, pytest.param(SIGTERM, marks=pytest.mark.long)])
 def test_all_processes_of_several_cards_save(job, tmp_path, number):
     """By torchrun itself. scancel's SIGTERM reaches it too, and it passes that on to its processes, which the shell tells as well."""
     process = job(SLURM_GPUS_ON_NODE="2")
