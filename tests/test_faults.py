@@ -202,7 +202,7 @@ def test_fault_58_a_wrong_value_is_refused_with_its_line(line, expected, golden_
         (["--network_train_text_encoder_only"], "leave nothing to train"),
         (["--v2"], "SD 2.x models can't be trained"),
         (["--min_bucket_reso", "512"], "min_bucket_reso 512 is above max_bucket_reso 128"),
-        (["--full_bf16"], "can't be used yet"),
+        (["--full_bf16"], "--full_bf16 needs --mixed_precision bf16, got no"),
         (["--log_with", "tensorboard"], "needs --logging_dir"),
     ],
 )
