@@ -55,6 +55,16 @@ def test_a_network_is_trained_in_16_bits_too(precision, golden_model, pictures, 
 
 
 @pytest.mark.long
+def test_a_new_word_is_trained_in_16_bits_too(golden_model, pictures, tmp_path):
+    """Its file is float32 unless told otherwise, with numbers of 16 bits."""
+    import test_textual_inversion
+
+    path = test_textual_inversion.train(golden_model, pictures, tmp_path / "out", *BF16, "--max_train_steps", "2", "--save_state")  # fmt: skip
+    for tensor in tensors_of(path).values():
+        assert torch.equal(tensor, tensor.bfloat16().float()) and tensor.abs().max() > 0
+
+
+@pytest.mark.long
 def test_a_network_is_stepped_within_backward_too(golden_model, pictures, tmp_path):
     """Without clipping it ends where it does without, but for the order of sums."""
     words = ["--max_train_steps", "3", "--max_grad_norm", "0", "--learning_rate", "1e-4"]
