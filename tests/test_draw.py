@@ -27,11 +27,16 @@ CASES = {
     if "error" not in case
 }
 WITH_CHANGES = {"lora", "lora_merged", "lllite", "ti"}
+IN_SHORT = {"ddim", "dpm_2_a", "options", "long", "lora", "ti"}
 CPU = torch.device("cpu")
 
 
 def golden():
     return load_tensors(GOLDEN / "11_gen.safetensors")[0]
+
+
+def cases(names):
+    return [name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.long) for name in sorted(names)]
 
 
 def drawing_of(case, **changes):
@@ -81,7 +86,7 @@ def assert_golden(latents, name):
     assert (latents - wanted).norm() / wanted.norm() < 2e-5
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - WITH_CHANGES - {"img2img"}))
+@pytest.mark.parametrize("name", cases(CASES.keys() - WITH_CHANGES - {"img2img"}))
 def test_final_latents_are_the_references(name, golden_models):
     assert_golden(painter_of(golden_models).latents([drawing_of(CASES[name])]), name)
 
@@ -132,7 +137,7 @@ def test_deep_shrink_works_in_its_timesteps_and_leaves_the_size():
     assert [DeepShrink().block_at(t) for t in (650, 649)] == [3, None]
 
 
-@pytest.mark.parametrize("block", [0, 3, 8])
+@pytest.mark.parametrize("block", [pytest.param(0, marks=pytest.mark.long), 3, pytest.param(8, marks=pytest.mark.long)])
 def test_a_shrunk_map_is_as_large_as_each_skip_again(block, golden_models):
     """By hooks: the shrunk block and those behind it see half the sides, the block on the way up that meets its skip the old ones."""
     unet, seen = golden_models.unet, {}
@@ -189,7 +194,7 @@ def test_the_first_noise_and_the_vector_are_the_references(golden_models):
         torch.testing.assert_close(vectors, recorded[f"{name}.unet_y"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(WITH_CHANGES))
+@pytest.mark.parametrize("name", cases(WITH_CHANGES))
 def test_final_latents_with_networks_are_the_references(name, own_models, tmp_path):
     """Of files trained in golden 10: a LoRA beside the layers and merged, a ControlNet-LLLite, a new word."""
     from networks.generation import AppliedNetworks

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN
 from PIL import Image
 from running import ROOT, script, train_network
 
@@ -55,6 +56,7 @@ EVERY_OPTION = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_file_of_lines_with_every_option_is_drawn_as_each_line_says(draw, tmp_path, golden_model, pictures):
     assert EVERY_OPTION.keys() == LINE_OPTIONS.keys()
     lora = train_network(golden_model, pictures, tmp_path / "lora", "--max_train_steps", 1)
@@ -88,6 +90,7 @@ def seeds_of(drawn):
     return [int(read_texts(path, "")["seed"]) for path in drawn]
 
 
+@pytest.mark.long
 def test_seeds_one_picture_has_its_own_lists_are_used_up_and_rounds_may_share(draw):
     plan = ("--dry_run",)
     assert draw("--prompt", "a", "--seed", 5, *plan) == []
@@ -98,6 +101,7 @@ def test_seeds_one_picture_has_its_own_lists_are_used_up_and_rounds_may_share(dr
     assert seeds_of(draw("--prompt", "a", "--seed", 5, "--n_iter", 2, "--images_per_prompt", 2)) == drawn
 
 
+@pytest.mark.long
 def test_iter_same_seed_gives_all_prompts_of_a_round_the_same_seeds(draw, tmp_path):
     file = tmp_path / "two.txt"
     file.write_text("a\nb\n", encoding="utf-8")
@@ -114,6 +118,7 @@ def test_variants_draw_all_that_they_may_and_nothing_else(text, allowed):
     assert found == allowed
 
 
+@pytest.mark.long
 def test_enumerated_variants_multiply_and_replace_the_pictures_per_prompt(draw):
     assert variants("{e$$a|b} {e$$1|2|3}", random.Random(0)) == (["a 1", "a 2", "a 3", "b 1", "b 2", "b 3"], True)
     drawn = draw("--prompt", "a {e$$red|blue} cat --s 1", "--images_per_prompt", 5)
@@ -197,7 +202,7 @@ def test_names_are_the_contracts_and_nothing_is_replaced(draw, tmp_path, monkeyp
     assert [path.name for path in own] == [first[0].name]
 
 
-@pytest.mark.parametrize("kind", ["png", "webp"])
+@pytest.mark.parametrize("kind", ["png", pytest.param("webp", marks=pytest.mark.long)])
 def test_a_file_draws_its_picture_again(kind, draw):
     words = ["--prompt", "a [red|blue] cät, {1$$x|y} --n dark --l 5 --d 11", "--highres_fix_scale", "0.5", "--highres_fix_steps", "2", "--image_format", kind]  # fmt: skip
     (first,) = draw(*words, "--guidance_rescale", "0.5", "--max_embeddings_multiples", 2)
@@ -208,6 +213,7 @@ def test_a_file_draws_its_picture_again(kind, draw):
     assert np.abs(pixels(first) - pixels(other)).max() > 0, "options beside the file win"
 
 
+@pytest.mark.long
 def test_jpeg_keeps_the_texts_and_a_dry_run_writes_nothing(draw, tmp_path, caplog):
     (drawn,) = draw("--prompt", "a cät --d 4", "--image_format", "jpeg")
     assert drawn.suffix == ".jpg" and read_texts(drawn, "")["raw-prompt"] == "a cät --d 4"
@@ -215,6 +221,7 @@ def test_jpeg_keeps_the_texts_and_a_dry_run_writes_nothing(draw, tmp_path, caplo
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.long
 def test_the_contact_sheet_has_a_row_for_each_prompt(draw, tmp_path):
     file = tmp_path / "two.txt"
     file.write_text("a --s 1\nb --s 1\n", encoding="utf-8")
@@ -250,6 +257,45 @@ def test_a_lora_changes_the_picture_and_multiplier_0_restores_it_bit_for_bit(dra
     assert_same(changed, merged, most=1)
 
 
+@pytest.mark.long
+def test_control_nets_take_their_guides_in_turn_and_strength_0_leaves_the_picture(draw):
+    guides = GOLDEN / "10_training" / "dataset" / "data_cond"
+    words = ("--prompt", "a cat --d 5", "--images_per_prompt", 2)
+    net = (
+        "--control_net_lllite_models",
+        GOLDEN / "10_training" / "lllite.out.safetensors",
+        "--guide_image_path",
+        guides,
+    )
+    plain = draw(*words)
+    off, followed = (
+        draw(*words, *net, "--control_net_multipliers", 0),
+        draw(*words, *net, "--control_net_multipliers", 20),
+    )
+    assert_same(plain[0], off[0], most=1)
+    settings = [json.loads(read_texts(path, "")["settings"])["drawing"]["guides"] for path in followed]
+    names = sorted(path.name for path in guides.iterdir())
+    assert [[os.path.basename(guide) for guide in one] for one in settings] == [[names[0]], [names[1]]]
+    assert np.abs(pixels(followed[0]) - pixels(followed[1])).max() > 0, "the seed is one, the guides are two"
+    for one, both in zip(followed, draw(*words, *net, "--control_net_multipliers", 20, "--batch_size", 2), strict=True):
+        assert_same(one, both, most=1)
+
+
+@pytest.mark.long
+def test_regions_have_their_networks_and_sub_prompts_and_draw_again_from_the_file(draw, tmp_path):
+    lora = GOLDEN / "10_training" / "lora_te.out.safetensors"
+    mask = np.zeros((64, 64, 3), dtype=np.uint8)
+    mask[:, :32, 0], mask[:, 32:, 1] = 255, 255
+    Image.fromarray(mask).save(tmp_path / "regions.png")
+    words = ("--network_weights", lora, lora, "--network_mul", 4, 4, "--mask_path", tmp_path / "regions.png")
+    (both,) = draw("--prompt", "a cat AND a dog --d 5", *words)
+    (other,) = draw("--prompt", "a cat AND a tree --d 5", *words)
+    assert np.abs(pixels(both) - pixels(other)).max() > 0
+    assert_same(draw("--from_png", both, small=[])[0], both)
+    with pytest.raises(OptionError, match="2 networks need as many sub-prompts, divided by AND; this prompt has 1"):
+        draw("--prompt", "a cat", *words)
+
+
 @pytest.fixture
 def source(tmp_path):
     path = tmp_path / "source.png"
@@ -259,6 +305,7 @@ def source(tmp_path):
     return path
 
 
+@pytest.mark.long
 def test_from_a_picture_sizes_are_its_own_and_strength_tells_how_much_stays(draw, source):
     words = ("--prompt", "a --d 1", "--image_path", source)
     (weak,), (strong,) = (draw(*words, "--strength", s, small=["--steps", "4"]) for s in (0.0, 1.0))
@@ -269,7 +316,7 @@ def test_from_a_picture_sizes_are_its_own_and_strength_tells_how_much_stays(draw
 
 
 @pytest.mark.parametrize("words", [
-    ["--highres_fix_latents_upscaling"], ["--highres_fix_upscaler", "an_upscaler", "--highres_fix_upscaler_args", "factor=2"],
+    pytest.param(["--highres_fix_latents_upscaling"], marks=pytest.mark.long), ["--highres_fix_upscaler", "an_upscaler", "--highres_fix_upscaler_args", "factor=2"],
 ])  # fmt: skip
 def test_highres_fix_saves_both_stages_with_their_prefixes(words, draw, tmp_path, monkeypatch):
     (tmp_path / "an_upscaler.py").write_text(
@@ -289,6 +336,7 @@ def test_highres_fix_saves_both_stages_with_their_prefixes(words, draw, tmp_path
     assert [Image.open(path).size for path in drawn] == [(64, 32), (128, 64)]
 
 
+@pytest.mark.long
 def test_slices_decode_the_same_picture_and_small_vae_batches_too(draw):
     words = ("--prompt", "a --w 96 --d 1,2", "--images_per_prompt", 2, "--batch_size", 2)
     plain = draw(*words)

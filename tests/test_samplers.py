@@ -29,7 +29,14 @@ def model_that_knows(picture, *, v_prediction, zero_terminal_snr):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("v_prediction, zero_terminal_snr", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    "v_prediction, zero_terminal_snr",
+    [
+        pytest.param(False, False),
+        pytest.param(True, False, marks=pytest.mark.long),
+        pytest.param(True, True, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_draws_the_only_picture_that_the_model_knows(name, v_prediction, zero_terminal_snr):
     torch.manual_seed(0)
