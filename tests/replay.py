@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from library.data import images
 from library.data.batch import Batch
 from library.data.order import Place
+from library.data.size import Size
 from library.draws import Draws
 from library.models.noise_schedule import NoiseSchedule
 from library.models.text_encoders import EncodedText
@@ -52,7 +54,15 @@ class Golden:
             crop_top_lefts=torch.tensor(facts["crop_top_lefts"]),
             target_sizes=torch.tensor(facts["target_sizes_hw"]),
             weights=torch.ones(count),
+            conditioning=self._conditioning(facts) if self.facts["name"] == "lllite" else None,
         )
+
+    def _conditioning(self, facts: dict) -> torch.Tensor:
+        """The conditions as the reference feeds them: stretched to the bucket, where we crop them as their picture."""
+        height, width = facts["target_sizes_hw"][0]
+        folder = GOLDEN / "dataset" / "data_cond"
+        found = [images.resize(images.load(folder / name), Size(width, height)) for name in facts["images"]]
+        return torch.stack([torch.from_numpy(images.normalised(pixels)) for pixels in found])
 
     def draws(self, i: int) -> "Recorded":
         return Recorded(self.trace[f"step{i}.noise"], self.trace[f"step{i}.timesteps"])

@@ -16,7 +16,7 @@ from library.sampling.generation_options import GENERATION
 from library.training import caching
 from library.training.not_yet import REFUSED, UNUSED
 from library.training.options import COMMON_TRAINING
-from library.training.task_options import EmbeddingOptions, FineTuneOptions, PivotalOptions
+from library.training.task_options import EmbeddingOptions, FineTuneOptions, LLLiteOptions, PivotalOptions
 from networks.generation_options import AppliedNetworkOptions
 from networks.options import NetworkOptions
 
@@ -45,6 +45,7 @@ OWN = {
     "ema_device",
     "emergency_dir",
     "fused_clip",
+    "lllite_blocks",
     "logit_mean",
     "logit_std",
     "mode_scale",
@@ -78,6 +79,7 @@ SCRIPTS = {
     "network": specs_in((ConfigOptions, NetworkOptions, PivotalOptions, *COMMON_TRAINING)),
     "ti": specs_in((ConfigOptions, EmbeddingOptions, *COMMON_TRAINING)),
     "train": specs_in((ConfigOptions, FineTuneOptions, *COMMON_TRAINING)),
+    "lllite": specs_in((ConfigOptions, LLLiteOptions, *COMMON_TRAINING)),
 }
 EACH = [(script, name) for script, specs in SCRIPTS.items() for name in rows_of(script) if name in specs]
 

@@ -27,6 +27,7 @@ SCRIPTS = (
     "sdxl_train.py",
     "sdxl_train_network.py",
     "sdxl_train_textual_inversion.py",
+    "sdxl_train_control_net_lllite.py",
     "sdxl_gen_img.py",
     "tools/cache_latents.py",
     "tools/cache_text_encoder_outputs.py",

@@ -10,7 +10,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from library.data.buckets import BucketPlan
 from library.data.captions import CaptionSettings
@@ -29,7 +29,11 @@ _COMMAND_LINE_NAMES = {"batch_size": "train_batch_size"}
 _IMPLIED = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 
 
-def read_datasets(options: Options) -> tuple[list[DatasetPlan], list[str]]:
+Conditioning = Literal["masks", "conditions", "unused"]
+"""What the images of conditioning_data_dir are: of the loss, of what is drawn (then each picture needs one), or nothing here."""
+
+
+def read_datasets(options: Options, conditioning: Conditioning = "masks") -> tuple[list[DatasetPlan], list[str]]:
     """The datasets of a run, and what the user should know of them. Raises OptionError with every mistake in them."""
     chosen = options[DatasetOptions]
     if chosen.dataset_config is not None:
@@ -39,15 +43,20 @@ def read_datasets(options: Options) -> tuple[list[DatasetPlan], list[str]]:
     else:
         tables, notices = implied_tables(chosen)
         name = f"--in_json {chosen.in_json}" if chosen.in_json else f"--train_data_dir {chosen.train_data_dir}"
-    definition = _Definition(name, tables, options)
+    definition = _Definition(name, tables, options, conditioning)
     definition.notices += notices
     return definition.plans(), definition.notices
 
 
-def check_datasets(options: Options) -> Iterator[Mistake]:
+def check_conditioned_datasets(options: Options) -> Iterator[Mistake]:
+    """As check_datasets, where each picture comes with its condition."""
+    return check_datasets(options, "conditions")
+
+
+def check_datasets(options: Options, conditioning: Conditioning = "masks") -> Iterator[Mistake]:
     """The mistakes in the datasets' definition, and what can't be encoded once and for all."""
     try:
-        plans, _ = read_datasets(options)
+        plans, _ = read_datasets(options, conditioning)
     except OptionError as error:
         yield from error.mistakes
         return
@@ -104,13 +113,14 @@ Tables = tuple[Mapping[str, Any], ...]
 class _Definition:
     """One definition being read: its tables, and the mistakes found in them."""
 
-    def __init__(self, name: str, tables: Any, options: Options):
+    def __init__(self, name: str, tables: Any, options: Options, conditioning: Conditioning):
         self.name = name
         self.tables = tables
         self.mistakes: list[Mistake] = []
         self.notices: list[str] = []
         self.command_line = dict(options.items())
-        self.uses_conditioning = bool(self.command_line.get("masked_loss"))
+        self.conditioning = conditioning
+        self.uses_masks = bool(self.command_line.get("masked_loss"))
         self.caches_latents = options[CacheOptions].latents
         self.extension_given = options.given("caption_extension") or options.given("caption_extention")
         if self.command_line["caption_extention"]:
@@ -260,8 +270,15 @@ class _Definition:
             self._mistake(where, f"metadata_file {metadata}: no such file")
         if in_metadata and own.get("is_reg"):
             self._mistake(where, "is_reg is for folders, not for metadata_file")
+        if conditioning is None and self.conditioning == "conditions":
+            what = (
+                "it is for folders, not for metadata_file"
+                if in_metadata
+                else "a condition for each picture, of its name"
+            )
+            self._mistake(where, f"conditioning_data_dir is missing: {what}", ("conditioning_data_dir",))
         if conditioning is not None:
-            if not self.uses_conditioning:
+            if self.conditioning == "masks" and not self.uses_masks:
                 self._mistake(
                     where, "conditioning_data_dir holds masks here; give --masked_loss to use them, or leave it out"
                 )
@@ -269,7 +286,7 @@ class _Definition:
                 self._mistake(where, f"conditioning_data_dir {conditioning}: {_missing(conditioning)}")
             if in_metadata:
                 self._mistake(where, "conditioning_data_dir is for folders, not for metadata_file")
-            if own.get("alpha_mask"):
+            if own.get("alpha_mask") and self.conditioning == "masks":
                 self._mistake(where, "alpha_mask and conditioning_data_dir both give masks; leave one of them out")
         return len(self.mistakes) == before
 
@@ -281,9 +298,8 @@ class _Definition:
     def _pixels(self, tables: Tables, where: str) -> PixelSettings:
         values = {field.name: self._value(field.name, tables) for field in dataclasses.fields(PixelSettings)}
         own = tables[0]
-        values["alpha_mask"] = own.get("alpha_mask", self.command_line["alpha_mask"]) and not own.get(
-            "conditioning_data_dir"
-        )
+        gives_masks = self.conditioning == "masks" and own.get("conditioning_data_dir")
+        values["alpha_mask"] = own.get("alpha_mask", self.command_line["alpha_mask"]) and not gives_masks
         range_ = values["face_crop_aug_range"]
         if range_ is not None and not (len(range_) == 2 and range_[0] <= range_[1]):
             self._mistake(where, f"face_crop_aug_range {list(range_)}: expected two numbers, [smallest, largest]")

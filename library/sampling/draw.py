@@ -84,6 +84,7 @@ class Painter:
         if pooled is not None:
             prompts = prompts._replace(pooled=pooled.to(prompts.pooled))
         told = self._told(first, prompts, drawings)
+        self.changes.set_multipliers(first.multipliers)
         sampler: Any = make_sampler(
             first.sampler, v_prediction=self.v_prediction, zero_terminal_snr=self.zero_terminal_snr
         )
@@ -127,7 +128,8 @@ class Painter:
             columns.append(
                 _stacked([self._text(text, d, None, number) for text, d in zip(texts, drawings, strict=True)])
             )
-        self.changes.set_multipliers(drawings[0].multipliers)
+        # The negative prompt is no network's: it is encoded next, with none of them.
+        self.changes.set_multipliers(drawings[0].multipliers, sub_prompt=len(columns))
         return columns[-1], [column.context for column in columns]
 
     def _by_region(self, drawings: Sequence[Drawing]) -> list[tuple[str, ...]]:

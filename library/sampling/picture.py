@@ -9,6 +9,7 @@ from torch import Tensor
 
 from library.models.text_encoders import TextConditioning
 from library.models.unet import UNet
+from library.models.unet_extra import Extra
 from library.models.vae import unscale_latents
 from library.sampling.denoise import Guidance, Told, denoise, score_of
 from library.sampling.samplers import make_sampler
@@ -31,6 +32,7 @@ def draw_picture(
     v_prediction: bool,
     zero_terminal_snr: bool,
     beside: Tensor | None = None,
+    extra: Extra | None = None,
 ) -> np.ndarray:
     """One picture: [H, W, 3], uint8.
 
@@ -39,6 +41,7 @@ def draw_picture(
         prompt, negative: [1, T, ...]; the picture is drawn in their dtype and on their device.
         width, height: in pixels, multiples of 32.
         beside: what an inpainting model sees beside the latents, [1, 5, H/8, W/8].
+        extra: what else reaches the U-Net's blocks, of one picture.
         seed: of the first noise and all later ones, drawn on the CPU so that every device gives the same.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +56,7 @@ def draw_picture(
     ]
     latents = denoise(
         unet, chosen, noise * chosen.init_noise_sigma, told, Guidance(scale), timesteps=chosen.timesteps, generators=generator,
-        beside=beside,
+        beside=beside, extra_at=lambda step, steps: extra,
     )  # fmt: skip
     pixels = decode(unscale_latents(latents))
     if not pixels.isfinite().all():

@@ -26,6 +26,7 @@ class SamplePrompt:
 
     Attributes:
         width, height: in pixels, multiples of 32.
+        controlnet_image: the condition, of ControlNet-LLLite's training.
     """
 
     prompt: str = ""
@@ -36,10 +37,17 @@ class SamplePrompt:
     sample_steps: int = 30
     scale: float = 7.5
     sample_sampler: str | None = None
+    controlnet_image: Path | None = None
 
 
 def _side(value: Any) -> int:
     return max(_LEAST_SIDE, int(value) // _SIDE * _SIDE)
+
+
+def _file(value: Any) -> Path:
+    if not Path(str(value)).is_file():
+        raise ValueError
+    return Path(str(value))
 
 
 def _sampler(value: Any) -> str:
@@ -56,13 +64,14 @@ _READ: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "seed": (int, "a whole number"),
     "sample_steps": (lambda value: min(max(int(value), 1), _MOST_STEPS), "a whole number"),
     "scale": (float, "a number"),
+    "controlnet_image": (_file, "a file that is there"),
     "sample_sampler": (_sampler, f"one of {', '.join(SAMPLERS)}"),
 }
 _INLINE = {
     "w": "width", "h": "height", "d": "seed", "s": "sample_steps", "l": "scale", "n": "negative_prompt", "ss": "sample_sampler",
     "g": "guidance_scale", "cn": "controlnet_image", "ctr": "cfg_trunc_ratio", "rcfg": "renorm_cfg", "fs": "flow_shift",
 }  # fmt: skip
-_UNUSED = {"guidance_scale", "controlnet_image", "cfg_trunc_ratio", "renorm_cfg", "flow_shift", "enum"}
+_UNUSED = {"guidance_scale", "cfg_trunc_ratio", "renorm_cfg", "flow_shift", "enum"}
 
 
 def read_sample_prompts(path: Path) -> tuple[list[SamplePrompt], list[str]]:

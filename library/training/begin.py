@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Sequence
 
+from library.data.dataset_config import Conditioning
 from library.data.options import DatasetOptions
 from library.data.subsets import Dataset
 from library.options import Options
@@ -10,13 +11,18 @@ from library.training.options import RunOptions
 
 
 def begin(
-    task: str, options: Options, with_datasets: Callable[[Sequence[Dataset]], Sequence[Dataset]] = lambda found: found
+    task: str,
+    options: Options,
+    with_datasets: Callable[[Sequence[Dataset]], Sequence[Dataset]] = lambda found: found,
+    *,
+    conditioning: Conditioning = "masks",
 ) -> None:
     """Look at the files, then show the data, tell what would happen, or train: what the options ask for.
 
     Args:
         task: module and class of the Task, imported when it is needed.
         with_datasets: what the script makes of the datasets that were found.
+        conditioning: what the images of conditioning_data_dir are.
 
     Raises OptionError for what can't work.
     """
@@ -24,7 +30,7 @@ def begin(
 
     from library.training.preflight import look_before
 
-    found = look_before(options)
+    found = look_before(options, conditioning)
     found = dataclasses.replace(found, datasets=with_datasets(found.datasets))
     if options[DatasetOptions].debug_dataset:
         from library.training.debug_dataset import show_dataset

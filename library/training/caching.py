@@ -64,7 +64,7 @@ def read_tool_options(description: str, argv: list[str] | None, **cache: Any) ->
         description,
         GROUPS,
         argv,
-        checks=[lambda options: check_datasets(with_cache(options)), _check_tool],
+        checks=[lambda options: check_datasets(with_cache(options), "unused"), _check_tool],
         refused={"flux": "this tool is for SDXL", "dataset_class": REFUSED["dataset_class"]},
         unused=unused_options(),
     )
@@ -82,7 +82,7 @@ def fill(options: Options) -> None:
 
     chosen, cache, data = options[ToolOptions], options[CacheOptions], options[DatasetOptions]
     checkpoint = open_model(options[ModelOptions], prefer_fp16=chosen.mixed_precision == "fp16")
-    datasets, known = look_at_data(options, chosen.seed)
+    datasets, known = look_at_data(options, chosen.seed, "unused")
 
     from library.log import log
     from library.models.sdxl import SdxlModels

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.data.dataset_config import read_datasets
+from library.data.dataset_config import Conditioning, read_datasets
 from library.data.known_files import KnownFiles
 from library.data.options import CacheOptions, DatasetOptions
 from library.data.subsets import Dataset, scan
@@ -34,7 +34,7 @@ class Preflight:
     no_model: tuple[Mistake, ...] = ()
 
 
-def look_before(options: Options) -> Preflight:
+def look_before(options: Options, conditioning: Conditioning = "masks") -> Preflight:
     """Open the model and scan the datasets. Raises OptionError with what can't be used.
 
     With --dry_run a model that can't be opened is only remembered, so that all else is looked at too.
@@ -58,16 +58,18 @@ def look_before(options: Options) -> Preflight:
     ):
         raise OptionError(*no_model, *mistakes)
     try:
-        datasets, known = look_at_data(options, options[RunOptions].seed)
+        datasets, known = look_at_data(options, options[RunOptions].seed, conditioning)
     except OptionError as error:
         raise OptionError(*no_model, *error.mistakes) from None
     return Preflight(checkpoint, v_prediction, zero_terminal_snr, datasets, known, no_model)
 
 
-def look_at_data(options: Options, seed: int | None) -> tuple[list[Dataset], KnownFiles]:
+def look_at_data(
+    options: Options, seed: int | None, conditioning: Conditioning = "masks"
+) -> tuple[list[Dataset], KnownFiles]:
     """Scan the datasets. Raises OptionError with what can't be used. Args: seed: --seed."""
     data, cache_dir = options[DatasetOptions], options[CacheOptions].cache_dir
-    plans, notices = read_datasets(options)
+    plans, notices = read_datasets(options, conditioning)
     for notice in notices:
         log.warning(notice)
     known = KnownFiles(None if cache_dir is None else cache_dir / "index")

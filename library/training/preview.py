@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from library.data import images
+from library.data.size import Size
 from library.draws import seed_of
 from library.errors import first_line
 from library.files import write_atomically
@@ -21,6 +23,7 @@ from library.models.inpainting import inpainting_channels
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import TextConditioning
 from library.models.unet import UNet
+from library.models.unet_extra import Extra
 from library.models.vae import PIXELS_PER_LATENT, decode_in_tiles
 from library.sampling.picture import contact_sheet, draw_picture, thumbnail
 from library.sampling.prompts import SamplePrompt
@@ -39,6 +42,7 @@ class Preview:
         prompts: with their sizes; none, and nothing is ever drawn.
         texts: conditioning by prompt, where captions were encoded before training; None: the encoders are asked each time.
         keeps_vae: training needs it too, so it stays on the device.
+        steered_by: how the prompts' conditions steer the U-Net: of the task.
         every_steps, every_epochs: when; None: never. Epochs win.
     """
 
@@ -57,6 +61,7 @@ class Preview:
     every_epochs: int | None
     at_first: bool
     keeps_vae: bool
+    steered_by: Callable[[Tensor], Extra | None]
     _rows: list[tuple[str, Sequence[Image.Image | None]]] = field(default_factory=list)
 
     def is_due(self, *, step: int = 0, epoch: int = 0) -> bool:
@@ -134,7 +139,14 @@ class Preview:
             seed=seed_of(self.seed, "sample", number) if prompt.seed is None else prompt.seed, sampler=prompt.sample_sampler or self.sampler,
             v_prediction=self.v_prediction, zero_terminal_snr=self.zero_terminal_snr,
             beside=self._all_hidden(prompt.width, prompt.height) if self.unet.config.is_inpainting else None,
+            extra=None if prompt.controlnet_image is None else self._steered(prompt.controlnet_image, Size(prompt.width, prompt.height)),
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _steered(self, file: Path, size: Size) -> Extra | None:
+        """How a condition steers the U-Net, stretched to the picture's size."""
+        pixels = images.normalised(images.resize(images.load(file), size, None))
+        return self.steered_by(torch.from_numpy(pixels)[None].to(self.models.device))
 
     @torch.no_grad()
     def _all_hidden(self, width: int, height: int) -> Tensor:

@@ -73,6 +73,7 @@ from library.training.run_file import write_run_file
 from library.training.saving import Saver
 from library.training.step import Step
 from library.training.task import Objective, Task
+from library.training.task_options import LLLiteOptions
 from library.training.trackers import logged_config, open_trackers
 from library.training.update import Update
 from library.training.update_options import UpdateOptions
@@ -165,6 +166,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         folder=folder / "sample", name=saving.output_name, sampler=sampling.sample_sampler, seed=seed, keeps_vae=keeps_vae,
         v_prediction=found.v_prediction, zero_terminal_snr=found.zero_terminal_snr,
         every_steps=sampling.sample_every_n_steps, every_epochs=sampling.sample_every_n_epochs, at_first=sampling.sample_at_first,
+        steered_by=task.steered_by,
     )  # fmt: skip
     return Run(
         accelerator=accelerator,
@@ -200,6 +202,13 @@ def sample_prompts(options: Options, found: Preflight) -> list[SamplePrompt]:
     prompts, problems = read_sample_prompts(chosen.sample_prompts)
     for problem in problems:
         log.warning(problem)
+    with_condition = sum(prompt.controlnet_image is not None for prompt in prompts)
+    if with_condition and LLLiteOptions not in options:
+        log.warning(
+            "--sample_prompts: %d controlnet_image (--cn) change nothing: no control net is trained", with_condition
+        )
+    elif with_condition < len(prompts) and LLLiteOptions in options:
+        log.warning("--sample_prompts: %d prompts have no condition (--cn FILE)", len(prompts) - with_condition)
     if not prompts:
         log.warning("--sample_prompts %s: no prompts in it; no samples are drawn", chosen.sample_prompts)
     size = found.datasets[0].plan.buckets.resolution

@@ -13,6 +13,7 @@ from library.models.noise_schedule import NoiseSchedule
 from library.models.sdxl import Change, SdxlModels
 from library.models.text_encoders import EncodedText, TextConditioning
 from library.models.unet import UNet
+from library.models.unet_extra import Extra
 from library.options import Options
 from library.param_group import ParamGroup
 from library.training.metadata import RunFacts
@@ -100,7 +101,13 @@ class Task:
 
     def predict(self, noisy: Noisy, text: TextConditioning, batch: Batch) -> Tensor:
         """What the U-Net makes of the noisy latents: [B, 4, H/8, W/8]."""
-        return self.unet(self.model_input(noisy, batch), noisy.timesteps, text.context, self.vector(text, batch))
+        seen, vector = self.model_input(noisy, batch), self.vector(text, batch)
+        extra = None if batch.conditioning is None else self.steered_by(batch.conditioning)
+        return self.unet(seen, noisy.timesteps, text.context, vector, extra)
+
+    def steered_by(self, conditions: Tensor) -> Extra | None:
+        """How conditions, [B, 3, H, W] in -1..1, steer the U-Net's blocks; None where nothing is trained for them."""
+        return None
 
     def model_input(self, noisy: Noisy, batch: Batch) -> Tensor:
         """What the U-Net sees, [B, 4, H/8, W/8]; of inpainting models [B, 9, H/8, W/8]."""

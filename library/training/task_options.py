@@ -1,6 +1,7 @@
 """Options of one training script each, and their contradictions with others. No torch here."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from library.data.options import CacheOptions
 from library.errors import Mistake
 from library.options import OptionGroup, Options, option
 from library.training.memory_options import MemoryOptions
-from library.training.options import OptimizerOptions, RunOptions, is_plain_name
+from library.training.options import LossOptions, OptimizerOptions, RunOptions, is_plain_name
 from library.training.update_options import UpdateOptions
 from networks.options import NUM_BLOCKS, NetworkOptions, check_weights
 
@@ -123,6 +124,43 @@ class PivotalOptions(OptionGroup):
             yield Mistake(f"--{given[0]} needs --train_token, the new word", ("train_token", given[0]))
 
 
+DEFAULT_EMBEDDING, DEFAULT_DIM = 32, 64
+_BLOCK = re.compile(r"(input_blocks|output_blocks)(\.\d)?|middle_block")
+
+
+@dataclass(frozen=True)
+class LLLiteOptions(OptionGroup):
+    """ControlNet-LLLite"""
+
+    cond_emb_dim: int | None = option(
+        None, f"channels of each module's embedding of the condition; unset: those of --network_weights, or {DEFAULT_EMBEDDING}", at_least=2
+    )  # fmt: skip
+    network_dim: int | None = option(
+        None, f"channels of each module's small network; unset: those of --network_weights, or {DEFAULT_DIM}", at_least=1
+    )  # fmt: skip
+    network_dropout: float | None = option(
+        None, "probability of leaving out each value in front of the last layer", at_least=0, at_most=0.99
+    )
+    network_weights: Path | None = option(None, "ControlNet-LLLite file to go on from")
+    allow_partial: bool = option(
+        False, "take --network_weights though some of its modules don't fit or some are missing"
+    )
+    lllite_blocks: tuple[str, ...] | None = option(
+        None, "where modules are: input_blocks.4, middle_block, output_blocks.3 …, or input_blocks for all of them; unset: where --network_weights has them, or input_blocks middle_block"
+    )  # fmt: skip
+    save_model_as: str = option("safetensors", "format of the saved file", choices=("ckpt", "pt", "safetensors"))
+
+    def mistakes(self) -> Iterable[Mistake]:
+        if self.cond_emb_dim is not None and self.cond_emb_dim % 2:
+            yield Mistake(f"--cond_emb_dim {self.cond_emb_dim}: its first layer has half as many; give an even number", ("cond_emb_dim",))  # fmt: skip
+        for name in self.lllite_blocks or ():
+            if not _BLOCK.fullmatch(name):
+                yield Mistake(f"--lllite_blocks {name}: expected input_blocks.4, middle_block or the like", ("lllite_blocks",))  # fmt: skip
+        if self.network_weights is not None and not self.network_weights.is_file():
+            found = "is a folder; a file is needed" if self.network_weights.is_dir() else "no such file"
+            yield Mistake(f"--network_weights {self.network_weights}: {found}", ("network_weights",))
+
+
 def check_network(options: Options) -> Iterable[Mistake]:
     """Contradictions between the network's options and others."""
     network, base = options[NetworkOptions], options[OptimizerOptions].learning_rate
@@ -166,6 +204,22 @@ def check_embedding(options: Options) -> Iterable[Mistake]:
     if options[RunOptions].stop_text_encoder_training:
         yield Mistake(
             "--stop_text_encoder_training: the embeddings are all that is trained; take fewer --max_train_steps",
+            ("stop_text_encoder_training",),
+        )
+    if options[OptimizerOptions].learning_rate == 0:
+        yield Mistake("nothing is trained: --learning_rate is 0", ("learning_rate",))
+
+
+def check_lllite(options: Options) -> Iterable[Mistake]:
+    """Contradictions between ControlNet-LLLite's options and others."""
+    if options[LossOptions].masked_loss:
+        yield Mistake(
+            "--masked_loss: the images of conditioning_data_dir are conditions here, no masks; --alpha_mask weighs the loss by alpha channels",
+            ("masked_loss",),
+        )
+    if options[RunOptions].stop_text_encoder_training:
+        yield Mistake(
+            "--stop_text_encoder_training: the text encoders aren't trained; leave it out",
             ("stop_text_encoder_training",),
         )
     if options[OptimizerOptions].learning_rate == 0:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from library.data.batch import Batch
-from library.errors import NotFinite, OptionError, RunError
-from library.files import write_atomically
+from library.errors import OptionError, RunError
 from library.log import log
 from library.models.checkpoint import open_tensors
 from library.models.new_tokens import NewToken, first_rows, num_init_tokens
@@ -17,9 +16,9 @@ from library.models.sdxl import SdxlModels
 from library.models.text_encoders import TextConditioning
 from library.options import Options
 from library.param_group import ParamGroup
-from library.safetensors_io import write_safetensors
 from library.training.metadata import RunFacts
 from library.training.options import OptimizerOptions
+from library.training.part_file import write_part
 from library.training.task import Part, Task
 from library.training.task_options import EmbeddingOptions
 
@@ -45,13 +44,7 @@ class TokenPart(Part):
 
     def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
         path = self.path(stem)
-        stored = embedding_tensors(self._token, dtype)
-        if not all(tensor.isfinite().all() for tensor in stored.values()):
-            raise NotFinite(f"{path}: not saved, as its vectors aren't finite")
-        if path.suffix == ".safetensors":
-            write_safetensors(path, stored, metadata)
-        else:
-            write_atomically(path, lambda file: torch.save(stored, file))
+        write_part(path, embedding_tensors(self._token, dtype), metadata, None)
         return path
 
 

@@ -1,0 +1,172 @@
+"""Does a ControlNet-LLLite control? Squares are drawn where the outlines of held-out conditions are.
+
+A tiny base is fine-tuned by sdxl_train.py on pictures of one square at a random place, then a ControlNet-LLLite is trained by
+sdxl_train_control_net_lllite.py with each picture's outline as its condition. For 64 conditions that neither has seen pictures are drawn, and
+the square's place in their latents is compared with the condition's.
+
+python benchmarks/lllite_learns.py [--base_steps 600] [--steps 600] [--folder work]
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SIDE, SQUARE, CAPTION = 64, 24, "a square"  # pixels
+PICTURES, HELD_OUT, SHUFFLES, BATCH = 256, 64, 100, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base_steps", type=int, default=600, help="steps of the base's fine-tuning")
+    parser.add_argument("--steps", type=int, default=600, help="steps of the control net's training")
+    parser.add_argument("--folder", type=Path, help="where models and pictures are kept; unset: they aren't")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = chosen.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        make_pictures(folder)
+        train(folder, chosen.base_steps, chosen.steps)
+        own, shuffled, without = compare(folder)
+    print(f"correlation of the square's place with its condition's: {own:.3f}")
+    print(f"with {SHUFFLES} shuffles of the conditions: {max(shuffled):.3f} at most, {sum(shuffled) / len(shuffled):.3f} on average")  # fmt: skip
+    print(f"drawn without the control net: {without:.3f}")
+    controls = own >= 0.5 and sum(own > other for other in shuffled) >= 0.99 * SHUFFLES
+    print("it controls" if controls else "it does NOT control")
+    raise SystemExit(not controls)
+
+
+def places(count: int, name: str) -> list[tuple[int, int]]:
+    """Random (left, top) of squares, in pixels."""
+    from library.draws import python_draw
+
+    draw = python_draw(0, name, 0, 0)
+    return [(draw.randint(0, SIDE - SQUARE), draw.randint(0, SIDE - SQUARE)) for _ in range(count)]
+
+
+def picture(place: tuple[int, int], *, outline: bool) -> "np.ndarray":
+    """A bright square on dark, or its outline: [H, W, 3], uint8."""
+    import numpy as np
+
+    left, top = place
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    pixels[top : top + SQUARE, left : left + SQUARE] = 255
+    if outline:
+        pixels[top + 2 : top + SQUARE - 2, left + 2 : left + SQUARE - 2] = 0
+    return pixels
+
+
+def make_pictures(folder: Path) -> None:
+    """The model, the pictures with captions, and their conditions."""
+    from PIL import Image
+
+    from library.safetensors_io import write_safetensors
+    from tools.tiny_models import tiny_checkpoint
+
+    tensors = tiny_checkpoint(0)
+    # The random VAE would hide the square in noise: its latents get a standard deviation of about 1, and no noise of their own.
+    for name, shown in (("weight", 8.0), ("bias", 8.0)):
+        tensors[f"first_stage_model.quant_conv.{name}"][:4] *= shown
+    tensors["first_stage_model.quant_conv.weight"][4:] = 0
+    tensors["first_stage_model.quant_conv.bias"][4:] = -20
+    write_safetensors(folder / "tiny.safetensors", tensors, {"format": "pt"})
+    for name in ("pictures/1_square", "conditions"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number, place in enumerate(places(PICTURES, "trained")):
+        Image.fromarray(picture(place, outline=False)).save(folder / "pictures" / "1_square" / f"{number:03d}.png")
+        Image.fromarray(picture(place, outline=True)).save(folder / "conditions" / f"{number:03d}.png")
+        (folder / "pictures" / "1_square" / f"{number:03d}.txt").write_text(CAPTION, encoding="utf-8")
+
+
+def train(folder: Path, base_steps: int, steps: int) -> None:
+    common = [
+        "--train_data_dir", folder / "pictures", "--output_dir", folder / "out", "--resolution", SIDE, "--train_batch_size", BATCH,
+        "--cache_latents", "--cache_text_encoder_outputs", "--seed", "1", "--max_data_loader_n_workers", "0", "--no_half_vae",
+    ]  # fmt: skip
+    base = folder / "out" / "base.safetensors"
+    fine_tune = ["--pretrained_model_name_or_path", folder / "tiny.safetensors", "--output_name", "base", "--learning_rate", "1e-3", "--max_train_steps", base_steps]  # fmt: skip
+    lllite = [
+        "--pretrained_model_name_or_path", base, "--output_name", "lllite", "--learning_rate", "2e-3", "--max_train_steps", steps,
+        "--conditioning_data_dir", folder / "conditions",
+    ]  # fmt: skip
+    for script, own in (("sdxl_train.py", fine_tune), ("sdxl_train_control_net_lllite.py", lllite)):
+        subprocess.run([sys.executable, ROOT / script, *map(str, (*common, *own))], check=True)
+
+
+def compare(folder: Path) -> tuple[float, list[float], float]:
+    """(correlation with the conditions, with shuffled ones, without the control net)."""
+    import numpy as np
+
+    wanted = np.array(places(HELD_OUT, "held out"), float)
+    found = drawn_places(folder, controlled=True)
+    random = np.random.default_rng(0)
+    shuffled = [correlation(found, wanted[random.permutation(HELD_OUT)]) for _ in range(SHUFFLES)]
+    return correlation(found, wanted), shuffled, correlation(drawn_places(folder, controlled=False), wanted)
+
+
+def correlation(found: "np.ndarray", wanted: "np.ndarray") -> float:
+    """The mean of both coordinates' correlations."""
+    import numpy as np
+
+    return float(np.mean([np.corrcoef(found[:, i], wanted[:, i])[0, 1] for i in (0, 1)]))
+
+
+def drawn_places(folder: Path, *, controlled: bool) -> "np.ndarray":
+    """Where the squares are in pictures that are drawn for the held-out conditions: [64, 2], pixels."""
+    import numpy as np
+    import torch
+
+    from library.draws import generator
+    from library.models.checkpoint import open_checkpoint
+    from library.models.sdxl import SdxlModels
+    from library.models.text_encoders import TextConditioning
+    from library.models.vae import scale_latents
+    from library.precision import Precision
+    from library.sampling.denoise import Guidance, Told, denoise
+    from library.sampling.samplers import make_sampler
+    from networks.control_net_lllite import by_block
+    from networks.control_net_lllite import places as net_places
+    from networks.lllite_file import lllite_from_file
+
+    def as_tensor(all_places: Sequence[tuple[int, int]], *, outline: bool) -> torch.Tensor:
+        pixels = np.stack([picture(place, outline=outline) for place in all_places])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    checkpoint = open_checkpoint(str(folder / "out" / "base.safetensors"))
+    models = SdxlModels(checkpoint, Precision.decide("no", None, no_half_vae=True), torch.device("cpu"))
+    extra = None
+    if controlled:
+        net = lllite_from_file(folder / "out" / "lllite.safetensors", net_places(models.unet), flag="--control_net_lllite_models")  # fmt: skip
+        with torch.no_grad():
+            extra = by_block(net(as_tensor(places(HELD_OUT, "held out"), outline=True)))
+    with torch.no_grad():
+        text = TextConditioning.of(models.encode_texts([CAPTION] * HELD_OUT, 75))
+    sampler = make_sampler("ddim", v_prediction=False, zero_terminal_snr=False)
+    sampler.set_timesteps(25)
+    noise = torch.randn(HELD_OUT, 4, SIDE // 8, SIDE // 8, generator=generator("lllite_learns"))
+    told = [Told.of(text, original=(SIDE, SIDE), target=(SIDE, SIDE))]
+    drawn = denoise(
+        models.unet, sampler, noise, told, Guidance(1.0), timesteps=sampler.timesteps, generators=torch.Generator().manual_seed(0),
+        extra_at=lambda step, steps: extra,
+    )  # fmt: skip
+    grid = [(left, top) for left in range(0, SIDE - SQUARE + 1, 4) for top in range(0, SIDE - SQUARE + 1, 4)]
+    nothing = torch.zeros(1, 4, SIDE // 8, SIDE // 8)
+    with torch.no_grad():
+        looks = scale_latents(
+            torch.cat([models.encode_images(one[None], nothing) for one in as_tensor(grid, outline=False)])
+        )
+    nearest = (drawn.flatten(1)[:, None] - looks.flatten(1)[None]).square().sum(-1).argmin(1)
+    return np.array([grid[i] for i in nearest.tolist()], float)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Train a ControlNet-LLLite for SDXL: a small file that makes pictures follow a condition, such as outlines or depth.
+
+accelerate launch sdxl_train_control_net_lllite.py --config_file run.toml
+"""
+
+from library.data.dataset_config import check_conditioned_datasets
+from library.errors import run
+from library.log import start_logging
+from library.options import read_options
+from library.training.begin import begin
+from library.training.not_yet import REFUSED, UNUSED
+from library.training.options import COMMON_TRAINING, check_training
+from library.training.task_options import LLLiteOptions, check_lllite
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = read_options(
+        __doc__,
+        [LLLiteOptions, *COMMON_TRAINING],
+        argv,
+        checks=[check_training, check_conditioned_datasets, check_lllite],
+        refused=REFUSED,
+        unused=UNUSED,
+    )
+    start_logging(options)
+    begin("lllite.LLLiteTask", options, conditioning="conditions")
+
+
+if __name__ == "__main__":
+    run(main)
