@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -106,7 +107,7 @@ def loop(run: Run, progress: Progress, signals: Signals) -> None:
         report.step(progress.step, window[0].place.epoch, updated, seen, rates)
         run.pace.step()
         if progress.step == 1:
-            check_equal(run.trained, run.accelerator.num_processes, progress.step)
+            check_equal(run.replicated, run.accelerator.num_processes, progress.step)
         if all(rates.values()) and not updated.overflowed:
             run.watch.stepped()
         after_step(run, progress)
@@ -205,10 +206,9 @@ def end_epoch(run: Run, progress: Progress) -> None:
 def validate(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     """Take and tell the loss of the pictures that are held out; save if it is the best."""
     accelerator, update = run.accelerator, run.update
-    share = (accelerator.process_index, accelerator.num_processes)
     try:
         with update.as_used():
-            loss = run.validation.loss(update.step_module, accelerator.device, share)
+            loss = run.validation.loss(update.step_module, accelerator.device, run.share)
     except torch.OutOfMemoryError:
         if accelerator.num_processes > 1:
             raise
@@ -223,11 +223,11 @@ def validate(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None
 
 def preview(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     """Draw the sample pictures."""
-    accelerator, step_module = run.accelerator, run.update.step_module
+    step_module = run.update.step_module
     label = f"e{progress.epoch:06d}" if epoch_ended or not progress.step else f"{progress.step:06d}"
     step_module.eval()
     with run.update.as_used():
-        pictures = run.preview.draw(label, (accelerator.process_index, accelerator.num_processes), gather_object)
+        pictures = run.preview.draw(label, run.share, gather_object, saves=run.accelerator.is_main_process)
     step_module.train()
     run.report.sampled(pictures, progress.step)
     run.pace.paused()
@@ -239,13 +239,18 @@ def save(run: Run, progress: Progress, when: When, *, stopped: bool = False) -> 
     Args: stopped: the run ends before its time, and needs a state to be resumed from.
     """
     run.report.settle()
-    check_equal(run.trained, run.accelerator.num_processes, progress.step)
-    with run.update.as_used():
-        paths = run.saver.save(when, progress)
-    at_end = when == "final" or stopped
-    wants_state = run.states.save_state or (run.states.save_state_on_train_end and at_end)
-    if wants_state and when != "best" and run.accelerator.is_main_process:
-        run.saver.save_state(when, progress, capture(run, progress, finished=when == "final" and bool(paths)))
+    check_equal(run.replicated, run.accelerator.num_processes, progress.step)
+    with ExitStack() as whole:
+        for part in run.parts:
+            whole.enter_context(part.whole())
+        with run.update.as_used():
+            paths = run.saver.save(when, progress)
+        at_end = when == "final" or stopped
+        wants_state = run.states.save_state or (run.states.save_state_on_train_end and at_end)
+        if wants_state and when != "best" and (run.accelerator.is_main_process or run.shards is not None):
+            state = capture(run, progress, finished=when == "final" and bool(paths))
+            if run.accelerator.is_main_process:
+                run.saver.save_state(when, progress, state)
     if run.accelerator.is_main_process:
         write_page(run, progress)
     run.pace.paused()
@@ -257,7 +262,10 @@ def write_page(run: Run, progress: Progress) -> None:
     name = run.saver.page_file.stem.removesuffix("-report")
     facts = [
         ("steps", f"{progress.step} of {run.total_steps}, {run.order.steps_per_epoch} an epoch"),
-        ("trained", f"{sum(parameter.numel() for parameter in run.trained.values()):,} numbers"),
+        (
+            "trained",
+            f"{sum(p.numel() for part in run.parts for group in part.groups() for p in group.parameters.values()):,} numbers",
+        ),
         ("processes", str(run.accelerator.num_processes)),
         ("device", str(run.accelerator.device)),
         ("seed", str(run.seed)),

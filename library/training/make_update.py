@@ -16,6 +16,7 @@ from library.training.lr_schedules import make_scheduler
 from library.training.memory_options import MemoryOptions
 from library.training.optimizers import make_optimizer, start_training
 from library.training.options import OptimizerOptions, RunOptions, ScheduleOptions, read_arguments
+from library.training.sharding import Shards
 from library.training.stepper import Stepper, is_separable, stand_ins
 from library.training.stochastic_sums import StochasticSums
 from library.training.update import AtOnce, Descent, Update
@@ -23,9 +24,16 @@ from library.training.update_options import UpdateOptions
 
 
 def make_update(
-    step: nn.Module, groups: Sequence[ParamGroup], options: Options, total_steps: int, *, seed: int, processes: int
+    step: nn.Module,
+    groups: Sequence[ParamGroup],
+    options: Options,
+    total_steps: int,
+    *,
+    seed: int,
+    processes: int,
+    shards: Shards | None = None,
 ) -> Update:
-    """The update of these groups. Args: step: the wrapped Step."""
+    """The update of these groups. Args: step: the wrapped Step. shards: whose groups they are, where weights are sharded."""
     chosen, most = options[UpdateOptions], options[OptimizerOptions].max_grad_norm
     if chosen.fused_optimizer_groups:
         groups = split_groups(groups, chosen.fused_optimizer_groups)
@@ -43,9 +51,15 @@ def make_update(
         by_previous = chosen.fused_clip == "previous_norm"
         descent = InBackward(stepper, bunches, max_grad_norm=most, clips_by_previous=by_previous)
     else:
-        descent = AtOnce(stepper, max_grad_norm=most, scales_loss=options[RunOptions].mixed_precision == "fp16")
+        descent = AtOnce(
+            stepper,
+            max_grad_norm=most,
+            scales_loss=options[RunOptions].mixed_precision == "fp16",
+            whole_norms=None if shards is None else shards.norms,
+        )
     sums = None if chosen.rounding_used == "nearest" else StochasticSums(groups, seed)
-    return Update(step, groups, descent, scheduler, sums, processes=processes)
+    exchange = None if shards is None else shards.exchange
+    return Update(step, groups, descent, scheduler, sums, processes=processes, exchange=exchange)
 
 
 def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:

@@ -73,13 +73,14 @@ class Preview:
         return epoch % self.every_epochs == 0 if epoch and self.every_epochs else not epoch and self.at_first
 
     def draw(
-        self, label: str, share: tuple[int, int], gather: Callable[[list[Any]], list[Any]]
+        self, label: str, share: tuple[int, int], gather: Callable[[list[Any]], list[Any]], *, saves: bool = True
     ) -> list[tuple[str, np.ndarray]]:
         """Draw all prompts and save them. Returns (prompt, picture) on the main process.
 
         Args:
             label: e000001 or 000100: epoch or step.
             share: (rank, processes): each process draws some, and the first one saves all.
+            saves: whether this process may; False: another one draws the same.
             gather: the lists of all processes as one.
         """
         rank, processes = share
@@ -94,7 +95,7 @@ class Preview:
         if not self.keeps_vae:
             self.models.release("vae")
         pictures = dict(gather(drawn) if processes > 1 else drawn)
-        if rank:
+        if rank or not saves:
             return []
         try:
             self._save(label, pictures)

@@ -31,6 +31,7 @@ from library.training.options import (
 )
 from library.training.progress import Progress
 from library.training.run import Run
+from library.training.sharding import as_sharded, is_sharded
 from library.training.state import DAMAGE, State, find_state, newest_state, read_facts, read_state
 
 _FREE: tuple[type[OptionGroup], ...] = (
@@ -210,7 +211,7 @@ def copy_weights(saved: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter]
             "give the network's options that the state was saved with"
         )
     for name, tensor in wanted.items():
-        tensor.copy_(saved[name])
+        tensor.copy_(as_sharded(saved[name], tensor) if is_sharded([tensor]) else saved[name])
 
 
 def capture(run: Run, progress: Progress, *, finished: bool) -> State:
@@ -229,8 +230,11 @@ def capture(run: Run, progress: Progress, *, finished: bool) -> State:
         "best": run.best.state(),
         "saved": run.saver.saved,
     }
-    weights = {name: tensor.detach() for part in run.parts for name, tensor in part.tensors().items()}
-    return State(facts, weights, run.update.state(names), {} if run.ema is None else run.ema.averages)
+    weights = {name: tensor for part in run.parts for name, tensor in part.values().items()}
+    update = run.update.state(names)
+    if run.shards is not None:
+        update["optimizer"] = run.shards.gathered(update["optimizer"])
+    return State(facts, weights, update, {} if run.ema is None else run.ema.averages)
 
 
 def restore(run: Run, resumed: Resumed) -> Progress:
@@ -239,6 +243,8 @@ def restore(run: Run, resumed: Resumed) -> Progress:
     copy_weights(state.weights, {name: tensor for part in run.parts for name, tensor in part.tensors().items()})
     names = {id(parameter): name for name, parameter in run.trained.items()}
     with _damage_told(resumed.folder):
+        if run.shards is not None:
+            state.optimizer["optimizer"] = run.shards.cut(state.optimizer["optimizer"])
         run.update.restore(state.optimizer, names, same_options=resumed.is_same)
         if run.ema is not None:
             run.ema.restore(state.ema or state.weights)

@@ -15,6 +15,7 @@ from library.training.pace import Pace
 from library.training.preview import Preview
 from library.training.report import Report
 from library.training.saving import Saver
+from library.training.sharding import Shards
 from library.training.task import Part
 from library.training.update import Update
 from library.training.validation import Best, Validation
@@ -26,6 +27,7 @@ class Run:
     """Everything that the loop touches.
 
     Attributes:
+        shards: which part of it this process steps; None: all.
         trained: everything that an optimizer changes, by its name in files.
         keeps_best: whether the weights of the lowest validation loss are saved.
         facts: what a state says of the run, and what must be the same when it is resumed.
@@ -36,6 +38,7 @@ class Run:
 
     accelerator: Accelerator
     parts: Sequence[Part]
+    shards: Shards | None
     trained: Mapping[str, nn.Parameter]
     update: Update
     ema: Ema | None
@@ -56,6 +59,17 @@ class Run:
     seed: int
     total_steps: int
     num_workers: int
+
+    @property
+    def replicated(self) -> Mapping[str, nn.Parameter]:
+        """What is trained and the same on all processes."""
+        return self.trained if self.shards is None else self.shards.replicated(self.trained)
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(rank, processes) among those that draw and validate for themselves; they all do all where the model is sharded."""
+        accelerator = self.accelerator
+        return (0, 1) if self.shards is not None else (accelerator.process_index, accelerator.num_processes)
 
     def windows_from(self, step: int) -> Iterator[list[Batch]]:
         """This process's batches of each optimizer step, from a step on, without end."""

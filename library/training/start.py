@@ -65,12 +65,13 @@ from library.training.plan import (
 from library.training.preflight import Preflight
 from library.training.prepare import Prepared, prepare
 from library.training.preview import Preview, encode_prompts
-from library.training.processes import start_processes
+from library.training.processes import is_sharded_launch, start_processes
 from library.training.report import Report
 from library.training.resume import Resumed, run_facts
 from library.training.run import Run
 from library.training.run_file import write_run_file
 from library.training.saving import Saver
+from library.training.sharding import Shards, refuse_with_shards, shard
 from library.training.step import Step
 from library.training.task import Objective, Task
 from library.training.task_options import LLLiteOptions
@@ -119,13 +120,23 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         log.warning("--masked_loss changes nothing: no picture has a mask; give conditioning_data_dir")
 
     torch.manual_seed(seed)
+    is_sharded = is_sharded_launch()
+    if is_sharded:
+        refuse_with_shards(options, trains_unet="unet" in kind.trained_parts(options))
+        shard(models.unet, accelerator.device, accelerator.num_processes)
     task = kind.from_options(models, options)
     groups = trained_groups(task, plan.total_steps)
     compiling = options[CompileOptions]
     if compiling.torch_compile:
         compile_blocks(task.unet, compiling.dynamo_backend, accelerator.device)
-    step = _wrapped(make_step(task, models, options, found), accelerator)
-    update = make_update(step, groups, options, plan.total_steps, seed=seed, processes=accelerator.num_processes)
+    shards = Shards(groups, accelerator.num_processes) if is_sharded else None
+    step: nn.Module = make_step(task, models, options, found)
+    if shards is None:
+        step = _wrapped(step, accelerator)
+    stepped = groups if shards is None else shards.groups
+    update = make_update(
+        step, stepped, options, plan.total_steps, seed=seed, processes=accelerator.num_processes, shards=shards
+    )
     ema = make_ema(task, options[EmaOptions])
     uploads = open_uploads(options[UploadOptions]) if accelerator.is_main_process else None
     session_id = str(secrets.randbits(32)) if resumed is None else resumed.facts["session_id"]
@@ -171,10 +182,11 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     return Run(
         accelerator=accelerator,
         parts=task.parts,
-        trained={name: parameter for group in groups for name, parameter in group.parameters.items()},
+        shards=shards,
+        trained={name: parameter for group in stepped for name, parameter in group.parameters.items()},
         update=update,
         ema=ema,
-        watch=Watch(groups),
+        watch=Watch(stepped),
         pace=Pace(accelerator.device),
         validation=_make_validation(prepared, batches, options, seed, plan.total_steps),
         best=Best(validating.early_stop_patience),
@@ -301,7 +313,7 @@ def make_step(task: Task, models: SdxlModels, options: Options, found: Preflight
     return Step(task, objective, options[NoiseOptions], options[LossOptions], encode_images).train()
 
 
-def _wrapped(step: Step, accelerator: Accelerator) -> nn.Module:
+def _wrapped(step: nn.Module, accelerator: Accelerator) -> nn.Module:
     """The Step, wrapped for several processes. Frozen weights are left out of what the wrapper keeps equal: all read one file."""
     frozen = [name for name, parameter in step.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, frozen)

@@ -1,6 +1,7 @@
 """Task: what one script trains, and how its forward differs from the others'. Part: one of the things that it trains."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -37,6 +38,15 @@ class Part(Protocol):
     def groups(self) -> list[ParamGroup]:
         """What is trained of it, by learning rate."""
         ...
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Around save and values, on all processes together: meanwhile what is sharded is whole."""
+        yield
+
+    def values(self) -> Mapping[str, Tensor]:
+        """The numbers of tensors(), whole."""
+        return {name: tensor.detach() for name, tensor in self.tensors().items()}
 
     def after_step(self) -> None:
         """What is done to it after every optimizer step."""

@@ -1,6 +1,6 @@
 """Update: from the losses of a micro-batch to new weights. Owns windows, the schedule, and the choice of the way down."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -88,10 +88,12 @@ class Update:
         sums: StochasticSums | None = None,
         *,
         processes: int = 1,
+        exchange: Callable[[], None] | None = None,
     ):
-        """Args: step: the wrapped Step, which is what the loop calls. sums: how 16-bit gradients add up; None: as autograd does."""
+        """Args: step: the wrapped Step, which is what the loop calls. exchange: of gradients, where no wrapper does it. sums: how 16-bit gradients add up; None: as autograd does."""
         self.step_module, self._groups = step, groups
         self._descent, self._scheduler, self._sums, self._processes = descent, scheduler, sums, processes
+        self._exchange = exchange
         self._loss = torch.zeros((), device=descent.stepper.device)
 
     @property
@@ -127,6 +129,8 @@ class Update:
         sums = torch.stack([self._loss, torch.full_like(self._loss, float(asked))])
         loss, anywhere = self._sum_over_processes(sums)
         self._loss = torch.zeros_like(self._loss)
+        if self._exchange is not None:
+            self._exchange()
         descended = self._descent.finish()
         if self._scheduler is not None and not descended.overflowed:
             self._scheduler.step()
@@ -197,8 +201,16 @@ class AtOnce(Descent):
 
     is_partly_taken = False
 
-    def __init__(self, stepper: Stepper, *, max_grad_norm: float, scales_loss: bool):
-        """Args: max_grad_norm: 0 turns clipping off. scales_loss: gradients are float16."""
+    def __init__(
+        self,
+        stepper: Stepper,
+        *,
+        max_grad_norm: float,
+        scales_loss: bool,
+        whole_norms: Callable[[Tensor], Tensor] | None = None,
+    ):
+        """Args: max_grad_norm: 0 turns clipping off. scales_loss: gradients are float16. whole_norms: of those that lie in parts here."""
+        self._whole_norms = whole_norms
         self.stepper, self._max_grad_norm = stepper, max_grad_norm
         self.scale = LossScale(enabled=scales_loss)
         self._number = 0
@@ -215,6 +227,8 @@ class AtOnce(Descent):
         for parameter in self._stopped:
             parameter.grad = None
         norms = norms_of(self.stepper.parameters, self.stepper.device) / self.scale.value
+        if self._whole_norms is not None:
+            norms = self._whole_norms(norms)
         norm = torch.linalg.vector_norm(norms)
         factor = clip_factor(norm, self._max_grad_norm) / self.scale.value
         overflowed = False

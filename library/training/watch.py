@@ -1,5 +1,6 @@
 """Watch: that what is trained gets gradients and changes, and is the same on all processes."""
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -48,7 +49,8 @@ class Watch:
 
     def _check(self) -> None:
         self._is_over = True
-        changed = (checksums(self._parameters.values()) != self._start).tolist()
+        empty = [not parameter.numel() for parameter in self._parameters.values()]  # all of it lies on other processes
+        changed = [*map(operator.or_, (checksums(self._parameters.values()) != self._start).tolist(), empty)]
         without = _modules_where(self._parameters, self._moved[self._watched].tolist())
         unchanged = _modules_where(self._parameters, changed)
         if without:

@@ -1,11 +1,12 @@
 """FineTune: the base model's own weights are trained, and a whole checkpoint is saved."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.data.batch import Batch
 from library.data.options import CacheOptions, CaptionOptions
@@ -21,6 +22,7 @@ from library.options import Options
 from library.param_group import ParamGroup
 from library.training.metadata import RunFacts
 from library.training.options import OptimizerOptions, RunOptions
+from library.training.sharding import is_sharded, whole_tensors
 from library.training.task import Part, Task, cached_text
 from library.training.task_options import FineTuneOptions
 
@@ -43,9 +45,19 @@ class ModelPart(Part):
         self._models, self._groups, self._kind = models, list(groups), save_model_as
         self._v_prediction, self._zero_terminal_snr = v_prediction, zero_terminal_snr
         self._tensors = {name: p for group in groups for name, p in group.parameters.items()}
+        self._joined: Mapping[str, Tensor] | None = None
 
     def tensors(self) -> Mapping[str, nn.Parameter]:
         return self._tensors
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        self._joined = whole_tensors(self._tensors) if is_sharded(self._tensors.values()) else None
+        yield
+        self._joined = None
+
+    def values(self) -> Mapping[str, Tensor]:
+        return super().values() if self._joined is None else self._joined
 
     def groups(self) -> list[ParamGroup]:
         return self._groups
@@ -67,7 +79,7 @@ class ModelPart(Part):
         return stem if self._kind.startswith("diffusers") else stem.with_name(f"{stem.name}.{self._kind}")
 
     def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
-        bad = [name for name, tensor in self._tensors.items() if not tensor.isfinite().all()]
+        bad = [name for name, tensor in self.values().items() if not tensor.isfinite().all()]
         if bad:
             raise NotFinite(f"{stem}: not saved, as {len(bad)} of its tensors aren't finite ({', '.join(bad[:5])})")
         checkpoint, is_v, is_zero = self._models.checkpoint, self._v_prediction, self._zero_terminal_snr
@@ -93,7 +105,7 @@ class ModelPart(Part):
         changed: dict[str, dict[str, torch.Tensor]] = {}
         for part in PARTS:
             prefix = _prefix(part)
-            trained = {n.removeprefix(prefix): p.detach() for n, p in self._tensors.items() if n.startswith(prefix)}
+            trained = {n.removeprefix(prefix): p for n, p in self.values().items() if n.startswith(prefix)}
             if trained:
                 own = {} if part == "unet" else self._models.checkpoint.tensors(part)
                 changed[part] = {**own, **trained}
