@@ -10,6 +10,7 @@ from library.options import read_options
 from library.training.begin import begin
 from library.training.not_yet import REFUSED, UNUSED
 from library.training.options import COMMON_TRAINING, check_training
+from library.training.pairs import check_pairs
 from library.training.task_options import PivotalOptions, check_network
 from library.training.token_captions import with_token
 from networks.options import NetworkOptions
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
         __doc__,
         [NetworkOptions, PivotalOptions, *COMMON_TRAINING],
         argv,
-        checks=[check_training, check_datasets, check_network],
+        checks=[check_training, check_pairs, check_datasets, check_network],
         refused=REFUSED,
         unused=UNUSED,
     )

@@ -12,6 +12,7 @@ from library.options import read_options
 from library.training.begin import begin
 from library.training.not_yet import REFUSED, UNUSED
 from library.training.options import COMMON_TRAINING, SavingOptions, check_training, is_plain_name
+from library.training.pairs import check_pairs
 from library.training.task_options import EmbeddingOptions, check_embedding
 from library.training.token_captions import with_token
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
         __doc__,
         [EmbeddingOptions, *COMMON_TRAINING],
         argv,
-        checks=[check_training, check_datasets, check_embedding],
+        checks=[check_training, check_pairs, check_datasets, check_embedding],
         refused=REFUSED,
         unused=UNUSED,
     )

@@ -36,7 +36,14 @@ TRAINING = "sdxl_train_network.py"
 # Scripts without options, or for those who work on the suite.
 OFF_THE_PAGE = {"tools/quickstart.py"}
 # Pages for users: every option that they name exists. differences.md speaks of those of sd-scripts too.
-NAMES_OPTIONS = ["README.md", "docs/dataset.md", "docs/training.md", "docs/fine_tune.md", "docs/generate.md"]
+NAMES_OPTIONS = [
+    "README.md",
+    "docs/dataset.md",
+    "docs/training.md",
+    "docs/fine_tune.md",
+    "docs/memory.md",
+    "docs/generate.md",
+]
 PROGRAMS = {"pip", "tensorboard", "wandb", "hf"}  # not ours, so their words aren't checked
 MODULES = {"venv", "pip"}
 

@@ -49,6 +49,7 @@ OWN = {
     "logit_mean",
     "logit_std",
     "mode_scale",
+    "memory_plan",
     "optimizer_offload",
     "resume_anyway",
     "rounding",

@@ -11,8 +11,6 @@ from test_fine_tune import QUICK, train
 
 from library.devices import lacks_bf16
 from library.errors import OptionError, RunError
-from library.training.options import OptimizerOptions
-from library.training.update_options import UpdateOptions, check_update
 
 LAST_BLOCKS = ["--block_lr", ",".join(["0"] * 20 + ["1e-4"] * 3)]  # a short way back
 BF16 = ["--mixed_precision", "bf16", "--full_bf16"]
@@ -156,9 +154,3 @@ def test_fine_tuning_within_backward_is_fine_tuning_behind_it(golden_model, pict
     one, two = tensors_of(plain), tensors_of(fused)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6, msg=name)
-
-
-def test_several_processes_are_refused_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    found = list(check_update(UpdateOptions(fused_backward_pass=True), mixed_precision="no", optimizer=OptimizerOptions().name))  # fmt: skip
-    assert len(found) == 1 and "before they are exchanged" in found[0].text

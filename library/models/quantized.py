@@ -12,7 +12,7 @@ Source: Micikevicius et al. 2022, arXiv:2209.05433 (e4m3); Dettmers et al. 2022,
 2023, arXiv:2305.14314 (NF4).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _BLOCK = 64  # numbers of NF4 that share a scale
+BYTES_OF = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / _BLOCK}
+"""Bytes that a number takes, its share of a scale with it."""
 _LARGEST_E4M3 = 448.0
 
 
@@ -93,12 +95,18 @@ def quantize(module: nn.Module, kind: str, place: Callable[[Tensor], Tensor]) ->
         place: moves a tensor to the device that computes with it, and casts a weight.
     """
     packed: set[int] = set()
-    for path, layer in list(module.named_modules()):
-        is_inside = ".layers." in path or path.startswith(("input_blocks.", "middle_block.", "output_blocks."))
-        if isinstance(layer, nn.Linear) and is_inside:
-            own = QuantizedLinear(layer, place(layer.weight.detach()), kind)
-            module.set_submodule(path, own)
-            packed.update((id(own.numbers), id(own.scale)))
+    for path, layer in list(large_linears(module)):
+        own = QuantizedLinear(layer, place(layer.weight.detach()), kind)
+        module.set_submodule(path, own)
+        packed.update((id(own.numbers), id(own.scale)))
     for tensor in (*module.parameters(), *module.buffers()):
         if id(tensor) not in packed:
             tensor.data = place(tensor.data)
+
+
+def large_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """(path, layer) of the layers that are quantised."""
+    for path, layer in module.named_modules():
+        is_inside = ".layers." in path or path.startswith(("input_blocks.", "middle_block.", "output_blocks."))
+        if isinstance(layer, nn.Linear) and is_inside:
+            yield path, layer

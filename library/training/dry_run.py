@@ -35,6 +35,8 @@ from library.models.vae import PIXELS_PER_LATENT
 from library.options import Options
 from library.precision import Precision
 from library.training.make_update import make_update
+from library.training.memory_options import MemoryOptions
+from library.training.memory_plan import in_words
 from library.training.options import (
     EmaOptions,
     OptimizerOptions,
@@ -68,7 +70,7 @@ from library.training.prepare import all_samples, latent_cache, text_cache, toke
 from library.training.processes import start_processes
 from library.training.resume import initial_step, look_for_state
 from library.training.saving import Saver, size_in_words
-from library.training.start import make_ema, make_step, open_models, rehearse, sample_prompts
+from library.training.start import fit_memory, make_ema, make_step, open_models, rehearse, sample_prompts
 from library.training.task import Task
 from library.training.trackers import read_tracker_config
 
@@ -103,6 +105,10 @@ def dry_run(kind: type[Task], options: Options, found: Preflight) -> None:
     )
     buckets = buckets_of(plan, looked.datasets)
     groups = [] if task is None else trained_groups(task, plan.total_steps)
+    if options[MemoryOptions].memory_plan is not None:
+        with page.checked():
+            options = fit_memory(task, models, options, looked.datasets, accelerator.num_processes)
+            models = open_models(kind, options, found, accelerator.device)
 
     page.section("Model", _model(options, found, models, task))
     trained = groups_in_words(groups) if groups else ["can't be told before the weights are loaded"]
@@ -113,7 +119,8 @@ def dry_run(kind: type[Task], options: Options, found: Preflight) -> None:
     if task is not None:
         page.section("Output", _output(page, options, task, plan))
         memory = memory_in_words(estimate_memory(task, models, groups, buckets, options))
-        page.section("Memory", [("estimated", memory.partition(": ")[2])])
+        planned = [("plan", in_words(options[MemoryOptions]))] if options[MemoryOptions].memory_plan else []
+        page.section("Memory", [*planned, ("estimated", memory.partition(": ")[2])])
     samples = samples_of(looked.datasets)
     page.section("Time", _time(page, plan, buckets, models.device, lambda: measure(kind, options, found, models, buckets, samples)))  # fmt: skip
     page.print()

@@ -1,26 +1,29 @@
 """Memory: the bytes that a training step takes on the device, estimated from counts before anything is loaded.
 
-A number of activations is (numbers kept) x (bytes of the compute dtype). How many are kept was counted by hooks on the meta
-device, of our U-Net with a network beside every layer and attention that doesn't keep its matrix, at 1024x1024 and 77 tokens:
+A number of activations is (numbers kept) x (bytes of the compute dtype). How many a forward of our U-Net leaves for backward
+was counted on tensors without numbers, at 1024x1024 and 77 tokens, in millions a picture:
 
-                    all kept   with --gradient_checkpointing   (millions of numbers a picture)
-    SDXL base         3,414        281
-    SSD-1B            1,971        226
-    Segmind Vega      1,144        197
-    the tiny SDXL       128         21
+                    all kept   --gradient_checkpointing: selective    full
+    SDXL base         3,024                                2,002       287
+    SSD-1B            1,807                                1,140       232
+    Segmind Vega      1,109                                  644       203
+    the tiny SDXL       119                                   70        21
 
-The factors below fit these within 3 %. What isn't counted: CUDA's own context (about 0.5 GB), the allocator's rounding, the
+The factors below fit these within 10 %. What isn't counted: CUDA's own context (about 0.5 GB), the allocator's rounding, the
 work space of convolutions.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from library.models.unet_config import UNetConfig
 from library.models.vae import PIXELS_PER_LATENT
 
 # Numbers kept for backward, per channel and position of a block's output.
-_RESIDUAL, _TRANSFORMER = 9.0, 28.3
+_RESIDUAL, _TRANSFORMER = 9.0, 24.7
+_RESIDUAL_SELECTED, _TRANSFORMER_SELECTED = 6.0, 16.3
+_SKIPS = 0.5  # of the blocks' outputs: those that later blocks see too stay
 _RESIDUAL_INPUTS, _TRANSFORMER_INPUTS = 3.7, 0.95  # where blocks are computed again
 _TEXT_LAYER = (
     16.0  # q, k, v, attention, two norms, and a feed-forward four times as wide before and behind its function
@@ -64,7 +67,7 @@ class Frozen(NamedTuple):
 
     part: str
     numbers: int
-    bytes_each: int
+    bytes_each: float
 
 
 class Work(NamedTuple):
@@ -73,6 +76,8 @@ class Work(NamedTuple):
     Attributes:
         pixels: of a picture, its width times its height.
         bytes_each: of the compute dtype.
+        policy: what of the activations is computed again: None, "selective" or "full" (models/checkpointing.py).
+        waits_at_home: what is kept of them lies in RAM until backward.
         text_channels: the width of every layer of the text encoders together, if gradients pass through them; else 0.
         text_tokens: of a caption, markers counted.
         vae_channels: the VAE's width at full size, if pictures are encoded in every step; else 0.
@@ -83,7 +88,8 @@ class Work(NamedTuple):
     pixels: int
     batch_size: int
     bytes_each: int
-    checkpointing: bool
+    policy: str | None = None
+    waits_at_home: bool = False
     text_channels: int = 0
     text_tokens: int = 77
     vae_channels: int = 0
@@ -95,27 +101,29 @@ def estimate(
     work: Work,
     *,
     trained: int,
-    optimizer: str,
+    optimizer: int,
     average_on_device: bool = False,
     bytes_each: int = _FLOAT32,
     has_rests: bool = False,
     fused: int = 0,
+    away: int = 0,
 ) -> Estimate:
-    """The peak of a training step. The optimizer's state and the average are float32's, whatever the weights are.
+    """The peak of a training step. The average is float32, whatever the weights are.
 
     Args:
         trained: numbers that are trained.
-        optimizer: --optimizer_type; one that isn't known is taken to keep as much as AdamW.
+        optimizer: bytes of its state on the device.
         average_on_device: --ema_decay with its average beside the weights.
         bytes_each: of a trained weight, and of its gradient.
         has_rests: --rounding kahan.
         fused: the most numbers that step together within backward, when no gradient is kept; 0: all step behind it.
+        away: of the trained numbers, those whose weights lie in RAM (--blocks_to_swap).
     """
     return Estimate(
-        frozen=sum(part.numbers * part.bytes_each for part in frozen),
-        trained=trained * bytes_each * (2 if has_rests else 1),
+        frozen=round(sum(part.numbers * part.bytes_each for part in frozen)),
+        trained=(trained - away) * bytes_each + (trained * bytes_each if has_rests else 0),
         gradients=fused * (_FUSED if bytes_each == _FLOAT32 else _FUSED_16) if fused else trained * bytes_each,
-        optimizer=trained * optimizer_bytes(optimizer),
+        optimizer=optimizer,
         average=trained * _FLOAT32 if average_on_device else 0,
         activations=activation_bytes(work),
     )
@@ -126,22 +134,38 @@ def optimizer_bytes(name: str) -> int:
     return _OPTIMIZER_BYTES.get(name.lower().rpartition(".")[2], _OPTIMIZER_BYTES["adamw"])
 
 
+def state_bytes(name: str, shapes: Iterable[Sequence[int]]) -> int:
+    """Bytes that an optimizer keeps for tensors of these shapes. One that isn't known is taken to keep as much as AdamW."""
+    if name.lower().rpartition(".")[2] != "adafactor":
+        return sum(math.prod(shape) for shape in shapes) * optimizer_bytes(name)
+    # A row and a column for each matrix; it takes the last two sizes for one, of a 3x3 convolution its kernel's.
+    return sum(
+        _FLOAT32 * math.prod(shape) if len(shape) < 2 else _FLOAT32 * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+        for shape in shapes
+    )
+
+
 def activation_bytes(work: Work) -> int:
     """The most that activations take: of the pictures' encoding, or of the forward behind it."""
-    kept = unet_numbers(work.unet, work.pixels // PIXELS_PER_LATENT**2, checkpointing=work.checkpointing)
-    kept += work.text_channels * work.text_tokens * (1 if work.checkpointing else _TEXT_LAYER)
+    cells = work.pixels // PIXELS_PER_LATENT**2
+    kept = unet_numbers(work.unet, cells, work.policy, waits_at_home=work.waits_at_home)
+    kept += work.text_channels * work.text_tokens * (1 if work.policy else _TEXT_LAYER)
     forward = work.batch_size * kept
     encoding = min(work.batch_size, work.vae_batch) * work.vae_channels * work.pixels * _VAE
     return int(max(forward, encoding) * work.bytes_each)
 
 
-def unet_numbers(unet: UNetConfig, cells: int, *, checkpointing: bool) -> float:
-    """Numbers that the U-Net keeps of one picture for backward. Args: cells: width times height of its latents."""
+def unet_numbers(unet: UNetConfig, cells: int, policy: str | None, *, waits_at_home: bool = False) -> float:
+    """Numbers that the U-Net keeps on the device of one picture for backward. Args: cells: width times height of its latents."""
     blocks = list(_blocks(unet, cells))
-    if not checkpointing:
+    if policy is None:
         return sum(size * (_RESIDUAL + depth * _TRANSFORMER) for size, depth in blocks)
-    inputs = sum(size * (_RESIDUAL_INPUTS + depth * _TRANSFORMER_INPUTS) for size, depth in blocks)
-    return inputs + max(size * (_TRANSFORMER if depth else _RESIDUAL) for size, depth in blocks)
+    at_once = max(size * (_TRANSFORMER if depth else _RESIDUAL) for size, depth in blocks)
+    if waits_at_home:
+        return at_once + sum(size for size, _ in blocks) * _SKIPS
+    if policy == "selective":
+        return sum(size * (_RESIDUAL_SELECTED + depth * _TRANSFORMER_SELECTED) for size, depth in blocks)
+    return at_once + sum(size * (_RESIDUAL_INPUTS + depth * _TRANSFORMER_INPUTS) for size, depth in blocks)
 
 
 def _blocks(unet: UNetConfig, cells: int) -> Iterator[tuple[int, int]]:

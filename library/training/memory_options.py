@@ -1,5 +1,6 @@
 """Options that trade speed for memory. No torch here."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,6 +12,11 @@ from library.options import OptionGroup, option
 class MemoryOptions(OptionGroup):
     """Memory"""
 
+    memory_plan: str | None = option(
+        None,
+        "choose what of this group changes no result: fast: everything stays on the card; auto: what fits into its free memory with the "
+        "least loss of time; a number: the same for a card of so many GB",
+    )
     gradient_checkpointing: bool = option(
         False, "keep fewer activations and compute them again in backward: a third slower, far less memory"
     )
@@ -52,6 +58,11 @@ class MemoryOptions(OptionGroup):
         return {} if kind is None else dict.fromkeys(parts, kind)
 
     def mistakes(self) -> Iterable[Mistake]:
+        if self.memory_plan not in (None, "fast", "auto") and not _is_size(str(self.memory_plan)):
+            yield Mistake(
+                f"--memory_plan {self.memory_plan!r}: expected fast, auto, or the card's memory in GB, say 12",
+                ("memory_plan",),
+            )
         for name in ("checkpoint_policy", "cpu_offload_checkpointing"):
             if getattr(self, name) not in (False, "full") and not self.gradient_checkpointing:
                 yield Mistake(f"--{name} needs --gradient_checkpointing", (name, "gradient_checkpointing"))
@@ -63,3 +74,10 @@ class MemoryOptions(OptionGroup):
             )
         if self.base_quant and (self.fp8_base or self.fp8_base_unet):
             yield Mistake("--base_quant and --fp8_base both say how the base model is kept; give one", ("base_quant",))
+
+
+def _is_size(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False

@@ -14,15 +14,19 @@ from library.data.sample import Sample
 from library.data.size import Size
 from library.data.subsets import Dataset
 from library.models.options import ModelOptions
+from library.models.quantized import BYTES_OF, large_linears
 from library.models.sdxl import SdxlModels
+from library.models.streaming import largest_blocks
 from library.models.text_encoders import text_encoder_config
+from library.models.unet import UNet
 from library.options import Options
 from library.param_group import ParamGroup, split_groups
 from library.training.lr_schedules import num_steps
-from library.training.memory import Estimate, Frozen, Work, estimate
+from library.training.memory import Estimate, Frozen, Work, estimate, optimizer_bytes, state_bytes
 from library.training.memory_options import MemoryOptions
 from library.training.options import EmaOptions, OptimizerOptions, RunOptions
 from library.training.saving import Saver, size_in_words
+from library.training.stepper import AT_ONCE
 from library.training.task import Task
 from library.training.update_options import UpdateOptions
 
@@ -91,15 +95,22 @@ def estimate_memory(
     cache, ema = options[CacheOptions], options[EmaOptions]
     largest = largest_of(buckets)
     trains_text = any(group.name.startswith(("text", "token")) for group in groups)
+    memory = options[MemoryOptions]
+    shapes = [parameter.shape for group in groups for parameter in group.parameters.values()]
+    swapped = _swapped_numbers(task.unet, memory.blocks_to_swap or 0)
+    trains_unet = "unet" in models.trained
     frozen = [
-        Frozen(part, numbers, dtype_of(part, models).itemsize) for part, numbers in frozen_parts(task, models, cache)
+        one
+        for part, numbers in frozen_parts(task, models, cache)
+        for one in _frozen(part, numbers - (swapped if part == "unet" and not trains_unet else 0), task.unet, models)
     ]
     work = Work(
         models.checkpoint.unet,
         largest.size.area,
         largest.largest,
         models.precision.compute.itemsize,
-        checkpointing=options[MemoryOptions].gradient_checkpointing,
+        policy=memory.checkpoint_policy if memory.gradient_checkpointing else None,
+        waits_at_home=memory.cpu_offload_checkpointing,
         text_channels=_text_channels(models) if trains_text else 0,
         text_tokens=options[ModelOptions].num_tokens + 2,
         vae_channels=models.stored("vae")["encoder.conv_in.weight"].shape[0] if encodes_pictures(models, cache) else 0,
@@ -108,13 +119,44 @@ def estimate_memory(
     return estimate(
         frozen,
         work,
-        trained=sum(parameter.numel() for group in groups for parameter in group.parameters.values()),
-        optimizer=options[OptimizerOptions].name,
+        trained=sum(map(math.prod, shapes)),
+        optimizer=_state_on_device(options[OptimizerOptions].name, shapes, at_home=memory.optimizer_offload),
         average_on_device=ema.ema_decay is not None and ema.ema_device != "cpu",
         bytes_each=models.precision.trained.itemsize,
         has_rests=options[UpdateOptions].rounding == "kahan",
         fused=_most_at_once(groups, options),
+        away=swapped if trains_unet else 0,
     )
+
+
+def _state_on_device(optimizer: str, shapes: Sequence[Sequence[int]], *, at_home: bool) -> int:
+    """Bytes of an optimizer's state on the device; what visits it for a step, if it lies at home."""
+    if not at_home:
+        return state_bytes(optimizer, shapes)
+    return max(AT_ONCE * optimizer_bytes(optimizer), *(state_bytes(optimizer, [shape]) for shape in shapes))
+
+
+def _swapped_numbers(unet: UNet, count: int) -> int:
+    """The numbers of the blocks that lie in RAM, without the two that visit the device at once."""
+    sizes = [sum(p.numel() for p in block.parameters()) for block in largest_blocks(unet.blocks, count)]
+    return max(0, sum(sizes) - 2 * max(sizes, default=0))
+
+
+def _frozen(part: str, numbers: int, unet: UNet, models: SdxlModels) -> Iterator[Frozen]:
+    """A part's frozen numbers: those of quantised layers, and the others."""
+    kind = models.quantized.get(part)
+    if kind is not None:
+        if part == "unet":
+            whole = sum(layer.weight.numel() for _, layer in large_linears(unet))
+            share = whole / sum(parameter.numel() for parameter in unet.parameters())
+        else:
+            stored = models.stored(part)
+            share = sum(t.numel() for n, t in stored.items() if ".layers." in n and t.ndim == 2) / sum(
+                t.numel() for t in stored.values()
+            )
+        yield Frozen(part, round(numbers * share), BYTES_OF[kind])
+        numbers = round(numbers * (1 - share))
+    yield Frozen(part, numbers, dtype_of(part, models).itemsize)
 
 
 def _most_at_once(groups: Sequence[ParamGroup], options: Options) -> int:

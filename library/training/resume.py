@@ -72,6 +72,8 @@ _FREE_NAMES = frozenset(
         "checkpoint_policy",
         "cpu_offload_checkpointing",
         "blocks_to_swap",
+        "memory_plan",
+        "gradient_checkpointing",
         "optimizer_offload",
         "cache_latents",
         "cache_latents_to_disk",

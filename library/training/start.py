@@ -7,7 +7,7 @@ import os
 import random
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from library.data.dataset import Batches, group_samples
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.data.subsets import Dataset
 from library.devices import lacks_bf16
-from library.errors import OptionError
+from library.errors import Mistake, OptionError
 from library.log import log, muted
 from library.models.attention import choose_attention
 from library.models.checkpointing import Checkpointing
@@ -34,6 +35,7 @@ from library.training.compile_options import CompileOptions
 from library.training.ema import Ema
 from library.training.make_update import make_update, try_optimizer
 from library.training.memory_options import MemoryOptions
+from library.training.memory_plan import fit
 from library.training.metadata import RunFacts, at_save, model_metadata, modelspec
 from library.training.optimizers import optimizer_in_words
 from library.training.options import (
@@ -103,7 +105,10 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     seed = _shared_seed(options[RunOptions].seed if resumed is None else int(resumed.facts["run"]["seed"]))
     models = open_models(kind, options, found, accelerator.device)
     with muted():
-        rehearse(kind, models, options)
+        task = rehearse(kind, models, options)
+    if options[MemoryOptions].memory_plan is not None:
+        options = fit_memory(task, models, options, found.datasets, accelerator.num_processes)
+        models = open_models(kind, options, found, accelerator.device)
     prompts = sample_prompts(options, found)
     prepared = prepare(
         found.datasets, models, options[CacheOptions], accelerator, found.known,
@@ -204,6 +209,23 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         total_steps=plan.total_steps,
         num_workers=min(options[CacheOptions].max_data_loader_n_workers, os.cpu_count() or 1),
     )
+
+
+def fit_memory(
+    task: Task | None, models: SdxlModels, options: Options, datasets: Sequence[Dataset], processes: int
+) -> Options:
+    """The options with those of --memory_plan. Args: task: on the meta device; None if it can't be built there."""
+    if task is None:
+        raise OptionError(
+            Mistake("--memory_plan: this network's size isn't known before its weights are there", ("memory_plan",))
+        )
+    plan = make_plan(options[RunOptions], datasets, processes=processes, seed=0)
+    groups, buckets = trained_groups(task, plan.total_steps), buckets_of(plan, datasets)
+    trains_base = bool(models.trained)
+    return fit(
+        options, models.device, lambda tried: estimate_memory(task, models, groups, buckets, tried),
+        len(task.unet.blocks), trains_base=trains_base,
+    )  # fmt: skip
 
 
 def sample_prompts(options: Options, found: Preflight) -> list[SamplePrompt]:

@@ -19,7 +19,7 @@ from library.training.optimizers import start_training, takes_scaled_gradients
 from library.training.rounding import compensate, round_stochastically
 from library.training.state import optimizer_state, restore_optimizer
 
-_BUNCH = 1 << 24  # numbers that are in float32 at once: 64 MB of weights, and as much of gradients
+AT_ONCE = 1 << 24  # numbers that are in float32 at once: 64 MB of weights, and as much of gradients
 
 
 def stand_ins(groups: Sequence[ParamGroup]) -> list[ParamGroup]:
@@ -270,7 +270,7 @@ def _bunches(members: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
         own = (parameter.dtype, parameter.device)
         if parameter.numel() > room or own != kind:
             bunches.append([])
-            room, kind = _BUNCH, own
+            room, kind = AT_ONCE, own
         bunches[-1].append(parameter)
         room -= parameter.numel()
     return bunches

@@ -1,6 +1,5 @@
 """Options of the update: weights of 16 bits and how they are rounded, and steps within backward. No torch here."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -81,11 +80,6 @@ def check_update(chosen: UpdateOptions, *, mixed_precision: str, optimizer: str)
             f"--{fused}: float16 gradients may overflow, and a step that was taken in part can't be left out; take --mixed_precision bf16, "
             "or no",
             (fused, "mixed_precision"),
-        )
-    if chosen.is_fused and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        yield Mistake(
-            f"--{fused}: it would step by the gradients of one process, before they are exchanged; train in one process, or leave it out",
-            (fused,),
         )
     if chosen.fused_backward_pass and optimizer.lower().startswith(_LOOK_AT_ALL):
         yield Mistake(

@@ -1,0 +1,112 @@
+"""What a step of the five bars takes on a card, beside what is estimated; SDXL base, one picture of 1024x1024, made-up numbers.
+
+    python benchmarks/memory.py --model sdxl_random_fp16.safetensors    (benchmarks/make_full_size.py makes it)
+
+The difference is to be at most a tenth. Each bar runs in a process of its own, so that nothing of the one before is left.
+"""
+
+import importlib
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from library.errors import OptionError, run
+from library.options import OptionGroup, Options, option, read_options
+from library.training.options import COMMON_TRAINING
+from library.training.task_options import FineTuneOptions, PivotalOptions
+from networks.options import NetworkOptions
+
+GIB = 1 << 30
+GROUPS = {"fine_tune.FineTune": (FineTuneOptions,), "network.NetworkTask": (NetworkOptions, PivotalOptions)}
+FILES = ["--pretrained_model_name_or_path", "sdxl.safetensors", "--output_dir", "out"]
+EVERYWHERE = [
+    "--mixed_precision",
+    "bf16",
+    "--gradient_checkpointing",
+    "--cache_latents",
+    "--cache_text_encoder_outputs",
+]
+FULL = [
+    *EVERYWHERE, "--full_bf16", "--fused_backward_pass", "--optimizer_type", "Adafactor", "--optimizer_args", "scale_parameter=False",
+    "relative_step=False", "warmup_init=False",
+]  # fmt: skip
+LORA = [*EVERYWHERE, "--network_module", "networks.lora", "--network_dim", "16", "--network_train_unet_only"]
+# name -> (GiB of tensors at most, task, words)
+BARS = {
+    "full": (7.0, "fine_tune.FineTune", FULL),
+    "full away": (
+        4.0,
+        "fine_tune.FineTune",
+        [*FULL, "--blocks_to_swap", "60", "--optimizer_offload", "--cpu_offload_checkpointing"],
+    ),
+    "lora": (6.2, "network.NetworkTask", LORA),
+    "fp8": (4.0, "network.NetworkTask", [*LORA, "--fp8_base"]),
+    "nf4": (3.1, "network.NetworkTask", [*LORA, "--base_quant", "nf4"]),
+}
+
+
+def options_of(task: str, words: list[str]) -> Options:
+    """What these words ask of its script."""
+    return read_options("", [*GROUPS[task], *COMMON_TRAINING], [*FILES, *words])
+
+
+def kind_of(task: str) -> Any:
+    """A Task's class."""
+    module, _, name = task.rpartition(".")
+    return getattr(importlib.import_module(f"library.training.tasks.{module}"), name)
+
+
+@dataclass(frozen=True)
+class MemoryBenchmarkOptions(OptionGroup):
+    """Benchmark"""
+
+    model: Path | None = option(None, "an SDXL base model; its numbers don't matter")
+    bar: str | None = option(None, "measure this bar alone, in this process")
+
+
+def main(argv: list[str] | None = None) -> None:
+    chosen = read_options(__doc__ or "", [MemoryBenchmarkOptions], argv)[MemoryBenchmarkOptions]
+    if chosen.model is None or not chosen.model.is_file():
+        raise OptionError("--model: give the SDXL base model to measure")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise OptionError("there is no CUDA device to measure on")
+    if chosen.bar is not None:
+        measure_bar(chosen.bar, chosen.model)
+        return
+    print(f"{'':12}{'bar':>8}{'estimated':>12}{'measured':>12}{'difference':>12}   GiB, {torch.cuda.get_device_name()}")
+    for name in BARS:
+        subprocess.run([sys.executable, __file__, "--model", str(chosen.model), "--bar", name], check=True)
+
+
+def measure_bar(name: str, model: Path) -> None:
+    """Print a row: what a bar's step is estimated to take, and takes."""
+    import torch
+
+    from library.data.size import Size
+    from library.models.checkpoint import open_checkpoint
+    from library.training.dry_run import measure
+    from library.training.plan import Bucket, estimate_memory, trained_groups
+    from library.training.preflight import Preflight
+    from library.training.start import open_models, rehearse
+
+    most, task, words = BARS[name]
+    kind, options = kind_of(task), options_of(task, words)
+    found = Preflight(open_checkpoint(str(model)), False, False, (), None)  # type: ignore[arg-type]
+    models, buckets = open_models(kind, options, found, torch.device("cuda")), [Bucket(Size(1024, 1024), 1, 1, 1)]
+    skeleton = rehearse(kind, models, options)
+    assert skeleton is not None
+    estimated = estimate_memory(skeleton, models, trained_groups(skeleton, 10), buckets, options).total
+    measured = measure(kind, options, found, models, buckets, []).peak
+    print(
+        f"{name:12}{most:8.1f}{estimated / GIB:12.2f}{measured / GIB:12.2f}{measured / estimated - 1:12.0%}", flush=True
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,68 @@
+"""The full-size SDXL without numbers: a run's own model, task and update, whose steps are counted and not computed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from live_bytes import LiveBytes
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.memory import kind_of, options_of
+from library.data.size import Size
+from library.draws import Draws
+from library.lane import Lane
+from library.models.stand_in import stand_in
+from library.training.dry_run import made_up
+from library.training.make_update import make_update
+from library.training.plan import Bucket, trained_groups
+from library.training.preflight import Preflight
+from library.training.start import make_step, open_models
+
+at_home = Lane.at_home
+
+
+def converted(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """nn.Module's `_apply` for tensors without numbers, which it would swap and can't."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = function(tensor.data)
+    return module
+
+
+def uncounted(live: LiveBytes, place: Tensor) -> Tensor:
+    """A place in RAM: the device that counts stands for the card, and this one lies elsewhere."""
+    live.leave_out(place)
+    return place
+
+
+def peak_of(task: str, words: list[str]) -> tuple[int, int]:
+    """Bytes of all tensors that are alive at once, at most, in a step of one picture of 1024 x 1024; and behind the steps."""
+    kind, options = kind_of(task), options_of(task, words)
+    emulation = patch("library.models.products.cpu_lacks_bfloat16", lambda: False)  # a card has none
+    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(nn.Module, "_apply", converted), emulation:
+        checkpoint = stand_in(Path("sdxl.safetensors"))
+        files: Any = {id(file): file for part in checkpoint._stored.values() for file, _ in part.values()}.values()
+        for file in files:
+            file._tensors = {key: torch.empty(shape, dtype=torch.float16) for key, shape in file.shapes.items()}
+        found = Preflight(checkpoint, False, False, (), None)  # type: ignore[arg-type]
+        with (
+            LiveBytes() as live,
+            patch.object(Lane, "at_home", lambda lane, tensor: uncounted(live, at_home(lane, tensor))),
+        ):
+            live.leave_out(*(tensor for file in files for tensor in file._tensors.values()))
+            models = open_models(kind, options, found, torch.device("cpu"))
+            task_ = kind.from_options(models, options)
+            groups = trained_groups(task_, 10)
+            update = make_update(make_step(task_, models, options, found), groups, options, 10, seed=0, processes=1)
+            loaded = live.now
+            batch = made_up(options, models, Bucket(Size(1024, 1024), 1, 1, 1), [])
+            for group in groups:  # the optimizer makes its state
+                for parameter in group.parameters.values():
+                    parameter.grad = torch.zeros_like(parameter)
+            update.step()
+            live.peak = live.now
+            update.backward(update.step_module(batch, Draws(0, 0, 0, 1, torch.device("cpu"))), batch.place)
+            update.step()
+            return live.peak, loaded

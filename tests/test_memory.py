@@ -1,0 +1,145 @@
+"""The estimate of memory, the plan that goes by it, and the presets; the bars are counted on the full-size model."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from full_size import peak_of
+from running import ROOT, train_network
+
+from benchmarks.memory import BARS, FULL, LORA, kind_of, options_of
+from library.data.size import Size
+from library.errors import OptionError
+from library.log import muted
+from library.models.sdxl import SdxlModels
+from library.models.stand_in import stand_in
+from library.training import start
+from library.training.memory_options import MemoryOptions
+from library.training.memory_plan import GIB, fit
+from library.training.plan import Bucket, estimate_memory, trained_groups
+from library.training.preflight import Preflight
+from library.training.start import open_models, rehearse
+from library.training.task import Task
+
+PRESETS = [path for kind in ("sdxl_finetune", "lora") for path in sorted((ROOT / "configs").glob(f"{kind}_*gb.toml"))]
+OFTEN = ("sdxl_finetune_8gb", "lora_4gb")
+
+
+@functools.cache
+def skeleton(task: str) -> Task:
+    """The task without weights. What these tests vary changes nothing of it."""
+    kind = kind_of(task)
+    options = options_of(task, FULL if kind.__name__ == "FineTune" else LORA)
+    made = rehearse(kind, open_models(kind, options, found(), torch.device("cpu")), options)
+    assert made is not None
+    return made
+
+
+@functools.cache
+def found() -> Preflight:
+    return Preflight(stand_in(Path("sdxl.safetensors")), False, False, (), None)  # type: ignore[arg-type]
+
+
+def rehearsed(task: str, words: list[str]):
+    """Options, and the estimate that others would have, from headers alone."""
+    options = options_of(task, words)
+    models = open_models(kind_of(task), options, found(), torch.device("cpu"))
+    groups, buckets = trained_groups(skeleton(task), 10), [Bucket(Size(1024, 1024), 1, 1, 1)]
+    return options, lambda tried: estimate_memory(skeleton(task), models, groups, buckets, tried)
+
+
+def estimated(task: str, words: list[str]) -> int:
+    options, estimate = rehearsed(task, words)
+    return estimate(options).total
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_the_estimate_keeps_the_bars(name):
+    most, task, words = BARS[name]
+    assert estimated(task, words) <= most * GIB
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", BARS)
+def test_the_bars_are_held_by_the_full_size_model(name):
+    """All tensors that are alive at once, and the estimate within a tenth of them."""
+    most, task, words = BARS[name]
+    peak, _ = peak_of(task, words)
+    assert peak <= most * GIB
+    assert estimated(task, words) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param(path, id=path.stem, marks=[] if path.stem in OFTEN else pytest.mark.long) for path in PRESETS],
+)
+def test_each_preset_fits_its_card_by_a_dry_run(preset, pictures, tmp_path, capsys):
+    """With SDXL base's sizes in place of the model, which isn't there: that is the one error."""
+    script = "sdxl_train" if "finetune" in preset.stem else "sdxl_train_network"
+    card = int(re.search(r"_(\d+)gb", preset.stem)[1])
+    words = [
+        "--config_file",
+        preset,
+        "--train_data_dir",
+        pictures,
+        "--output_dir",
+        tmp_path,
+        "--max_data_loader_n_workers",
+        "0",
+        "--dry_run",
+    ]
+    with pytest.raises(OptionError) as error:
+        __import__(script).main([str(word) for word in words])
+    (mistake,) = error.value.mistakes
+    assert "sd_xl_base_1.0.safetensors" in mistake.text
+    page = capsys.readouterr().out
+    amount, unit = re.search(r"about ([\d.]+) ([GM]B) on the\s+device", page).groups()
+    assert float(amount) * {"GB": 1e9, "MB": 1e6}[unit] <= (card - 0.8) * GIB
+
+
+def plan(name: str, card: str, *extra: str) -> MemoryOptions:
+    _, task, words = BARS[name]
+    words = [word for word in words if word != "--gradient_checkpointing"]
+    options, estimate = rehearsed(task, [*words, "--memory_plan", card, *extra])
+    with muted():
+        return fit(options, torch.device("cpu"), estimate, 87, trains_base=name == "full")[MemoryOptions]
+
+
+@pytest.mark.parametrize("name, card, words", [
+    ("lora", "fast", (False, None)), ("lora", "16", (False, None)), ("lora", "10.5", ("selective", None)), ("lora", "7", ("full", None)),
+    ("full", "8", ("full", None)), ("full", "5", ("full", 1)),
+])  # fmt: skip
+def test_the_plan_is_the_fastest_that_fits(name, card, words):
+    found = plan(name, card)
+    policy = found.gradient_checkpointing and found.checkpoint_policy
+    assert policy == words[0] and (found.blocks_to_swap is None) == (words[1] is None)
+    if words[1] is not None:
+        leaner = plan(name, card, "--blocks_to_swap", str(found.blocks_to_swap + 1), "--gradient_checkpointing")
+        assert leaner.blocks_to_swap == found.blocks_to_swap + 1, "what was given stays"
+
+
+def test_a_plan_that_cant_be_kept_says_what_would_help():
+    with pytest.raises(OptionError, match=r"there are .*What would help: --fp8_base or --base_quant nf4"):
+        plan("lora", "2.2")
+    with pytest.raises(OptionError, match="expected fast, auto, or the card's memory in GB"):
+        plan("lora", "small")
+
+
+def test_encoders_and_vae_leave_once_caches_are_filled_and_are_never_loaded_when_they_are_there(
+    golden_model, pictures, tmp_path, monkeypatch
+):
+    words = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", "1"]
+    loaded: list[set[str]] = []
+    make_step = start.make_step
+    monkeypatch.setattr(
+        start,
+        "make_step",
+        lambda task, models, *rest: loaded.append(set(vars(models))) or make_step(task, models, *rest),
+    )
+    train_network(golden_model, pictures, tmp_path / "filling", *words)
+    monkeypatch.setattr(SdxlModels, "_text_encoder", None)
+    monkeypatch.setattr(SdxlModels, "_load_vae", None)
+    train_network(golden_model, pictures, tmp_path / "there", *words)
+    assert all("unet" in names and not names & {"vae", "text_encoders"} for names in loaded) and len(loaded) == 2

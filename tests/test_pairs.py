@@ -1,0 +1,84 @@
+"""The table of pairs: code and page agree, what is refused is refused before loading, and what isn't works."""
+
+import itertools
+import re
+
+import pytest
+import torch
+from forked import end_together, processes
+from running import ROOT, arguments, assert_bit_equal, losses_of, tensors_of, train_network
+from test_fine_tune import train
+
+from library import param_group
+from library.errors import OptionError
+from library.training.pairs import REFUSED, TECHNIQUES
+
+WORDS = {
+    "fused steps": ["--fused_backward_pass"],
+    "accumulation": ["--gradient_accumulation_steps", "2"],
+    "swapped blocks": ["--blocks_to_swap", "9", "--gradient_checkpointing"],
+    "state in RAM": ["--optimizer_offload"],
+    "activations in RAM": ["--cpu_offload_checkpointing", "--gradient_checkpointing"],
+    "quantised base": ["--base_quant", "nf4"],
+    "average": ["--ema_decay", "0.9"],
+    "compiling": ["--torch_compile", "--dynamo_backend", "eager"],
+}
+ALONE = [pair for pair in itertools.combinations(TECHNIQUES, 2) if pair not in REFUSED and "processes" not in pair]
+CHANGES_NOTHING = {"swapped blocks", "state in RAM", "activations in RAM"}
+
+
+def test_the_page_shows_the_table():
+    """docs/memory.md: a row and a column for each technique; "no" where a pair is refused."""
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    table = re.search(r"\| with \|(.*?)\n\n", text, re.DOTALL)
+    assert table is not None
+    columns, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table[0].strip().splitlines()
+    ]
+    assert columns[1:] == list(TECHNIQUES)
+    shown = {(row[0], column): cell for row in rows for column, cell in zip(columns[1:], row[1:], strict=True)}
+    for one, two in itertools.combinations(TECHNIQUES, 2):
+        assert shown[two, one] == ("no" if (one, two) in REFUSED else "yes"), (one, two)
+
+
+@pytest.mark.parametrize("pair", REFUSED, ids=" and ".join)
+def test_a_refused_pair_is_told_with_its_reason(pair, golden_model, pictures, tmp_path, monkeypatch):
+    if "processes" in pair:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    words = [word for one in pair for word in WORDS.get(one, [])]
+    with pytest.raises(OptionError, match=re.escape(REFUSED[pair])):
+        train_network(golden_model, pictures, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pair", ALONE, ids=" and ".join)
+def test_a_pair_works(pair, golden_model, pictures, tmp_path, monkeypatch):
+    """Techniques that change nothing alone change nothing in a pair."""
+    monkeypatch.setattr(param_group, "SMALL", 64)
+    common = ["--max_train_steps", "2", "--mixed_precision", "bf16", "--max_grad_norm", "0"]
+    run = train_network if "quantised base" in pair else train
+    if run is train and "swapped blocks" in pair and "fused steps" not in pair:
+        common.append("--fused_backward_pass")
+    path = run(golden_model, pictures, tmp_path / "both", *common, *(word for one in pair for word in WORDS[one]))
+    assert (
+        all(tensor.isfinite().all() for tensor in tensors_of(path).values()) and len(losses_of(tmp_path / "both")) == 2
+    )
+    for one, other in (pair, pair[::-1]):
+        if one in CHANGES_NOTHING:
+            alone = run(golden_model, pictures, tmp_path / f"without {one}", *common, *WORDS[other])
+            assert_bit_equal(tensors_of(alone), tensors_of(path))
+
+
+@pytest.mark.long
+def test_two_processes_with_all_that_goes_with_them_equal_one(golden_model, pictures, tmp_path):
+    """Accumulation, state and activations in RAM, a quantised base, an average."""
+    words = ["--max_train_steps", "2", "--train_batch_size", "1", "--gradient_checkpointing"]
+    for name in ("state in RAM", "activations in RAM", "quantised base", "average"):
+        words += [word for word in WORDS[name] if word not in words]
+    train_network(golden_model, pictures, tmp_path / "one", *words, "--gradient_accumulation_steps", "4")
+    both = arguments(golden_model, pictures, tmp_path / "two", *words, "--gradient_accumulation_steps", "2")
+    end_together(processes("sdxl_train_network.py", *both, count=2, port=29531))
+    one, two = (tensors_of(tmp_path / name / "lora.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4)
