@@ -31,6 +31,7 @@ from library.training.options import (
     ScheduleOptions,
     ValidationOptions,
 )
+from library.training.update_options import UpdateOptions
 
 BASE_MODEL_VERSION = "sdxl_base_v1-0"  # A1111 takes a file for SD 1 unless this starts with sdxl_
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
@@ -38,11 +39,7 @@ REFINER_ARCHITECTURE = "stable-diffusion-xl-v1-refiner"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 SPEC_VERSION = "1.0.1"
 
-# What the reference records of options that this version doesn't have.
-_ABSENT = {
-    "ss_full_fp16": False,
-    "ss_sd_scripts_commit_hash": "(unknown)",
-}  # fmt: skip
+_ABSENT = {"ss_sd_scripts_commit_hash": "(unknown)"}  # what the reference records and nobody here knows
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,7 @@ def training_metadata(options: Options, facts: RunFacts) -> dict[str, str]:
     if noise.timestep_sampling != "uniform":  # the reference has no key for these
         values["ss_timestep_sampling"] = noise.timestep_sampling
     memory = options[MemoryOptions]
+    values["ss_full_fp16"] = options[UpdateOptions].full_fp16
     values |= {"ss_fp8_base": memory.fp8_base, "ss_fp8_base_unet": memory.fp8_base_unet}
     if memory.base_quant is not None:
         values["ss_base_quant"] = memory.base_quant

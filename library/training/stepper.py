@@ -243,6 +243,8 @@ class Stepper:
     def restore(self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool) -> None:
         """Go on with what state() gave."""
         restore_optimizer(self.optimizer, state, self._with_stand_ins(names), same_options=same_options)
+        if self.lodging is None:
+            self._state_of_visitors_to_device()
         saved = state.get("rests", {})
         if self._rounding == "kahan":
             self._rests = {
@@ -250,6 +252,13 @@ class Stepper:
                 for parameter, name in ((p, names[id(p)]) for p in self._narrow(self.parameters))
                 if name in saved
             }
+
+    def _state_of_visitors_to_device(self) -> None:
+        """State is restored beside its weights; of those that lie in RAM and only visit the device, it stays on that."""
+        for parameter in self.parameters:
+            state = self.optimizer.state.get(self._stand_ins[parameter], {})
+            if parameter.device != self.device:
+                state.update({k: v.to(self.device) for k, v in state.items() if isinstance(v, Tensor)})
 
     def _with_stand_ins(self, names: Mapping[int, str]) -> dict[int, str]:
         return {
