@@ -23,7 +23,11 @@ WORDS = {
     "average": ["--ema_decay", "0.9"],
     "compiling": ["--torch_compile", "--dynamo_backend", "eager"],
 }
-ALONE = [pair for pair in itertools.combinations(TECHNIQUES, 2) if pair not in REFUSED and "processes" not in pair]
+ALONE = [
+    pair
+    for pair in itertools.combinations(TECHNIQUES, 2)
+    if pair not in REFUSED and not {"processes", "FSDP2"} & set(pair)
+]
 CHANGES_NOTHING = {"swapped blocks", "state in RAM", "activations in RAM"}
 
 
@@ -45,6 +49,8 @@ def test_the_page_shows_the_table():
 def test_a_refused_pair_is_told_with_its_reason(pair, golden_model, pictures, tmp_path, monkeypatch):
     if "processes" in pair:
         monkeypatch.setenv("WORLD_SIZE", "2")
+    if "FSDP2" in pair:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     words = [word for one in pair for word in WORDS.get(one, [])]
     with pytest.raises(OptionError, match=re.escape(REFUSED[pair])):
         train_network(golden_model, pictures, tmp_path / "out", *words)
