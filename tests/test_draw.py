@@ -27,7 +27,7 @@ CASES = {
     if "error" not in case
 }
 WITH_CHANGES = {"lora", "lora_merged", "lllite", "ti"}
-IN_SHORT = {"ddim", "dpm_2_a", "options", "long", "lora", "ti"}
+IN_SHORT = {"ddim", "dpm_2_a", "long", "lora"}
 CPU = torch.device("cpu")
 
 

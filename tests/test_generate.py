@@ -184,6 +184,7 @@ def test_a_mistake_is_told_without_torch_and_ends_with_status_2(golden_model):
 # -------------------------------------------------------------------------------------------------------- files and metadata
 
 
+@pytest.mark.long
 def test_names_are_the_contracts_and_nothing_is_replaced(draw, tmp_path, monkeypatch):
     monkeypatch.setattr("library.sampling.output._now", lambda: "20261126000000")
     folder = tmp_path / "out"
@@ -315,8 +316,9 @@ def test_from_a_picture_sizes_are_its_own_and_strength_tells_how_much_stays(draw
     assert np.abs(pixels(weak) - pixels(strong)).mean() > 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", [
-    pytest.param(["--highres_fix_latents_upscaling"], marks=pytest.mark.long), ["--highres_fix_upscaler", "an_upscaler", "--highres_fix_upscaler_args", "factor=2"],
+    ["--highres_fix_latents_upscaling"], ["--highres_fix_upscaler", "an_upscaler", "--highres_fix_upscaler_args", "factor=2"],
 ])  # fmt: skip
 def test_highres_fix_saves_both_stages_with_their_prefixes(words, draw, tmp_path, monkeypatch):
     (tmp_path / "an_upscaler.py").write_text(
