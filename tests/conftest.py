@@ -1,5 +1,6 @@
 """Fixtures: the golden model, small pictures, and a clean slate for what trains in this process."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -13,15 +14,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 GOLDEN = Path(__file__).parent / "golden"
+log = logging.getLogger("library")
 
 
 @pytest.fixture(autouse=True)
 def one_thread_and_fresh_processes():
-    """Numbers that don't depend on the machine's cores, and no accelerate state of the test before."""
+    """Numbers that don't depend on the machine's cores; no accelerate state and no console of the test before, which is closed."""
     import torch
 
     torch.set_num_threads(1)
     yield
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
 
