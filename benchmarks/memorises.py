@@ -1,6 +1,6 @@
-"""Does full fine-tuning learn? A tiny model memorises three pictures, and draws each by its caption.
+"""Does full fine-tuning learn? A tiny velocity model memorises three pictures, and draws each by its caption.
 
-python benchmarks/memorises.py [--steps 400] [--full_bf16]
+python benchmarks/memorises.py [--steps 300] [--full_bf16]
 
 What is drawn, less the mean of the three, is correlated with the latents that were trained, less theirs: each drawing should be
 nearest to its own picture. The VAE is random, so the pictures themselves show nothing; its latents are brought to the spread
@@ -17,13 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-PICTURES, SIDE, SEEDS, SAMPLING_STEPS = 3, 64, 4, 30
+CAPTIONS, SIDE, SEEDS, SAMPLING_STEPS = ("circle", "river", "engine"), 64, 4, 20
+PICTURES = len(CAPTIONS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="training steps")
-    parser.add_argument("--learning_rate", default="1e-3", help="of AdamW")
+    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    parser.add_argument("--learning_rate", default="3e-3", help="of AdamW")
     parser.add_argument("--full_bf16", action="store_true", help="train bfloat16 weights, rounded by chance")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -45,6 +46,8 @@ def memorise(folder: Path, steps: int, learning_rate: str, *, full_bf16: bool) -
 
     model, pictures = folder / "model.safetensors", folder / "pictures" / "1_shape"
     paths = make_pictures(pictures, PICTURES, seed=1)
+    for path, caption in zip(paths, CAPTIONS, strict=True):
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     make_model(model, paths)
     words = [
         "--pretrained_model_name_or_path", model, "--train_data_dir", pictures.parent, "--output_dir", folder / "out", "--output_name", "tuned",
@@ -59,7 +62,7 @@ def memorise(folder: Path, steps: int, learning_rate: str, *, full_bf16: bool) -
 
 
 def make_model(path: Path, pictures: list[Path]) -> None:
-    """The tiny SDXL, whose latents of the pictures have mean 0 and spread 1 when they are scaled, and next to no noise."""
+    """The smallest SDXL, predicting velocity, whose latents of the pictures have mean 0 and spread 1 when they are scaled, and next to no noise."""
     import torch
 
     from library.data import images
@@ -68,9 +71,9 @@ def make_model(path: Path, pictures: list[Path]) -> None:
     from library.models.vae import LATENT_SCALE
     from library.precision import Precision
     from library.safetensors_io import write_safetensors
-    from tools.tiny_models import tiny_checkpoint
+    from tools.tiny_models import SMALLEST, random_checkpoint
 
-    tensors = tiny_checkpoint(0)
+    tensors = random_checkpoint(SMALLEST, 0) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     last = "first_stage_model.quant_conv"  # gives means and log variances, four channels each
     tensors[f"{last}.weight"][4:], tensors[f"{last}.bias"][4:] = 0.0, -12.0
     write_safetensors(path, tensors, {})
@@ -108,12 +111,11 @@ def correlations(model: Path, paths: list[Path]) -> list[list[float]]:
         with np.load(cache) as arrays:
             trained.append(scale_latents(torch.from_numpy(arrays["latents"])).flatten())
     drawn = []
-    for number, path in enumerate(paths):
+    for number, caption in enumerate(CAPTIONS):
         noise = torch.randn(SEEDS, 4, SIDE // 8, SIDE // 8, generator=generator("memorises", number))
-        captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip()] * SEEDS
         with torch.no_grad():
-            text = TextConditioning.of(models.encode_texts(captions, 75))
-        sampler = make_sampler("euler", v_prediction=False, zero_terminal_snr=False)
+            text = TextConditioning.of(models.encode_texts([caption] * SEEDS, 75))
+        sampler = make_sampler("euler", v_prediction=True, zero_terminal_snr=True)
         sampler.set_timesteps(SAMPLING_STEPS)
         told = [Told.of(text, original=(SIDE, SIDE), target=(SIDE, SIDE))]
         noise = noise * sampler.init_noise_sigma

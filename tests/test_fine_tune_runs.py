@@ -15,14 +15,8 @@ from library.safetensors_io import write_safetensors
 from library.training.task_options import FineTuneOptions
 from library.training.tasks.fine_tune import FineTune
 from tools.make_tiny_dataset import make_pictures
-from tools.tiny_models import ModelSizes, TextEncoderSizes, random_checkpoint, unet_config
+from tools.tiny_models import SMALLEST, random_checkpoint
 
-SIZES = ModelSizes(
-    unet_config(32, (1, 2, 2), (0, 1, 1), ((1,) * 3, (1,) * 3, (0,) * 3), 1, 64 + 64, 64 + 6 * 256),
-    TextEncoderSizes(64, 1, 64),
-    TextEncoderSizes(64, 2, 64),
-    (32, 32, 32, 32),
-)
 QUICK = [
     "--resolution", "64", "--cache_latents", "--cache_text_encoder_outputs", "--max_data_loader_n_workers", "0", "--learning_rate", "1e-4",
     "--seed", "7", "--output_name", "lora",
@@ -33,7 +27,7 @@ QUICK = [
 def model(tmp_path_factory):
     """A model of four million numbers, for steps that take no time."""
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    write_safetensors(path, random_checkpoint(SIZES, 0), {"format": "pt"})
+    write_safetensors(path, random_checkpoint(SMALLEST, 0), {"format": "pt"})
     return path
 
 

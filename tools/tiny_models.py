@@ -88,6 +88,14 @@ def _tiny(
     return ModelSizes(unet, TextEncoderSizes(64, 3, 64), TextEncoderSizes(128, 3, 128), (32, 32, 64, 64))
 
 
+# The same topology in four million numbers, for runs of many steps.
+SMALLEST = ModelSizes(
+    unet_config(32, (1, 2, 2), (0, 1, 1), ((1,) * 3, (1,) * 3, (0,) * 3), 1, 64 + 64, 64 + 6 * SIZE_CHANNELS),
+    TextEncoderSizes(64, 1, 64),
+    TextEncoderSizes(64, 2, 64),
+    (32, 32, 32, 32),
+)
+
 # A tiny twin of each: the topology of the real one, with attention depths of 1 and 2 where that has more.
 TINY = _tiny((0, 1, 2), ((2,) * 3, (1,) * 3, (0,) * 3), 2)
 TINY_SSD_1B = _tiny((0, 2, 2), ((2, 2, 3), (2, 1, 1), (0,) * 3), None)
