@@ -4,7 +4,7 @@ A tiny base is fine-tuned by sdxl_train.py on pictures of one square at a random
 sdxl_train_control_net_lllite.py with each picture's outline as its condition. For 64 conditions that neither has seen pictures are drawn, and
 the square's place in their latents is compared with the condition's.
 
-python benchmarks/lllite_learns.py [--base_steps 600] [--steps 600] [--folder work]
+python benchmarks/lllite_learns.py [--base_steps 1000] [--steps 1500] [--folder work]
 """
 
 import argparse
@@ -20,15 +20,19 @@ sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+
+    from library.models.sdxl import SdxlModels
+    from library.models.unet_extra import Extra
 
 SIDE, SQUARE, CAPTION = 64, 24, "a square"  # pixels
-PICTURES, HELD_OUT, SHUFFLES, BATCH = 256, 64, 100, 8
+PICTURES, HELD_OUT, SHUFFLES, BATCH, DRAWING_STEPS = 256, 64, 100, 8, 15
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_steps", type=int, default=600, help="steps of the base's fine-tuning")
-    parser.add_argument("--steps", type=int, default=600, help="steps of the control net's training")
+    parser.add_argument("--base_steps", type=int, default=1000, help="steps of the base's fine-tuning")
+    parser.add_argument("--steps", type=int, default=1500, help="steps of the control net's training")
     parser.add_argument("--folder", type=Path, help="where models and pictures are kept; unset: they aren't")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,65 +109,70 @@ def train(folder: Path, base_steps: int, steps: int) -> None:
 def compare(folder: Path) -> tuple[float, list[float], float]:
     """(correlation with the conditions, with shuffled ones, without the control net)."""
     import numpy as np
-
-    wanted = np.array(places(HELD_OUT, "held out"), float)
-    found = drawn_places(folder, controlled=True)
-    random = np.random.default_rng(0)
-    shuffled = [correlation(found, wanted[random.permutation(HELD_OUT)]) for _ in range(SHUFFLES)]
-    return correlation(found, wanted), shuffled, correlation(drawn_places(folder, controlled=False), wanted)
-
-
-def correlation(found: "np.ndarray", wanted: "np.ndarray") -> float:
-    """The mean of both coordinates' correlations."""
-    import numpy as np
-
-    return float(np.mean([np.corrcoef(found[:, i], wanted[:, i])[0, 1] for i in (0, 1)]))
-
-
-def drawn_places(folder: Path, *, controlled: bool) -> "np.ndarray":
-    """Where the squares are in pictures that are drawn for the held-out conditions: [64, 2], pixels."""
-    import numpy as np
     import torch
 
-    from library.draws import generator
     from library.models.checkpoint import open_checkpoint
     from library.models.sdxl import SdxlModels
-    from library.models.text_encoders import TextConditioning
-    from library.models.vae import scale_latents
     from library.precision import Precision
-    from library.sampling.denoise import Guidance, Told, denoise
-    from library.sampling.samplers import make_sampler
     from networks.control_net_lllite import by_block
     from networks.control_net_lllite import places as net_places
     from networks.lllite_file import lllite_from_file
 
-    def as_tensor(all_places: Sequence[tuple[int, int]], *, outline: bool) -> torch.Tensor:
-        pixels = np.stack([picture(place, outline=outline) for place in all_places])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-
     checkpoint = open_checkpoint(str(folder / "out" / "base.safetensors"))
     models = SdxlModels(checkpoint, Precision.decide("no", None, no_half_vae=True), torch.device("cpu"))
-    extra = None
-    if controlled:
-        net = lllite_from_file(folder / "out" / "lllite.safetensors", net_places(models.unet), flag="--control_net_lllite_models")  # fmt: skip
-        with torch.no_grad():
-            extra = by_block(net(as_tensor(places(HELD_OUT, "held out"), outline=True)))
+    held_out = places(HELD_OUT, "held out")
+    net = lllite_from_file(folder / "out" / "lllite.safetensors", net_places(models.unet), flag="--control_net_lllite_models")  # fmt: skip
     with torch.no_grad():
-        text = TextConditioning.of(models.encode_texts([CAPTION] * HELD_OUT, 75))
+        extra = by_block(net(as_tensor(held_out, outline=True)))
+    controlled, free = (drawn_places(models, own) for own in (extra, None))
+    wanted, random = np.array(held_out, float), np.random.default_rng(0)
+    shuffled = [correlation(controlled, wanted[random.permutation(HELD_OUT)]) for _ in range(SHUFFLES)]
+    return correlation(controlled, wanted), shuffled, correlation(free, wanted)
+
+
+def correlation(found: "np.ndarray", wanted: "np.ndarray") -> float:
+    """The mean of both coordinates' correlations; 0 where every square is at one place."""
+    import numpy as np
+
+    own = [np.corrcoef(found[:, i], wanted[:, i])[0, 1] if found[:, i].std() else 0.0 for i in (0, 1)]
+    return float(np.mean(own))
+
+
+def as_tensor(chosen: Sequence[tuple[int, int]], *, outline: bool) -> "torch.Tensor":
+    """The pictures of squares at these places, or their outlines: [B, 3, H, W] in -1..1."""
+    import numpy as np
+    import torch
+
+    pixels = np.stack([picture(place, outline=outline) for place in chosen])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def drawn_places(models: "SdxlModels", extra: "Extra | None") -> "np.ndarray":
+    """Where the squares are in pictures that are drawn: [64, 2], pixels. By the nearest latents of squares on a grid of 4 pixels."""
+    import numpy as np
+    import torch
+
+    from library.draws import generator
+    from library.models.text_encoders import TextConditioning
+    from library.models.vae import scale_latents
+    from library.sampling.denoise import Guidance, Told, denoise
+    from library.sampling.samplers import make_sampler
+
+    with torch.no_grad():
+        text = TextConditioning.of(models.encode_texts([CAPTION], 75))
+    text = TextConditioning(*(part.expand(HELD_OUT, *part.shape[1:]) for part in text))
     sampler = make_sampler("ddim", v_prediction=False, zero_terminal_snr=False)
-    sampler.set_timesteps(25)
+    sampler.set_timesteps(DRAWING_STEPS)
     noise = torch.randn(HELD_OUT, 4, SIDE // 8, SIDE // 8, generator=generator("lllite_learns"))
     told = [Told.of(text, original=(SIDE, SIDE), target=(SIDE, SIDE))]
     drawn = denoise(
-        models.unet, sampler, noise, told, Guidance(1.0), timesteps=sampler.timesteps, generators=torch.Generator().manual_seed(0),
+        models.unet, sampler, noise, told, Guidance(1.0), timesteps=sampler.timesteps, generators=generator("steps"),
         extra_at=lambda step, steps: extra,
     )  # fmt: skip
     grid = [(left, top) for left in range(0, SIDE - SQUARE + 1, 4) for top in range(0, SIDE - SQUARE + 1, 4)]
-    nothing = torch.zeros(1, 4, SIDE // 8, SIDE // 8)
+    nothing = torch.zeros(len(grid), 4, SIDE // 8, SIDE // 8)
     with torch.no_grad():
-        looks = scale_latents(
-            torch.cat([models.encode_images(one[None], nothing) for one in as_tensor(grid, outline=False)])
-        )
+        looks = scale_latents(models.encode_images(as_tensor(grid, outline=False), nothing))
     nearest = (drawn.flatten(1)[:, None] - looks.flatten(1)[None]).square().sum(-1).argmin(1)
     return np.array([grid[i] for i in nearest.tolist()], float)
 

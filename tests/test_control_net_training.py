@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import end_together, processes
 from PIL import Image
 from replay import Golden, replay
 from running import assert_bit_equal, losses_of, tensors_of
@@ -122,6 +123,28 @@ def test_what_is_drawn_uncached_in_bf16_with_checkpointing_only_in_chosen_blocks
     modules = {name.partition(".")[0] for name in tensors_of(tmp_path / "out" / "lora.safetensors")}
     assert {"_".join(name.split("_")[2:5]) for name in modules} == {"input_blocks_4", *(f"output_blocks_{i}" for i in range(6))}  # fmt: skip
     assert all(np.isfinite(losses_of(tmp_path / "out")))
+
+
+@pytest.mark.long
+def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, pictures, conditions, tmp_path):
+    """Losses 1e-5, weights 1e-4; what moves all keys alike has a gradient that is noise, and is left out."""
+    one = train(golden_model, pictures, conditions, tmp_path / "one", "--gradient_accumulation_steps", 2)
+    words = [
+        *QUICK,
+        "--pretrained_model_name_or_path",
+        golden_model,
+        "--train_data_dir",
+        pictures,
+        "--output_name",
+        "lora",
+    ]
+    words += ["--conditioning_data_dir", conditions, "--output_dir", tmp_path / "two"]
+    end_together(processes("sdxl_train_control_net_lllite.py", *words, count=2, port=29551))
+    assert losses_of(tmp_path / "one") == pytest.approx(losses_of(tmp_path / "two"), abs=1e-5)
+    two = tensors_of(tmp_path / "two" / "lora.safetensors")
+    for name, tensor in tensors_of(one).items():
+        if not name.endswith("attn1_to_k.up.0.bias"):
+            torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4)
 
 
 def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_models):

@@ -154,6 +154,12 @@ def test_a_folder_without_pictures_or_classes_says_what_is_expected_and_found(tm
         read_datasets(options_of("--train_data_dir", tmp_path / "none", "--resolution", 64))
 
 
+def test_a_shortest_side_below_the_step_is_the_step(tmp_path):
+    text = "[[datasets]]\nresolution = 64\nenable_bucket = true\nmin_bucket_reso = 32\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n"
+    plans = plans_of(tmp_path, text)
+    assert (plans[0].buckets.min_side, plans[0].buckets.step) == (64, 64)
+
+
 def test_a_folder_named_twice_in_a_dataset_is_used_once_and_told(tmp_path):
     (tmp_path / "a").mkdir()
     twice = "[[datasets]]\nresolution = 512\n" + "[[datasets.subsets]]\nimage_dir = 'DIR/a'\n" * 2

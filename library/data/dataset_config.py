@@ -201,7 +201,7 @@ class _Definition:
             if smallest > largest:
                 self._mistake(where, f"min_bucket_reso {smallest} is above max_bucket_reso {largest}")
                 return None
-            smallest, largest = smallest // step * step, -(-largest // step) * step
+            smallest, largest = max(smallest // step, 1) * step, -(-largest // step) * step
             if min(size) < smallest and not no_upscale:
                 self._mistake(where, f"min_bucket_reso {smallest} is above the resolution's shorter side {min(size)}")
             if max(size) > largest:
