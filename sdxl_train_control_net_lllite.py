@@ -10,6 +10,7 @@ from library.options import read_options
 from library.training.begin import begin
 from library.training.not_yet import REFUSED, UNUSED
 from library.training.options import COMMON_TRAINING, check_training
+from library.training.pairs import check_pairs
 from library.training.task_options import LLLiteOptions, check_lllite
 
 
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
         __doc__,
         [LLLiteOptions, *COMMON_TRAINING],
         argv,
-        checks=[check_training, check_conditioned_datasets, check_lllite],
+        checks=[check_training, check_pairs, check_conditioned_datasets, check_lllite],
         refused=REFUSED,
         unused=UNUSED,
     )
