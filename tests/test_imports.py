@@ -2,7 +2,8 @@
 
 import textwrap
 
-from running import script
+import pytest
+from running import ROOT, script
 
 
 def test_fault_74_a_broken_torchvision_beside_us_does_no_harm(tmp_path):
@@ -34,3 +35,10 @@ def test_the_name_is_hidden_only_while_the_libraries_ask(monkeypatch):
     before = importlib.util.find_spec
     import_transformers()
     assert importlib.util.find_spec is before
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("*.py")))
+def test_help_is_told_without_numpy_and_torch(name):
+    """Half a second is all that a mistake may take: numpy alone is a third of that."""
+    told = f"import sys, {name}; print(*sorted({{'numpy', 'torch', 'PIL'}} & sys.modules.keys()))"
+    assert script("-c", told).stdout.strip() == ""

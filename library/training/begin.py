@@ -2,18 +2,21 @@
 
 import importlib
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from library.data.dataset_config import Conditioning
 from library.data.options import DatasetOptions
-from library.data.subsets import Dataset
 from library.options import Options
 from library.training.options import RunOptions
+
+if TYPE_CHECKING:
+    from library.data.subsets import Dataset  # which imports numpy: --help needs none
 
 
 def begin(
     task: str,
     options: Options,
-    with_datasets: Callable[[Sequence[Dataset]], Sequence[Dataset]] = lambda found: found,
+    with_datasets: "Callable[[Sequence[Dataset]], Sequence[Dataset]]" = lambda found: found,
     *,
     conditioning: Conditioning = "masks",
 ) -> None:

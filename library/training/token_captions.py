@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from library.data.subsets import Dataset
 from library.errors import OptionError
 from library.log import log
+
+if TYPE_CHECKING:
+    from library.data.subsets import Dataset  # which imports numpy: --help needs none
 
 OBJECTS = tuple(
     f"{kind} {article}{{}}"
@@ -24,7 +27,9 @@ STYLES = tuple(
 _SHOWN = 5
 
 
-def with_token(datasets: Sequence[Dataset], word: str, *, objects: bool = False, styles: bool = False) -> list[Dataset]:
+def with_token(
+    datasets: "Sequence[Dataset]", word: str, *, objects: bool = False, styles: bool = False
+) -> "list[Dataset]":
     """The datasets with the templates of the options in place of their captions, or with their own, looked through.
 
     Raises OptionError if no caption has the word.
@@ -54,7 +59,7 @@ def _whole(caption: str, settings: object) -> str:
     return f"{prefix} {caption} {suffix}"
 
 
-def _with_templates(dataset: Dataset, templates: tuple[str, ...]) -> Dataset:
+def _with_templates(dataset: "Dataset", templates: tuple[str, ...]) -> "Dataset":
     changed = {}
     for sample in (*dataset.samples, *dataset.validation):
         if id(sample.subset) not in changed and not sample.subset.is_reg:
