@@ -46,13 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from PIL import Image
 
-    from library.models import vae
     from library.models.checkpoint import open_checkpoint
     from library.models.sdxl import SdxlModels
     from library.models.text_encoders import TextConditioning
     from library.precision import Precision
-    from library.sampling.denoise import denoise
-    from library.sampling.samplers import make_sampler
+    from library.sampling.picture import draw_picture
     from networks.lora import text_encoder_targets, unet_targets
     from networks.lora_file import load_into, network_from_file, read_lora
     from networks.options import LoraSettings
@@ -70,8 +68,6 @@ def main(argv: list[str] | None = None) -> None:
     network.to(device, precision.compute).eval()
     network.attach()
 
-    shape = (1, 4, chosen.height // 8, chosen.width // 8)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(chosen.seed)).to(device, precision.compute)
     pictures = []
     for multiplier in (0.0, chosen.network_mul):
         network.set_multiplier(multiplier)
@@ -79,12 +75,12 @@ def main(argv: list[str] | None = None) -> None:
             prompt, negative = (
                 TextConditioning.of(models.encode_texts([t], 75)) for t in (chosen.prompt, chosen.negative_prompt)
             )
-        sampler = make_sampler(
-            "euler", v_prediction=bool(checkpoint.v_prediction), zero_terminal_snr=bool(checkpoint.zero_terminal_snr)
-        )
-        latents = denoise(models.unet, sampler, noise, prompt, negative, steps=chosen.steps, scale=chosen.scale)
-        pixels = models.decode_latents(vae.unscale_latents(latents))[0].clamp(-1, 1).add(1).mul(127.5).round()
-        pictures.append(pixels.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
+            picture = draw_picture(
+                models.unet, models.decode_latents, prompt, negative, width=chosen.width, height=chosen.height, steps=chosen.steps,
+                scale=chosen.scale, seed=chosen.seed, sampler="euler",
+                v_prediction=bool(checkpoint.v_prediction), zero_terminal_snr=bool(checkpoint.zero_terminal_snr),
+            )  # fmt: skip
+        pictures.append(picture)
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(pictures, axis=1)).save(chosen.output)
     change = np.abs(pictures[0].astype(int) - pictures[1]).mean()
