@@ -293,6 +293,16 @@ def network_hashes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str])
     return whole.hexdigest(), hashlib.sha256(window).hexdigest()[:8]
 
 
+def data_hash(path: Path) -> str:
+    """sha256 of all tensor bytes of a safetensors file: what `sshs_model_hash` and `modelspec.hash_sha256` say of it."""
+    whole = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while chunk := file.read(_CHUNK):
+            whole.update(chunk)
+    return whole.hexdigest()
+
+
 def file_hashes(path: Path) -> tuple[str, str]:
     """sha256 of the whole file, and the first 8 hex digits of the sha256 of 64 KiB at 1 MiB."""
     whole = hashlib.sha256()

@@ -388,3 +388,34 @@ def test_fault_16_numbers_that_arent_finite_in_a_model_are_told_when_it_is_loade
     write_safetensors(tmp_path / "x.safetensors", tensors, {})
     with pytest.raises(RunError, match=r"x\.safetensors: U-Net: 1 of its tensors hold numbers that aren't finite in float32 \(out\.2\.bias\)"):  # fmt: skip
         _ = open_models(tmp_path / "x.safetensors").unet
+
+
+@pytest.mark.parametrize("key, prefix", [("modelspec.hash_sha256", "0x"), ("sshs_model_hash", "")])
+def test_fault_16_a_flipped_bit_in_a_model_is_told_by_verify_model(key, prefix, golden_model, tmp_path):
+    import hashlib
+
+    from library.errors import OptionError
+    from library.models.options import ModelOptions
+    from library.safetensors_io import read_header
+    from library.training.preflight import open_model
+
+    path = tmp_path / "x.safetensors"
+    tensors = load_tensors(golden_model)[0]
+    data = golden_model.read_bytes()[min(info.start for info in read_header(golden_model).tensors.values()) :]
+    write_safetensors(path, tensors, {key: prefix + hashlib.sha256(data).hexdigest()})
+    chosen = ModelOptions(pretrained_model_name_or_path=str(path), verify_model=True)
+    assert open_model(chosen, prefer_fp16=False).path == path
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1  # a number changes in its last bits, and stays finite
+    path.write_bytes(content)
+    with pytest.raises(OptionError, match=r"x\.safetensors: damaged: the sha256 of its numbers is"):
+        open_model(chosen, prefer_fp16=False)
+
+
+def test_verify_model_needs_something_to_compare_with(golden_model):
+    from library.errors import OptionError
+    from library.models.options import ModelOptions
+    from library.training.preflight import open_model
+
+    with pytest.raises(OptionError, match="no sha256 in its metadata"):
+        open_model(ModelOptions(pretrained_model_name_or_path=str(golden_model), verify_model=True), prefer_fp16=False)

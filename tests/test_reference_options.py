@@ -64,6 +64,7 @@ OWN = {
     "token_lr",
     "token_vectors",
     "train_token",
+    "verify_model",
     "verify_resume",
 }
 

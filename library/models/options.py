@@ -41,6 +41,9 @@ class ModelOptions(OptionGroup):
         False, "attention in pieces in the U-Net, for cards without a memory-saving attention kernel"
     )
     disable_mmap_load_safetensors: bool = option(False, "read safetensors files into memory instead of mapping them")
+    verify_model: bool = option(
+        False, "compare the base model's numbers with the sha256 in its metadata: a file that rotted is noticed"
+    )
     v2: bool = option(False, "an SD 2.x model, which is refused")
     clip_skip: int | None = option(
         None,

@@ -15,6 +15,7 @@ from library.models.key_maps import PARTS
 from library.models.options import ModelOptions
 from library.models.stand_in import stand_in
 from library.options import Options
+from library.safetensors_io import data_hash, read_header
 from library.training.options import LossOptions, RunOptions, SavingOptions
 
 
@@ -90,11 +91,28 @@ def open_model(model: ModelOptions, *, prefer_fp16: bool) -> Checkpoint:
     try:
         if model.vae is not None:
             check_vae(model.vae)
-        return open_checkpoint(
+        checkpoint = open_checkpoint(
             model.pretrained_model_name_or_path, mapped=not model.disable_mmap_load_safetensors, prefer_fp16=prefer_fp16
         )
+        if model.verify_model:
+            _verify(checkpoint.path)
     except RunError as error:
         raise OptionError(str(error)) from None
+    return checkpoint
+
+
+def _verify(path: Path) -> None:
+    """Compare a file's numbers with what its metadata say of them. Raises RunError if they differ, or say nothing."""
+    said = read_header(path).metadata if path.suffix == ".safetensors" else {}
+    stored = said.get("modelspec.hash_sha256") or said.get("sshs_model_hash")
+    if stored is None:
+        raise RunError(f"--verify_model: {path} has no sha256 in its metadata to compare with; leave the option out")
+    found = data_hash(path)
+    if found != stored.lower().removeprefix("0x"):
+        raise RunError(
+            f"--verify_model: {path}: damaged: the sha256 of its numbers is {found}, its metadata say {stored}; copy or download it again"
+        )
+    log.info("%s: its numbers are those that its metadata's sha256 was taken of", path.name)
 
 
 def _refuse_to_overwrite(model: Path, saving: SavingOptions) -> None:
