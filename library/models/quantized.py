@@ -110,3 +110,10 @@ def large_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         is_inside = ".layers." in path or path.startswith(("input_blocks.", "middle_block.", "output_blocks."))
         if isinstance(layer, nn.Linear) and is_inside:
             yield path, layer
+
+
+def numbers_of(module: nn.Module) -> int:
+    """How many weights a module has, packed ones too."""
+    packed = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    whole = sum(parameter.numel() for parameter in module.parameters())
+    return whole + sum(layer.in_features * layer.out_features for layer in packed)

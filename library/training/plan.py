@@ -14,7 +14,7 @@ from library.data.sample import Sample
 from library.data.size import Size
 from library.data.subsets import Dataset
 from library.models.options import ModelOptions
-from library.models.quantized import BYTES_OF, large_linears
+from library.models.quantized import BYTES_OF, large_linears, numbers_of
 from library.models.sdxl import SdxlModels
 from library.models.streaming import largest_blocks
 from library.models.text_encoders import text_encoder_config
@@ -138,7 +138,7 @@ def _state_on_device(optimizer: str, shapes: Sequence[Sequence[int]], *, at_home
 
 def _swapped_numbers(unet: UNet, count: int) -> int:
     """The numbers of the blocks that lie in RAM, without the two that visit the device at once."""
-    sizes = [sum(p.numel() for p in block.parameters()) for block in largest_blocks(unet.blocks, count)]
+    sizes = [numbers_of(block) for block in largest_blocks(unet.blocks, count)]
     return max(0, sum(sizes) - 2 * max(sizes, default=0))
 
 
@@ -147,8 +147,8 @@ def _frozen(part: str, numbers: int, unet: UNet, models: SdxlModels) -> Iterator
     kind = models.quantized.get(part)
     if kind is not None:
         if part == "unet":
-            whole = sum(layer.weight.numel() for _, layer in large_linears(unet))
-            share = whole / sum(parameter.numel() for parameter in unet.parameters())
+            whole = sum(layer.in_features * layer.out_features for _, layer in large_linears(unet))
+            share = whole / numbers_of(unet)
         else:
             stored = models.stored(part)
             share = sum(t.numel() for n, t in stored.items() if ".layers." in n and t.ndim == 2) / sum(
@@ -173,7 +173,7 @@ def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions) -> Iterato
     """(part, numbers) of the parts that are on the device while it trains, without what is trained of them."""
     trained = {name: parameter for part in task.parts for name, parameter in part.tensors().items()}
     ids = {id(parameter) for parameter in trained.values()}
-    yield "unet", sum(parameter.numel() for parameter in task.unet.parameters() if id(parameter) not in ids)
+    yield "unet", numbers_of(task.unet) - sum(p.numel() for p in task.unet.parameters() if id(p) in ids)
     absent = [
         *(["text_encoder_1", "text_encoder_2"] if cache.text else []),
         *([] if encodes_pictures(models, cache) else ["vae"]),
