@@ -53,6 +53,13 @@ def forked(work: Callable[[], object]) -> Iterator[int]:
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, "it had ended by itself"
 
 
+def seconds_of(write: Callable[[], object]) -> float:
+    """How long a write takes on this machine, now: kills are to hit before, in and behind it."""
+    started = time.monotonic()
+    write()
+    return time.monotonic() - started
+
+
 def left_over(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
 
@@ -70,9 +77,10 @@ def test_fault_1_kill_9_during_a_write_leaves_the_file_as_it_was_or_whole(ending
         value += 1.0
         write_lora(path, whole(500_000, value), {}, None)
 
+    took = seconds_of(lambda: write_lora(tmp_path / f"first{ending}", whole(500_000, 0), {}, None))
     for _ in range(20):
         with forked(write):
-            time.sleep(draw.uniform(0.01, 0.15))
+            time.sleep(0.01 + draw.uniform(0, 3 * took))
         if path.exists():
             tensors = tensors_of(path) if ending == ".safetensors" else torch.load(path, weights_only=True)
             assert len({float(number) for tensor in tensors.values() for number in (tensor.min(), tensor.max())}) == 1
@@ -95,9 +103,11 @@ def test_fault_2_kill_9_during_a_state_leaves_no_torn_one_and_never_none(tmp_pat
         tensor = torch.full((300_000,), float(step))
         write_state(tmp_path / "n-state", State({"step": step}, {"a": tensor}, {"m": tensor}))
 
+    first = State({"step": 0}, weights, {"m": weights["a"]})
+    took = seconds_of(lambda: write_state(tmp_path / "first-state", first))
     for _ in range(20):
         with forked(write):
-            time.sleep(draw.uniform(0.01, 0.15))
+            time.sleep(0.01 + draw.uniform(0, 3 * took))
         torn += bool(left_over(tmp_path))
         found = newest_state(tmp_path, ["n"])
         assert found == tmp_path / "n-state"

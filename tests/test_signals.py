@@ -347,7 +347,7 @@ say("rank", rank, "done")
 def job(tmp_path, running):
     """Start the page's script: HOME has the suite, PATH a scontrol that notes what it is told."""
     page = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
-    [script] = re.findall(r"^```shell\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    script, *_ = re.findall(r"^```shell\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     suite, programs = tmp_path / "sdxl-training-suite", tmp_path / "programs"
     (suite / ".venv" / "bin").mkdir(parents=True)
     programs.mkdir()

@@ -21,10 +21,10 @@ from library.models.unet_config import UNetConfig
 from library.models.vae import PIXELS_PER_LATENT
 
 # Numbers kept for backward, per channel and position of a block's output.
-_RESIDUAL, _TRANSFORMER = 9.0, 24.7
-_RESIDUAL_SELECTED, _TRANSFORMER_SELECTED = 6.0, 16.3
+_RESIDUAL, _TRANSFORMER = 10.1, 24.17
+_RESIDUAL_SELECTED, _TRANSFORMER_SELECTED = 4.13, 17.18
 _SKIPS = 0.5  # of the blocks' outputs: those that later blocks see too stay
-_RESIDUAL_INPUTS, _TRANSFORMER_INPUTS = 3.7, 0.95  # where blocks are computed again
+_RESIDUAL_INPUTS, _TRANSFORMER_INPUTS = 3.77, 0.99  # where blocks are computed again
 _TEXT_LAYER = (
     16.0  # q, k, v, attention, two norms, and a feed-forward four times as wide before and behind its function
 )
