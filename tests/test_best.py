@@ -33,6 +33,7 @@ def test_the_best_is_saved_and_patience_ends_the_run(golden_model, pictures, tmp
     assert (out / "lora.safetensors").exists()
 
 
+@pytest.mark.long
 def test_without_patience_the_best_is_saved_only_when_asked_for(golden_model, pictures, tmp_path):
     train_network(golden_model, pictures, tmp_path / "a", *SPLIT, "--max_train_steps", "2")
     train_network(golden_model, pictures, tmp_path / "b", *SPLIT, "--max_train_steps", "2", "--save_best")

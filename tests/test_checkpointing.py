@@ -47,6 +47,7 @@ def kept_bytes(how):
         return live.now - before
 
 
+@pytest.mark.long
 def test_selective_keeps_less_than_everything_and_full_less_than_that():
     everything, selective, full = (kept_bytes(Checkpointing(policy)) for policy in (None, "selective", "full"))
     assert full < 0.4 * everything and selective < 0.85 * everything

@@ -120,6 +120,7 @@ def test_the_plan_is_the_fastest_that_fits(name, card, words):
         assert leaner.blocks_to_swap == found.blocks_to_swap + 1, "what was given stays"
 
 
+@pytest.mark.long
 def test_a_plan_that_cant_be_kept_says_what_would_help():
     with pytest.raises(OptionError, match=r"there are .*What would help: --fp8_base or --base_quant nf4"):
         plan("lora", "1.2")
