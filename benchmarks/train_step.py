@@ -236,7 +236,7 @@ def build(setup: Setup, device: Any) -> tuple[Callable[[], Any], list[Any]]:
         if setup.compile:
             from library.models.compiling import compile_blocks
 
-            compile_blocks(unet, "inductor")
+            compile_blocks(unet, "inductor", device)
 
         def predict() -> Any:
             return unet(latents.to(compute), timesteps, context, vector)

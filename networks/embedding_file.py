@@ -37,6 +37,10 @@ def add_embeddings(models: SdxlModels, files: tuple[Path, ...]) -> None:
 
 def _rows(path: Path, models: SdxlModels) -> list[Tensor]:
     """The vectors of both encoders, [n, C] each, float32."""
+    if "text_encoder_1" not in models.checkpoint.parts:
+        raise OptionError(
+            f"{_FLAG} {path}: a new word needs both text encoders, and the refiner has one; draw with the model it was made for"
+        )
     widths = [body_of(encoder).embeddings.token_embedding.weight.shape[1] for encoder in models.text_encoders]
     tensors = _read(path)
     found: dict[str, Tensor] = {}

@@ -15,8 +15,9 @@ from library.sampling.changes import NoChanges
 from library.sampling.deep_shrink import DeepShrink
 from library.sampling.draw import Painter, PictureNoise, Start, _noised
 from library.sampling.drawing import Drawing
-from library.sampling.gradual_latent import GradualLatent
+from library.sampling.gradual_latent import GradualLatent, GrowingEuler, _sharpened
 from library.sampling.prompt_line import read_line
+from library.sampling.samplers import make_sampler
 from library.sampling.sources import as_tensor, read_picture, resized
 from library.sampling.text import PromptEncoder
 
@@ -119,6 +120,9 @@ def test_inpainting_keeps_the_latents_that_are_black_in_the_mask(golden_models):
     own = scale_latents(golden_models.encode_images(pixels, torch.randn((1, 4, 16, 12), generator=noise.generator)))
     assert torch.equal(painted[..., :6], own[..., :6])
     assert (painted - own)[..., 6:].abs().mean() > 0.1 and (whole - own)[..., :6].abs().mean() > 0.1
+    # Highres fix draws from one picture, and what stays is another's.
+    above = painter.latents([drawing], Start(latents=torch.zeros(1, 4, 16, 12), mask=mask, stays=pixels))
+    assert torch.equal(above[..., :6], own[..., :6]) and not torch.equal(above[..., 6:], painted[..., 6:])
 
 
 def test_gradual_latent_grows_to_the_full_size_and_with_ratio_1_is_euler_a(golden_models):
@@ -129,6 +133,49 @@ def test_gradual_latent_grows_to_the_full_size_and_with_ratio_1_is_euler_a(golde
     growing = GradualLatent(timesteps=700, ratio=0.5, ratio_step=0.25, every_n_steps=2, unsharp="3,0.5,0.5,0")
     assert growing.growths([999, 799, 599, 399, 199, 0], 128, 96) == [None, None, (96, 72), None, (128, 96), None]
     assert painter_of(golden_models).latents([dataclasses.replace(case, growth=growing)]).shape == (1, 4, 16, 12)
+
+
+def test_a_growing_step_is_the_contracts_by_hand():
+    """A flat picture stays flat when it is resized or sharpened: x + d dt, and fresh noise times s_noise. euler_a at t = 999, 499."""
+    sampler = make_sampler("euler_a", v_prediction=False, zero_terminal_snr=False)
+    for target in (0, 1):
+        growth = GradualLatent(timesteps=1000, ratio=0.5, ratio_step=0.5, s_noise=0.25, unsharp=f"3,0.5,2,{target}")
+        growing = GrowingEuler(sampler, growth, 16, 16)
+        growing.set_timesteps(2)
+        sigma, following = (float(s) for s in sampler.sigmas[:2])
+        added = (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5
+        flat, predicted = torch.full((1, 4, 8, 8), 3.0), torch.full((1, 4, 8, 8), 0.5)  # predicted noise is d itself
+        generator = torch.Generator().manual_seed(1)
+        (found,) = growing.step(predicted, sampler.timesteps[0], flat, generator)
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+        expected = 3.0 + 0.5 * ((following**2 - added**2) ** 0.5 - sigma) + noise * 0.25 * added
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_sharpening_takes_away_the_blur_times_its_strength_by_hand():
+    """A point, and Gauss's 1, 3 of sigma 0.5: exp(-2) = 0.1353 to both sides, so 0.1065, 0.7870, 0.1065."""
+    point = torch.zeros(1, 1, 5, 5)
+    point[..., 2, 2] = 1
+    found = _sharpened(point, (3, 0.5, 2.0, True))[0, 0]
+    assert found[2, 2].item() == pytest.approx(1 + 2 * (1 - 0.78699**2), abs=1e-4)
+    assert found[2, 1].item() == pytest.approx(-2 * 0.78699 * 0.10651, abs=1e-4)
+    assert found[1, 1].item() == pytest.approx(-2 * 0.10651**2, abs=1e-4) and found[2, 0] == 0
+
+
+def test_the_small_stage_of_highres_fix_is_the_contracts_by_hand():
+    """int(x * scale + 0.5), sides cut to multiples of 32: 832 * 0.6 = 499.2 -> 480, 1216 * 0.6 = 729.6 -> 704."""
+    drawing = dataclasses.replace(drawing_of(CASES["ddim"]), width=832, height=1216, original_width=1000, crop_top=11, strength=0.7)  # fmt: skip
+    small = drawing.small_stage(scale=0.6, steps=9, strength=None)
+    assert (small.width, small.height, small.original_width, small.crop_top) == (480, 704, 600, 7)
+    assert (small.steps, small.strength, small.original_height) == (9, 0.7, None)
+    assert drawing.small_stage(scale=0.6, steps=9, strength=0.2).strength == 0.2
+
+
+def test_a_source_through_no_step_stays_as_it_is():
+    sampler = make_sampler("euler", v_prediction=False, zero_terminal_snr=False)
+    sampler.set_timesteps(4)
+    latents, timesteps = _noised(sampler, torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2), 4, 0.2)
+    assert torch.equal(latents, torch.ones(1, 4, 2, 2)) and not len(timesteps)
 
 
 def test_deep_shrink_works_in_its_timesteps_and_leaves_the_size():

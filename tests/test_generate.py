@@ -1,5 +1,6 @@
 """sdxl_gen_img.py: files, names, metadata, seeds, batches, and everything that a picture can be told."""
 
+import dataclasses
 import json
 import os
 import random
@@ -133,6 +134,8 @@ def test_enumerated_variants_multiply_and_replace_the_pictures_per_prompt(draw):
     ("a --w 1000", "--w 1000: must be a multiple of 32; take 992 or 1024"),
     ("a --w 20", "must be a multiple of 32; take 32"), ("a --s 3.5", "--s: expected a whole number, got '3.5'"),
     ("a --ss euler", "--ss is no option of a prompt"), ("a --d 1,x", "expected a whole number, or several with commas"),
+    ("a --glt 700 --glr 0.1", "leaves nothing of the 8 latent cells of a picture of 64x64; take a larger ratio, 0.125 or more"),
+    ("a --dsd1 3 --dsr 0.1", "leaves nothing of a map of 8 cells, as block 3 sees a picture of 64x64"),
     ("a --am 0.5", "no network is loaded"), ("a --t 2", "expected a number from 0 to 1"), ("{3$$a|b}", "but it has 2"),
     ("a --glus 4,1,1", "with an odd size"), ("a AND b", "divides a prompt for networks"), ("a --ds1 3", "did you mean 'dsd1'?"),
 ])  # fmt: skip
@@ -150,6 +153,7 @@ def bad_files(tmp_path):
     (tmp_path / "empty.txt").write_text("# nothing\n", encoding="utf-8")
     (tmp_path / "lora.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
     (tmp_path / "folder").mkdir()
+    Image.new("RGB", (64, 64), "grey").save(tmp_path / "grey.png")
 
 
 @pytest.mark.parametrize("words, told", [
@@ -162,6 +166,9 @@ def bad_files(tmp_path):
     (["--prompt", "a", "--control_net_lllite_models", "lora.safetensors"], "need --guide_image_path"),
     (["--prompt", "a", "--gradual_latent_timesteps", "500", "--sampler", "ddim"], "Gradual Latent works with"),
     (["--prompt", "a", "--highres_fix_scale", "0.5", "--highres_fix_upscaler", "no.module"], "can't be used"),
+    (["--prompt", "a", "--highres_fix_scale", "0.4"], "makes 0x0 of 64x64; each side needs 32 pixels: take 0.5 or more"),
+    (["--prompt", "a --glt 700", "--highres_fix_scale", "0.5"], "Gradual Latent and --highres_fix_scale: take one of them"),
+    (["--prompt", "a --glt 700", "--image_path", "grey.png", "--mask_path", "grey.png"], "sizes that --mask_path doesn't fit"),
 ])  # fmt: skip
 def test_mistakes_in_options_and_files_are_told(words, told, draw, tmp_path, monkeypatch):
     bad_files(tmp_path)
@@ -212,6 +219,38 @@ def test_a_file_draws_its_picture_again(kind, draw):
     assert read_texts(first, "")["negative-prompt"] == "dark" and first.suffix == f".{kind}"
     (other,) = draw("--from_png", first, "--highres_fix_steps", 3, small=[])
     assert np.abs(pixels(first) - pixels(other)).max() > 0, "options beside the file win"
+    beside = (
+        "--steps",
+        1,
+        "--seed",
+        12,
+        "--scale",
+        1,
+        "--W",
+        96,
+        "--prompt",
+        "a dog --n bright",
+        "--highres_fix_steps",
+        1,
+    )
+    (changed,) = draw("--from_png", first, *beside, small=[])
+    texts = read_texts(changed, "")
+    assert [texts[name] for name in ("steps", "seed", "scale", "prompt", "negative-prompt")] == ["1", "12", "1.0", "a dog", "bright"]  # fmt: skip
+    assert Image.open(changed).size == (96, 64) and texts["sampler"] == "euler_a"
+
+
+def test_what_draws_a_picture_alone_are_options_that_plan_the_same_picture(draw, tmp_path, monkeypatch):
+    """Every field of a drawing goes through the command line and comes back."""
+    seen = []
+    monkeypatch.setattr("library.sampling.generate._tell", lambda drawings, options: seen.extend(drawings))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    line = " ".join(f"--{name} {value}" for name, value in EVERY_OPTION.items() if name != "am")
+    draw(
+        "--prompt", f"a cat, {{big}} {line}", "--image_path", tmp_path / "a.png", "--dry_run", "--guidance_rescale", 0.3
+    )
+    words = [word for name, value in seen[0].as_options().items() if value is not None for word in (f"--{name}", value)]
+    draw(*(word for value in words for word in (value if isinstance(value, list) else [value])), "--dry_run", small=[])
+    assert seen[1] == dataclasses.replace(seen[0], raw_prompt=seen[1].raw_prompt)
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""Compiling: the U-Net's residual and transformer blocks through torch.compile (--torch_compile).
+"""Compiling: the U-Net's residual and transformer blocks through torch.compile (--torch_compile, and --compile where pictures are drawn).
 
 Blocks of one kind share their graphs, and sizes become variables with the second bucket, so a run has about 16 graphs however many
 buckets it has; dynamo's own limit of 8 recompilations would end that with a warning.
@@ -14,10 +14,13 @@ from library.models.unet_blocks import BasicTransformerBlock, ResnetBlock2D
 _GRAPHS = 256  # of one function; more means that something else than shapes changes
 
 
-def compile_blocks(unet: nn.Module, backend: str, device: torch.device) -> bool:
-    """Compile each block when it is first called. Returns False, with the reason told, where the backend doesn't work."""
+def compile_blocks(unet: nn.Module, backend: str, device: torch.device, *, flag: str = "--torch_compile") -> bool:
+    """Compile each block when it is first called. Returns False, with the reason told, where the backend doesn't work.
+
+    Args: flag: the option that asks for it, as messages call it.
+    """
     if (reason := _why_not(backend, device)) is not None:
-        log.warning("--torch_compile: %s doesn't work here: %s. The run goes on uncompiled", backend, reason)
+        log.warning("%s: %s doesn't work here: %s. The run goes on uncompiled", flag, backend, reason)
         return False
     import torch._dynamo
 

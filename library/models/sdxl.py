@@ -81,6 +81,7 @@ class SdxlModels:
         self._attention = attention
         self._checkpointing = checkpointing
         self.change: Change | None = None
+        self._vae_changes: list[Callable[[AutoencoderKL], None]] = []
         self.new_tokens: list[NewToken] = []
         self.trained: frozenset[str] = frozenset()
         self.quantized: Mapping[str, str] = {}
@@ -144,7 +145,16 @@ class SdxlModels:
         return self._load_vae(self.precision.vae)
 
     def _load_vae(self, dtype: torch.dtype) -> "AutoencoderKL":
-        return load_vae(self.stored("vae"), dtype, self.device, what=f"{self._vae or self.checkpoint.path}: VAE")
+        vae = load_vae(self.stored("vae"), dtype, self.device, what=f"{self._vae or self.checkpoint.path}: VAE")
+        for change in self._vae_changes:
+            change(vae)
+        return vae
+
+    def change_vae(self, change: Callable[["AutoencoderKL"], None]) -> None:
+        """Change how the VAE works, now and when it is loaded again (in float32)."""
+        self._vae_changes.append(change)
+        if "vae" in self.__dict__:
+            change(self.vae)
 
     def _vae_in_float32(self) -> "AutoencoderKL":
         """The VAE in float32, which takes the other's place: one picture that overflows is seldom alone."""

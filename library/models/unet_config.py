@@ -58,6 +58,11 @@ class UNetConfig:
         return self.vector_channels == self.context_channels + 5 * SIZE_CHANNELS
 
     @property
+    def pooled_channels(self) -> int:
+        """Width of the pooled text (1280), which the size vectors follow."""
+        return self.vector_channels - (5 if self.takes_score else 6) * SIZE_CHANNELS
+
+    @property
     def is_inpainting(self) -> bool:
         return self.in_channels == 9
 

@@ -1,11 +1,12 @@
 """ClipVision: what CLIP's image encoder sees in pictures, in the space of the pooled text."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from library.errors import OptionError
 from library.hub import hub_errors
 from library.imports import import_transformers
 
@@ -19,18 +20,44 @@ _MEAN, _STD = (
 
 
 @torch.no_grad()
-def image_vectors(name: str, images: "Sequence[Image]", device: torch.device) -> Tensor:
-    """[B, 1280], float32, of the image encoder with projection that a folder or hub id holds. Raises OptionError."""
+def image_vectors(
+    name: str, images: "Iterable[Image]", *, width: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """What the image encoder with projection that a folder or hub id holds sees in each picture: [1, width], float32.
+
+    Args:
+        width: of the model's pooled text.
+        dtype: to compute in.
+
+    Raises OptionError for an encoder that isn't there, lacks tensors, or has another width.
+    """
     import numpy as np
     from PIL import Image as Pillow
 
-    with hub_errors(name):
-        model = import_transformers().CLIPVisionModelWithProjection.from_pretrained(name).to(device).eval()
+    model = _open(name, width).to(device, dtype).eval()
     side = model.config.image_size
-    pixels = np.stack([np.asarray(_square(image, side, Pillow.Resampling.BICUBIC)) for image in images])
-    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().to(device) / 255
-    mean, std = (torch.tensor(one, device=device)[:, None, None] for one in (_MEAN, _STD))
-    return model((values - mean) / std).image_embeds.float()
+    mean, std = (torch.tensor(one)[:, None, None] for one in (_MEAN, _STD))
+    for image in images:
+        pixels = torch.from_numpy(np.array(_square(image, side, Pillow.Resampling.BICUBIC)))
+        values = (pixels.permute(2, 0, 1).float() / 255 - mean) / std
+        yield model(values[None].to(device, dtype)).image_embeds.float()
+
+
+def _open(name: str, width: int) -> Any:
+    kind = import_transformers().CLIPVisionModelWithProjection
+    with hub_errors(f"--clip_vision_model {name}"):
+        model, loaded = kind.from_pretrained(name, output_loading_info=True)
+    if missing := sorted(loaded["missing_keys"]):
+        raise OptionError(
+            f"--clip_vision_model {name}: it is no CLIP image encoder with projection; {len(missing)} of its tensors are missing "
+            f"({', '.join(missing[:3])}, …)"
+        )
+    if model.config.projection_dim != width:
+        raise OptionError(
+            f"--clip_vision_model {name}: its vectors have {model.config.projection_dim} numbers, and this model's pooled text "
+            f"has {width}; give the image encoder that belongs to its second text encoder"
+        )
+    return model
 
 
 def _square(image: "Image", side: int, filter: int) -> "Image":

@@ -3,6 +3,7 @@
 Source: contract, training_math.md section 10.
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -21,6 +22,18 @@ class DeepShrink:
     depth_2: int | None = None
     timesteps_2: int = 650
     ratio: float = 0.5
+
+    def problem(self, width: int, height: int) -> str | None:
+        """Why a picture of this size in pixels can't be drawn so."""
+        for depth in (self.depth_1, self.depth_2):
+            # Block 0 is the first convolution; blocks 3 and 6 halve the map, for those behind them.
+            side = 0 if depth is None else min(width, height) // 8 >> max(0, depth - 1) // 3
+            if depth is not None and int(side * self.ratio) < 1:
+                return (
+                    f"Deep Shrink by {self.ratio:g} leaves nothing of a map of {side} cells, as block {depth} sees a picture of "
+                    f"{width}x{height}; take a larger ratio, {math.ceil(1000 / side) / 1000:g} or more"
+                )
+        return None
 
     def block_at(self, timestep: float) -> int | None:
         """The input block before which the map is shrunk at this timestep; None: it isn't."""

@@ -3,7 +3,6 @@
 Shapes: B pictures, H and W in pixels, h = H / 8 and w = W / 8.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from library.errors import OptionError
+from library.log import log
 from library.models.inpainting import inpainting_channels
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import TextConditioning
@@ -33,11 +33,13 @@ class Start(NamedTuple):
     Attributes:
         pixels: [B, 3, H, W] in -1..1; or latents: scaled, [B, 4, h, w].
         mask: 1 where it is repainted, [B, 1, h, w].
+        stays: what stays where the mask is 0, if that isn't what is drawn from: [B, 3, H, W] in -1..1.
     """
 
     pixels: Tensor | None = None
     latents: Tensor | None = None
     mask: Tensor | None = None
+    stays: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Painter:
             noise = torch.cat([noise.for_source for noise in noises if noise.for_source is not None])
             latents, timesteps = _noised(sampler, own, noise, first.steps, first.strength)
             if start.mask is not None:
-                kept = Kept(own, noise, start.mask.to(own))
+                stays = own if start.stays is None else self._scaled_latents(start.stays, generators)
+                kept = Kept(stays, noise, start.mask.to(own))
         if first.growth is not None:
             latents = first.growth.shrunk(latents)
         extra_at = self.changes.conditions(guides=guides, sub_contexts=subs, mask=regions, parts=guidance.parts)
@@ -169,11 +172,14 @@ class Painter:
 
     def _own_latents(self, start: Start, generators: Sequence[torch.Generator]) -> Tensor:
         """The scaled latents of what is drawn from, in the dtype in which is drawn."""
-        device, dtype = self.models.device, self.models.precision.compute
         if start.latents is not None:
-            return start.latents.to(device, dtype)
+            return start.latents.to(self.models.device, self.models.precision.compute)
         assert start.pixels is not None
-        return scale_latents(self._raw(start.pixels, generators)).to(device, dtype)
+        return self._scaled_latents(start.pixels, generators)
+
+    def _scaled_latents(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        raw = self._raw(pixels, generators)
+        return scale_latents(raw).to(self.models.device, self.models.precision.compute)
 
     def _raw(self, pixels: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Raw latents, samples of the posterior drawn by each picture's generator."""
@@ -186,7 +192,8 @@ class Painter:
     def _beside(self, first: Drawing, start: Start | None, noises: "Sequence[PictureNoise]") -> Tensor:
         """What an inpainting model sees beside the latents: the picture without what is repainted; all is, where there is no mask."""
         shape = (len(noises), 3, first.height, first.width)
-        pixels = torch.zeros(shape) if start is None or start.pixels is None else start.pixels.cpu()
+        shown = None if start is None else start.pixels if start.stays is None else start.stays
+        pixels = torch.zeros(shape) if shown is None else shown.cpu()
         masks = torch.ones(len(noises), *shape[2:])
         if start is not None and start.mask is not None:
             masks = torch.nn.functional.interpolate(start.mask.cpu(), scale_factor=8)[:, 0]
@@ -232,12 +239,19 @@ class PictureNoise(NamedTuple):
 def _noised(sampler: Any, latents: Tensor, noise: Tensor, steps: int, strength: float) -> tuple[Tensor, Tensor]:
     """The latents at the noise from which they are drawn anew, and the timesteps that are gone through.
 
-    As in the reference, those begin one step below that noise. Source: contract, training_math.md section 10.
+    As in the reference, those begin one step below that noise. Where no step would follow, nothing is noised: differs from
+    sd-scripts, whose pictures keep that noise. Source: contract, training_math.md section 10.
     """
     offset = sampler.config.get("steps_offset", 0)
     count = min(int(steps * strength) + offset, steps)
-    level = sampler.timesteps[-count] if count else sampler.timesteps[-1]
-    return sampler.add_noise(latents, noise, level[None]), sampler.timesteps[max(steps - count + offset, 0) :]
+    if count <= offset:
+        if strength:
+            log.warning(
+                "%d steps at strength %g: none of them is gone through, the picture stays as it is", steps, strength
+            )
+        return latents, sampler.timesteps[:0]
+    level = sampler.timesteps[-count]
+    return sampler.add_noise(latents, noise, level[None]), sampler.timesteps[steps - count + offset :]
 
 
 def _stacked(texts: Sequence[TextConditioning]) -> TextConditioning:
@@ -246,20 +260,3 @@ def _stacked(texts: Sequence[TextConditioning]) -> TextConditioning:
 
 def _or(value: int | None, other: int) -> int:
     return other if value is None else value
-
-
-def small_stage(drawing: Drawing, *, scale: float, steps: int, strength: float | None) -> Drawing:
-    """The first stage of highres fix: smaller, with its own steps; sides are multiples of 32."""
-
-    def scaled(value: int | None) -> int | None:
-        return None if value is None else int(value * scale + 0.5)
-
-    return dataclasses.replace(
-        drawing,
-        width=int(drawing.width * scale + 0.5) // 32 * 32, height=int(drawing.height * scale + 0.5) // 32 * 32,
-        original_width=scaled(drawing.original_width), original_height=scaled(drawing.original_height),
-        original_width_negative=scaled(drawing.original_width_negative),
-        original_height_negative=scaled(drawing.original_height_negative),
-        crop_top=scaled(drawing.crop_top), crop_left=scaled(drawing.crop_left),
-        steps=steps, strength=drawing.strength if strength is None else strength,
-    )  # fmt: skip

@@ -60,6 +60,21 @@ class Drawing:
     def is_guided(self) -> bool:
         return self.scale > 1
 
+    def small_stage(self, *, scale: float, steps: int, strength: float | None) -> "Drawing":
+        """The first stage of highres fix: smaller, with its own steps; sides are multiples of 32."""
+
+        def scaled(value: int | None) -> int | None:
+            return None if value is None else int(value * scale + 0.5)
+
+        return dataclasses.replace(
+            self, width=int(self.width * scale + 0.5) // 32 * 32, height=int(self.height * scale + 0.5) // 32 * 32,
+            original_width=scaled(self.original_width), original_height=scaled(self.original_height),
+            original_width_negative=scaled(self.original_width_negative),
+            original_height_negative=scaled(self.original_height_negative),
+            crop_top=scaled(self.crop_top), crop_left=scaled(self.crop_left),
+            steps=steps, strength=self.strength if strength is None else strength,
+        )  # fmt: skip
+
     @property
     def settings(self) -> tuple[Any, ...]:
         """What pictures of one batch have in common."""
@@ -97,6 +112,26 @@ class Drawing:
             values[name] = None if values[name] is None else str(values[name])
         values["guides"] = [str(path) for path in self.guides]
         return values
+
+    def as_options(self) -> dict[str, Any]:
+        """The options of the command line that draw it; None: such an option isn't given."""
+        multipliers = None if self.multipliers is None else ",".join(map(str, self.multipliers))
+        more = {"n": self.negative, "n2": self.negative2, "c": self.clip_prompt, "am": multipliers}
+        prompt = " ".join([self.prompt, *(f"--{letters} {text}" for letters, text in more.items() if text is not None)])
+        shrink = {"depth_1": None} if self.shrink is None else dataclasses.asdict(self.shrink)
+        growth = {"timesteps": None} if self.growth is None else dataclasses.asdict(self.growth)
+        if "unsharp" in growth:
+            growth["unsharp_params"] = growth.pop("unsharp")
+        same = (
+            "prompt2", "original_width", "original_height", "original_width_negative", "original_height_negative", "crop_top",
+            "crop_left", "steps", "seed", "sampler", "scale", "negative_scale", "guidance_rescale", "strength",
+        )  # fmt: skip
+        return {
+            "prompt": prompt, "W": self.width, "H": self.height, **{name: getattr(self, name) for name in same},
+            **{f"ds_{name}": value for name, value in shrink.items()},
+            **{f"gradual_latent_{name}": value for name, value in growth.items()},
+            "image_path": self.source, "mask_path": self.mask, "guide_image_path": list(self.guides) or None,
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Drawing":

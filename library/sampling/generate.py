@@ -1,10 +1,11 @@
 """Generate: from options to picture files. What can be wrong is told before torch is imported."""
 
+import functools
 import glob
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from library.errors import Mistake, OptionError
 from library.files import make_writable_folder
@@ -19,7 +20,6 @@ from library.sampling.generation_options import (
     PromptOptions,
     SourceOptions,
 )
-from library.sampling.metadata import drawing_in
 from library.sampling.plan import Line, Planner, read_lines
 from library.sampling.sources import read_picture
 
@@ -37,12 +37,20 @@ def generate(options: Options, open_changes: OpenChanges, *, num_networks: int, 
 
     Args: num_networks, num_guides: networks with a multiplier, and control nets, that `open_changes` will put on the model.
     """
-    lines = [] if options[PromptOptions].from_png is not None else read_lines(options)
+    lines = read_lines(options)
     planner = Planner(options, len(lines), num_guides=num_guides, num_networks=num_networks)
-    drawings = _planned(options, planner, lines)
+    rounds = 1 if options[PromptOptions].interactive else options[PromptOptions].n_iter
+    drawings = [drawing for _ in range(rounds) for drawing in planner.round_of(lines)]
     checkpoint = _open(options[GenerationModelOptions])
     _look_at_files(drawings)
+    is_painted_over = options[SourceOptions].mask_path is not None and not num_networks
+    fits = functools.partial(_check_fits, checkpoint)
+    fits(drawings)
     log.info(checkpoint.describe())
+    if checkpoint.unet.is_inpainting and not is_painted_over:
+        log.info(
+            "no mask says what this inpainting model is to paint (--image_path and --mask_path): it paints whole pictures"
+        )
     if options[OutputOptions].dry_run:
         _tell(drawings, options)
         return
@@ -55,7 +63,7 @@ def generate(options: Options, open_changes: OpenChanges, *, num_networks: int, 
     studio = Studio(options, checkpoint, open_changes)
     if options[PromptOptions].interactive:
         for line in _asked_for():
-            _draw_line(studio, planner, line)
+            _draw_line(studio, planner, line, fits)
     else:
         studio.draw(drawings)
     studio.finish()
@@ -75,14 +83,9 @@ def check_generation(options: Options) -> Iterable[Mistake]:
         yield Mistake("--guide_image_path needs --control_net_lllite_models, which follow it", ("guide_image_path",))
     if fix.highres_fix_scale is not None and options.given("gradual_latent_timesteps"):
         yield Mistake("--highres_fix_scale and --gradual_latent_timesteps: take one of them", ("highres_fix_scale",))
-
-
-def _planned(options: Options, planner: Planner, lines: Sequence[Line]) -> list[Drawing]:
     chosen = options[PromptOptions]
-    if chosen.from_png is not None:
-        return [drawing_in(chosen.from_png)]
-    rounds = 1 if chosen.interactive else chosen.n_iter
-    return [drawing for _ in range(rounds) for drawing in planner.round_of(lines)]
+    if chosen.from_png is not None and chosen.prompt is None and chosen.from_file is None:
+        yield Mistake("--from_png belongs on the command line, not in --config_file", ("from_png",))
 
 
 def _open(options: GenerationModelOptions) -> Checkpoint:
@@ -99,6 +102,15 @@ def _open(options: GenerationModelOptions) -> Checkpoint:
     if options.vae is not None:
         check_vae(options.vae)
     return checkpoint
+
+
+def _check_fits(checkpoint: Checkpoint, drawings: Sequence[Drawing]) -> None:
+    """Raises OptionError for drawings that the model can't draw."""
+    if checkpoint.unet.is_inpainting and any(drawing.growth is not None for drawing in drawings):
+        raise OptionError(
+            f"--ckpt {checkpoint.path}: Gradual Latent draws at sizes that what an inpainting model sees doesn't fit; "
+            "leave out --gradual_latent_timesteps and --gl..., or take another model"
+        )
 
 
 def _look_at_files(drawings: Sequence[Drawing]) -> None:
@@ -143,10 +155,11 @@ def _asked_for() -> Iterator[Line]:
         yield Line(text.strip(), f"prompt {number}")
 
 
-def _draw_line(studio: "Studio", planner: Planner, line: Line) -> None:
-    """One line of --interactive: a mistake in it is told, and the next one is asked for."""
+def _draw_line(studio: "Studio", planner: Planner, line: Line, fits: Callable[[Sequence[Drawing]], None]) -> None:
+    """One line of --interactive: a mistake in it is told, and the next one is asked for. Args: fits: raises OptionError."""
     try:
-        drawings: list[Any] = planner.drawings_of(line)
+        drawings = planner.drawings_of(line)
+        fits(drawings)
         _look_at_files(drawings)
         studio.draw(drawings)
     except OptionError as error:

@@ -3,6 +3,7 @@
 Shapes: B pictures, h and w of latents. Source: contract, training_math.md section 10.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,16 @@ class GradualLatent:
     every_n_steps: int = 3
     s_noise: float = 1.0
     unsharp: str | None = None
+
+    def problem(self, width: int, height: int) -> str | None:
+        """Why a picture of this size in pixels can't be drawn so."""
+        side = min(width, height) // 8
+        if int(side * self.ratio) >= 1:
+            return None
+        return (
+            f"Gradual Latent at {self.ratio:g} leaves nothing of the {side} latent cells of a picture of {width}x{height}; "
+            f"take a larger ratio, {math.ceil(1000 / side) / 1000:g} or more"
+        )
 
     def growths(self, timesteps: Sequence[float], height: int, width: int) -> list[tuple[int, int] | None]:
         """The (h, w) to which latents grow in each step, of full latents of this size; None: they stay."""

@@ -70,22 +70,21 @@ def _texts_in(image: "Image") -> dict[str, str]:
 
 
 def words_of(path: Path) -> list[str]:
-    """The words of the command line that a picture's own options are, but for what it shows. Raises OptionError."""
-    words = []
-    for name, value in _settings_in(path)["options"].items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not False:
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return words
-
-
-def drawing_in(path: Path) -> Drawing:
-    """The drawing that a picture is of. Raises OptionError."""
+    """The command line that draws a picture again. Raises OptionError."""
+    settings = _settings_in(path)
     try:
-        return Drawing.from_json(_settings_in(path)["drawing"])
+        drawing = Drawing.from_json(settings["drawing"])
     except (KeyError, TypeError, ValueError) as error:
         raise OptionError(f"--from_png {path}: what is stored in it can't be read: {error}") from None
+    words = []
+    for name, value in {**settings["options"], **drawing.as_options()}.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words.append(f"--{name}={value}")  # in one word, as it may begin with a dash
+    return words
 
 
 def _settings_in(path: Path) -> dict[str, Any]:

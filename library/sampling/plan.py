@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,8 +14,10 @@ from library.sampling.drawing import Drawing
 from library.sampling.generation_options import (
     DEFAULT_SIDE,
     GRADUAL_SAMPLERS,
+    SIDE,
     DeepShrinkOptions,
     GradualLatentOptions,
+    HighresFixOptions,
     PictureOptions,
     PromptOptions,
     SourceOptions,
@@ -43,6 +45,8 @@ class Line:
 def read_lines(options: Options) -> list[Line]:
     """The lines that the options name; none with --interactive. Raises OptionError."""
     chosen = options[PromptOptions]
+    if chosen.interactive:
+        return []
     if chosen.from_file is not None:
         try:
             text = chosen.from_file.read_text(encoding="utf-8-sig")
@@ -59,8 +63,6 @@ def read_lines(options: Options) -> list[Line]:
         return lines
     if chosen.prompt is not None:
         return [Line(chosen.prompt, "--prompt")]
-    if chosen.interactive:
-        return []
     source = options[SourceOptions].image_path
     if source is None:
         raise OptionError("nothing to draw: give --prompt, --from_file, --from_png or --interactive")
@@ -89,6 +91,7 @@ class Planner:
         num_guides, num_networks: control nets, and networks with a multiplier.
         """
         self._prompts, self._picture = options[PromptOptions], options[PictureOptions]
+        self._fix = options[HighresFixOptions]
         sources = options[SourceOptions]
         self._strength = _STRENGTH if sources.strength is None else sources.strength
         self._sources = [] if sources.image_path is None else list_pictures([sources.image_path], "--image_path")
@@ -163,7 +166,7 @@ class Planner:
         width, height = self._size(read, source)
         if read.multipliers and not self._num_networks:
             raise OptionError(f"{line.where}: --am: no network is loaded whose multiplier it could be")
-        return Drawing(
+        drawing = Drawing(
             prompt=read.prompt, negative=read.negative or "", prompt2=_first(read.prompt2, self._prompts.prompt2),
             negative2=read.negative2, raw_prompt=line.text, clip_prompt=read.clip_prompt, width=width, height=height,
             original_width=_first(read.original_width, picture.original_width),
@@ -178,6 +181,30 @@ class Planner:
             mask=self._masks[self._number % len(self._masks)] if self._masks else None,
             guides=self._next_guides(), number=self._number, row=row,
         )  # fmt: skip
+        if problems := list(self._problems(drawing)):
+            raise OptionError(*(f"{line.where}: {problem}" for problem in problems))
+        return drawing
+
+    def _problems(self, drawing: Drawing) -> Iterable[str]:
+        """Settings of a picture that don't go together."""
+        stages, scale = [drawing], self._fix.highres_fix_scale
+        if scale is not None:
+            stages.insert(0, drawing.small_stage(scale=scale, steps=1, strength=None))
+            if min(stages[0].width, stages[0].height) < SIDE:
+                least = SIDE / min(drawing.width, drawing.height)
+                yield (
+                    f"--highres_fix_scale {scale:g} makes {stages[0].width}x{stages[0].height} of {drawing.width}x{drawing.height}; "
+                    f"each side needs {SIDE} pixels: take {least:g} or more"
+                )
+                return
+        if drawing.growth is not None and scale is not None:
+            yield "Gradual Latent and --highres_fix_scale: take one of them"
+        if drawing.growth is not None and drawing.mask is not None and not self._num_networks:
+            yield "Gradual Latent draws at sizes that --mask_path doesn't fit; leave one of them out"
+        for stage in stages:
+            for way in (stage.shrink, stage.growth):
+                if way is not None and (problem := way.problem(stage.width, stage.height)):
+                    yield problem
 
     def _check_regions(self, prompt: str, where: str) -> None:
         parts = len(AND.split(prompt))

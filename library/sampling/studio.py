@@ -4,10 +4,12 @@ While one batch is drawn, the one before is decoded and written by a thread of i
 """
 
 import dataclasses
+import functools
 import importlib
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +25,7 @@ from library.models.sdxl import SdxlModels
 from library.models.vae import decode_in_slices, decode_in_tiles, finite_samples, unscale_latents
 from library.options import Options
 from library.precision import Precision
-from library.sampling.draw import Painter, Start, small_stage
+from library.sampling.draw import Painter, Start
 from library.sampling.drawing import Drawing
 from library.sampling.generation_options import (
     GenerationModelOptions,
@@ -68,11 +70,16 @@ class Studio:
             zero_terminal_snr=chosen.zero_terminal_snr or bool(checkpoint.zero_terminal_snr),
             on_step=lambda pictures: self._bar.update(),
         )
+        if chosen.vae_tiling:
+            self._models.change_vae(decode_in_tiles)
+        elif chosen.vae_slices is not None:
+            self._models.change_vae(functools.partial(decode_in_slices, slices=chosen.vae_slices))
         if chosen.compile:
-            compile_blocks(self._models.unet, "inductor", device)
+            compile_blocks(self._models.unet, "inductor", device, flag="--compile")
         fix = options[HighresFixOptions]
         self._output = Output(options[OutputOptions], with_stages=fix.highres_fix_scale is not None)
         self._upscaler = None if fix.highres_fix_upscaler is None else _open_upscaler(fix, self._models)
+        self._seen: dict[Path | None, Tensor] = {}
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._rows: dict[int, tuple[str, list[Image | None]]] = {}
@@ -81,6 +88,7 @@ class Studio:
 
     def draw(self, drawings: Sequence[Drawing]) -> None:
         """Draw all of them, in batches of those that have everything but prompts, seeds and files in common."""
+        self._see_sources(drawings)
         batches = list(self._batches(drawings))
         self._bar = progress_bar("drawing", sum(self._steps_of(batch[0]) for batch in batches))
         try:
@@ -110,8 +118,11 @@ class Studio:
     def _steps_of(self, drawing: Drawing) -> int:
         """About how many steps a batch takes, for the progress bar; samplers of second order take more."""
         fix = self._options[HighresFixOptions]
-        own = int(drawing.steps * drawing.strength) if drawing.source or fix.highres_fix_scale else drawing.steps
-        return own + (fix.highres_fix_steps if fix.highres_fix_scale else 0)
+        if fix.highres_fix_scale is None:
+            return int(drawing.steps * drawing.strength) if drawing.source else drawing.steps
+        small = drawing.small_stage(scale=1, steps=fix.highres_fix_steps, strength=fix.highres_fix_strength)
+        first = int(small.steps * small.strength) if drawing.source else small.steps
+        return first + int(drawing.steps * drawing.strength)
 
     # ------------------------------------------------------------------------------------------------------ one batch
 
@@ -120,16 +131,15 @@ class Studio:
         if fix.highres_fix_scale is None:
             latents = self._latents(drawings, self._start(drawings), with_guides=True)
         else:
-            small = [
-                small_stage(
-                    d, scale=fix.highres_fix_scale, steps=fix.highres_fix_steps, strength=fix.highres_fix_strength
-                )
-                for d in drawings
-            ]
+            scale, steps, strength = fix.highres_fix_scale, fix.highres_fix_steps, fix.highres_fix_strength
+            small = [drawing.small_stage(scale=scale, steps=steps, strength=strength) for drawing in drawings]
             first = self._latents(small, self._start(small), with_guides=True)
             if fix.highres_fix_save_1st:
                 self._write(drawings, first, stage=1)
             start = self._enlarged(first, drawings[0].width, drawings[0].height)
+            source = self._start(drawings)
+            if source is not None and source.mask is not None:
+                start = start._replace(mask=source.mask, stays=source.pixels)
             again = [dataclasses.replace(d, seed=d.seed + 1) for d in drawings]
             latents = self._latents(again, start, with_guides=not fix.highres_fix_disable_control_net)
         self._wait()
@@ -163,15 +173,26 @@ class Studio:
     def _resized(self, paths: Sequence[Any], first: Drawing, flag: str) -> list[Image]:
         return [resized(read_picture(path, flag), first.width, first.height) for path in paths]
 
-    def _pooled(self, drawings: Sequence[Drawing]) -> Tensor | None:
-        """--clip_vision_strength: what CLIP sees in the sources, in place of the pooled text."""
+    def _see_sources(self, drawings: Sequence[Drawing]) -> None:
+        """--clip_vision_strength: what CLIP sees in each source, before the first is drawn; its encoder's memory is free then."""
         chosen = self._options[SourceOptions]
-        if chosen.clip_vision_strength is None:
-            return None
+        new = [
+            path for path in dict.fromkeys(d.source for d in drawings) if path is not None and path not in self._seen
+        ]
+        if chosen.clip_vision_strength is None or not new:
+            return
         from library.sampling.clip_vision import image_vectors
 
-        images = [read_picture(d.source, "--image_path") for d in drawings if d.source is not None]
-        return chosen.clip_vision_strength * image_vectors(chosen.clip_vision_model, images, self._models.device)
+        vectors = image_vectors(
+            chosen.clip_vision_model, (read_picture(path, "--image_path") for path in new),
+            width=self._models.checkpoint.unet.pooled_channels, device=self._models.device, dtype=self._models.precision.compute,
+        )  # fmt: skip
+        self._seen.update(zip(new, vectors, strict=True))
+
+    def _pooled(self, drawings: Sequence[Drawing]) -> Tensor | None:
+        """What CLIP sees in the sources, in place of the pooled text."""
+        strength = self._options[SourceOptions].clip_vision_strength
+        return None if strength is None else strength * torch.cat([self._seen[d.source] for d in drawings])
 
     def _enlarged(self, latents: Tensor, width: int, height: int) -> Start:
         """What the second stage of highres fix is drawn from."""
@@ -200,10 +221,6 @@ class Studio:
         chosen = self._options[GenerationModelOptions]
         wanted = len(latents) if chosen.vae_batch_size is None else chosen.vae_batch_size
         size = max(1, int(wanted if wanted >= 1 else wanted * len(latents)))
-        if chosen.vae_tiling:
-            decode_in_tiles(self._models.vae)
-        elif chosen.vae_slices is not None:
-            decode_in_slices(self._models.vae, chosen.vae_slices)
         return torch.cat([self._decode_some(part) for part in unscale_latents(latents).split(size)])
 
     @torch.no_grad()
@@ -213,7 +230,7 @@ class Studio:
         except torch.OutOfMemoryError:
             log.warning("the VAE finds no memory for whole pictures and decodes tiles (--vae_tiling, --vae_batch_size)")
             torch.cuda.empty_cache()
-            decode_in_tiles(self._models.vae)
+            self._models.change_vae(decode_in_tiles)
             return self._models.decode_latents(raw, black=_WORST_BLACK)
 
     def _write(self, drawings: Sequence[Drawing], latents: Tensor, stage: int) -> None:
