@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from library.models.products import linear, matmul
+from library.models.products import add_product, linear, matmul
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -39,7 +39,7 @@ class _LoraLinear(torch.autograd.Function):
         narrow_down, narrow_up, weight = down.to(x.dtype), up.to(x.dtype), weight.to(x.dtype)
         h = matmul(x, narrow_down.t())
         y = linear(x, weight, None if bias is None else bias.to(x.dtype))
-        y.addmm_(h, narrow_up.t(), alpha=scale)
+        add_product(y, h, narrow_up.t(), scale)
         ctx.save_for_backward(x, weight, narrow_down, narrow_up, h)
         ctx.scale, ctx.dtypes = scale, (down.dtype, up.dtype)
         return y
@@ -50,7 +50,7 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, down, up, h = ctx.saved_tensors
         wants_x, _, _, wants_down, wants_up, _ = ctx.needs_input_grad
         grad_h = matmul(grad, up).mul_(ctx.scale)  # [N, r]
-        grad_x = matmul(grad, weight).addmm_(grad_h, down) if wants_x else None
+        grad_x = add_product(matmul(grad, weight), grad_h, down) if wants_x else None
         grad_down = matmul(grad_h.t(), x).to(ctx.dtypes[0]) if wants_down else None
         grad_up = matmul(grad.t(), h).to(ctx.dtypes[1]).mul_(ctx.scale) if wants_up else None
         return grad_x, None, None, grad_down, grad_up, None

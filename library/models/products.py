@@ -1,4 +1,4 @@
-"""Matrix products and convolutions; on CPUs without bfloat16 instructions, those of bfloat16 are taken in float32 and rounded.
+"""Matrix products, convolutions and attention; on CPUs without bfloat16 instructions, those of bfloat16 are taken in float32 and rounded.
 
 PyTorch's own way there is up to a hundred times slower, most of all backward. Tensors that are kept for backward stay bfloat16,
 so a float32 copy of a weight lives for one product only.
@@ -28,6 +28,13 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() @ b.float()).to(a.dtype) if is_emulated(a) else a @ b
 
 
+def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """y + scale * a @ b, added where y [N, M] lies; a [N, K], b [K, M]; without a gradient."""
+    if is_emulated(y):
+        return y.add_(a.float() @ b.float(), alpha=scale)
+    return y.addmm_(a, b, alpha=scale)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + bias, all of one dtype: [..., in] -> [..., out]."""
     if not is_emulated(x):
@@ -40,6 +47,13 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding:
     if not is_emulated(x):
         return F.conv2d(x, weight, bias, stride, padding)
     return _Conv2d.apply(x, weight, bias, stride, padding)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's scaled_dot_product_attention: q [B, H, N, D], k and v [B, H, M, D] -> [B, H, N, D], all of one dtype."""
+    if not is_emulated(q):
+        return F.scaled_dot_product_attention(q, k, v)
+    return _Attention.apply(q, k, v)
 
 
 class _Linear(torch.autograd.Function):
@@ -77,3 +91,20 @@ class _Conv2d(torch.autograd.Function):
             grad.float(), x.float(), weight.float(), [len(weight)], stride, padding, (1, 1), False, (0, 0), 1, wanted
         )
         return (*(one if one is None else one.to(x.dtype) for one in found), None, None)
+
+
+class _Attention(torch.autograd.Function):
+    """Taken again for backward: what attention keeps for itself would be float32."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (tensor.detach().float().requires_grad_() for tensor in ctx.saved_tensors)
+        with torch.enable_grad():
+            again = F.scaled_dot_product_attention(q, k, v)
+        return tuple(found.to(grad.dtype) for found in torch.autograd.grad(again, (q, k, v), grad.float()))
