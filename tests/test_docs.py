@@ -353,7 +353,7 @@ def test_a_wrong_command_is_noticed():
     for wrong in (
         "python sdxl_train_network.py --netwrk_dim 4",
         "python sdxl_train_network.py --network_dim",
-        "python sdxl_train_network.py --deepspeed",
+        "python sdxl_train_network.py --fp16_master_weights_and_gradients",
         "python sdxl_train_nothing.py --help",
         "python prepare_buckets_latents.py pictures",
         "make coffee",

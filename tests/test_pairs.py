@@ -51,6 +51,7 @@ def test_a_refused_pair_is_told_with_its_reason(pair, golden_model, pictures, tm
         monkeypatch.setenv("WORLD_SIZE", "2")
     if "FSDP2" in pair:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
     words = [word for one in pair for word in WORDS.get(one, [])]
     with pytest.raises(OptionError, match=re.escape(REFUSED[pair])):
         train_network(golden_model, pictures, tmp_path / "out", *words)

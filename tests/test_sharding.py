@@ -1,34 +1,43 @@
-"""FSDP2: two processes with a sharded U-Net do what one does. On a CPU with gloo, by torch's own fully_shard."""
+"""FSDP2 and ZeRO: two processes with a sharded U-Net do what one does. On a CPU with gloo, by torch's own fully_shard."""
+
+import re
 
 import pytest
 import torch
 from running import QUICK as LORA
-from running import ROOT, arguments, assert_bit_equal, losses_of, script, tensors_of
+from running import ROOT, arguments, assert_bit_equal, losses_of, script, tensors_of, train_network
 from test_fine_tune import QUICK, train
 
 from library.errors import OptionError
 from library.options import read_options
 from library.training.options import COMMON_TRAINING
-from library.training.processes import is_sharded_launch, start_processes
-from library.training.sharding import refuse_with_shards
-from library.training.task_options import FineTuneOptions
+from library.training.pairs import check_pairs
+from library.training.sharding_options import ShardingOptions, Zero, check_sharding, sharding_notices, zero_of
+from library.training.task_options import FineTuneOptions, check_fine_tune
+from tools.make_tiny_dataset import make_pictures
 
-FSDP = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+CPU = {"ACCELERATE_USE_CPU": "true"}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
 FEW = ["--max_train_steps", "4", "--train_batch_size", "1", "--save_state", "--save_every_n_steps", "2"]
 
-# As the script, but it also sees to it that what the forward meets is sharded.
+# As the script, but it also sees to it that what the forward meets is sharded, and tells whether the first blocks are whole when the
+# last one computes.
 CHECKED = """
 import sys
 from torch.distributed.tensor import DTensor
 from library.errors import run
 from library.models.unet import UNet
 from library.training import loop
-plain = loop._train
+def is_cut(module):
+    return all(isinstance(parameter, DTensor) for parameter in module.parameters())
 def start_checked(*args):
     made = start(*args)
     unet = next(module for module in made.update.step_module.held if isinstance(module, UNet))
-    assert all(isinstance(parameter, DTensor) for parameter in unet.parameters()), "not sharded"
-    print("sharded", sum(parameter.to_local().numel() for parameter in unet.parameters()), flush=True)
+    assert is_cut(unet), "not sharded"
+    last = unet.output_blocks[-1]
+    stayed = last.register_forward_hook(lambda *_: print("cut" if is_cut(unet.input_blocks[1][0]) else "whole", flush=True) or stayed.remove())
+    unet.register_forward_pre_hook(lambda *_: None if is_cut(unet.input_blocks[1][0]) else print("left whole", flush=True))
     return made
 start, loop.start = loop.start, start_checked
 import {name}
@@ -40,7 +49,10 @@ def torchrun(folder, name, words, *, port, env=FSDP):
     program = folder / "checked.py"
     program.write_text(CHECKED.format(name=name), encoding="utf-8")
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, program]
-    return script(*launch, *words, env=env, timeout=500)
+    done = script(*launch, *words, env={**CPU, **env}, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "left whole" not in done.stdout
+    return done.stdout
 
 
 def fine_tune_words(model, pictures, output, *extra):
@@ -54,48 +66,56 @@ def assert_close(one, two):
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4, msg=name)
 
 
+@pytest.fixture(scope="module")
+def alone(golden_model, tmp_path_factory):
+    """The run of one process, with twice the accumulation; the pictures, and the words of the others."""
+    folder = tmp_path_factory.mktemp("alone")
+    make_pictures(folder / "pictures" / "2_shapes", 4)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a circle --w 64 --h 64 --s 2\n", encoding="utf-8")
+    words = [*FEW, "--sample_prompts", prompts, "--sample_every_n_steps", "2", "--optimizer_type", "AdamW"]
+    train(golden_model, folder / "pictures", folder / "one", *words, "--gradient_accumulation_steps", "2")
+    return folder / "one", folder / "pictures", words
+
+
 @pytest.mark.long
+@pytest.mark.parametrize(
+    "env, asked, is_whole",
+    [
+        pytest.param(FSDP, [], False, id="FSDP2"),
+        pytest.param({}, ["--deepspeed", "--zero_stage", "2", "--offload_optimizer_device", "cpu"], True, id="ZeRO-2"),
+        pytest.param({}, ["--deepspeed", "--zero_stage", "3", "--offload_param_device", "cpu"], False, id="ZeRO-3"),
+    ],
+)
 def test_two_processes_with_a_sharded_unet_fine_tune_save_sample_and_resume_as_one_does(
-    golden_model, pictures, tmp_path
+    env, asked, is_whole, alone, golden_model, tmp_path
 ):
     """Losses within 1e-5, whole files within 1e-4 of one process with twice the accumulation; resumed to the bit."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a circle --w 64 --h 64 --s 2\n", encoding="utf-8")
-    extra = ["--sample_prompts", prompts, "--sample_every_n_steps", "4", "--optimizer_type", "AdamW"]
-    train(golden_model, pictures, tmp_path / "one", *FEW, *extra, "--gradient_accumulation_steps", "2")
-    words = fine_tune_words(golden_model, pictures, tmp_path / "two", *FEW, *extra)
-    done = torchrun(tmp_path, "sdxl_train", words, port=29541)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("sharded") == 2
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
-    assert_close(tensors_of(tmp_path / "one" / "lora.safetensors"), tensors_of(tmp_path / "two" / "lora.safetensors"))
-    assert len(list((tmp_path / "two" / "sample").glob("*.png"))) == len(
-        list((tmp_path / "one" / "sample").glob("*.png"))
-    )
+    (one, pictures, words), two = alone, tmp_path / "two"
+    words = fine_tune_words(golden_model, pictures, two, *words, *asked)
+    told = torchrun(tmp_path, "sdxl_train", words, port=29541, env=env)
+    assert told.count("whole") == (2 if is_whole else 0) and told.count("cut") == (0 if is_whole else 2), told
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-5)
+    assert_close(tensors_of(one / "lora.safetensors"), tensors_of(two / "lora.safetensors"))
+    assert len(list((two / "sample").glob("*.png"))) == len(list((one / "sample").glob("*.png")))
     state = "lora-step00000002-state"
     assert_close(
-        tensors_of(tmp_path / "one" / state / "optimizer.safetensors"),
-        tensors_of(tmp_path / "two" / state / "optimizer.safetensors"),
+        tensors_of(one / state / "optimizer.safetensors"),
+        tensors_of(two / state / "optimizer.safetensors"),
     )
-    words = fine_tune_words(
-        golden_model, pictures, tmp_path / "again", *FEW, *extra, "--resume", tmp_path / "two" / state
-    )
-    done = torchrun(tmp_path, "sdxl_train", words, port=29542)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_bit_equal(
-        tensors_of(tmp_path / "two" / "lora.safetensors"), tensors_of(tmp_path / "again" / "lora.safetensors")
-    )
+    words = fine_tune_words(golden_model, pictures, tmp_path / "again", *alone[2], *asked, "--resume", two / state)
+    torchrun(tmp_path, "sdxl_train", words, port=29542, env=env)
+    assert_bit_equal(tensors_of(two / "lora.safetensors"), tensors_of(tmp_path / "again" / "lora.safetensors"))
 
 
 @pytest.mark.long
 def test_a_network_beside_a_sharded_frozen_unet_learns_as_on_one_process(golden_model, pictures, tmp_path):
-    from running import train_network
-
+    """ZeRO-3 with the U-Net's weights and the optimizer's state in RAM."""
     few = ["--max_train_steps", "4", "--train_batch_size", "1"]
+    zero = ["--deepspeed", "--zero_stage", "3", "--offload_param_device", "cpu", "--offload_optimizer_device", "cpu"]
     train_network(golden_model, pictures, tmp_path / "one", *few, "--gradient_accumulation_steps", "2")
-    words = arguments(golden_model, pictures, tmp_path / "two", *few, quick=LORA)
-    done = torchrun(tmp_path, "sdxl_train_network", words, port=29543)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = arguments(golden_model, pictures, tmp_path / "two", *few, *zero, quick=LORA)
+    assert torchrun(tmp_path, "sdxl_train_network", words, port=29543, env={}).count("cut") == 2
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
     assert_close(tensors_of(tmp_path / "one" / "lora.safetensors"), tensors_of(tmp_path / "two" / "lora.safetensors"))
 
@@ -106,47 +126,111 @@ def test_a_network_beside_a_sharded_frozen_unet_learns_as_on_one_process(golden_
 @pytest.fixture
 def launched(monkeypatch):
     """Sets the environment that `accelerate launch` makes of a configuration."""
-    return lambda **variables: [monkeypatch.setenv(name, value) for name, value in {**FSDP, **variables}.items()]
+    return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+def asked(*words):
+    """The options of a fine-tuning."""
+    paths = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "x", "--output_dir", "x"]
+    return read_options(None, [*COMMON_TRAINING, FineTuneOptions], [*paths, *words])
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], Zero(0)),
+        (["--deepspeed"], Zero(2)),
+        (["--deepspeed", "--zero_stage", "1", "--offload_optimizer_device", "cpu"], Zero(1, False, True)),
+        (["--deepspeed", "--zero_stage", "3", "--offload_param_device", "cpu"], Zero(3, True, False)),
+        (["--zero_stage", "3"], Zero(0)),
+    ],
+)
+def test_the_scripts_options_choose_a_stage(words, expected):
+    assert zero_of(asked(*words)[ShardingOptions]) == expected
 
 
 @pytest.mark.parametrize(
     "variables, expected",
-    [({"FSDP_VERSION": "1"}, "FSDP 1; take fsdp_version: 2"), ({"FSDP_OFFLOAD_PARAMS": "true"}, "set it to false")],
+    [
+        (FSDP, Zero(3)),
+        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_OFFLOAD_PARAMS": "true"}, Zero(2, True, False)),
+        (DEEPSPEED, Zero(2)),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, Zero(0)),
+        (
+            {
+                **DEEPSPEED,
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+                "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
+                "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+            },
+            Zero(3, True, True),
+        ),
+    ],
 )
-def test_what_fsdp2_here_cant_do_is_refused(variables, expected, launched):
-    launched(**variables)
+def test_accelerates_configuration_chooses_a_stage(variables, expected, launched):
+    launched(variables)
+    options = asked()
+    assert zero_of(options[ShardingOptions]) == expected and not list(check_sharding(options[ShardingOptions]))
+
+
+@pytest.mark.parametrize(
+    "variables, words, expected",
+    [
+        ({**FSDP, "FSDP_VERSION": "1"}, [], "fsdp_version is 1; take 2"),
+        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "SHARD_GRAD_OP"}, [], "is shard_grad_op; take true"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, [], "offload_param_device is nvme"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, [], "ds.json isn't read here"),
+        (FSDP, ["--deepspeed"], r"zero_stage 2 \(ZeRO-2\) and FSDP in .* \(ZeRO-3\) ask for different things"),
+    ],
+)
+def test_what_cant_be_done_of_it_is_refused(variables, words, expected, launched):
+    launched(variables)
+    (mistake,) = check_sharding(asked(*words)[ShardingOptions])
+    assert re.search(expected, mistake.text)
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--offload_param_device", "cpu"], "needs --deepspeed"),
+        (["--deepspeed", "--offload_optimizer_device", "nvme"], "nothing is moved to NVMe drives here; take cpu"),
+        (["--deepspeed", "--offload_param_device", "cpu"], "needs --zero_stage 3, got 2"),
+        (["--deepspeed", "--zero_stage", "0", "--offload_optimizer_device", "cpu"], "needs --zero_stage 1 or more"),
+    ],
+)
+def test_contradictions_of_the_options_are_refused(words, expected):
     with pytest.raises(OptionError, match=expected):
-        is_sharded_launch()
+        asked(*words)
 
 
-def test_one_process_alone_cant_shard(launched):
-    launched()
-    assert is_sharded_launch()
-    with pytest.raises(OptionError, match="FSDP is for several processes"):
-        start_processes()
+def test_what_changes_nothing_is_told(launched):
+    launched({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1", "ACCELERATE_GRADIENT_CLIPPING": "0.5"})
+    told = list(sharding_notices(asked("--zero_stage", "3"), accumulation=1, max_grad_norm=1.0))
+    assert [line.split(" ")[0] for line in told] == ["--zero_stage", "ZeRO-1", "accelerate's"]
+    assert "says 0.5 where --max_grad_norm decides, which is 1" in told[2]
 
 
-@pytest.mark.parametrize("name, kind, is_sharded", [("ddp", "MULTI_GPU", False), ("fsdp2", "FSDP", True)])
-def test_the_configurations_are_accelerates_and_ask_for_what_they_say(name, kind, is_sharded, monkeypatch):
+@pytest.mark.parametrize(
+    "name, processes_are, stage", [("ddp", "MULTI_GPU", 0), ("fsdp2", "FSDP", 3), ("zero2", "FSDP", 2), ("zero3", "FSDP", 3)]
+)  # fmt: skip
+def test_the_configurations_are_accelerates_and_ask_for_what_they_say(name, processes_are, stage, launched):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     words = ["--config_file", str(ROOT / "configs" / "accelerate" / f"{name}.yaml"), "script.py"]
     filled, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
-    assert (filled.use_fsdp, filled.multi_gpu, filled.num_processes) == (kind == "FSDP", kind == "MULTI_GPU", 2)
-    for key, value in prepare_multi_gpu_env(filled).items():
-        monkeypatch.setenv(key, value)
-    assert is_sharded_launch() == is_sharded
+    assert not filled.use_deepspeed and filled.num_processes == 2
+    assert (filled.use_fsdp, filled.multi_gpu) == (processes_are == "FSDP", processes_are == "MULTI_GPU")
+    launched(prepare_multi_gpu_env(filled))
+    options = asked()
+    assert zero_of(options[ShardingOptions]) == Zero(stage) and not list(check_sharding(options[ShardingOptions]))
 
 
-def test_what_cant_go_with_a_sharded_unet_is_refused_by_name():
-    words = ["--pretrained_model_name_or_path", "x", "--train_data_dir", "x", "--output_dir", "x", "--torch_compile"]
-    words += ["--ema_decay", "0.9", "--optimizer_type", "Adafactor"]
-    options = read_options(None, [*COMMON_TRAINING, FineTuneOptions], words)
-    with pytest.raises(OptionError) as frozen:
-        refuse_with_shards(options, trains_unet=False)
-    assert [mistake.text.split(" can't")[0] for mistake in frozen.value.mistakes] == ["--torch_compile"]
-    with pytest.raises(OptionError) as trained:
-        refuse_with_shards(options, trains_unet=True)
-    told = [mistake.text.split(" can't")[0] for mistake in trained.value.mistakes]
-    assert told[1] == "--ema_decay" and told[2].startswith("--optimizer_type Adafactor") and len(told) == 3
+def test_what_cant_go_with_a_sharded_unet_is_refused_by_name(launched):
+    options = asked("--deepspeed", "--ema_decay", "0.9", "--optimizer_type", "Adafactor", "--memory_plan", "auto")
+    beside = [mistake.text.split(" ", 1)[0] for mistake in check_pairs(options)]
+    assert beside == ["FSDP", "--memory_plan"], "one process alone, and a plan for one card"
+    launched({"WORLD_SIZE": "2"})
+    assert [mistake.about for mistake in check_pairs(options)] == [("memory_plan",)]
+    trained = [mistake.text.split(" can't")[0] for mistake in check_fine_tune(options)]
+    assert trained[0] == "--ema_decay" and trained[1].startswith("--optimizer_type Adafactor") and len(trained) == 2

@@ -1,6 +1,7 @@
 """Make the update that the options ask for: its optimizer, its schedule, and the way down."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -13,10 +14,10 @@ from library.param_group import ParamGroup, split_groups
 from library.training.in_backward import InBackward, bunches_of
 from library.training.lodging import Lodging
 from library.training.lr_schedules import make_scheduler
-from library.training.memory_options import MemoryOptions
 from library.training.optimizers import make_optimizer, start_training
 from library.training.options import OptimizerOptions, RunOptions, ScheduleOptions, read_arguments
 from library.training.sharding import Shards
+from library.training.sharding_options import keeps_state_in_ram
 from library.training.stepper import Stepper, is_separable, stand_ins
 from library.training.stochastic_sums import StochasticSums
 from library.training.update import AtOnce, Descent, Update
@@ -39,9 +40,16 @@ def make_update(
         groups = split_groups(groups, chosen.fused_optimizer_groups)
     optimizer, scheduler = _make_optimizer(stand_ins(groups), options, total_steps)
     start_training(optimizer)
-    offloads = options[MemoryOptions].optimizer_offload
+    offloads = keeps_state_in_ram(options)
     alone = not (chosen.full_bf16 or chosen.full_fp16 or offloads) or _is_separable(options)
-    stepper = Stepper(optimizer, groups, rounding=chosen.rounding_used, seed=seed, is_separable=alone)
+    stepper = Stepper(
+        optimizer,
+        groups,
+        rounding=chosen.rounding_used,
+        seed=seed,
+        is_separable=alone,
+        device=None if shards is None else shards.device,
+    )
     if offloads:
         stepper.lodging = Lodging(optimizer, Lane(torch.device("cpu"), stepper.device))
     descent: Descent
@@ -58,15 +66,15 @@ def make_update(
             whole_norms=None if shards is None else shards.norms,
         )
     sums = None if chosen.rounding_used == "nearest" else StochasticSums(groups, seed)
-    exchange = None if shards is None else shards.exchange
-    return Update(step, groups, descent, scheduler, sums, processes=processes, exchange=exchange)
+    exchanged = nullcontext if shards is None else shards.exchanged
+    return Update(step, groups, descent, scheduler, sums, processes=processes, exchanged=exchanged)
 
 
 def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:
     """Raises OptionError if optimizer or schedule can't be made, or can't do what they are to. Args: groups: of any shapes."""
     _make_optimizer(groups, options, total_steps=1000)
     name = options[OptimizerOptions].name
-    if options[MemoryOptions].optimizer_offload and not _is_separable(options):
+    if keeps_state_in_ram(options) and not _is_separable(options):
         raise OptionError(
             Mistake(
                 f"--optimizer_offload: --optimizer_type {name} looks at all gradients together, so its state is needed at once; leave it out",

@@ -14,6 +14,7 @@ from library.options import OptionGroup, Options, option
 from library.sampling.options import SAMPLERS
 from library.training.compile_options import CompileOptions
 from library.training.memory_options import MemoryOptions
+from library.training.sharding_options import ShardingOptions
 from library.training.update_options import UpdateOptions, check_update
 
 SCHEDULERS = (
@@ -475,7 +476,7 @@ class MetadataOptions(OptionGroup):
 
 
 COMMON_TRAINING = (
-    ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, MemoryOptions, CompileOptions, OptimizerOptions, UpdateOptions, ScheduleOptions, NoiseOptions,
+    ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, RunOptions, ShardingOptions, MemoryOptions, CompileOptions, OptimizerOptions, UpdateOptions, ScheduleOptions, NoiseOptions,
     LossOptions,
     ValidationOptions, PreviewOptions, EmaOptions, SavingOptions, ResumeOptions, UploadOptions, TrackerOptions, MetadataOptions, LogOptions,
 )  # fmt: skip

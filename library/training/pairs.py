@@ -11,6 +11,7 @@ from library.options import Options
 from library.training.compile_options import CompileOptions
 from library.training.memory_options import MemoryOptions
 from library.training.options import EmaOptions, OptimizerOptions, RunOptions
+from library.training.sharding_options import ShardingOptions, check_sharding, is_sharded, keeps_state_in_ram
 from library.training.update_options import UpdateOptions
 
 # technique -> (how it is asked for, whether it is)
@@ -18,11 +19,11 @@ TECHNIQUES: dict[str, tuple[str, Callable[[Options], bool]]] = {
     "fused steps": ("--fused_backward_pass", lambda o: o[UpdateOptions].is_fused),
     "accumulation": ("--gradient_accumulation_steps", lambda o: o[RunOptions].gradient_accumulation_steps > 1),
     "swapped blocks": ("--blocks_to_swap", lambda o: bool(o[MemoryOptions].blocks_to_swap)),
-    "state in RAM": ("--optimizer_offload", lambda o: o[MemoryOptions].optimizer_offload),
+    "state in RAM": ("--optimizer_offload", keeps_state_in_ram),
     "activations in RAM": ("--cpu_offload_checkpointing", lambda o: o[MemoryOptions].cpu_offload_checkpointing),
     "quantised base": ("--fp8_base or --base_quant", lambda o: bool(o[MemoryOptions].quantized)),
-    "processes": ("several processes", lambda o: int(os.environ.get("WORLD_SIZE", "1")) > 1),
-    "FSDP2": ("FSDP", lambda o: os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"),
+    "processes": ("several processes", lambda o: _processes() > 1),
+    "FSDP2": ("FSDP", is_sharded),
     "average": ("--ema_decay", lambda o: o[EmaOptions].ema_decay is not None),
     "compiling": ("--torch_compile", lambda o: o[CompileOptions].torch_compile),
 }
@@ -35,7 +36,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("swapped blocks", "processes"): "each process would keep blocks of its own in RAM and wait for the same bus",
     ("fused steps", "FSDP2"): "gradients are exchanged behind the hooks that would step",
     ("swapped blocks", "FSDP2"): "FSDP gathers and frees the weights of a block itself",
-    ("state in RAM", "FSDP2"): "each process keeps its part of the state already, beside its part of the weights",
     ("activations in RAM", "FSDP2"): "it isn't tried together",
     ("quantised base", "FSDP2"): "packed weights can't be cut into parts",
     ("FSDP2", "compiling"): "it isn't tried together",
@@ -45,8 +45,13 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 
 
+# Optimizers that step each number by itself, so that a part of a tensor steps as it would in the whole.
+_NUMBER_BY_NUMBER = ("adam", "adamw", "sgd", "sgdnesterov", "lion", "nadam", "radam", "rmsprop")
+
+
 def check_pairs(options: Options) -> Iterable[Mistake]:
     """Techniques that were asked for together and can't be."""
+    yield from check_sharding(options[ShardingOptions])
     for (one, two), reason in REFUSED.items():
         (flag, is_asked), (other, is_asked_too) = TECHNIQUES[one], TECHNIQUES[two]
         if is_asked(options) and is_asked_too(options):
@@ -55,14 +60,46 @@ def check_pairs(options: Options) -> Iterable[Mistake]:
             )
             yield Mistake(f"{flag} can't go with {other}: {reason}", names)
     optimizer, memory = options[OptimizerOptions].name.lower(), options[MemoryOptions]
-    moves = "optimizer_offload" if memory.optimizer_offload else "blocks_to_swap" if memory.blocks_to_swap else None
+    moves = "optimizer_offload" if keeps_state_in_ram(options) else "blocks_to_swap" if memory.blocks_to_swap else None
     if moves and optimizer.endswith("schedulefree"):
         yield Mistake(
             f"--{moves}: --optimizer_type {options[OptimizerOptions].name} takes weights and state together whenever it saves; leave one out",
             (moves, "optimizer_type"),
         )
-    if memory.optimizer_offload and optimizer.startswith("paged"):
+    if keeps_state_in_ram(options) and optimizer.startswith("paged"):
         yield Mistake(
             f"--optimizer_offload: --optimizer_type {options[OptimizerOptions].name} keeps its state where the card can page it already; leave it out",
             ("optimizer_offload", "optimizer_type"),
         )
+    if is_sharded(options):
+        yield from _beside_shards(options)
+
+
+def _beside_shards(options: Options) -> Iterable[Mistake]:
+    """What else can't go with a U-Net in parts."""
+    if _processes() == 1 and not options[RunOptions].dry_run:
+        yield Mistake(
+            "FSDP and --deepspeed are for several processes; launch with --num_processes N, or leave them out: in one process "
+            "--optimizer_offload and --blocks_to_swap move to RAM what doesn't fit",
+            ("deepspeed",),
+        )
+    if options[MemoryOptions].memory_plan is not None:
+        yield Mistake("--memory_plan counts a whole model on one card; it can't go with FSDP", ("memory_plan",))
+
+
+def check_trained_shards(options: Options) -> Iterable[Mistake]:
+    """What can't go with a U-Net in parts that is trained itself."""
+    update, name = options[UpdateOptions], options[OptimizerOptions].name
+    wrong = {
+        "--full_bf16, --full_fp16": update.full_bf16 or update.full_fp16,
+        "--ema_decay": options[EmaOptions].ema_decay is not None,
+        f"--optimizer_type {name}, which doesn't step each number by itself,": name.lower() not in _NUMBER_BY_NUMBER,
+    }
+    for flag, is_on in wrong.items() if is_sharded(options) else ():
+        if is_on:
+            yield Mistake(f"{flag} can't go with FSDP; leave one of them out")
+
+
+def _processes() -> int:
+    """Of the run, as launchers say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -26,6 +26,7 @@ from library.training.memory import Estimate, Frozen, Work, estimate, optimizer_
 from library.training.memory_options import MemoryOptions
 from library.training.options import EmaOptions, OptimizerOptions, RunOptions
 from library.training.saving import Saver, size_in_words
+from library.training.sharding_options import keeps_state_in_ram
 from library.training.stepper import AT_ONCE
 from library.training.task import Task
 from library.training.update_options import UpdateOptions
@@ -120,7 +121,7 @@ def estimate_memory(
         frozen,
         work,
         trained=sum(map(math.prod, shapes)),
-        optimizer=_state_on_device(options[OptimizerOptions].name, shapes, at_home=memory.optimizer_offload),
+        optimizer=_state_on_device(options[OptimizerOptions].name, shapes, at_home=keeps_state_in_ram(options)),
         average_on_device=ema.ema_decay is not None and ema.ema_device != "cpu",
         bytes_each=models.precision.trained.itemsize,
         has_rests=options[UpdateOptions].rounding == "kahan",

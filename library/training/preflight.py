@@ -16,7 +16,8 @@ from library.models.options import ModelOptions
 from library.models.stand_in import stand_in
 from library.options import Options
 from library.safetensors_io import data_hash, read_header
-from library.training.options import LossOptions, RunOptions, SavingOptions
+from library.training.options import LossOptions, OptimizerOptions, RunOptions, SavingOptions
+from library.training.sharding_options import sharding_notices
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ def look_before(options: Options, conditioning: Conditioning = "masks") -> Prefl
     With --dry_run a model that can't be opened is only remembered, so that all else is looked at too.
     """
     no_model: tuple[Mistake, ...] = ()
+    run, max_grad_norm = options[RunOptions], options[OptimizerOptions].max_grad_norm
+    for notice in sharding_notices(options, accumulation=run.gradient_accumulation_steps, max_grad_norm=max_grad_norm):
+        log.warning(notice)
     try:
         checkpoint = open_model(options[ModelOptions], prefer_fp16=options[RunOptions].mixed_precision == "fp16")
         log.info(checkpoint.describe())

@@ -1,75 +1,66 @@
-"""Sharding: the U-Net's weights, their gradients and the optimizer's state lie in parts, one on each process (FSDP2).
+"""Sharding: the U-Net's weights, their gradients and the optimizer's state lie in parts, one on each process (FSDP2, ZeRO).
 
-A block's weights are whole only while it computes; its gradients are averaged over the processes and cut again. accelerate's
-configuration asks for it (configs/accelerate/fsdp2.yaml). What is trained beside the U-Net (a network, a text encoder, a new word)
-is whole on every process, and its gradients are averaged when a window closes.
+A block's weights are whole only while it computes (ZeRO-3) or from its forward to its backward (ZeRO-2); its gradients are averaged
+over the processes and cut again. What is trained beside the U-Net (a network, a text encoder, a new word) is whole on every process,
+and its gradients are averaged when a window closes.
 
-Source: Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
+Sources: Rajbhandari et al. 2020, arXiv:1910.02054 (ZeRO); Zhao et al. 2023, arXiv:2304.11277; torch.distributed.fsdp.fully_shard.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from library.errors import Mistake, OptionError
 from library.models.unet_blocks import BasicTransformerBlock, ResnetBlock2D
-from library.options import Options
 from library.param_group import ParamGroup
-from library.training.compile_options import CompileOptions
-from library.training.memory_options import MemoryOptions
-from library.training.options import EmaOptions, OptimizerOptions
-from library.training.update_options import UpdateOptions
+from library.training.sharding_options import Zero
 
 if TYPE_CHECKING:  # an import that takes its time, for runs that shard
     from torch.distributed.tensor import DTensor
 
-_NUMBER_BY_NUMBER = ("adam", "adamw", "sgd", "sgdnesterov", "lion", "nadam", "radam", "rmsprop")
 
+def shard(unet: nn.Module, device: torch.device, processes: int, zero: Zero) -> None:
+    """Leave each process its part of the weights, as DTensors. All processes hold the same whole ones before.
 
-def refuse_with_shards(options: Options, *, trains_unet: bool) -> None:
-    """Raises OptionError with what can't go with a sharded U-Net. Args: trains_unet: it is trained itself."""
-    update, memory = options[UpdateOptions], options[MemoryOptions]
-    flags: dict[str, object] = {
-        "--fused_backward_pass, --fused_optimizer_groups": update.is_fused,
-        "--torch_compile": options[CompileOptions].torch_compile,
-        "--fp8_base, --fp8_base_unet, --base_quant": memory.fp8_base or memory.fp8_base_unet or memory.base_quant,
-        "--cpu_offload_checkpointing": memory.cpu_offload_checkpointing,
-        "--blocks_to_swap, --optimizer_offload": memory.blocks_to_swap or memory.optimizer_offload,
-    }
-    if trains_unet:
-        name = options[OptimizerOptions].name
-        flags |= {
-            "--full_bf16, --full_fp16": update.full_bf16 or update.full_fp16,
-            "--ema_decay": options[EmaOptions].ema_decay,
-            f"--optimizer_type {name}, which doesn't step each number by itself,": name.lower()
-            not in _NUMBER_BY_NUMBER,
-        }
-    if wrong := [flag for flag, is_on in flags.items() if is_on]:
-        raise OptionError(*(Mistake(f"{flag} can't go with FSDP; leave one of them out", ()) for flag in wrong))
-
-
-def shard(unet: nn.Module, device: torch.device, processes: int) -> None:
-    """Leave each process its part of the weights, as DTensors. All processes hold the same whole ones before."""
+    Args: device: the one that computes. zero: when blocks are whole, and where parts lie.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
     for parameter in unet.parameters():  # on cards convolutions lie channels_last, which can't be cut
         parameter.data = parameter.data.contiguous()
     mesh = init_device_mesh(device.type, (processes,))
+    in_ram = CPUOffloadPolicy(pin_memory=device.type == "cuda") if zero.weights_in_ram else OffloadPolicy()
     for module in list(unet.modules()):
         if isinstance(module, BasicTransformerBlock | ResnetBlock2D):
-            fully_shard(module, mesh=mesh)
-    fully_shard(unet, mesh=mesh)
+            fully_shard(module, mesh=mesh, reshard_after_forward=zero.stage == 3, offload_policy=in_ram)
+    fully_shard(unet, mesh=mesh, reshard_after_forward=False, offload_policy=in_ram)  # its backward follows at once
+
+    def cut_again(*_: object) -> None:
+        """Behind a forward that no backward follows, which would leave blocks whole."""
+        if not torch.is_grad_enabled():
+            for module in unet.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    unet.register_forward_hook(cut_again)
 
 
 class Shards:
-    """What is trained, as each process steps it: of sharded parameters its own part, others whole."""
+    """What is trained, as each process steps it: of sharded parameters its own part, others whole.
 
-    def __init__(self, groups: Sequence[ParamGroup], processes: int):
-        self._processes = processes
+    Attributes:
+        device: the one that computes and steps.
+    """
+
+    def __init__(self, groups: Sequence[ParamGroup], device: torch.device, processes: int, *, in_ram: bool):
+        """Args: in_ram: sharded parts lie in RAM, and visit the device for their step."""
+        self.device = device
+        self._processes, self._in_ram = processes, in_ram
         self._own: dict[nn.Parameter, nn.Parameter] = {}
         self._whole: list[nn.Parameter] = []
         self._sharded: dict[str, DTensor] = {}  # by name
@@ -78,8 +69,7 @@ class Shards:
             for group in groups
         ]
         self._is_part = torch.tensor(
-            [name in self._sharded for group in groups for name in group.parameters],
-            device=next(iter(groups[0].parameters.values())).device,
+            [name in self._sharded for group in groups for name in group.parameters], device=device
         )
 
     def _stepped(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -94,16 +84,33 @@ class Shards:
         """Those that are the same on all processes."""
         return {name: parameter for name, parameter in trained.items() if name not in self._sharded}
 
-    @torch.no_grad()
-    def exchange(self) -> None:
-        """Behind the backward that closes a window: every gradient goes, averaged, to what is stepped."""
-        for sharded, own in self._own.items():
-            own.data = _here(sharded)  # FSDP may have moved it
-            own.grad, sharded.grad = None if sharded.grad is None else _here(sharded.grad), None
+    @contextmanager
+    def exchanged(self) -> Iterator[None]:
+        """Around the step, behind the backward that closes a window: every gradient goes, averaged, to what is stepped."""
+        for sharded in self._own:
+            self._take(sharded)
         for parameter in self._whole:
             if parameter.grad is not None:
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= self._processes
+        yield
+        for sharded in self._own:
+            self._give_back(sharded)
+
+    def _take(self, sharded: nn.Parameter) -> None:
+        """Put the part, and its gradient, where it is stepped."""
+        own = self._own[sharded]
+        own.data = self._visiting(_here(sharded))  # FSDP may have moved it
+        own.grad, sharded.grad = None if sharded.grad is None else self._visiting(_here(sharded.grad)), None
+
+    def _visiting(self, part: Tensor) -> Tensor:
+        return part.to(self.device, copy=True) if self._in_ram else part
+
+    def _give_back(self, sharded: nn.Parameter) -> None:
+        if self._in_ram:
+            own, part = self._own[sharded], _here(sharded)
+            part.copy_(own.data)
+            own.data = part
 
     def norms(self, norms: Tensor) -> Tensor:
         """Of whole gradients. Args: norms: of those that lie here, in the groups' order; [n]."""
@@ -114,7 +121,7 @@ class Shards:
 
     def gathered(self, optimizer: Mapping[str, Any]) -> dict[str, Any]:
         """The optimizer's state of all processes, by whole tensors."""
-        return self._with_values(optimizer, self._joined)
+        return self._with_values(optimizer, self._whole_state)
 
     def cut(self, optimizer: Mapping[str, Any]) -> dict[str, Any]:
         """This process's part of what gathered() gave."""
@@ -123,13 +130,13 @@ class Shards:
             lambda sharded, value: as_sharded(value, sharded).to_local() if value.shape == sharded.shape else value,
         )
 
-    def _joined(self, sharded: "DTensor", value: Tensor) -> Tensor:
+    def _whole_state(self, sharded: "DTensor", value: Tensor) -> Tensor:
         if value.shape != sharded.to_local().shape:
             return value  # a number
         from torch.distributed.tensor import DTensor
 
         return DTensor.from_local(
-            value.to(sharded.device),
+            value.to(self.device),
             sharded.device_mesh,
             sharded.placements,
             shape=sharded.shape,
@@ -164,9 +171,16 @@ def as_sharded(whole: Tensor, like: Any) -> Any:
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sharded ones joined, in RAM; others as they are. All processes call it together."""
     return {
-        name: cast("DTensor", tensor.detach()).full_tensor().cpu() if is_sharded([tensor]) else tensor.detach()
+        name: _joined(cast("DTensor", tensor.detach())) if is_sharded([tensor]) else tensor.detach()
         for name, tensor in tensors.items()
     }
+
+
+def _joined(sharded: "DTensor") -> Tensor:
+    on_device = cast(
+        "DTensor", sharded.to(sharded.device_mesh.device_type)
+    )  # where processes exchange; parts may lie in RAM
+    return on_device.full_tensor().cpu()
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:

@@ -67,13 +67,14 @@ from library.training.plan import (
 from library.training.preflight import Preflight
 from library.training.prepare import Prepared, prepare
 from library.training.preview import Preview, encode_prompts
-from library.training.processes import is_sharded_launch, start_processes
+from library.training.processes import start_processes
 from library.training.report import Report
 from library.training.resume import Resumed, run_facts
 from library.training.run import Run
 from library.training.run_file import write_run_file
 from library.training.saving import Saver
-from library.training.sharding import Shards, refuse_with_shards, shard
+from library.training.sharding import Shards, shard
+from library.training.sharding_options import ShardingOptions, zero_of
 from library.training.step import Step
 from library.training.task import Objective, Task
 from library.training.task_options import LLLiteOptions
@@ -125,16 +126,17 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         log.warning("--masked_loss changes nothing: no picture has a mask; give conditioning_data_dir")
 
     torch.manual_seed(seed)
-    is_sharded = is_sharded_launch()
-    if is_sharded:
-        refuse_with_shards(options, trains_unet="unet" in kind.trained_parts(options))
-        shard(models.unet, accelerator.device, accelerator.num_processes)
+    zero = zero_of(options[ShardingOptions])
+    if zero.stage:
+        shard(models.unet, accelerator.device, accelerator.num_processes, zero)
     task = kind.from_options(models, options)
     groups = trained_groups(task, plan.total_steps)
     compiling = options[CompileOptions]
     if compiling.torch_compile:
         compile_blocks(task.unet, compiling.dynamo_backend, accelerator.device)
-    shards = Shards(groups, accelerator.num_processes) if is_sharded else None
+    shards = None
+    if zero.stage:
+        shards = Shards(groups, accelerator.device, accelerator.num_processes, in_ram=zero.weights_in_ram)
     step: nn.Module = make_step(task, models, options, found)
     if shards is None:
         step = _wrapped(step, accelerator)

@@ -51,15 +51,18 @@ class Stepper:
         rounding: str = "nearest",
         seed: int = 0,
         is_separable: bool = True,
+        device: torch.device | None = None,
     ):
         """Args:
         optimizer: made over stand_ins(groups).
         rounding: of 16-bit weights: "stochastic", "kahan" or "nearest".
         seed: of stochastic rounding.
         is_separable: whether the optimizer may step parameters alone.
+        device: the one that computes; None: that of the parameters that don't lie in RAM.
         """
         self.optimizer = optimizer
         self._rounding, self._seed, self._is_separable = rounding, seed, is_separable
+        self._device = device
         self.lodging: Lodging | None = None
         self._names: dict[nn.Parameter, str] = {}
         self._group_of: dict[nn.Parameter, int] = {}
@@ -77,6 +80,8 @@ class Stepper:
     @property
     def device(self) -> torch.device:
         """The one that computes; some parameters may lie in RAM."""
+        if self._device is not None:
+            return self._device
         devices = [parameter.device for parameter in self.parameters]
         return next((device for device in devices if device.type != "cpu"), devices[0])
 

@@ -11,6 +11,7 @@ from library.errors import Mistake
 from library.options import OptionGroup, Options, option
 from library.training.memory_options import MemoryOptions
 from library.training.options import LossOptions, OptimizerOptions, RunOptions, is_plain_name
+from library.training.pairs import check_trained_shards
 from library.training.update_options import UpdateOptions
 from networks.options import NUM_BLOCKS, NetworkOptions, check_weights
 
@@ -245,5 +246,8 @@ def check_fine_tune(options: Options) -> Iterable[Mistake]:
             ("train_text_encoder", "cache_text_encoder_outputs"),
         )
     texts = [base if own is None else own for own in chosen.text_encoder_lrs] if chosen.train_text_encoder else []
-    if not any([*(chosen.block_lrs or (base,)), *texts] if not list(chosen.mistakes()) else [1]):
+    rates = (1.0,) if list(chosen.mistakes()) else chosen.block_lrs or (base,)
+    if any(rates):
+        yield from check_trained_shards(options)
+    elif not any(texts):
         yield Mistake("nothing is trained: every learning rate is 0", ("learning_rate", "block_lr"))

@@ -1,7 +1,7 @@
 """Update: from the losses of a micro-batch to new weights. Owns windows, the schedule, and the choice of the way down."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -88,12 +88,16 @@ class Update:
         sums: StochasticSums | None = None,
         *,
         processes: int = 1,
-        exchange: Callable[[], None] | None = None,
+        exchanged: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
-        """Args: step: the wrapped Step, which is what the loop calls. exchange: of gradients, where no wrapper does it. sums: how 16-bit gradients add up; None: as autograd does."""
+        """Args:
+        step: the wrapped Step, which is what the loop calls.
+        sums: how 16-bit gradients add up; None: as autograd does.
+        exchanged: around the weights' step: exchanges gradients, where no wrapper does it.
+        """
         self.step_module, self._groups = step, groups
         self._descent, self._scheduler, self._sums, self._processes = descent, scheduler, sums, processes
-        self._exchange = exchange
+        self._exchanged = exchanged
         self._loss = torch.zeros((), device=descent.stepper.device)
 
     @property
@@ -129,9 +133,8 @@ class Update:
         sums = torch.stack([self._loss, torch.full_like(self._loss, float(asked))])
         loss, anywhere = self._sum_over_processes(sums)
         self._loss = torch.zeros_like(self._loss)
-        if self._exchange is not None:
-            self._exchange()
-        descended = self._descent.finish()
+        with self._exchanged():
+            descended = self._descent.finish()
         if self._scheduler is not None and not descended.overflowed:
             self._scheduler.step()
         return Updated(loss, descended.norm, descended.norms, anywhere, descended.overflowed)
