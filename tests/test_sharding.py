@@ -6,7 +6,7 @@ import pytest
 import torch
 from running import QUICK as LORA
 from running import ROOT, arguments, assert_bit_equal, losses_of, script, tensors_of, train_network
-from test_fine_tune import QUICK, train
+from test_fine_tune import QUICK, TEXT_TOO, train
 
 from library.errors import OptionError
 from library.options import read_options
@@ -22,13 +22,15 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
 FEW = ["--max_train_steps", "4", "--train_batch_size", "1", "--save_state", "--save_every_n_steps", "2"]
 
 # As the script, but it also sees to it that what the forward meets is sharded, and tells whether the first blocks are whole when the
-# last one computes.
+# last one computes, and how many averaged gradients lie in the U-Net behind each backward.
 CHECKED = """
 import sys
 from torch.distributed.tensor import DTensor
 from library.errors import run
 from library.models.unet import UNet
 from library.training import loop
+def tell(*words):
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")  # in one piece: two processes write into one stream
 def is_cut(module):
     return all(isinstance(parameter, DTensor) for parameter in module.parameters())
 def start_checked(*args):
@@ -36,8 +38,16 @@ def start_checked(*args):
     unet = next(module for module in made.update.step_module.held if isinstance(module, UNet))
     assert is_cut(unet), "not sharded"
     last = unet.output_blocks[-1]
-    stayed = last.register_forward_hook(lambda *_: print("cut" if is_cut(unet.input_blocks[1][0]) else "whole", flush=True) or stayed.remove())
-    unet.register_forward_pre_hook(lambda *_: None if is_cut(unet.input_blocks[1][0]) else print("left whole", flush=True))
+    stayed = last.register_forward_hook(lambda *_: tell("cut" if is_cut(unet.input_blocks[1][0]) else "whole") or stayed.remove())
+    unet.register_forward_pre_hook(lambda *_: tell("left whole") if is_first and not is_cut(unet.input_blocks[1][0]) else None)
+    is_first, parameters, backward = True, list(unet.parameters()), made.update.backward
+    def told_backward(losses, place):
+        nonlocal is_first
+        backward(losses, place)
+        is_first = place.closes_window
+        count = sum(parameter.grad is not None for parameter in parameters)
+        tell("closing" if is_first else "open", count)
+    made.update.backward = told_backward
     return made
 start, loop.start = loop.start, start_checked
 import {name}
@@ -51,13 +61,13 @@ def torchrun(folder, name, words, *, port, env=FSDP):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, program]
     done = script(*launch, *words, env={**CPU, **env}, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "left whole" not in done.stdout
+    assert "left whole" not in done.stdout, "behind a window, a sample or a validation"
     return done.stdout
 
 
-def fine_tune_words(model, pictures, output, *extra):
+def fine_tune_words(model, pictures, output, *extra, quick=QUICK):
     files = ["--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--output_dir", output]
-    return [str(word) for word in [*QUICK, *files, *extra]]
+    return [str(word) for word in [*quick, *files, *extra]]
 
 
 def assert_close(one, two):
@@ -106,6 +116,43 @@ def test_two_processes_with_a_sharded_unet_fine_tune_save_sample_and_resume_as_o
     words = fine_tune_words(golden_model, pictures, tmp_path / "again", *alone[2], *asked, "--resume", two / state)
     torchrun(tmp_path, "sdxl_train", words, port=29542, env=env)
     assert_bit_equal(tensors_of(two / "lora.safetensors"), tensors_of(tmp_path / "again" / "lora.safetensors"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "steps, zero, counts",
+    [
+        pytest.param([], ["--zero_stage", "2"], ["open 0", "closing 620"], id="behind"),
+        pytest.param(
+            # Adam would make steps of the noise that is the gradient of an encoder's keys.
+            ["--fused_backward_pass", "--train_text_encoder", "--optimizer_type", "SGD", "--learning_rate", "0.1"],
+            ["--zero_stage", "3", "--offload_param_device", "cpu"],
+            ["open 620", "closing 0"],
+            id="within",
+        ),
+        pytest.param(
+            ["--fused_optimizer_groups", "4", "--fused_clip", "previous_norm"],
+            ["--zero_stage", "2"],
+            ["open 620", "closing 0"],
+            id="within, clipped by the norm before",
+        ),
+    ],
+)
+def test_windows_of_sharded_gradients_and_steps_within_backward_are_those_of_one_process(
+    steps, zero, counts, golden_model, pictures, tmp_path
+):
+    """Gradients are averaged once a window, and step behind backward; or with each micro-batch, and are gone behind the last backward."""
+    words = ["--max_train_steps", "2", "--train_batch_size", "1", "--max_grad_norm", "0.1", *steps]
+    quick = TEXT_TOO if "--train_text_encoder" in steps else QUICK
+    train(golden_model, pictures, tmp_path / "one", *words, "--gradient_accumulation_steps", "4", quick=quick)
+    words += ["--gradient_accumulation_steps", "2", "--deepspeed", *zero]
+    words = fine_tune_words(golden_model, pictures, tmp_path / "two", *words, quick=quick)
+    told = torchrun(tmp_path, "sdxl_train", words, port=29544, env={}).splitlines()
+    assert [told.count(line) for line in counts] == [4, 4], told
+    for name in ("loss/current", "grad_norm"):
+        one, two = (losses_of(tmp_path / folder, name) for folder in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+    assert_close(tensors_of(tmp_path / "one" / "lora.safetensors"), tensors_of(tmp_path / "two" / "lora.safetensors"))
 
 
 @pytest.mark.long

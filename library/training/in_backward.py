@@ -1,5 +1,7 @@
 """InBackward: the step that is taken within backward, so that gradients never lie in memory together.
 
+Where weights are sharded, a part steps when its averaged gradient is there: FSDP2 calls the hooks behind its reduction.
+
 Sources: Lv et al. 2023, arXiv:2306.09782 (LOMO); sd-scripts' --fused_backward_pass and --fused_optimizer_groups (contract: training_math.md
 section 5), which clip each tensor alone.
 """
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from library import param_group
 from library.data.order import Place
 from library.param_group import ParamGroup
+from library.training.sharding import Shards
 from library.training.stepper import Stepper
 from library.training.update import Descended, Descent, clip_factor, norms_of
 
@@ -30,14 +33,16 @@ class InBackward(Descent):
         *,
         max_grad_norm: float,
         clips_by_previous: bool,
+        shards: Shards | None = None,
     ):
         """Args:
         bunches: parameters that step together when the last one's gradient is there; of one group each.
         max_grad_norm: of each gradient alone, or of all in the step before; 0 turns clipping off.
         clips_by_previous: scale by the norm over all parameters that the step before had. The first one clips each alone.
+        shards: whose parameters they are, where some are parts. Others wait then until their gradients are averaged, behind backward.
         """
         self.stepper, self.is_partly_taken = stepper, False
-        self._max_grad_norm, self._clips_by_previous = max_grad_norm, clips_by_previous
+        self._max_grad_norm, self._clips_by_previous, self._shards = max_grad_norm, clips_by_previous, shards
         self._previous: Tensor | None = None
         self._bunches = [list(bunch) for bunch in bunches]
         self._arrived = [0] * len(self._bunches)  # gradients of each that are there
@@ -47,7 +52,7 @@ class InBackward(Descent):
         self._stopped: Collection[nn.Parameter] = ()
         for number, bunch in enumerate(self._bunches):
             for parameter in bunch:
-                parameter.register_post_accumulate_grad_hook(lambda ready, number=number: self._arrives(ready, number))
+                self._await(parameter, number)
 
     def scaled(self, loss: Tensor) -> Tensor:
         return loss
@@ -55,11 +60,18 @@ class InBackward(Descent):
     def begin(self, place: Place, stopped: Collection[nn.Parameter]) -> None:
         self._closes, self._number, self._stopped = place.closes_window, place.step, stopped
 
+    def _await(self, parameter: nn.Parameter, number: int) -> None:
+        source = parameter if self._shards is None else self._shards.source(parameter)
+        if source is not None:
+            source.register_post_accumulate_grad_hook(lambda _: self._arrives(parameter, number))
+
     def _arrives(self, parameter: nn.Parameter, number: int) -> None:
         """A gradient is complete, as far as this micro-batch goes."""
         if parameter in self._stopped:
             parameter.grad = None
         elif self._closes:
+            if self._shards is not None:
+                self._shards.take(parameter)
             self._arrived[number] += 1
             if self._arrived[number] == len(self._bunches[number]):
                 self._step(number)
@@ -71,6 +83,8 @@ class InBackward(Descent):
         self._arrived[number] = 0
         self.is_partly_taken = True
         norms = norms_of(members, self.stepper.device)
+        if self._shards is not None:
+            norms = self._shards.norms(norms, members)
         for parameter, norm in zip(members, norms, strict=True):
             self._norms[self._index[parameter]] = norm
         factor = clip_factor(norms if self._previous is None else self._previous, self._max_grad_norm)
@@ -78,6 +92,8 @@ class InBackward(Descent):
         self.stepper.step(members, self._number, factor, norms.isfinite().all())
         for parameter in members:
             parameter.grad = None
+            if self._shards is not None:
+                self._shards.give_back(parameter)
 
     def finish(self) -> Descended:
         """Step what waits for a gradient that doesn't come."""

@@ -1,7 +1,6 @@
 """Make the update that the options ask for: its optimizer, its schedule, and the way down."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -57,7 +56,7 @@ def make_update(
         whole = [list(group.parameters.values()) for group in groups]
         bunches = whole if chosen.fused_optimizer_groups else bunches_of(groups)
         by_previous = chosen.fused_clip == "previous_norm"
-        descent = InBackward(stepper, bunches, max_grad_norm=most, clips_by_previous=by_previous)
+        descent = InBackward(stepper, bunches, max_grad_norm=most, clips_by_previous=by_previous, shards=shards)
     else:
         descent = AtOnce(
             stepper,
@@ -66,8 +65,7 @@ def make_update(
             whole_norms=None if shards is None else shards.norms,
         )
     sums = None if chosen.rounding_used == "nearest" else StochasticSums(groups, seed)
-    exchanged = nullcontext if shards is None else shards.exchanged
-    return Update(step, groups, descent, scheduler, sums, processes=processes, exchanged=exchanged)
+    return Update(step, groups, descent, scheduler, sums, processes=processes, shards=shards)
 
 
 def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:

@@ -19,7 +19,8 @@ from library.models.unet_blocks import BasicTransformerBlock, ResnetBlock2D
 from library.param_group import ParamGroup
 from library.training.sharding_options import Zero
 
-if TYPE_CHECKING:  # an import that takes its time, for runs that shard
+if TYPE_CHECKING:  # imports that take their time, for runs that shard
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
@@ -57,67 +58,98 @@ class Shards:
         device: the one that computes and steps.
     """
 
-    def __init__(self, groups: Sequence[ParamGroup], device: torch.device, processes: int, *, in_ram: bool):
-        """Args: in_ram: sharded parts lie in RAM, and visit the device for their step."""
+    def __init__(
+        self,
+        unet: nn.Module,
+        groups: Sequence[ParamGroup],
+        device: torch.device,
+        processes: int,
+        zero: Zero,
+        *,
+        adds_up_parts: bool,
+    ):
+        """Args:
+        unet: sharded.
+        zero: as it was given to shard().
+        adds_up_parts: each micro-batch's gradients are averaged and cut, which takes less memory; else those of a whole window at
+            once, as DDP's no_sync() has it, which sends less: until then each process has whole ones.
+        """
         self.device = device
-        self._processes, self._in_ram = processes, in_ram
-        self._own: dict[nn.Parameter, nn.Parameter] = {}
+        self._unet, self._processes, self._zero, self._adds_up_parts = unet, processes, zero, adds_up_parts
+        self._parts: dict[nn.Parameter, DTensor] = {}  # what is stepped: of which it is a part
         self._whole: list[nn.Parameter] = []
         self._sharded: dict[str, DTensor] = {}  # by name
         self.groups = [
             replace(group, parameters={name: self._stepped(name, p) for name, p in group.parameters.items()})
             for group in groups
         ]
-        self._is_part = torch.tensor(
-            [name in self._sharded for group in groups for name in group.parameters], device=device
-        )
 
     def _stepped(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
         if not is_sharded([parameter]):
             self._whole.append(parameter)
             return parameter
         self._sharded[name] = cast("DTensor", parameter)
-        self._own[parameter] = nn.Parameter(_here(parameter))
-        return self._own[parameter]
+        own = nn.Parameter(_here(parameter))
+        self._parts[own] = self._sharded[name]
+        return own
 
     def replicated(self, trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Those that are the same on all processes."""
         return {name: parameter for name, parameter in trained.items() if name not in self._sharded}
 
+    def begin(self, *, closes_window: bool) -> None:
+        """Before a micro-batch's forward."""
+        unet = cast("FSDPModule", self._unet)
+        unet.set_requires_gradient_sync(closes_window or self._adds_up_parts)
+        # Where blocks may be whole at once, they stay so until the window's last backward.
+        unet.set_reshard_after_backward(closes_window or self._zero.stage == 3)
+
     @contextmanager
     def exchanged(self) -> Iterator[None]:
         """Around the step, behind the backward that closes a window: every gradient goes, averaged, to what is stepped."""
-        for sharded in self._own:
-            self._take(sharded)
+        waiting = [own for own, sharded in self._parts.items() if sharded.grad is not None]
+        for own in waiting:
+            self.take(own)
         for parameter in self._whole:
             if parameter.grad is not None:
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= self._processes
         yield
-        for sharded in self._own:
-            self._give_back(sharded)
+        for own in waiting:
+            self.give_back(own)
 
-    def _take(self, sharded: nn.Parameter) -> None:
-        """Put the part, and its gradient, where it is stepped."""
-        own = self._own[sharded]
+    def source(self, own: nn.Parameter) -> nn.Parameter | None:
+        """Where the averaged gradient of a part arrives; None for what is whole, whose gradient isn't averaged yet."""
+        return cast("nn.Parameter | None", self._parts.get(own))
+
+    def take(self, own: nn.Parameter) -> None:
+        """Put a part and its gradient, which has arrived, where it is stepped."""
+        sharded = self._parts[own]
+        assert sharded.grad is not None
         own.data = self._visiting(_here(sharded))  # FSDP may have moved it
-        own.grad, sharded.grad = None if sharded.grad is None else self._visiting(_here(sharded.grad)), None
+        own.grad, sharded.grad = self._visiting(_here(sharded.grad)), None
 
     def _visiting(self, part: Tensor) -> Tensor:
-        return part.to(self.device, copy=True) if self._in_ram else part
+        return part.to(self.device, copy=True) if self._zero.weights_in_ram else part
 
-    def _give_back(self, sharded: nn.Parameter) -> None:
-        if self._in_ram:
-            own, part = self._own[sharded], _here(sharded)
-            part.copy_(own.data)
+    @torch.no_grad()
+    def give_back(self, own: nn.Parameter) -> None:
+        """Behind its step: what was visiting the device goes home."""
+        if self._zero.weights_in_ram and own in self._parts:
+            part = _here(self._parts[own])
+            part.copy_(own)
             own.data = part
 
-    def norms(self, norms: Tensor) -> Tensor:
-        """Of whole gradients. Args: norms: of those that lie here, in the groups' order; [n]."""
+    def norms(self, norms: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Of whole gradients. Args: norms: of those that lie here, of these parameters; [n]."""
+        are_parts = [parameter in self._parts for parameter in parameters]
+        if not any(are_parts):
+            return norms
         squares = norms.square()
-        summed = squares * self._is_part
+        is_part = torch.tensor(are_parts, device=norms.device)
+        summed = squares * is_part
         torch.distributed.all_reduce(summed)
-        return torch.where(self._is_part, summed, squares).sqrt()
+        return torch.where(is_part, summed, squares).sqrt()
 
     def gathered(self, optimizer: Mapping[str, Any]) -> dict[str, Any]:
         """The optimizer's state of all processes, by whole tensors."""

@@ -136,7 +136,10 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         compile_blocks(task.unet, compiling.dynamo_backend, accelerator.device)
     shards = None
     if zero.stage:
-        shards = Shards(groups, accelerator.device, accelerator.num_processes, in_ram=zero.weights_in_ram)
+        # Steps within backward are there to spare gradients: whole ones would be in their way.
+        shards = Shards(
+            models.unet, groups, accelerator.device, accelerator.num_processes, zero, adds_up_parts=options[UpdateOptions].is_fused
+        )  # fmt: skip
     step: nn.Module = make_step(task, models, options, found)
     if shards is None:
         step = _wrapped(step, accelerator)

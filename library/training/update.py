@@ -13,10 +13,14 @@ from library.data.order import Place
 from library.param_group import ParamGroup
 from library.training.loss_scale import LossScale
 from library.training.optimizers import current_rate
+from library.training.sharding import Shards
 from library.training.stepper import Stepper
 from library.training.stochastic_sums import StochasticSums
 
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
+
+WholeNorms = Callable[[Tensor, Sequence[nn.Parameter]], Tensor]
+"""From the norms of gradients that lie here, [n], and their parameters to those of whole ones."""
 
 
 class Updated(NamedTuple):
@@ -88,16 +92,16 @@ class Update:
         sums: StochasticSums | None = None,
         *,
         processes: int = 1,
-        exchanged: Callable[[], AbstractContextManager[None]] = nullcontext,
+        shards: Shards | None = None,
     ):
         """Args:
         step: the wrapped Step, which is what the loop calls.
         sums: how 16-bit gradients add up; None: as autograd does.
-        exchanged: around the weights' step: exchanges gradients, where no wrapper does it.
+        shards: which exchange gradients, where no wrapper does it.
         """
         self.step_module, self._groups = step, groups
         self._descent, self._scheduler, self._sums, self._processes = descent, scheduler, sums, processes
-        self._exchanged = exchanged
+        self._shards = shards
         self._loss = torch.zeros((), device=descent.stepper.device)
 
     @property
@@ -116,6 +120,8 @@ class Update:
             with self.step_module.no_sync():
                 yield
         else:
+            if self._shards is not None:
+                self._shards.begin(closes_window=place.closes_window)
             yield
 
     def backward(self, losses: Tensor, place: Place) -> None:
@@ -133,7 +139,7 @@ class Update:
         sums = torch.stack([self._loss, torch.full_like(self._loss, float(asked))])
         loss, anywhere = self._sum_over_processes(sums)
         self._loss = torch.zeros_like(self._loss)
-        with self._exchanged():
+        with nullcontext() if self._shards is None else self._shards.exchanged():
             descended = self._descent.finish()
         if self._scheduler is not None and not descended.overflowed:
             self._scheduler.step()
@@ -210,9 +216,9 @@ class AtOnce(Descent):
         *,
         max_grad_norm: float,
         scales_loss: bool,
-        whole_norms: Callable[[Tensor], Tensor] | None = None,
+        whole_norms: WholeNorms | None = None,
     ):
-        """Args: max_grad_norm: 0 turns clipping off. scales_loss: gradients are float16. whole_norms: of those that lie in parts here."""
+        """Args: max_grad_norm: 0 turns clipping off. scales_loss: gradients are float16. whole_norms: where some lie in parts."""
         self._whole_norms = whole_norms
         self.stepper, self._max_grad_norm = stepper, max_grad_norm
         self.scale = LossScale(enabled=scales_loss)
@@ -231,7 +237,7 @@ class AtOnce(Descent):
             parameter.grad = None
         norms = norms_of(self.stepper.parameters, self.stepper.device) / self.scale.value
         if self._whole_norms is not None:
-            norms = self._whole_norms(norms)
+            norms = self._whole_norms(norms, self.stepper.parameters)
         norm = torch.linalg.vector_norm(norms)
         factor = clip_factor(norm, self._max_grad_norm) / self.scale.value
         overflowed = False
