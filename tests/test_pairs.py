@@ -7,7 +7,7 @@ import pytest
 import torch
 from forked import end_together, processes
 from running import ROOT, arguments, assert_bit_equal, losses_of, tensors_of, train_network
-from test_fine_tune import train
+from test_fine_tune import QUICK, train
 
 from library import param_group
 from library.errors import OptionError
@@ -89,3 +89,14 @@ def test_two_processes_with_all_that_goes_with_them_equal_one(golden_model, pict
     one, two = (tensors_of(tmp_path / name / "lora.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.long
+def test_a_process_that_a_launcher_starts_alone_steps_within_backward_once(golden_model, pictures, tmp_path):
+    """There is nobody to exchange gradients with, so nothing puts them back behind their step."""
+    words = ["--max_train_steps", "2", "--fused_backward_pass"]
+    plain = train(golden_model, pictures, tmp_path / "plain", *words)
+    words += ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", pictures]
+    end_together(processes("sdxl_train.py", *QUICK, *words, "--output_dir", tmp_path / "alone", count=1, port=29532))
+    assert losses_of(tmp_path / "alone", "grad_norm") == losses_of(tmp_path / "plain", "grad_norm")
+    assert_bit_equal(tensors_of(plain), tensors_of(tmp_path / "alone" / "lora.safetensors"))

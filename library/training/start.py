@@ -141,7 +141,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
             models.unet, groups, accelerator.device, accelerator.num_processes, zero, adds_up_parts=options[UpdateOptions].is_fused
         )  # fmt: skip
     step: nn.Module = make_step(task, models, options, found)
-    if shards is None:
+    if shards is None and accelerator.num_processes > 1:  # a launcher may start one alone
         step = _wrapped(step, accelerator)
     stepped = groups if shards is None else shards.groups
     update = make_update(
