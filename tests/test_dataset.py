@@ -203,6 +203,27 @@ def test_conditioning_images_come_with_their_pictures(pictures, tmp_path):
     assert (batch.conditioning[1] == 1.0).all() and not (batch.conditioning[0] == 1.0).all()
 
 
+def test_each_picture_for_inpainting_has_its_own_mask_or_a_drawn_one_whatever_its_batch(pictures, tmp_path):
+    import shutil
+
+    shutil.copytree(pictures / "2_shapes", tmp_path / "masks")
+    masked = samples_of(scanned(pictures, "--conditioning_data_dir", tmp_path / "masks"))[0]
+    alone = dataclasses.replace(masked, conditioning=None)
+    assert masked.has_mask and not alone.has_mask
+    cache = LatentsInMemory(for_inpainting=True)
+    fill_latents([masked], cache, stub_vae, 2)
+    batches = Batches(
+        [masked, alone], cache, None, seed=3, max_train_steps=1, for_inpainting=True, reads_conditioning=False
+    )
+    fixed, drawn, mixed = (
+        batches[MicroBatch(Place(0, 0, 0, first, 2, True, False), numbers)]
+        for first, numbers in ((0, (0,)), (1, (1,)), (0, (0, 1)))
+    )
+    assert fixed.images is None and fixed.conditioning is None and fixed.inpainting.shape[:2] == (1, 5)
+    assert drawn.inpainting is None and torch.equal(drawn.paint[0], mixed.paint[1])
+    assert torch.equal(mixed.paint[0], mixed.conditioning[0, 0] / 2 + 0.5) and mixed.images.shape[0] == 2
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_vanishes_during_the_run_is_one_sentence(workers, pictures):
     batches, order = set_up(pictures)

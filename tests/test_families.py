@@ -8,13 +8,13 @@ from conftest import open_models
 from PIL import Image
 from running import QUICK, tensors_of, train_network, without
 
+from library.data.inpainting_masks import draw_masks
 from library.draws import Draws
 from library.errors import OptionError
+from library.models import vae
 from library.models.checkpoint import open_checkpoint
 from library.models.unet_blocks import sinusoidal_embedding
-from library.models.vae import scale_latents
 from library.safetensors_io import read_header, write_safetensors
-from library.training.inpainting_masks import draw_masks
 from library.training.task import Task
 from tools.tiny_models import tiny_checkpoint
 
@@ -206,24 +206,55 @@ def masks_of(pictures, folder):
         mask.save(folder / path.name)
 
 
-@pytest.mark.parametrize("extra", [
-    ["--alpha_mask", "--cache_latents"],
-    ["--conditioning_data_dir", "MASKS", "--masked_loss"],
+FOLDER = ["--conditioning_data_dir", "MASKS"]
+
+
+MEMORY, DISK = ["--cache_latents"], ["--cache_latents", "--cache_latents_to_disk"]
+
+
+@pytest.mark.parametrize("extra, cache", [
+    (["--alpha_mask", "--flip_aug"], MEMORY), (FOLDER, DISK),
+    *(pytest.param(*one, marks=pytest.mark.long) for one in (([*FOLDER, "--masked_loss"], MEMORY), (["--alpha_mask", "--flip_aug"], DISK))),
 ])  # fmt: skip
-def test_what_counts_in_the_loss_is_what_an_inpainting_model_paints(extra, twins, pictures, seen, tmp_path):
+def test_an_inpainting_model_paints_what_a_mask_marks_and_what_it_sees_may_be_cached(extra, cache, twins, pictures, seen, tmp_path, monkeypatch):  # fmt: skip
+    """From pictures and from a cache: the same losses. But for the posterior's noise, which is left out."""
+    monkeypatch.setattr(vae, "_encode", lambda model, images, noise, real=vae._encode: real(model, images, 0 * noise))
     masks_of(pictures, tmp_path / "masks")
     words = [str(tmp_path / "masks") if word == "MASKS" else word for word in extra]
-    fine_tune(twins("inpainting"), pictures, tmp_path / "out", *words, quick=without(TRAIN, "--cache_latents"))
-    models = open_models(twins("inpainting"))
-    for x, _, batch in seen:
+    losses, inputs = [], []
+    for number, cached in enumerate(([], cache)):
+        seen.clear()
+        output = tmp_path / f"out{number}"
+        fine_tune(twins("inpainting"), pictures, output, *words, *cached, quick=without(TRAIN, "--cache_latents"))
+        losses.append(logged_losses(output))
+        inputs.append([x for x, _, _ in seen])
+        assert all((batch.images is None) == bool(cached) for _, _, batch in seen)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for x, first in zip(*inputs, strict=True):
+        torch.testing.assert_close(x, first, rtol=0, atol=1e-5)
         width = x.shape[3] // 2
-        assert (x[:, 4, :, : width - 1] == 1).all() and (x[:, 4, :, width + 1 :] == 0).all()
-        hidden = torch.nn.functional.interpolate(x[:, 4:5], scale_factor=8)
-        raw = models.encode_images(batch.images * (1 - hidden), torch.zeros(len(x), 4, *x.shape[2:]))
-        # But for the posterior's noise, and the mask's edge within a latent cell.
-        far = [*range(width - 4), *range(width + 4, x.shape[3])]
-        torch.testing.assert_close(x[:, 5:][..., far], scale_latents(raw)[..., far], rtol=0, atol=0.05)
-        assert "--cache_latents" not in extra or batch.latents is not None
+        halves = x[:, 4, :, : width - 1], x[:, 4, :, width + 1 :]
+        assert {half.unique().item() for half in halves} == {0.0, 1.0} and ("--flip_aug" in extra or halves[0].all())
+
+
+def logged_losses(output):
+    lines = (output / "tuned-log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row["loss/current"] for row in map(json.loads, lines) if "loss/current" in row]
+
+
+def test_masks_of_a_folder_weigh_the_loss_with_masked_loss_alone(twins, pictures, tmp_path):
+    """A mask that is black everywhere: nothing to paint, and with --masked_loss nothing counts. Other models want the option."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in pictures.rglob("*.png"):
+        with Image.open(path) as image:
+            Image.new("L", image.size).save(masks / path.name)
+    few = [*FOLDER[:1], masks, "--max_train_steps", "1"]
+    fine_tune(twins("inpainting"), pictures, tmp_path / "all", *few)
+    fine_tune(twins("inpainting"), pictures, tmp_path / "none", *few, "--masked_loss")
+    assert logged_losses(tmp_path / "all")[0] > 0.1 and logged_losses(tmp_path / "none") == [0.0]
+    with pytest.raises(OptionError, match="which only inpainting models see; give --masked_loss"):
+        fine_tune(twins("base"), pictures, tmp_path / "base", *few)
 
 
 def test_masks_are_drawn_by_place_where_there_are_none(twins, pictures, seen, tmp_path):

@@ -48,6 +48,38 @@ def contents(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 # --------------------------------------------------------------------------------------------------------------- latents
 
 
+def test_what_an_inpainting_model_sees_is_made_of_a_picture_and_its_mask(pictures, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in pictures.rglob("*.png"):
+        with Image.open(path) as image:
+            Image.new("L", image.size, 255).save(masks / path.name)
+    samples = samples_in(pictures, "--conditioning_data_dir", masks)
+    filled(samples)
+    cache = LatentsOnDisk("vae", for_inpainting=True)
+    assert set(problems(cache, samples)) == {"lacks inpainting"}, (
+        "files of runs with other models stay valid for those alone"
+    )
+    assert fill_latents(samples, cache, stub_vae, 3) == []
+    assert problems(cache, samples) == problems(LatentsOnDisk("vae"), samples) == [None] * 4
+    seen = cache.read(samples[0]).inpainting
+    latents = LatentsOnDisk("vae").read(samples[0])
+    assert seen.shape == (5, *latents.latents.shape[1:]) and (seen[0] == 1).all() and latents.inpainting is None
+    assert seen[1:].abs().max() < 0.1, "everything is hidden: grey, and the posterior's noise"
+    mask = Path(samples[2].conditioning)
+    with Image.open(mask) as image:
+        size = image.size
+    Image.new("L", size, 0).save(mask)
+    again = LatentsOnDisk("vae", for_inpainting=True)
+    assert problems(again, samples) == [None, None, "the mask has changed", None]
+    assert fill_latents(samples, again, stub_vae, 3) == [] and (again.read(samples[2]).inpainting[0] == 0).all()
+    filled_alone = LatentsOnDisk(
+        "other"
+    )  # a run with another model and VAE makes the files anew, without what it doesn't know
+    fill_latents(samples, filled_alone, stub_vae, 2)
+    assert "inpainting" not in contents(pictures)[samples[0].latents_file.name]
+
+
 def test_fault_42_a_picture_replaced_by_one_of_its_size_is_encoded_again_and_no_other(pictures):
     samples = samples_in(pictures)
     filled(samples)
@@ -215,8 +247,7 @@ def test_a_mask_is_cached_with_the_latents_and_mirrored(pictures):
     samples = samples_in(pictures, "--alpha_mask", "--flip_aug")
     cache = filled(samples)
     (sample,) = (sample for sample in samples if sample.path == file)
-    _, mask = cache.read(sample)
-    _, mirrored = cache.read(sample, flipped=True)
+    mask, mirrored = (cache.read(sample, flipped=flipped).mask for flipped in (False, True))
     assert (
         mask.shape == (sample.fit.bucket.height, sample.fit.bucket.width)
         and 0 <= mask.min() < 0.1 < 0.9 < mask.max() <= 1

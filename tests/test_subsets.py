@@ -323,7 +323,7 @@ def test_conditioning_images_go_by_stem_and_shape(tmp_path):
     (tmp_path / "d.toml").write_text(text)
     groups = [DatasetOptions, CaptionOptions, CacheOptions, LossOptions]
     with pytest.raises(OptionError, match="give --masked_loss to use them"):
-        read_datasets(read_options("", groups, ["--dataset_config", str(tmp_path / "d.toml")]))
+        read_datasets(read_options("", groups, ["--dataset_config", str(tmp_path / "d.toml")]), uses_masks=False)
     options = read_options("", groups, ["--dataset_config", str(tmp_path / "d.toml"), "--masked_loss"])
     with pytest.raises(OptionError) as error:
         scan(read_datasets(options)[0])

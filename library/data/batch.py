@@ -23,7 +23,7 @@ class Batch:
         place: where it stands in the run.
         paths: the pictures' files, for messages.
         captions: processed captions; still there when `text` is cached.
-        images: [B, 3, H, W], float32 in -1..1; None if latents are cached, except for inpainting models.
+        images: [B, 3, H, W], float32 in -1..1; None if all that the model sees of them is cached.
         masks: of the loss, from alpha channels, [B, H, W], float32 in 0..1; None if no sample has one.
         conditioning: images that go with the pictures, [B, 3, H, W], float32 in -1..1; None without.
         latents: raw latents, [B, 4, H/8, W/8], float32; None if not cached.
@@ -31,7 +31,9 @@ class Batch:
         original_sizes, crop_top_lefts, target_sizes: [B, 2], int64: (height, width), (top, left), (height, width) in pixels.
         weights: [B], float32: factor of each sample's loss; 0 in an idle batch.
         aesthetic_scores: what a refiner is told of each picture, [B], float32; None where no model asks.
-        beside: what an inpainting model sees beside the noisy latents, [B, 5, H/8, W/8]; the step puts it there.
+        paint: what an inpainting model is to paint of `images`, [B, H, W], float32 in 0..1; None for other models.
+        inpainting: what it sees of pictures whose masks are fixed, from a cache, [B, 5, H/8, W/8] (data/cache.py).
+        beside: what it sees beside the noisy latents, [B, 5, H/8, W/8]; the step puts it there.
         attributes: the custom attributes of each sample's subset.
     """
 
@@ -48,6 +50,8 @@ class Batch:
     masks: Tensor | None = None
     conditioning: Tensor | None = None
     aesthetic_scores: Tensor | None = None
+    paint: Tensor | None = None
+    inpainting: Tensor | None = None
     beside: Tensor | None = None
     attributes: tuple[Mapping[str, Any], ...] = ()
 

@@ -32,18 +32,43 @@ _VERSION = 1  # of what the fingerprint says
 
 
 class Latents(NamedTuple):
-    """Raw latents of a picture and, with flip_aug, of its mirror image, [4, H/8, W/8]; its loss mask, [H, W] in 0..1. float32."""
+    """What is kept of a picture, float32.
+
+    Attributes:
+        plain: raw latents, [4, H/8, W/8]; flipped: those of its mirror image, with flip_aug.
+        mask: of the loss, from its alpha channel, [H, W] in 0..1.
+        inpainting: what an inpainting model sees of a picture with a mask of its own, [5, H/8, W/8]: which cells it is to
+            paint, and the raw latents of what it is shown; inpainting_flipped: of the mirror image.
+    """
 
     plain: Tensor
     flipped: Tensor | None = None
     mask: Tensor | None = None
+    inpainting: Tensor | None = None
+    inpainting_flipped: Tensor | None = None
+
+    def seen(self, *, flipped: bool) -> "Cached":
+        """The picture as a batch takes it, or its mirror image."""
+        latents = self.flipped if flipped else self.plain
+        assert latents is not None
+        inpainting = self.inpainting_flipped if flipped else self.inpainting
+        return Cached(latents, _mirrored(self.mask, flipped=flipped), inpainting)
+
+
+class Cached(NamedTuple):
+    """Raw latents, loss mask and what an inpainting model sees, of a picture or of its mirror image; shapes as of Latents."""
+
+    latents: Tensor
+    mask: Tensor | None
+    inpainting: Tensor | None
 
 
 class Origin(NamedTuple):
-    """The picture file that latents were made of: a hash of its content, and what it looked like then."""
+    """The picture file that latents were made of: a hash of its content, and what it looked like then; the same of its mask's."""
 
     content: str
     stamp: Stamp
+    mask: "Origin | None" = None
 
 
 def origin_of(path: Path) -> tuple[bytes, Origin]:
@@ -58,9 +83,14 @@ def content_hash(raw: bytes) -> str:
 
 
 class LatentCache(Protocol):
-    """Raw latents by sample."""
+    """Raw latents by sample.
+
+    Attributes:
+        for_inpainting: what inpainting models see is kept, too, of samples that have masks of their own.
+    """
 
     in_memory: bool
+    for_inpainting: bool
 
     def problem(self, sample: Sample) -> str | None:
         """Why there are no valid latents of the sample; None if there are."""
@@ -70,9 +100,7 @@ class LatentCache(Protocol):
         """Whether there are any, valid or not: a quick look after filling."""
         ...
 
-    def read(self, sample: Sample, *, flipped: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Raw latents of the picture or of its mirror image, and their loss mask."""
-        ...
+    def read(self, sample: Sample, *, flipped: bool = False) -> Cached: ...
 
     def write(self, sample: Sample, latents: Latents, origin: Origin) -> None: ...
 
@@ -96,7 +124,8 @@ class TextCache(Protocol):
 class LatentsInMemory:
     in_memory = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, for_inpainting: bool = False) -> None:
+        self.for_inpainting = for_inpainting
         self._kept: dict[str, Latents] = {}
 
     def problem(self, sample: Sample) -> str | None:
@@ -105,11 +134,8 @@ class LatentsInMemory:
     def has(self, sample: Sample) -> bool:
         return sample.cache_stem in self._kept
 
-    def read(self, sample: Sample, *, flipped: bool = False) -> tuple[Tensor, Tensor | None]:
-        kept = self._kept[sample.cache_stem]
-        latents = kept.flipped if flipped else kept.plain
-        assert latents is not None
-        return latents, _mirrored(kept.mask, flipped=flipped)
+    def read(self, sample: Sample, *, flipped: bool = False) -> Cached:
+        return self._kept[sample.cache_stem].seen(flipped=flipped)
 
     def write(self, sample: Sample, latents: Latents, origin: Origin) -> None:
         self._kept[sample.cache_stem] = latents
@@ -211,7 +237,13 @@ class _OnDisk:
 
 class LatentsOnDisk(_OnDisk):
     def __init__(
-        self, vae: str = "", known: KnownFiles | None = None, *, trusted: bool = False, old_names: bool = False
+        self,
+        vae: str = "",
+        known: KnownFiles | None = None,
+        *,
+        trusted: bool = False,
+        old_names: bool = False,
+        for_inpainting: bool = False,
     ):
         """
         Args:
@@ -219,7 +251,7 @@ class LatentsOnDisk(_OnDisk):
             old_names: write NAME.npz, as prepare_buckets_latents.py does; both names are read.
         """
         super().__init__(known, trusted=trusted)
-        self._vae, self._old_names = vae, old_names
+        self._vae, self._old_names, self.for_inpainting = vae, old_names, for_inpainting
 
     def problem(self, sample: Sample) -> str | None:
         if self._trusted:
@@ -242,7 +274,12 @@ class LatentsOnDisk(_OnDisk):
             return self._problem_without_fingerprint(path, stamp, contents, sample)
         if reason := _difference(contents.fingerprint, self._made_of(sample)):
             return reason
-        return self._picture_problem(contents.fingerprint.get("picture", {}), sample)
+        if reason := self._file_problem(contents.fingerprint.get("picture", {}), sample.file, "picture"):
+            return reason
+        if self._made_of(sample).get("inpainting") == _FOLDER:
+            assert sample.conditioning is not None
+            return self._file_problem(contents.fingerprint.get("mask", {}), sample.conditioning, "mask")
+        return None
 
     def has(self, sample: Sample) -> bool:
         return self._file(sample) is not None
@@ -255,6 +292,9 @@ class LatentsOnDisk(_OnDisk):
             shapes["latents_flipped"] = shape
         if pixels.alpha_mask:
             shapes["alpha_mask"] = (bucket.height, bucket.width)
+        if self.for_inpainting and sample.has_mask:
+            seen = (1 + LATENT_CHANNELS, *shape[1:])
+            shapes |= {"inpainting": seen, **({"inpainting_flipped": seen} if pixels.flip_aug else {})}
         return shapes
 
     def _problem_without_fingerprint(self, path: Path, stamp: Stamp, contents: Contents, sample: Sample) -> str | None:
@@ -267,19 +307,19 @@ class LatentsOnDisk(_OnDisk):
                 return "made of a picture of another size"
         return None
 
-    def _picture_problem(self, origin: Mapping[str, Any], sample: Sample) -> str | None:
-        stamp = stamp_of(sample.file)
+    def _file_problem(self, origin: Mapping[str, Any], file: str, what: str) -> str | None:
+        stamp = stamp_of(file)
         if (origin.get("size"), origin.get("time")) == stamp:
             return None
-        folder, name = os.path.split(sample.file)
+        folder, name = os.path.split(file)
         content = self._known.get(folder, name, stamp).get("content")
         if content is None:
-            content = content_hash(sample.path.read_bytes())
+            content = content_hash(Path(file).read_bytes())
             self._known.learn(folder, name, stamp, content=content)
-        return None if content == origin.get("content") else "the picture has changed"
+        return None if content == origin.get("content") else f"the {what} has changed"
 
     def _made_of(self, sample: Sample) -> dict[str, Any]:
-        return {
+        made_of: dict[str, Any] = {
             "version": _VERSION,
             "bucket": list(sample.fit.bucket),
             "resized": list(sample.fit.resized),
@@ -288,14 +328,19 @@ class LatentsOnDisk(_OnDisk):
             "alpha_mask": sample.subset.pixels.alpha_mask,
             "vae": self._vae,
         }
+        if self.for_inpainting and sample.has_mask:
+            made_of["inpainting"] = _ALPHA if sample.subset.pixels.alpha_mask else _FOLDER
+        return made_of
 
-    def read(self, sample: Sample, *, flipped: bool = False) -> tuple[Tensor, Tensor | None]:
+    def read(self, sample: Sample, *, flipped: bool = False) -> Cached:
         path = self._file(sample)
         if path is None:
             raise RunError(f"{sample.latents_file}: the cached latents are gone; run again to make them again")
         name = "latents_flipped" if flipped else "latents"
-        arrays = _read(path, [name, "alpha_mask"] if sample.subset.pixels.alpha_mask else [name])
-        return arrays[name].float(), _mirrored(arrays.get("alpha_mask"), flipped=flipped)
+        seen = "inpainting_flipped" if flipped else "inpainting"
+        names = [name, *(["alpha_mask"] if sample.subset.pixels.alpha_mask else [])]
+        arrays = _read(path, [*names, seen] if self.for_inpainting and sample.has_mask else names)
+        return Cached(arrays[name].float(), _mirrored(arrays.get("alpha_mask"), flipped=flipped), arrays.get(seen))
 
     def _file(self, sample: Sample) -> Path | None:
         return next((path for path in (sample.latents_file, sample.old_latents_file) if path.exists()), None)
@@ -308,22 +353,29 @@ class LatentsOnDisk(_OnDisk):
         }
         if latents.flipped is not None:
             arrays["latents_flipped"] = latents.flipped.numpy()
-        if latents.mask is not None:
-            arrays["alpha_mask"] = latents.mask.numpy()
+        more = {"alpha_mask": latents.mask, "inpainting": latents.inpainting, "inpainting_flipped": latents.inpainting_flipped}  # fmt: skip
+        arrays |= {name: tensor.numpy() for name, tensor in more.items() if tensor is not None}
         path = sample.old_latents_file if self._old_names else sample.latents_file
         if path.exists():
             arrays = {**npz.foreign_arrays(path, _LATENT_NAMES), **arrays}
-        # A file that changed just now may change again without another time: let the next look compare contents.
-        settled = time.time_ns() - origin.stamp[1] > 2_000_000_000
-        picture = {"content": origin.content, "size": origin.stamp[0], "time": origin.stamp[1] if settled else 0}
-        self._write(path, arrays, {**self._made_of(sample), "picture": picture})
+        files = {"picture": _remembered(origin), **({} if origin.mask is None else {"mask": _remembered(origin.mask)})}
+        self._write(path, arrays, {**self._made_of(sample), **files})
+
+
+def _remembered(origin: Origin) -> dict[str, Any]:
+    """A file as a fingerprint has it. One that changed just now may change again without another time: then contents are compared."""
+    settled = time.time_ns() - origin.stamp[1] > 2_000_000_000
+    return {"content": origin.content, "size": origin.stamp[0], "time": origin.stamp[1] if settled else 0}
 
 
 def _mirrored(mask: Tensor | None, *, flipped: bool) -> Tensor | None:
     return mask.flip(-1) if flipped and mask is not None else mask
 
 
-_LATENT_NAMES = ("latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb")
+_LATENT_NAMES = (
+    "latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb", "inpainting", "inpainting_flipped",
+)  # fmt: skip
+_ALPHA, _FOLDER = "the alpha channel", "the mask of conditioning_data_dir"  # where masks of inpainting come from
 _TEXT_NAMES = ("hidden_state1", "hidden_state2", "pool2")
 
 
@@ -412,7 +464,7 @@ def _shape_problem(contents: Contents, wanted: Mapping[str, tuple[int | None, ..
 _CHANGED = {
     "version": "of another version", "bucket": "of another bucket", "resized": "resized in another way",
     "resize_interpolation": "resized in another way", "alpha_mask": "with alpha_mask on or off", "vae": "of another VAE or dtype",
-    "captions": "of other captions", "tokens": "of another token length", "encoders": "of other text encoders or dtype",
+    "inpainting": "of masks from elsewhere", "captions": "of other captions", "tokens": "of another token length", "encoders": "of other text encoders or dtype",
 }  # fmt: skip
 
 

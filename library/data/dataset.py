@@ -19,11 +19,12 @@ from library.data.batch import Batch
 from library.data.cache import LatentCache, TextCache
 from library.data.captions import is_dropped, process_caption
 from library.data.images import BadImage
+from library.data.inpainting_masks import draw_masks
 from library.data.order import Group, MicroBatch, Place
 from library.data.pixels import Pixels, load_conditioning, load_pixels
 from library.data.sample import Sample
 from library.data.subsets import Dataset
-from library.draws import python_draw
+from library.draws import Draws, python_draw
 from library.errors import RunError
 from library.models.text_encoders import EncodedText
 from library.models.unet_config import AESTHETIC_SCORE
@@ -41,12 +42,16 @@ def group_samples(datasets: Sequence[Dataset], samples: Sequence[Sample]) -> tup
 
 
 class _Picture(NamedTuple):
-    """One sample of a batch: its raw latents or its picture, or both, its loss mask, and (top, left) as the model is told."""
+    """One sample of a batch: its raw latents or its picture, or both, its loss mask, and (top, left) as the model is told.
+
+    And what an inpainting model sees of it, where that is cached.
+    """
 
     latents: Tensor | None
     image: Tensor | None
     mask: Tensor | None
     crop_top_left: tuple[int, int]
+    inpainting: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Batches(TorchDataset):
     Attributes:
         prior_loss_weight: of regularisation samples.
         aesthetic_score: of samples that have none of their own.
-        needs_images: the model sees pictures beside cached latents, too (inpainting).
+        for_inpainting: the model sees masked pictures beside the latents.
+        reads_conditioning: the step asks for the images of conditioning_data_dir, beyond what is to be painted.
     """
 
     samples: Sequence[Sample]
@@ -66,7 +72,8 @@ class Batches(TorchDataset):
     max_train_steps: int
     prior_loss_weight: float = 1.0
     aesthetic_score: float = AESTHETIC_SCORE
-    needs_images: bool = False
+    for_inpainting: bool = False
+    reads_conditioning: bool = True
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
         """Raises RunError, naming the file that can't be read any more."""
@@ -74,10 +81,14 @@ class Batches(TorchDataset):
         samples = [self.samples[i] for i in micro.samples]
         flips = [self._is_flipped(sample, place, i) for i, sample in enumerate(samples)]
         bucket = samples[0].fit.bucket
+        # What an inpainting model sees is cached where masks are fixed; a batch is encoded as a whole, or not at all.
+        shows = self.for_inpainting and (self.latents is None or not all(sample.has_mask for sample in samples))
         pictures = [
-            self._picture(sample, place, i, flipped=flip)
+            self._picture(sample, place, i, flipped=flip, with_image=shows)
             for i, (sample, flip) in enumerate(zip(samples, flips, strict=True))
         ]
+        masks = _masks([picture.mask for picture in pictures], (bucket.height, bucket.width))
+        conditioning = self._conditioning(samples, flips) if self.reads_conditioning or shows else None
         texts = self.texts(micro)
         weights = [
             0.0 if place.is_idle else self.prior_loss_weight if sample.subset.is_reg else 1.0 for sample in samples
@@ -93,14 +104,16 @@ class Batches(TorchDataset):
             crop_top_lefts=torch.tensor([picture.crop_top_left for picture in pictures]),
             target_sizes=torch.tensor([(bucket.height, bucket.width)] * len(samples)),
             weights=torch.tensor(weights),
-            masks=_masks([picture.mask for picture in pictures], (bucket.height, bucket.width)),
-            conditioning=self._conditioning(samples, flips),
+            masks=masks,
+            conditioning=conditioning,
             aesthetic_scores=torch.tensor(
                 [
                     float(self.aesthetic_score if sample.aesthetic_score is None else sample.aesthetic_score)
                     for sample in samples
                 ]
             ),
+            paint=self._paint(samples, place, masks, conditioning) if shows else None,
+            inpainting=None if shows else _stacked([picture.inpainting for picture in pictures]),
             attributes=tuple(sample.subset.custom_attributes for sample in samples),
         )
 
@@ -135,14 +148,31 @@ class Batches(TorchDataset):
             max_train_steps=self.max_train_steps,
         )
 
-    def _picture(self, sample: Sample, place: Place, i: int, *, flipped: bool) -> _Picture:
+    def _picture(self, sample: Sample, place: Place, i: int, *, flipped: bool, with_image: bool) -> _Picture:
         if self.latents is not None:
-            latents, mask = self.latents.read(sample, flipped=flipped)
-            image = _image(_read_pixels(sample, None, flipped=flipped)) if self.needs_images else None
-            return _Picture(latents, image, mask, sample.crop_top_left(flipped=flipped))
+            cached = self.latents.read(sample, flipped=flipped)
+            image = _image(_read_pixels(sample, None, flipped=flipped)) if with_image else None
+            return _Picture(
+                cached.latents, image, cached.mask, sample.crop_top_left(flipped=flipped), cached.inpainting
+            )
         pixels = _read_pixels(sample, python_draw(self.seed, "pixels", place.epoch, place.first + i), flipped=flipped)
         mask = None if pixels.alpha is None else torch.from_numpy(np.ascontiguousarray(pixels.alpha))
         return _Picture(None, _image(pixels), mask, pixels.crop_top_left)
+
+    def _paint(
+        self, samples: Sequence[Sample], place: Place, masks: Tensor | None, conditioning: Tensor | None
+    ) -> Tensor:
+        """What an inpainting model is to paint, [B, H, W] in 0..1: what the samples' own masks say, else a drawn one."""
+        width, height = samples[0].fit.bucket
+        paint = draw_masks(Draws(self.seed, place.epoch, place.first, len(samples)), height, width)
+        for i, sample in enumerate(samples):
+            if sample.has_mask and sample.subset.pixels.alpha_mask:
+                assert masks is not None
+                paint[i] = masks[i]
+            elif sample.has_mask:
+                assert conditioning is not None
+                paint[i] = conditioning[i, 0] / 2 + 0.5
+        return paint
 
     def _conditioning(self, samples: Sequence[Sample], flips: Sequence[bool]) -> Tensor | None:
         """The conditioning images; samples without one (regularisation) get white, which masks nothing."""

@@ -33,8 +33,13 @@ Conditioning = Literal["masks", "conditions", "unused"]
 """What the images of conditioning_data_dir are: of the loss, of what is drawn (then each picture needs one), or nothing here."""
 
 
-def read_datasets(options: Options, conditioning: Conditioning = "masks") -> tuple[list[DatasetPlan], list[str]]:
-    """The datasets of a run, and what the user should know of them. Raises OptionError with every mistake in them."""
+def read_datasets(
+    options: Options, conditioning: Conditioning = "masks", *, uses_masks: bool = True
+) -> tuple[list[DatasetPlan], list[str]]:
+    """The datasets of a run, and what the user should know of them. Raises OptionError with every mistake in them.
+
+    Args: uses_masks: masks in conditioning_data_dir have a use in the run: for its loss, or for an inpainting model.
+    """
     chosen = options[DatasetOptions]
     if chosen.dataset_config is not None:
         name, tables, notices = str(chosen.dataset_config), _read_file(chosen.dataset_config), []
@@ -43,7 +48,7 @@ def read_datasets(options: Options, conditioning: Conditioning = "masks") -> tup
     else:
         tables, notices = implied_tables(chosen)
         name = f"--in_json {chosen.in_json}" if chosen.in_json else f"--train_data_dir {chosen.train_data_dir}"
-    definition = _Definition(name, tables, options, conditioning)
+    definition = _Definition(name, tables, options, conditioning, uses_masks=uses_masks)
     definition.notices += notices
     return definition.plans(), definition.notices
 
@@ -113,14 +118,14 @@ Tables = tuple[Mapping[str, Any], ...]
 class _Definition:
     """One definition being read: its tables, and the mistakes found in them."""
 
-    def __init__(self, name: str, tables: Any, options: Options, conditioning: Conditioning):
+    def __init__(self, name: str, tables: Any, options: Options, conditioning: Conditioning, *, uses_masks: bool):
         self.name = name
         self.tables = tables
         self.mistakes: list[Mistake] = []
         self.notices: list[str] = []
         self.command_line = dict(options.items())
         self.conditioning = conditioning
-        self.uses_masks = bool(self.command_line.get("masked_loss"))
+        self.uses_masks = uses_masks
         self.caches_latents = options[CacheOptions].latents
         self.extension_given = options.given("caption_extension") or options.given("caption_extention")
         if self.command_line["caption_extention"]:
@@ -250,6 +255,7 @@ class _Definition:
             class_tokens=None if in_metadata else self._value("class_tokens", tables),
             metadata_file=metadata,
             conditioning_data_dir=own.get("conditioning_data_dir"),
+            conditioning_is_mask=self.conditioning != "conditions",
             is_reg=own.get("is_reg", False),
             recursive=self._value("recursive", tables),
             cache_info=not in_metadata and self._value("cache_info", tables),
@@ -280,7 +286,8 @@ class _Definition:
         if conditioning is not None:
             if self.conditioning == "masks" and not self.uses_masks:
                 self._mistake(
-                    where, "conditioning_data_dir holds masks here; give --masked_loss to use them, or leave it out"
+                    where,
+                    "conditioning_data_dir holds masks here, which only inpainting models see; give --masked_loss to use them, or leave it out",
                 )
             if not conditioning.is_dir():
                 self._mistake(where, f"conditioning_data_dir {conditioning}: {_missing(conditioning)}")

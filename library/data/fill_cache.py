@@ -4,7 +4,7 @@ The one pass that decodes runs to its end and tells all pictures that can't be u
 the same time: threads decode ahead, another writes behind.
 """
 
-import itertools
+import functools
 import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,13 +22,14 @@ from library.data import images
 from library.data.cache import LatentCache, Latents, Origin, TextCache, origin_of
 from library.data.images import BadImage
 from library.data.known_files import KnownFiles, stamp_of
-from library.data.pixels import Pixels, load_pixels
+from library.data.pixels import Pixels, load_conditioning, load_pixels
 from library.data.sample import Sample
 from library.data.size import Size
 from library.draws import generator
 from library.errors import RunError
 from library.files import make_writable_folder, remove_left_over
 from library.log import log, progress_bar
+from library.models.inpainting import hidden_parts
 from library.models.text_encoders import EncodedText
 from library.models.vae import finite_samples
 
@@ -54,14 +55,18 @@ class Bad(NamedTuple):
 
 
 class _Loaded(NamedTuple):
-    """A decoded picture, the noise of its posterior samples, and what to remember of its file."""
+    """A decoded picture, what is to be encoded of it, and what to remember of its file.
+
+    Attributes:
+        inputs: of the VAE, by the names of Latents: an image [3, H, W] and the noise of its posterior sample [4, H/8, W/8].
+        cells: what an inpainting model is to paint, [1, H/8, W/8], for those of the inputs that it sees.
+    """
 
     sample: Sample
     pixels: Pixels
     origin: Origin
-    image: Tensor  # [3, H, W]
-    noise: Tensor  # [4, H/8, W/8]
-    mirrored: tuple[Tensor, Tensor] | None  # image and noise of the mirrored picture
+    inputs: dict[str, tuple[Tensor, Tensor]]
+    cells: dict[str, Tensor]
 
 
 # ------------------------------------------------------------------------------------------------------------- latents
@@ -92,7 +97,9 @@ def fill_latents(
     _try_folders(sample.latents_file.parent for sample in missing if not cache.in_memory)
     bad: list[Bad] = []
     with progress_bar("caching latents", len(missing), unit="pictures") as bar, _background_writer() as write:
-        for batch, loaded in _ahead_in_batches(_load, _batches_by_bucket(missing, batch_size)):
+        load = functools.partial(_load, for_inpainting=cache.for_inpainting)
+        batches = _batches_by_bucket(missing, batch_size, for_inpainting=cache.for_inpainting)
+        for batch, loaded in _ahead_in_batches(load, batches):
             good = [one for one in loaded if isinstance(one, _Loaded)]
             bad += [one for one in loaded if isinstance(one, Bad)]
             if good:
@@ -103,40 +110,66 @@ def fill_latents(
     return bad
 
 
-def _load(sample: Sample) -> _Loaded | Bad:
+def _load(sample: Sample, *, for_inpainting: bool) -> _Loaded | Bad:
+    mask = None
     try:
         raw, origin = origin_of(sample.path)
         pixels = load_pixels(sample, content=raw)
+        if for_inpainting and sample.has_mask:
+            mask = pixels.alpha
+            if mask is None:
+                origin, mask = _with_mask(sample, origin)
     except (OSError, BadImage) as error:
         return Bad(sample, str(error) if isinstance(error, BadImage) else f"can't be read: {error.strerror}")
-    mirrored = _input(pixels.rgb[:, ::-1], f"{origin.content} mirrored") if sample.subset.pixels.flip_aug else None
-    return _Loaded(sample, pixels, origin, *_input(pixels.rgb, origin.content), mirrored)
+    inputs, cells = {}, {}
+    for name, how, turned in (("plain", "", slice(None)), ("flipped", " mirrored", slice(None, None, -1))):
+        if name == "flipped" and not sample.subset.pixels.flip_aug:
+            continue
+        image = torch.from_numpy(images.normalised(pixels.rgb[:, turned]))
+        inputs[name] = image, _noise(image, f"{origin.content}{how}")
+        if mask is not None:
+            seen = "inpainting" if name == "plain" else "inpainting_flipped"
+            shown, hidden = hidden_parts(image[None], torch.from_numpy(mask[:, turned].copy())[None])
+            inputs[seen] = shown[0], _noise(image, f"{origin.content} masked{how}")
+            cells[seen] = hidden[0]
+    return _Loaded(sample, pixels, origin, inputs, cells)
 
 
-def _input(rgb: np.ndarray, content: str) -> tuple[Tensor, Tensor]:
-    """The picture as the VAE takes it, and the noise of its posterior sample: a function of the picture's content."""
-    height, width = rgb.shape[0] // 8, rgb.shape[1] // 8
-    noise = torch.randn(4, height, width, generator=generator("posterior", content, width, height))
-    return torch.from_numpy(images.normalised(rgb)), noise
+def _with_mask(sample: Sample, origin: Origin) -> tuple[Origin, np.ndarray]:
+    """The mask of the sample's conditioning image, and what to remember of both files. Raises OSError, BadImage."""
+    assert sample.conditioning is not None
+    try:
+        _, own = origin_of(Path(sample.conditioning))
+        return origin._replace(mask=own), load_conditioning(sample, flipped=False)[..., 0].astype(np.float32) / 255
+    except (OSError, BadImage) as error:
+        raise BadImage(f"its conditioning image {sample.conditioning}: {error}") from None
+
+
+def _noise(image: Tensor, content: str) -> Tensor:
+    """The noise of a posterior sample: a function of the picture's content."""
+    height, width = image.shape[1] // 8, image.shape[2] // 8
+    return torch.randn(4, height, width, generator=generator("posterior", content, width, height))
 
 
 def _encode(loaded: Sequence[_Loaded], encode: EncodeImages, batch_size: int) -> tuple[list[Bad], list[tuple[Sample, Latents, Origin]]]:  # fmt: skip
-    inputs = [(one.image, one.noise) for one in loaded]
-    inputs += [one.mirrored for one in loaded if one.mirrored is not None]
+    jobs = [(one, name) for name in Latents._fields for one in loaded if name in one.inputs]
+    inputs = [one.inputs[name] for one, name in jobs]
     encoded = [
         encode(*map(torch.stack, zip(*inputs[i : i + batch_size], strict=True)))
         for i in range(0, len(inputs), batch_size)
     ]
     latents = torch.cat(encoded).cpu().float()
     finite = finite_samples(latents).tolist()
-    flipped = itertools.count(len(loaded))
+    found: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    are_finite = dict.fromkeys(map(id, loaded), True)
+    for (one, name), own, is_finite in zip(jobs, latents, finite, strict=True):
+        found[id(one)][name] = torch.cat([one.cells[name], own]) if name in one.cells else own.clone()
+        are_finite[id(one)] &= is_finite
     bad, good = [], []
-    for i, one in enumerate(loaded):
-        parts = [i] if one.mirrored is None else [i, next(flipped)]
-        if all(finite[part] for part in parts):
+    for one in loaded:
+        if are_finite[id(one)]:
             mask = None if one.pixels.alpha is None else torch.from_numpy(one.pixels.alpha.copy())
-            twin = latents[parts[1]].clone() if len(parts) > 1 else None
-            good.append((one.sample, Latents(latents[i].clone(), twin, mask), one.origin))
+            good.append((one.sample, Latents(**found[id(one)], mask=mask), one.origin))
         else:
             bad.append(Bad(one.sample, "the VAE gives latents that aren't finite, in float32 too"))
     return bad, good
@@ -147,14 +180,15 @@ def _write_latents(cache: LatentCache, encoded: Iterable[tuple[Sample, Latents, 
         cache.write(sample, latents, origin)
 
 
-def _batches_by_bucket(samples: Iterable[Sample], batch_size: int) -> list[list[Sample]]:
-    """Batches of one bucket each, of at most `batch_size` inputs of the VAE: a mirrored picture counts twice."""
-    by_bucket: dict[tuple[Size, bool], list[Sample]] = defaultdict(list)
+def _batches_by_bucket(samples: Iterable[Sample], batch_size: int, *, for_inpainting: bool) -> list[list[Sample]]:
+    """Batches of one bucket each, of at most `batch_size` inputs of the VAE: mirrored and masked pictures count, too."""
+    by_bucket: dict[tuple[Size, int], list[Sample]] = defaultdict(list)
     for sample in samples:
-        by_bucket[sample.fit.bucket, sample.subset.pixels.flip_aug].append(sample)
+        views = (2 if sample.subset.pixels.flip_aug else 1) * (2 if for_inpainting and sample.has_mask else 1)
+        by_bucket[sample.fit.bucket, views].append(sample)
     batches = []
-    for (_, flip_aug), group in by_bucket.items():
-        size = max(1, batch_size // 2) if flip_aug else batch_size
+    for (_, views), group in by_bucket.items():
+        size = max(1, batch_size // views)
         batches += [group[i : i + size] for i in range(0, len(group), size)]
     return batches
 

@@ -61,7 +61,8 @@ class DatasetOptions(OptionGroup):
     )
     alpha_mask: bool = option(False, "weigh the loss by the pictures' alpha channel")
     conditioning_data_dir: Path | None = option(
-        None, "folder with a mask for each picture, of its name; needs --masked_loss"
+        None,
+        "folder with a mask for each picture, of its name, for --masked_loss; inpainting models paint what it marks",
     )
     aesthetic_score: float = option(
         AESTHETIC_SCORE,

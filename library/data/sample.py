@@ -36,6 +36,7 @@ class Subset:
     Attributes:
         image_dir: None for metadata with absolute paths.
         extension_was_chosen: by the user, as opposed to the default.
+        conditioning_is_mask: the images of conditioning_data_dir are masks, as opposed to what a control net follows.
     """
 
     image_dir: Path | None
@@ -47,6 +48,7 @@ class Subset:
     class_tokens: str | None = None
     metadata_file: Path | None = None
     conditioning_data_dir: Path | None = None
+    conditioning_is_mask: bool = False
     is_reg: bool = False
     recursive: bool = False
     cache_info: bool = False
@@ -128,6 +130,12 @@ class Sample:
     @property
     def text_file(self) -> Path:
         return Path(f"{self.cache_stem}_te_outputs.npz")
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether it has a mask of its own, in its alpha channel or in conditioning_data_dir."""
+        has_image = self.subset.conditioning_is_mask and self.conditioning is not None
+        return has_image or self.subset.pixels.alpha_mask
 
     @property
     def face(self) -> Face | None:

@@ -17,11 +17,25 @@ def inpainting_channels(images: Tensor, masks: Tensor, encode: Callable[[Tensor]
     """The five channels beside the noisy latents: [B, 5, H/8, W/8], float32, where the masks are.
 
     Args:
-        images: [B, 3, H, W] in -1..1.
-        masks: [B, H, W] in 0..1; from 0.5 on, a pixel is to be painted.
+        images, masks: as for hidden_parts.
         encode: pictures -> raw latents, [B, 4, H/8, W/8].
     """
+    shown, cells = hidden_parts(images, masks)
+    return with_scaled_latents(torch.cat([cells, encode(shown).to(cells)], dim=1))
+
+
+def hidden_parts(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """The pictures without what is to be painted, and which cells of the latents that is, 0 or 1: [B, 1, H/8, W/8], float32.
+
+    Args:
+        images: [B, 3, H, W] in -1..1.
+        masks: [B, H, W] in 0..1; from 0.5 on, a pixel is to be painted.
+    """
     hidden = (masks[:, None] >= 0.5).float()
-    latents = scale_latents(encode(images * (1 - hidden))).to(hidden)
     size = (images.shape[2] // PIXELS_PER_LATENT, images.shape[3] // PIXELS_PER_LATENT)
-    return torch.cat([F.interpolate(hidden, size), latents], dim=1)
+    return images * (1 - hidden), F.interpolate(hidden, size)
+
+
+def with_scaled_latents(channels: Tensor) -> Tensor:
+    """The five channels as the U-Net sees them, of the mask and raw latents, which are what caches hold: [B, 5, H/8, W/8]."""
+    return torch.cat([channels[:, :1], scale_latents(channels[:, 1:])], dim=1)

@@ -21,7 +21,7 @@ from library.files import write_atomically
 from library.models.options import ModelOptions
 from library.models.tokens import Tokenizer, load_tokenizers
 from library.options import Options
-from library.training.options import LossOptions, RunOptions, SavingOptions
+from library.training.options import RunOptions, SavingOptions
 from library.training.preflight import Preflight
 
 PICTURES_ON_PAGE = 300
@@ -111,7 +111,7 @@ def _shown(sample: Sample, tokenizer: Tokenizer, options: Options, *, augments: 
             loaded = load_pixels(
                 sample, python_draw(options[RunOptions].seed or 0, "debug", sample.file) if augments else None
             )
-            pixels, mask = loaded.rgb, _mask(sample, loaded, masked_loss=options[LossOptions].masked_loss)
+            pixels, mask = loaded.rgb, _mask(sample, loaded)
         except (OSError, BadImage) as error:
             note = f"can't be read: {error}"
     return Shown(
@@ -140,8 +140,8 @@ def _captions(sample: Sample, seed: int) -> list[str]:
     return list(dict.fromkeys(drawn))
 
 
-def _mask(sample: Sample, loaded: Pixels, *, masked_loss: bool) -> np.ndarray | None:
-    if sample.conditioning is not None and masked_loss:
+def _mask(sample: Sample, loaded: Pixels) -> np.ndarray | None:
+    if sample.conditioning is not None and sample.subset.conditioning_is_mask:
         return normalised(load_conditioning(sample, flipped=False))[0] / 2 + 0.5
     return loaded.alpha
 

@@ -177,8 +177,9 @@ def _model(options: Options, found: Preflight, models: SdxlModels, task: Task | 
     rows.append(("predicts", f"{'velocity' if found.v_prediction else 'noise'}{zero}"))
     if task is None:
         return rows
-    in_steps = {part for part, _ in frozen_parts(task, models, options[CacheOptions])}
-    for part, numbers in frozen_parts(task, models, CacheOptions()):
+    are_masked = all(sample.has_mask for sample in all_samples(found.datasets))
+    in_steps = {part for part, _ in frozen_parts(task, models, options[CacheOptions], are_masked=are_masked)}
+    for part, numbers in frozen_parts(task, models, CacheOptions(), are_masked=False):
         dtype = dtype_of(part, models)
         when = "in every step" if part in in_steps else "for the caches alone"
         rows.append((part, f"{numbers:13,} frozen numbers, {str(dtype).removeprefix('torch.')}, {when}"))
@@ -208,7 +209,8 @@ def _look_at_pictures(page: _Page, options: Options, found: Preflight, models: S
     datasets, caches, to_decode = list(found.datasets), Rows(), samples
     if cache.latents:
         with page.checked():
-            to_decode = _cached(caches, "latents", samples, _latent_problem(options, found, models), _latent_bytes)
+            size = _latent_bytes(for_inpainting=models.checkpoint.unet.is_inpainting)
+            to_decode = _cached(caches, "latents", samples, _latent_problem(options, found, models), size)
     bad = audit(to_decode, found.known)
     with page.checked():
         datasets = without_bad(datasets, bad, skip=options[DatasetOptions].skip_bad_images)
@@ -231,7 +233,7 @@ def _look_at_pictures(page: _Page, options: Options, found: Preflight, models: S
 def _steps(datasets: Sequence[Dataset], plan: Plan, buckets: Sequence[Bucket]) -> Rows:
     shown = sorted(buckets, key=lambda bucket: -bucket.shown)[:_MOST_BUCKETS]
     lines = [*steps_in_words(plan, datasets), f"{'bucket':>9}  pictures  with repeats  batches  of at most"]
-    for size, pictures, repeated, batch_size in shown:
+    for size, pictures, repeated, batch_size, _ in shown:
         lines.append(f"{size!s:>9}  {pictures:8,}  {repeated:12,}  {-(-repeated // batch_size):7,}  {batch_size:10,}")
     lines += [f"and {len(buckets) - len(shown)} more"] if len(buckets) > len(shown) else []
     return [("", line) for line in lines]
@@ -341,10 +343,14 @@ def _looked_at(options: Options, found: Preflight) -> CacheOptions:
     return dataclasses.replace(cache, skip_cache_check=cache.skip_cache_check or bool(found.no_model))
 
 
-def _latent_bytes(sample: Sample) -> int:
-    pixels, area = sample.subset.pixels, sample.fit.bucket.area
-    latents = LATENT_CHANNELS * area // PIXELS_PER_LATENT**2
-    return 4 * (latents * (2 if pixels.flip_aug else 1) + (area if pixels.alpha_mask else 0))
+def _latent_bytes(*, for_inpainting: bool) -> Callable[[Sample], int]:
+    def of(sample: Sample) -> int:
+        pixels, area = sample.subset.pixels, sample.fit.bucket.area
+        channels = LATENT_CHANNELS + (1 + LATENT_CHANNELS if for_inpainting and sample.has_mask else 0)
+        latents = channels * area // PIXELS_PER_LATENT**2
+        return 4 * (latents * (2 if pixels.flip_aug else 1) + (area if pixels.alpha_mask else 0))
+
+    return of
 
 
 def _text_bytes(options: Options, models: SdxlModels) -> Callable[[Sample], int]:
@@ -422,13 +428,17 @@ def made_up(options: Options, models: SdxlModels, largest: Bucket, samples: Sequ
     if cache.text:
         one, two = (token_width(models, f"text_encoder_{number}") for number in (1, 2))
         text = EncodedText(torch.randn(count, tokens, one), torch.randn(count, tokens, two), torch.randn(count, two))
-    latents = torch.randn(count, LATENT_CHANNELS, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+    cells = (height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
+    is_inpainting = models.checkpoint.unet.is_inpainting
+    has_images = encodes_pictures(models, cache, are_masked=largest.are_masked)
     return Batch(
         place=Place(epoch=0, step=0, micro=0, first=0, window_samples=count, closes_window=True, is_idle=False),
         paths=("made up",) * count,
         captions=tuple(samples[i % len(samples)].caption if samples else "" for i in range(count)),
-        images=torch.rand(count, 3, height, width) * 2 - 1 if encodes_pictures(models, cache) else None,
-        latents=latents if cache.latents else None,
+        images=torch.rand(count, 3, height, width) * 2 - 1 if has_images else None,
+        latents=torch.randn(count, LATENT_CHANNELS, *cells) if cache.latents else None,
+        paint=torch.ones(count, height, width) if is_inpainting and has_images else None,
+        inpainting=torch.randn(count, 1 + LATENT_CHANNELS, *cells) if is_inpainting and not has_images else None,
         text=text,
         original_sizes=sizes,
         crop_top_lefts=torch.zeros_like(sizes),

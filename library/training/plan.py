@@ -43,12 +43,13 @@ class Plan(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Pictures that share batches: how many, how often they are shown in an epoch, and at most at once."""
+    """Pictures that share batches: how many, how often they are shown in an epoch, and at most at once; whether all have masks."""
 
     size: Size
     pictures: int
     shown: int
     batch_size: int
+    are_masked: bool = False
 
     @property
     def largest(self) -> int:
@@ -70,7 +71,13 @@ def buckets_of(plan: Plan, datasets: Sequence[Dataset]) -> list[Bucket]:
     """The buckets of all datasets; one of the same size in two datasets is there twice, as they share no batch."""
     samples = samples_of(datasets)
     return [
-        Bucket(samples[members[0]].fit.bucket, len(set(members)), len(members), batch_size)
+        Bucket(
+            samples[members[0]].fit.bucket,
+            len(set(members)),
+            len(members),
+            batch_size,
+            are_masked=all(samples[member].has_mask for member in members),
+        )
         for members, batch_size in plan.order.groups
     ]
 
@@ -94,7 +101,7 @@ def estimate_memory(
 ) -> Estimate:
     """The peak of a step on the largest batch. Reads headers of the model alone, so the task may be on the meta device."""
     cache, ema = options[CacheOptions], options[EmaOptions]
-    largest = largest_of(buckets)
+    largest, are_masked = largest_of(buckets), all(bucket.are_masked for bucket in buckets)
     trains_text = any(group.name.startswith(("text", "token")) for group in groups)
     memory = options[MemoryOptions]
     shapes = [parameter.shape for group in groups for parameter in group.parameters.values()]
@@ -102,7 +109,7 @@ def estimate_memory(
     trains_unet = "unet" in models.trained
     frozen = [
         one
-        for part, numbers in frozen_parts(task, models, cache)
+        for part, numbers in frozen_parts(task, models, cache, are_masked=are_masked)
         for one in _frozen(part, numbers - (swapped if part == "unet" and not trains_unet else 0), task.unet, models)
     ]
     work = Work(
@@ -114,7 +121,9 @@ def estimate_memory(
         waits_at_home=memory.cpu_offload_checkpointing,
         text_channels=_text_channels(models) if trains_text else 0,
         text_tokens=options[ModelOptions].num_tokens + 2,
-        vae_channels=models.stored("vae")["encoder.conv_in.weight"].shape[0] if encodes_pictures(models, cache) else 0,
+        vae_channels=models.stored("vae")["encoder.conv_in.weight"].shape[0]
+        if encodes_pictures(models, cache, are_masked=are_masked)
+        else 0,
         vae_batch=cache.vae_batch_size,
     )
     return estimate(
@@ -170,14 +179,17 @@ def _most_at_once(groups: Sequence[ParamGroup], options: Options) -> int:
     return max(sum(parameter.numel() for parameter in bunch.parameters.values()) for bunch in bunches)
 
 
-def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions) -> Iterator[tuple[str, int]]:
-    """(part, numbers) of the parts that are on the device while it trains, without what is trained of them."""
+def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions, *, are_masked: bool) -> Iterator[tuple[str, int]]:
+    """(part, numbers) of the parts that are on the device while it trains, without what is trained of them.
+
+    Args: are_masked: as for encodes_pictures.
+    """
     trained = {name: parameter for part in task.parts for name, parameter in part.tensors().items()}
     ids = {id(parameter) for parameter in trained.values()}
     yield "unet", numbers_of(task.unet) - sum(p.numel() for p in task.unet.parameters() if id(p) in ids)
     absent = [
         *(["text_encoder_1", "text_encoder_2"] if cache.text else []),
-        *([] if encodes_pictures(models, cache) else ["vae"]),
+        *([] if encodes_pictures(models, cache, are_masked=are_masked) else ["vae"]),
     ]
     for part in models.checkpoint.parts:
         if part != "unet" and part not in absent:
@@ -185,9 +197,12 @@ def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions) -> Iterato
             yield part, sum(tensor.numel() for tensor in models.stored(part).values()) - own
 
 
-def encodes_pictures(models: SdxlModels, cache: CacheOptions) -> bool:
-    """Whether steps need the VAE: for pictures without cached latents, and for what inpainting models see."""
-    return not cache.latents or models.checkpoint.unet.is_inpainting
+def encodes_pictures(models: SdxlModels, cache: CacheOptions, *, are_masked: bool) -> bool:
+    """Whether steps need the VAE: for pictures without cached latents, and for what inpainting models see under drawn masks.
+
+    Args: are_masked: all pictures have masks of their own, so that what is seen is cached too.
+    """
+    return not cache.latents or (models.checkpoint.unet.is_inpainting and not are_masked)
 
 
 def dtype_of(part: str, models: SdxlModels) -> torch.dtype:

@@ -63,18 +63,24 @@ def look_before(options: Options, conditioning: Conditioning = "masks") -> Prefl
     ):
         raise OptionError(*no_model, *mistakes)
     try:
-        datasets, known = look_at_data(options, options[RunOptions].seed, conditioning)
+        sees_masks = options[LossOptions].masked_loss or checkpoint.unet.is_inpainting or bool(no_model)
+        datasets, known = look_at_data(options, options[RunOptions].seed, conditioning, uses_masks=sees_masks)
     except OptionError as error:
         raise OptionError(*no_model, *error.mistakes) from None
     return Preflight(checkpoint, v_prediction, zero_terminal_snr, datasets, known, no_model)
 
 
 def look_at_data(
-    options: Options, seed: int | None, conditioning: Conditioning = "masks"
+    options: Options, seed: int | None, conditioning: Conditioning = "masks", *, uses_masks: bool = True
 ) -> tuple[list[Dataset], KnownFiles]:
-    """Scan the datasets. Raises OptionError with what can't be used. Args: seed: --seed."""
+    """Scan the datasets. Raises OptionError with what can't be used.
+
+    Args:
+        seed: --seed.
+        uses_masks: the run has a use for masks in conditioning_data_dir: in its loss, or because the model is to paint there.
+    """
     data, cache_dir = options[DatasetOptions], options[CacheOptions].cache_dir
-    plans, notices = read_datasets(options, conditioning)
+    plans, notices = read_datasets(options, conditioning, uses_masks=uses_masks)
     for notice in notices:
         log.warning(notice)
     known = KnownFiles(None if cache_dir is None else cache_dir / "index")

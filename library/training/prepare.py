@@ -113,10 +113,11 @@ def cache_latents(
 
 def latent_cache(models: SdxlModels, options: CacheOptions, known: KnownFiles) -> LatentCache:
     """The cache that the options mean, as it is."""
+    for_inpainting = models.checkpoint.unet.is_inpainting
     if not options.cache_latents_to_disk:
-        return LatentsInMemory()
+        return LatentsInMemory(for_inpainting=for_inpainting)
     identity = "" if options.skip_cache_check else _identity(models, ["vae"], models.precision.vae, known)
-    return LatentsOnDisk(identity, known, trusted=options.skip_cache_check)
+    return LatentsOnDisk(identity, known, trusted=options.skip_cache_check, for_inpainting=for_inpainting)
 
 
 def cache_text(

@@ -56,6 +56,7 @@ from library.training.pace import Pace
 from library.training.plan import (
     Plan,
     buckets_of,
+    encodes_pictures,
     estimate_memory,
     groups_in_words,
     make_plan,
@@ -65,7 +66,7 @@ from library.training.plan import (
     trained_groups,
 )
 from library.training.preflight import Preflight
-from library.training.prepare import Prepared, prepare
+from library.training.prepare import Prepared, all_samples, prepare
 from library.training.preview import Preview, encode_prompts
 from library.training.processes import start_processes
 from library.training.report import Report
@@ -117,7 +118,8 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     )  # fmt: skip
     # Once captions are encoded, the text encoders go; so do prompts that they would have to encode later.
     texts = encode_prompts(models, prompts, options[ModelOptions].num_tokens) if prepared.text and prompts else None
-    keeps_vae = prepared.latents is None or found.checkpoint.unet.is_inpainting
+    are_masked = all(sample.has_mask for sample in all_samples(prepared.datasets))
+    keeps_vae = encodes_pictures(models, options[CacheOptions], are_masked=are_masked)
     models.release(*([] if keeps_vae else ["vae"]), *(["text_encoders"] if prepared.text else []))
     plan = make_plan(options[RunOptions], prepared.datasets, processes=accelerator.num_processes, seed=seed)
     if options[LossOptions].masked_loss and not any(
@@ -179,7 +181,8 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         plan.total_steps,
         options[DatasetOptions].prior_loss_weight,
         options[DatasetOptions].aesthetic_score,
-        needs_images=found.checkpoint.unet.is_inpainting,
+        for_inpainting=found.checkpoint.unet.is_inpainting,
+        reads_conditioning=options[LossOptions].masked_loss or LLLiteOptions in options,
     )
     sampling, saving, validating = options[PreviewOptions], options[SavingOptions], options[ValidationOptions]
     preview = Preview(

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from library.data.batch import Batch
 from library.draws import Draws
 from library.errors import RunError
-from library.models.inpainting import inpainting_channels
+from library.models.inpainting import inpainting_channels, with_scaled_latents
 from library.models.vae import PIXELS_PER_LATENT, scale_latents
-from library.training.inpainting_masks import draw_masks
 from library.training.loss import sample_losses
 from library.training.noise import make_noisy
 from library.training.options import LossOptions, NoiseOptions
@@ -38,7 +37,7 @@ class Step(nn.Module):
         latents = scale_latents(self._raw_latents(batch, draws))
         mask = self._mask(batch)
         if task.unet.config.is_inpainting:
-            batch = dataclasses.replace(batch, beside=self._beside(batch, mask, draws))
+            batch = dataclasses.replace(batch, beside=self._beside(batch, draws))
         text = task.encode_text(batch)
         noisy = make_noisy(latents, draws, objective.schedule, self._noise, timesteps)
         prediction = task.predict(noisy, text, batch)
@@ -56,13 +55,14 @@ class Step(nn.Module):
         return batch.masks
 
     @torch.no_grad()
-    def _beside(self, batch: Batch, mask: Tensor | None, draws: Draws) -> Tensor:
-        """What an inpainting model sees beside the noisy latents: the loss mask, or a drawn one, is what it is to paint."""
-        assert batch.images is not None
+    def _beside(self, batch: Batch, draws: Draws) -> Tensor:
+        """What an inpainting model sees beside the noisy latents: [B, 5, H/8, W/8], float32."""
+        if batch.inpainting is not None:
+            return with_scaled_latents(batch.inpainting)
+        assert batch.images is not None and batch.paint is not None
         height, width = batch.images.shape[2:]
         noise = draws.normal("masked posterior", (4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
-        masks = draw_masks(draws, height, width) if mask is None else mask
-        return inpainting_channels(batch.images, masks, lambda masked: self._encode_images(masked, noise))
+        return inpainting_channels(batch.images, batch.paint, lambda shown: self._encode_images(shown, noise))
 
     @torch.no_grad()
     def _raw_latents(self, batch: Batch, draws: Draws) -> Tensor:

@@ -4,12 +4,9 @@ Source: the card of stable-diffusion-inpainting (runwayml, 2022): synthetic mask
 is masked.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from library.devices import to_device
 from library.draws import Draws
 
 _EVERYTHING = 0.25  # share of the pictures that are to be painted whole
@@ -18,8 +15,8 @@ _SMALLEST, _LARGEST = 0.1, 0.7  # sides of a box, as shares of the picture's
 
 
 def draw_masks(draws: Draws, height: int, width: int) -> Tensor:
-    """A mask for each sample: [B, H, W], 0 or 1, float32. Everything, or one to four boxes, is 1."""
-    chances = replace(draws, device=torch.device("cpu")).uniform("mask", (1 + 5 * _MOST_BOXES,))
+    """A mask for each sample, on the CPU: [B, H, W], 0 or 1, float32. Everything, or one to four boxes, is 1."""
+    chances = draws.uniform("mask", (1 + 5 * _MOST_BOXES,))
     masks = torch.zeros(len(chances), height, width)
     for mask, (whole, *numbers) in zip(masks, chances.tolist(), strict=True):
         if whole < _EVERYTHING:
@@ -31,7 +28,7 @@ def draw_masks(draws: Draws, height: int, width: int) -> Tensor:
             box_height, box_width = (int(_share(side) * of) for side, of in ((tall, height), (wide, width)))
             top, left = int(down * (height - box_height)), int(right * (width - box_width))
             mask[top : top + box_height, left : left + box_width] = 1
-    return to_device(masks, draws.device)
+    return masks
 
 
 def _share(chance: float) -> float:
