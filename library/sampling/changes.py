@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from library.models.sdxl import SdxlModels
 from library.models.unet_extra import Extra
 
 ExtraAt = Callable[[int, int], Extra | None]
@@ -51,6 +52,10 @@ class Changes(Protocol):
             parts: the U-Net's batch is so many times the pictures (guidance: 2, or 3), picture after picture in each part.
         """
         ...
+
+
+OpenChanges = Callable[[SdxlModels], Changes]
+"""Puts the run's networks on a model."""
 
 
 class NoChanges:

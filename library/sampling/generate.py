@@ -24,15 +24,11 @@ from library.sampling.plan import Line, Planner, read_lines
 from library.sampling.sources import read_picture
 
 if TYPE_CHECKING:
-    from library.models.sdxl import SdxlModels
-    from library.sampling.changes import Changes
+    from library.sampling.changes import OpenChanges
     from library.sampling.studio import Studio
 
-OpenChanges = Callable[["SdxlModels"], "Changes"]
-"""Puts the run's networks on a model."""
 
-
-def generate(options: Options, open_changes: OpenChanges, *, num_networks: int, num_guides: int) -> None:
+def generate(options: Options, open_changes: "OpenChanges", *, num_networks: int, num_guides: int) -> None:
     """Draw what the options ask for. Raises OptionError for the user's mistakes, RunError for pictures that failed.
 
     Args: num_networks, num_guides: networks with a multiplier, and control nets, that `open_changes` will put on the model.

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -25,6 +25,7 @@ from library.models.sdxl import SdxlModels
 from library.models.vae import decode_in_slices, decode_in_tiles, finite_samples, unscale_latents
 from library.options import Options
 from library.precision import Precision
+from library.sampling.changes import OpenChanges
 from library.sampling.draw import Painter, Start
 from library.sampling.drawing import Drawing
 from library.sampling.generation_options import (
@@ -41,9 +42,6 @@ from library.sampling.picture import as_bytes, contact_sheet
 from library.sampling.sources import as_images, as_mask, as_tensor, read_picture, resized
 from library.sampling.text import PromptEncoder
 
-if TYPE_CHECKING:
-    from library.sampling.generate import OpenChanges
-
 _THUMBNAIL = 256  # pixels
 _WORST_BLACK = -1 + 2 / 255  # a picture that is nowhere brighter is black
 
@@ -51,7 +49,7 @@ _WORST_BLACK = -1 + 2 / 255  # a picture that is nowhere brighter is black
 class Studio:
     """Draws with one model, and writes."""
 
-    def __init__(self, options: Options, checkpoint: Checkpoint, open_changes: "OpenChanges"):
+    def __init__(self, options: Options, checkpoint: Checkpoint, open_changes: OpenChanges):
         """Load the model and put the networks on it."""
         self._options = options
         chosen = options[GenerationModelOptions]
