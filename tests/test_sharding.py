@@ -3,6 +3,8 @@
 import re
 
 import pytest
+import test_control_net_training as lllite
+import test_textual_inversion as inversion
 import torch
 from running import QUICK as LORA
 from running import ROOT, arguments, assert_bit_equal, losses_of, script, tensors_of, train_network
@@ -165,6 +167,56 @@ def test_a_network_beside_a_sharded_frozen_unet_learns_as_on_one_process(golden_
     assert torchrun(tmp_path, "sdxl_train_network", words, port=29543, env={}).count("cut") == 2
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
     assert_close(tensors_of(tmp_path / "one" / "lora.safetensors"), tensors_of(tmp_path / "two" / "lora.safetensors"))
+
+
+@pytest.mark.long
+def test_a_control_net_beside_a_sharded_unet_learns_as_on_one_process(golden_model, pictures, tmp_path):
+    """The pictures are their own conditions. What moves all keys alike has a gradient that is noise, and is left out."""
+    few = ["--train_batch_size", "1", "--conditioning_data_dir", pictures / "2_shapes"]
+    lllite.train(golden_model, pictures, None, tmp_path / "one", *few, "--gradient_accumulation_steps", "2")
+    words = fine_tune_words(golden_model, pictures, tmp_path / "two", *few, "--output_name", "lora", quick=lllite.QUICK)
+    assert torchrun(tmp_path, "sdxl_train_control_net_lllite", words, port=29545).count("cut") == 2
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
+    one, two = (tensors_of(tmp_path / folder / "lora.safetensors") for folder in ("one", "two"))
+    noise = {name for name in one if name.endswith("attn1_to_k.up.0.bias")}
+    assert_close(*({name: tensors[name] for name in tensors.keys() - noise} for tensors in (one, two)))
+
+
+@pytest.mark.long
+def test_a_new_word_in_front_of_a_sharded_unet_learns_as_on_one_process(golden_model, pictures, tmp_path):
+    few = ["--max_train_steps", "3", "--train_batch_size", "1", "--optimizer_type", "SGD"]
+    inversion.train(golden_model, pictures, tmp_path / "one", *few, "--gradient_accumulation_steps", "2")
+    words = fine_tune_words(golden_model, pictures, tmp_path / "two", *few, quick=inversion.QUICK)
+    assert torchrun(tmp_path, "sdxl_train_textual_inversion", words, port=29546).count("cut") == 2
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
+    assert_close(tensors_of(tmp_path / "one" / "lora.safetensors"), tensors_of(tmp_path / "two" / "lora.safetensors"))
+
+
+# The second process fails behind its first step, when the first one waits for it in the next forward.
+FAILS = """
+import os, sys
+from library.errors import run
+from library.training import loop
+def fail(*_):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("this process fails")
+loop.after_step = fail
+import sdxl_train
+run(lambda: sdxl_train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [[], ["--deepspeed", "--zero_stage", "3"]], ids=["DDP", "ZeRO-3"])
+def test_a_process_that_fails_ends_all(zero, golden_model, pictures, tmp_path):
+    """torchrun stops the others, wherever they wait for it; the error is told, and nothing is saved."""
+    program = tmp_path / "fails.py"
+    program.write_text(FAILS, encoding="utf-8")
+    words = fine_tune_words(golden_model, pictures, tmp_path / "out", "--max_train_steps", "4", *zero)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29547, program]
+    done = script(*launch, *words, env=CPU, timeout=300)
+    assert done.returncode == 1 and "RuntimeError: this process fails" in done.stderr
+    assert not list((tmp_path / "out").glob("*.safetensors")) and len(losses_of(tmp_path / "out")) <= 1
 
 
 # ----------------------------------------------------------------------------------------------------------- what is asked for
