@@ -64,3 +64,23 @@ def test_a_compiler_that_doesnt_work_is_told_with_its_reason_and_nothing_is_comp
     assert not compile_blocks(own_models.unet, "inductor", CPU)
     assert "--torch_compile: inductor doesn't work here: no C++ compiler. The run goes on uncompiled" in caplog.text
     assert all(module._compiled_call_impl is None for module in own_models.unet.modules())
+
+
+def test_a_block_that_cant_be_compiled_runs_as_it_is(own_models):
+    unet, network = with_lora(own_models)
+    expected = output_and_gradients(unet, network, 8, 8)
+    refused = []
+
+    def small_graphs_only(graph, _):
+        if len(graph.graph.nodes) > 8:
+            refused.append(graph)
+            raise RuntimeError("no kernel for this")
+        return graph.forward
+
+    try:
+        assert compile_blocks(unet, small_graphs_only, CPU)
+        for one, other in zip(output_and_gradients(unet, network, 8, 8), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    finally:
+        torch._dynamo.reset()
+    assert refused
