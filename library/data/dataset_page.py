@@ -21,6 +21,7 @@ class Shown:
     Attributes:
         pixels: in its bucket, [H, W, 3], uint8; None for a picture that can't be read, which `note` tells.
         mask: of the loss, [H, W], 0..1.
+        condition: the conditioning image in the same bucket, [H, W, 3], uint8.
         captions: as processed for some samples; more than one where they are drawn.
         tokens: of the longest caption; limit: how many are used; cut: the text that is left out.
         lost: share of the picture that is cropped away.
@@ -37,6 +38,7 @@ class Shown:
     cut: str
     pixels: np.ndarray | None
     mask: np.ndarray | None
+    condition: np.ndarray | None = None
     note: str = ""
 
 
@@ -74,7 +76,7 @@ th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid color
 th { font-weight: 600; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; margin-top: 1rem; align-items: start; }
 .card { border: 1px solid color-mix(in srgb, currentColor 18%, transparent); border-radius: 8px; padding: .7rem; overflow-wrap: anywhere; }
-.card img { display: block; max-width: 100%; border-radius: 4px; }
+.card img { display: block; max-width: 100%; border-radius: 4px; margin-bottom: .3rem; }
 .file { font-size: .8rem; opacity: .75; margin: .4rem 0; } .caption { margin: .3rem 0; }
 .cut { color: light-dark(#b00020, #ff8a8a); } .numbers { font-size: .8rem; opacity: .75; }
 </style></head><body>
@@ -91,6 +93,8 @@ def _table(table: Table) -> str:
 
 def _card(one: Shown) -> str:
     picture = "" if one.pixels is None else f'<img src="{_thumbnail(one.pixels, one.mask)}" alt="">'
+    if one.condition is not None:
+        picture += f'<img src="{_thumbnail(one.condition, None)}" alt="its condition">'
     captions = "".join(
         f"<p class=caption>{html.escape(caption) or '<i>no caption</i>'}</p>" for caption in one.captions
     )

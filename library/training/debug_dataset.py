@@ -105,13 +105,15 @@ def _shown(sample: Sample, tokenizer: Tokenizer, options: Options, *, augments: 
     captions = _captions(sample, options[RunOptions].seed or 0)
     limit = options[ModelOptions].num_tokens
     ids = max((tokenizer.ids(caption) for caption in captions), key=len)
-    pixels, mask, note = None, None, ""
+    pixels, mask, condition, note = None, None, None, ""
     if with_pixels:
         try:
             loaded = load_pixels(
                 sample, python_draw(options[RunOptions].seed or 0, "debug", sample.file) if augments else None
             )
             pixels, mask = loaded.rgb, _mask(sample, loaded)
+            if sample.conditioning is not None and not sample.subset.conditioning_is_mask:
+                condition = load_conditioning(sample, flipped=False)
         except (OSError, BadImage) as error:
             note = f"can't be read: {error}"
     return Shown(
@@ -126,6 +128,7 @@ def _shown(sample: Sample, tokenizer: Tokenizer, options: Options, *, augments: 
         cut=tokenizer.text(ids[limit:]) if len(ids) > limit else "",
         pixels=pixels,
         mask=mask,
+        condition=condition,
         note=note,
     )
 
