@@ -12,19 +12,26 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-CAPTIONS, SIDE, SEEDS, SAMPLING_STEPS = ("circle", "river", "engine"), 64, 4, 20
+# Random text encoders tell single words hardly apart.
+CAPTIONS = ("a red circle on white paper", "wide river at night, lanterns, fog", "steam engine")
+SIDE, REPEATS, SEEDS, SAMPLING_STEPS = 64, 4, 4, 20
 PICTURES = len(CAPTIONS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="training steps")
-    parser.add_argument("--learning_rate", default="3e-3", help="of AdamW")
+    parser.add_argument("--learning_rate", default="3e-3", help="of AdamW, falling to 0 as a cosine does")
     parser.add_argument("--full_bf16", action="store_true", help="train bfloat16 weights, rounded by chance")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -43,16 +50,17 @@ def main() -> None:
 def memorise(folder: Path, steps: int, learning_rate: str, *, full_bf16: bool) -> tuple[list[float], list[list[float]]]:
     """(the loss of each step, the correlation of each caption's drawings with each picture)."""
     from tools.make_tiny_dataset import make_pictures
+    from tools.tiny_models import SMALLEST, random_checkpoint
 
-    model, pictures = folder / "model.safetensors", folder / "pictures" / "1_shape"
+    model, pictures = folder / "model.safetensors", folder / "pictures" / f"{REPEATS}_shape"
     paths = make_pictures(pictures, PICTURES, seed=1)
     for path, caption in zip(paths, CAPTIONS, strict=True):
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    make_model(model, paths)
+    make_model(model, random_checkpoint(SMALLEST, 0), paths)
     words = [
         "--pretrained_model_name_or_path", model, "--train_data_dir", pictures.parent, "--output_dir", folder / "out", "--output_name", "tuned",
-        "--resolution", SIDE, "--train_batch_size", PICTURES, "--cache_latents_to_disk", "--cache_text_encoder_outputs",
-        "--max_train_steps", steps, "--learning_rate", learning_rate, "--max_data_loader_n_workers", "0", "--seed", "1",
+        "--resolution", SIDE, "--train_batch_size", PICTURES * REPEATS, "--cache_latents_to_disk", "--cache_text_encoder_outputs",
+        "--max_train_steps", steps, "--learning_rate", learning_rate, "--lr_scheduler", "cosine", "--max_data_loader_n_workers", "0", "--seed", "1",
         *(["--mixed_precision", "bf16", "--full_bf16", "--no_half_vae"] if full_bf16 else []),
     ]  # fmt: skip
     subprocess.run([sys.executable, ROOT / "sdxl_train.py", *map(str, words)], check=True)
@@ -61,8 +69,8 @@ def memorise(folder: Path, steps: int, learning_rate: str, *, full_bf16: bool) -
     return losses, correlations(folder / "out" / "tuned.safetensors", paths)
 
 
-def make_model(path: Path, pictures: list[Path]) -> None:
-    """The smallest SDXL, predicting velocity, whose latents of the pictures have mean 0 and spread 1 when they are scaled, and next to no noise."""
+def make_model(path: Path, tensors: dict[str, "torch.Tensor"], pictures: Sequence[Path]) -> None:
+    """Write a model that predicts velocity. Its latents of the pictures have mean 0 and spread 1 when they are scaled, and next to no noise."""
     import torch
 
     from library.data import images
@@ -71,9 +79,8 @@ def make_model(path: Path, pictures: list[Path]) -> None:
     from library.models.vae import LATENT_SCALE
     from library.precision import Precision
     from library.safetensors_io import write_safetensors
-    from tools.tiny_models import SMALLEST, random_checkpoint
 
-    tensors = random_checkpoint(SMALLEST, 0) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    tensors = tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     last = "first_stage_model.quant_conv"  # gives means and log variances, four channels each
     tensors[f"{last}.weight"][4:], tensors[f"{last}.bias"][4:] = 0.0, -12.0
     write_safetensors(path, tensors, {})

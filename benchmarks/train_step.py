@@ -45,6 +45,7 @@ class StepOptions(OptionGroup):
     compile: bool = option(False, "ours with --torch_compile")
     alone: bool = option(False, "ours without the baseline")
     threads: int | None = option(None, "threads of a CPU; 1 on a machine that does other things too", at_least=1)
+    picture: str | None = option(None, "a PNG or SVG to draw the figures into (needs matplotlib)", metavar="FILE")
 
 
 class Setup(NamedTuple):
@@ -62,6 +63,14 @@ class Setup(NamedTuple):
     threads: int | None
 
 
+class Bar(NamedTuple):
+    """A measurement, as the picture shows it."""
+
+    setup: Setup
+    seconds: float
+    gibibytes: float
+
+
 class Taken(NamedTuple):
     """A step's seconds: on the clock; until the host was done (on a CPU: of all its threads)."""
 
@@ -74,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"machine: {described(chosen.threads)}; {chosen.train}, {chosen.resolution} pixels, {chosen.precision}, {chosen.steps} paired steps"
     )
-    limit = None
+    limit, bars = None, []
     for batch, checkpointing in itertools.product(chosen.batch_sizes, chosen.checkpointing):
         contenders = ["ours"] if chosen.alone else ["ours", "diffusers"]
         setups = [
@@ -94,12 +103,41 @@ def main(argv: list[str] | None = None) -> None:
                     if number:
                         kept.append(step)
             for setup, worker, kept in zip(setups, workers, taken, strict=True):
-                show(setup, kept, worker.ask("flops"), worker.ask("memory"), limit)
+                memory = worker.ask("memory")
+                show(setup, kept, worker.ask("flops"), memory, limit)
+                bars.append(Bar(setup, statistics.median(step.wall for step in kept), memory / 2**30))
             if len(taken) == 2:
                 show_ratios(*taken, *(worker.ask("memory") for worker in workers))
         finally:
             for worker in workers:
                 worker.end()
+    if chosen.picture is not None:
+        draw(bars, chosen.picture)
+
+
+def draw(bars: list[Bar], file: str) -> None:
+    """Seconds per step and memory of each contender, one beside the other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (times, sizes) = pyplot.subplots(1, 2, figsize=(10, 1.2 + 0.35 * len(bars)), layout="constrained")
+    names = [
+        f"{setup.contender}, batch {setup.batch}{', checkpointing' if setup.checkpointing else ''}"
+        for setup, _, _ in bars
+    ]
+    colours = ["tab:blue" if setup.contender == "ours" else "tab:gray" for setup, _, _ in bars]
+    for axes, values, what in (
+        (times, [bar.seconds for bar in bars], "seconds per step"),
+        (sizes, [bar.gibibytes for bar in bars], "peak memory, GiB"),
+    ):
+        axes.bar_label(axes.barh(range(len(bars)), values, color=colours), fmt="%.3g", padding=3)
+        axes.set(xlabel=what, yticks=range(len(bars)), yticklabels=names, xlim=(0, 1.15 * max(values)))
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    sizes.set_yticklabels([])
+    figure.savefig(file, dpi=110)
 
 
 def described(threads: int | None) -> str:
