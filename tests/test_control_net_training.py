@@ -235,8 +235,8 @@ def test_dry_run_tells_and_writes_nothing(golden_model, pictures, conditions, tm
 def test_debug_dataset_shows_each_picture_with_its_condition(golden_model, pictures, conditions, tmp_path):
     train(golden_model, pictures, conditions, tmp_path / "out", "--debug_dataset")
     html = (tmp_path / "out" / "lora-dataset.html").read_text(encoding="utf-8")
-    shown = html.count('alt="its condition"')
-    assert shown == len(list((pictures / "2_shapes").glob("*.png"))) and html.count("data:image/jpeg;base64,") == 2 * shown
+    count = len(list((pictures / "2_shapes").glob("*.png")))
+    assert html.count('alt="its condition"') == count and html.count("data:image/jpeg;base64,") == 2 * count
 
 
 def test_the_final_file_draws_as_the_network_that_was_trained(golden_model, pictures, conditions, own_models, tmp_path):

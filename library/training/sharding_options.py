@@ -23,8 +23,8 @@ class ShardingOptions(OptionGroup):
     )
     zero_stage: int = option(
         2,
-        "with --deepspeed: 0: every process has the whole model; 1 and 2: its part of the optimizer's state, of gradients and of weights, which are "
-        "whole from forward to backward; 3: blocks are whole only while they compute",
+        "with --deepspeed: 0: every process has the whole model; 1: its part of the optimizer's state; 2: of gradients too, in windows of several "
+        "micro-batches; 3: blocks are whole only while they compute",
         choices=(0, 1, 2, 3),
     )
     offload_optimizer_device: str | None = option(
@@ -68,7 +68,8 @@ class Zero(NamedTuple):
     """A ZeRO stage, and which of the parts lie in RAM.
 
     Attributes:
-        stage: 0: nothing is in parts. 1 and 2: blocks stay whole from their forward to their backward. 3: they are gathered for each.
+        stage: 0: nothing is in parts. 1 and 2: blocks stay whole from their forward to their backward; 3: they are gathered for each.
+            With 1 gradients are whole until a window closes; with 2 and 3 they are cut with each micro-batch.
     """
 
     stage: int
@@ -152,8 +153,6 @@ def sharding_notices(options: Options, *, accumulation: int, max_grad_norm: floa
         yield f"{options.where('zero_stage')} changes nothing without --deepspeed"
     if chosen.deepspeed and chosen.zero_stage == 0:
         yield "--zero_stage 0: every process has the whole model, as without --deepspeed"
-    if zero_of(chosen).stage == 1:
-        yield "ZeRO-1 is ZeRO-2 here: gradients lie in parts too"
     for variable, flag, value in (
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "--gradient_accumulation_steps", accumulation),
         ("ACCELERATE_GRADIENT_CLIPPING", "--max_grad_norm", max_grad_norm),

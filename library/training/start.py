@@ -138,9 +138,10 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         compile_blocks(task.unet, compiling.dynamo_backend, accelerator.device)
     shards = None
     if zero.stage:
-        # Steps within backward are there to spare gradients: whole ones would be in their way.
+        # ZeRO-2 and 3, and steps within backward, are there to spare gradients: whole ones would be in their way.
         shards = Shards(
-            models.unet, groups, accelerator.device, accelerator.num_processes, zero, adds_up_parts=options[UpdateOptions].is_fused
+            models.unet, groups, accelerator.device, accelerator.num_processes, zero,
+            adds_up_parts=zero.stage > 1 or options[UpdateOptions].is_fused,
         )  # fmt: skip
     step: nn.Module = make_step(task, models, options, found)
     if shards is None and accelerator.num_processes > 1:  # a launcher may start one alone
