@@ -11,7 +11,8 @@ from library.log import start_logging
 from library.options import read_options
 from library.training.begin import begin
 from library.training.not_yet import REFUSED, UNUSED
-from library.training.options import COMMON_TRAINING, SavingOptions, check_training, is_plain_name
+from library.training.options import COMMON_TRAINING, check_training
+from library.training.output_options import SavingOptions, is_plain_name
 from library.training.pairs import check_pairs
 from library.training.task_options import EmbeddingOptions, check_embedding
 from library.training.token_captions import with_token

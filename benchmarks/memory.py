@@ -90,10 +90,10 @@ def measure_bar(name: str, model: Path) -> None:
 
     from library.data.size import Size
     from library.models.checkpoint import open_checkpoint
+    from library.training.build import open_models, rehearse
     from library.training.dry_run import measure
     from library.training.plan import Bucket, estimate_memory, trained_groups
     from library.training.preflight import Preflight
-    from library.training.start import open_models, rehearse
 
     most, task, words = BARS[name]
     kind, options = kind_of(task), options_of(task, words)

@@ -26,7 +26,7 @@ def add_embeddings(models: SdxlModels, files: tuple[Path, ...]) -> None:
     for path in files:
         rows = _rows(path, models)
         try:
-            token = NewToken(models, path.stem, [own.to(models.device) for own in rows])
+            token = NewToken(models.tokenizers, models.text_layers, path.stem, [own.to(models.device) for own in rows])
         except OptionError as error:
             raise OptionError(f"{_FLAG} {path}: {error}; give the file another name") from None
         for table in token.tables:
@@ -62,7 +62,7 @@ def _rows(path: Path, models: SdxlModels) -> list[Tensor]:
         raise OptionError(f"{_FLAG} {path}: there is no vector in it")
     if len(counts) == 1:
         log.warning("%s %s: it has vectors for %s alone; the other text encoder sees a mean word", _FLAG, path, *counts)
-    means = first_rows(models, None, next(iter(counts.values())))
+    means = first_rows(models.tokenizers, models.text_layers, None, next(iter(counts.values())))
     return [found.get(name, mean) for name, mean in zip(_ENCODERS, means, strict=True)]
 
 

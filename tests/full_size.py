@@ -15,11 +15,11 @@ from library.data.size import Size
 from library.draws import Draws
 from library.lane import Lane
 from library.models.stand_in import stand_in
+from library.training.build import make_step, open_models
 from library.training.dry_run import made_up
 from library.training.make_update import make_update
 from library.training.plan import Bucket, trained_groups
 from library.training.preflight import Preflight
-from library.training.start import make_step, open_models
 
 at_home = Lane.at_home
 

@@ -20,7 +20,8 @@ from library.param_group import ParamGroup
 from library.training import dry_run as page_module
 from library.training.memory import Frozen, Work, estimate, optimizer_bytes, state_bytes, unet_numbers
 from library.training.optimizers import make_optimizer
-from library.training.options import COMMON_TRAINING, ResumeOptions, SavingOptions
+from library.training.options import COMMON_TRAINING
+from library.training.output_options import ResumeOptions, SavingOptions
 from library.training.plan import Bucket, Plan
 from library.training.progress import Progress
 from library.training.saving import Saver

@@ -16,7 +16,7 @@ from library.models import checkpoint
 from library.models.checkpoint import locate_vae, open_checkpoint
 from library.models.save_checkpoint import save_diffusers
 from library.training import uploads as uploading
-from library.training.options import UploadOptions
+from library.training.output_options import UploadOptions
 from library.training.uploads import Uploads, open_uploads
 
 TOKEN = "hf_this_must_never_be_told_to_anybody"

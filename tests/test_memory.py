@@ -16,11 +16,11 @@ from library.log import muted
 from library.models.sdxl import SdxlModels
 from library.models.stand_in import stand_in
 from library.training import start
+from library.training.build import open_models, rehearse
 from library.training.memory_options import MemoryOptions
 from library.training.memory_plan import GIB, fit
 from library.training.plan import Bucket, estimate_memory, trained_groups
 from library.training.preflight import Preflight
-from library.training.start import open_models, rehearse
 from library.training.task import Task
 
 PRESETS = [path for kind in ("sdxl_finetune", "lora") for path in sorted((ROOT / "configs").glob(f"{kind}_*gb.toml"))]

@@ -22,7 +22,7 @@ from library.errors import run as run_script
 from library.files import host_name, remove_left_over, temporary_name, write_atomically
 from library.output_lock import OutputLock
 from library.safetensors_io import read_header, write_safetensors
-from library.training.options import ResumeOptions, SavingOptions
+from library.training.output_options import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.saving import Saver
 from library.training.state import State, newest_state, read_state, write_state

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import OptionError
-from library.training.options import ResumeOptions, SavingOptions
+from library.training.output_options import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.saving import Saver
 

@@ -71,16 +71,23 @@ def test_without_gradient_a_new_word_that_starts_as_another_reads_like_it(own_mo
 
 
 def test_first_values_are_the_init_words_in_turn_or_the_mean(own_models):
-    one, _ = first_rows(own_models, "red cat", 3)
+    one, _ = first_rows(own_models.tokenizers, own_models.text_layers, "red cat", 3)
     table = body_of(own_models.text_encoders[0]).embeddings.token_embedding.weight
     red, cat = own_models.tokenizers[0].ids("red cat")
     assert torch.equal(one, table[[red, cat, red]])
-    torch.testing.assert_close(first_rows(own_models, None, 2)[0], table.mean(0).expand(2, -1))
+    torch.testing.assert_close(
+        first_rows(own_models.tokenizers, own_models.text_layers, None, 2)[0], table.mean(0).expand(2, -1)
+    )
 
 
 def test_known_words_are_refused(own_models):
     with pytest.raises(OptionError, match="'cat' is a word that the tokenizers know already"):
-        NewToken(own_models, "cat", first_rows(own_models, None, 1))
+        NewToken(
+            own_models.tokenizers,
+            own_models.text_layers,
+            "cat",
+            first_rows(own_models.tokenizers, own_models.text_layers, None, 1),
+        )
 
 
 def test_the_file_has_the_contracts_tensors_and_metadata_and_goes_on(golden_model, pictures, tmp_path):

@@ -16,7 +16,8 @@ from library.errors import OptionError
 from library.log import log
 from library.options import ConfigOptions, read_options
 from library.training import trackers
-from library.training.options import COMMON_TRAINING, TrackerOptions
+from library.training.options import COMMON_TRAINING
+from library.training.output_options import TrackerOptions
 from library.training.trackers import (
     NEVER_SENT,
     Trackers,

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import OptionError
-from library.models.sdxl import SdxlModels
 from library.models.text_encoders import body_of
+from library.models.tokens import Tokenizer
 
 
 class ExtendedEmbedding(nn.Module):
@@ -44,13 +44,13 @@ class ExtendedEmbedding(nn.Module):
 class NewToken:
     """One new word of n vectors, known to both tokenizers and encoders of a model."""
 
-    def __init__(self, models: SdxlModels, word: str, rows: Sequence[Tensor]):
+    def __init__(self, tokenizers: Sequence[Tokenizer], encoders: Sequence[Any], word: str, rows: Sequence[Tensor]):
         """Args: rows: the first values, [n, C] of each encoder. Raises OptionError if the tokenizers know the word."""
         count = len(rows[0])
         self.word = word
         self.words = [word, *(f"{word}{i}" for i in range(1, count))]
         self.tables: list[ExtendedEmbedding] = []
-        for tokenizer, encoder, own in zip(models.tokenizers, models.text_layers, rows, strict=True):
+        for tokenizer, encoder, own in zip(tokenizers, encoders, rows, strict=True):
             first = len(tokenizer.clip)
             if len(tokenizer.ids(word)) == 1 or tokenizer.clip.add_tokens(self.words) != count:
                 raise OptionError(
@@ -72,10 +72,12 @@ class NewToken:
         return re.sub(rf"(?<!\w){re.escape(self.word)}(?!\w)", lambda _: " ".join(self.words), text)
 
 
-def first_rows(models: SdxlModels, init_word: str | None, count: int) -> list[Tensor]:
+def first_rows(
+    tokenizers: Sequence[Tokenizer], encoders: Sequence[Any], init_word: str | None, count: int
+) -> list[Tensor]:
     """The first values of `count` vectors for both encoders, float32: those of the init word's tokens in turn, or the tables' means."""
     rows = []
-    for tokenizer, encoder in zip(models.tokenizers, models.text_layers, strict=True):
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
         table: Tensor = body_of(encoder).embeddings.token_embedding.weight.detach()
         ids = tokenizer.ids(init_word) if init_word else []
         if init_word and not ids:
@@ -83,7 +85,3 @@ def first_rows(models: SdxlModels, init_word: str | None, count: int) -> list[Te
         own = table[[ids[i % len(ids)] for i in range(count)]] if ids else table.float().mean(dim=0).expand(count, -1)
         rows.append(own.to(torch.float32, copy=True).contiguous())
     return rows
-
-
-def num_init_tokens(models: SdxlModels, init_word: str) -> int:
-    return len(models.tokenizers[0].ids(init_word))

@@ -21,7 +21,8 @@ from library.files import write_atomically
 from library.models.options import ModelOptions
 from library.models.tokens import Tokenizer, load_tokenizers
 from library.options import Options
-from library.training.options import RunOptions, SavingOptions
+from library.training.options import RunOptions
+from library.training.output_options import SavingOptions
 from library.training.preflight import Preflight
 
 PICTURES_ON_PAGE = 300

@@ -34,20 +34,12 @@ from library.models.text_encoders import EncodedText
 from library.models.vae import PIXELS_PER_LATENT
 from library.options import Options
 from library.precision import Precision
+from library.training.build import fit_memory, make_ema, make_step, open_models, rehearse
 from library.training.make_update import make_update
 from library.training.memory_options import MemoryOptions
 from library.training.memory_plan import in_words
-from library.training.options import (
-    EmaOptions,
-    OptimizerOptions,
-    ResumeOptions,
-    RunOptions,
-    SavingOptions,
-    ScheduleOptions,
-    TrackerOptions,
-    UploadOptions,
-    ValidationOptions,
-)
+from library.training.options import EmaOptions, OptimizerOptions, RunOptions, ScheduleOptions, ValidationOptions
+from library.training.output_options import ResumeOptions, SavingOptions, TrackerOptions, UploadOptions
 from library.training.plan import (
     Bucket,
     Plan,
@@ -70,7 +62,7 @@ from library.training.prepare import all_samples, latent_cache, text_cache, toke
 from library.training.processes import start_processes
 from library.training.resume import initial_step, look_for_state
 from library.training.saving import Saver, size_in_words
-from library.training.start import fit_memory, make_ema, make_step, open_models, rehearse, sample_prompts
+from library.training.start import sample_prompts
 from library.training.task import Task
 from library.training.trackers import read_tracker_config
 

@@ -16,7 +16,7 @@ from library.log import is_main_process, log
 from library.options import Options
 from library.output_lock import OutputLock
 from library.signals import Signals, end_with_parent, exit_status
-from library.training.options import ResumeOptions, SavingOptions
+from library.training.output_options import ResumeOptions, SavingOptions
 from library.training.preflight import Preflight
 from library.training.progress import Progress
 from library.training.report import Seen

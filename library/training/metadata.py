@@ -23,14 +23,13 @@ from library.training.memory_options import MemoryOptions
 from library.training.options import (
     EmaOptions,
     LossOptions,
-    MetadataOptions,
     NoiseOptions,
     OptimizerOptions,
     RunOptions,
-    SavingOptions,
     ScheduleOptions,
     ValidationOptions,
 )
+from library.training.output_options import MetadataOptions, SavingOptions
 from library.training.update_options import UpdateOptions
 
 BASE_MODEL_VERSION = "sdxl_base_v1-0"  # A1111 takes a file for SD 1 unless this starts with sdxl_

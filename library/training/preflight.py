@@ -16,7 +16,8 @@ from library.models.options import ModelOptions
 from library.models.stand_in import stand_in
 from library.options import Options
 from library.safetensors_io import data_hash, read_header
-from library.training.options import LossOptions, OptimizerOptions, RunOptions, SavingOptions
+from library.training.options import LossOptions, OptimizerOptions, RunOptions
+from library.training.output_options import SavingOptions
 from library.training.sharding_options import sharding_notices
 
 

@@ -20,11 +20,11 @@ from library.hub import download_folder
 from library.log import LogOptions, log
 from library.models.options import ModelOptions
 from library.options import ConfigOptions, OptionGroup, Options
-from library.training.options import (
+from library.training.options import RunOptions
+from library.training.output_options import (
     MetadataOptions,
     PreviewOptions,
     ResumeOptions,
-    RunOptions,
     SavingOptions,
     TrackerOptions,
     UploadOptions,

@@ -10,7 +10,7 @@ from library.data.batch import Batch
 from library.data.dataset import Batches, load_batches
 from library.data.order import Order
 from library.training.ema import Ema
-from library.training.options import ResumeOptions
+from library.training.output_options import ResumeOptions
 from library.training.pace import Pace
 from library.training.preview import Preview
 from library.training.report import Report

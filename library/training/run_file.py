@@ -8,7 +8,7 @@ from library.files import write_atomically
 from library.log import log
 from library.option_values import as_toml
 from library.options import ConfigOptions, Options
-from library.training.options import SavingOptions
+from library.training.output_options import SavingOptions
 
 _PACKAGES = ("torch", "diffusers", "transformers")
 

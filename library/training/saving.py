@@ -18,7 +18,7 @@ from library.files import free_space, make_writable_folder, remove_left_over
 from library.log import log
 from library.safetensors_io import read_header
 from library.training.ema import Ema
-from library.training.options import ResumeOptions, SavingOptions
+from library.training.output_options import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.state import State, write_state
 from library.training.task import Part

@@ -10,7 +10,8 @@ from library.data.options import CacheOptions
 from library.errors import Mistake
 from library.options import OptionGroup, Options, option
 from library.training.memory_options import MemoryOptions
-from library.training.options import LossOptions, OptimizerOptions, RunOptions, is_plain_name
+from library.training.options import LossOptions, OptimizerOptions, RunOptions
+from library.training.output_options import is_plain_name
 from library.training.pairs import check_trained_shards
 from library.training.update_options import UpdateOptions
 from networks.options import NUM_BLOCKS, NetworkOptions, check_weights

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from library.errors import OptionError
 from library.log import log
 from library.options import Options
-from library.training.options import TrackerOptions
+from library.training.output_options import TrackerOptions
 
 if TYPE_CHECKING:
     import numpy as np

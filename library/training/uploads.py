@@ -12,7 +12,7 @@ from threading import Thread
 
 from library.hub import hub_reason, hub_status
 from library.log import is_main_process, log
-from library.training.options import UploadOptions
+from library.training.output_options import UploadOptions
 
 PAUSES = (5.0, 30.0)  # seconds before the second and the third try
 SECONDS_WITHOUT_ANSWER = 120.0  # after which a request has failed; the hub's client would wait for ever

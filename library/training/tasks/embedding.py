@@ -10,7 +10,7 @@ from library.data.batch import Batch
 from library.errors import OptionError, RunError
 from library.log import log
 from library.models.checkpoint import open_tensors
-from library.models.new_tokens import NewToken, first_rows, num_init_tokens
+from library.models.new_tokens import NewToken, first_rows
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import TextConditioning
@@ -59,12 +59,14 @@ def add_token(
     """Add a new word to the models' tokenizers and encoders. Raises OptionError if it can't be, or the file doesn't fit."""
     if models.checkpoint.unet.takes_score:
         raise OptionError(f"{models.checkpoint.path}: a new word needs both text encoders, and the refiner has one")
-    if init_word and models.device.type != "meta" and (found := num_init_tokens(models, init_word)) != count:
+    if init_word and models.device.type != "meta" and (found := len(models.tokenizers[0].ids(init_word))) != count:
         log.warning("%r has %d tokens for %d vectors: they are taken in turn", init_word, found, count)
-    rows = first_rows(models, init_word, count)
+    rows = first_rows(models.tokenizers, models.text_layers, init_word, count)
     if weights is not None:
         rows = _read_rows(weights, rows)
-    token = NewToken(models, word, [own.to(models.device, models.precision.trained) for own in rows])
+    token = NewToken(
+        models.tokenizers, models.text_layers, word, [own.to(models.device, models.precision.trained) for own in rows]
+    )
     models.new_tokens.append(token)
     return token
 
