@@ -43,7 +43,9 @@ class StepOptions(OptionGroup):
     model: str = option("base", "sizes of the U-Net", choices=("base", "tiny"))
     steps: int = option(10, "paired steps of each measurement, after one to warm up", at_least=1)
     compile: bool = option(False, "ours with --torch_compile")
-    alone: bool = option(False, "ours without the baseline")
+    contenders: tuple[str, ...] = option(
+        ("ours", "diffusers"), "who is measured; one alone where memory is short", choices=("ours", "diffusers")
+    )
     threads: int | None = option(None, "threads of a CPU; 1 on a machine that does other things too", at_least=1)
     picture: str | None = option(None, "a PNG or SVG to draw the figures into (needs matplotlib)", metavar="FILE")
 
@@ -85,13 +87,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     limit, bars = None, []
     for batch, checkpointing in itertools.product(chosen.batch_sizes, chosen.checkpointing):
-        contenders = ["ours"] if chosen.alone else ["ours", "diffusers"]
         setups = [
             Setup(
                 name, chosen.train, chosen.rank, chosen.resolution, batch, checkpointing == "on", chosen.precision,
                 chosen.model, chosen.compile and name == "ours", chosen.threads,
             )
-            for name in contenders
+            for name in chosen.contenders
         ]  # fmt: skip
         workers = [Worker(setup) for setup in setups]
         try:

@@ -219,8 +219,8 @@ def test_each_picture_for_inpainting_has_its_own_mask_or_a_drawn_one_whatever_it
         batches[MicroBatch(Place(0, 0, 0, first, 2, True, False), numbers)]
         for first, numbers in ((0, (0,)), (1, (1,)), (0, (0, 1)))
     )
-    assert fixed.images is None and fixed.conditioning is None and fixed.inpainting.shape[:2] == (1, 5)
-    assert drawn.inpainting is None and torch.equal(drawn.paint[0], mixed.paint[1])
+    assert fixed.images is None and fixed.conditioning is None and fixed.raw_beside.shape[:2] == (1, 5)
+    assert drawn.raw_beside is None and torch.equal(drawn.paint[0], mixed.paint[1])
     assert torch.equal(mixed.paint[0], mixed.conditioning[0, 0] / 2 + 0.5) and mixed.images.shape[0] == 2
 
 

@@ -60,8 +60,12 @@ def test_what_an_inpainting_model_sees_is_made_of_a_picture_and_its_mask(picture
     assert set(problems(cache, samples)) == {"lacks inpainting"}, (
         "files of runs with other models stay valid for those alone"
     )
+    trusted = LatentsOnDisk("vae", trusted=True, for_inpainting=True)
+    assert set(problems(trusted, samples)) == {"lacks inpainting"}, "--skip_cache_check can't make it be there"
     assert fill_latents(samples, cache, stub_vae, 3) == []
-    assert problems(cache, samples) == problems(LatentsOnDisk("vae"), samples) == [None] * 4
+    assert (
+        problems(cache, samples) == problems(LatentsOnDisk("vae"), samples) == problems(trusted, samples) == [None] * 4
+    )
     seen = cache.read(samples[0]).inpainting
     latents = LatentsOnDisk("vae").read(samples[0])
     assert seen.shape == (5, *latents.latents.shape[1:]) and (seen[0] == 1).all() and latents.inpainting is None

@@ -110,10 +110,14 @@ def test_an_inpainting_model_sees_the_mask_or_is_told_to_paint_everything(twin, 
 
 
 def test_highres_fix_keeps_what_the_mask_keeps_in_both_stages(twin, draw, seen, files):
+    """The second stage, whose seed is the next one, sees the source: not what the first stage made of it."""
     fix = ("--highres_fix_scale", 0.5, "--highres_fix_steps", 2, "--highres_fix_latents_upscaling")
-    draw(twin("inpainting"), "--image_path", files[0], "--mask_path", files[1], *fix)
-    assert [beside.shape[2:] for _, beside in seen] == [(4, 4), (8, 8)]
-    assert all((beside[:, 0].mean() == 0.5).all() for _, beside in seen)
+    masked = ("--image_path", files[0], "--mask_path", files[1], "--prompt")
+    draw(twin("inpainting"), *masked, "a cat --d 5", *fix)
+    draw(twin("inpainting"), *masked, "a cat --d 6")
+    (_, small), (_, second), (_, plain) = seen
+    assert small.shape[2:] == (4, 4) and small[:, 0].mean() == 0.5
+    torch.testing.assert_close(second, plain)
 
 
 def test_gradual_latent_is_refused_for_an_inpainting_model(twin, draw):

@@ -142,6 +142,43 @@ def test_a_gradient_that_isnt_finite_steps_no_weight_to_where_it_isnt():
     assert all(parameter.isfinite().all() for parameter in update.step_module.parameters())
 
 
+class Parts:
+    """Stands for Shards: layer "first" is cut over processes, the others are whole on each, and wait until backward is over."""
+
+    def __init__(self, model: Small):
+        self.cut = dict(model.layers["first"].named_parameters())
+        self.whole_ones = {parameter: nn.Parameter(torch.zeros(2, *parameter.shape)) for parameter in self.cut.values()}
+
+    def source(self, parameter):
+        return self.whole_ones.get(parameter)
+
+
+def test_what_has_stopped_stays_though_it_waits_for_its_average():
+    model = Small()
+    groups = groups_of(model)
+    stepper = Stepper(make_optimizer("SGD", {}, stand_ins(groups), 0.01), groups)
+    shards = Parts(model)
+    shards.norms, shards.give_back = lambda norms, _: norms, lambda _: None
+    descent = InBackward(stepper, bunches_of(groups), max_grad_norm=0.0, clips_by_previous=False, shards=shards)
+    stopped, goes_on = model.layers["last"].bias, model.layers["last"].weight
+    before = stopped.detach().clone(), goes_on.detach().clone()
+    descent.begin(Place(0, 0, 0, 0, 6, True, False), {stopped})
+    for parameter in (stopped, goes_on):
+        parameter.grad = torch.ones_like(parameter)
+    descent.finish()
+    assert torch.equal(stopped, before[0]) and not torch.equal(goes_on, before[1]) and stopped.grad is None
+
+
+def test_processes_agree_which_tensors_step_together(monkeypatch):
+    """A part may be small on one process and large on another: the whole tensor counts."""
+    from library import param_group
+
+    monkeypatch.setattr(param_group, "SMALL", 10_000)
+    model = Small()
+    assert [len(bunch) for bunch in bunches_of(groups_of(model))] == [2, 6]
+    assert [len(bunch) for bunch in bunches_of(groups_of(model), Parts(model))] == [1, 1, 6]
+
+
 @pytest.mark.parametrize("name, expected", [*((name, True) for name in OPTIMIZERS), ("Prodigy", False), ("pytorch_optimizer.DAdaptAdam", False)])  # fmt: skip
 def test_optimizers_that_look_at_all_gradients_are_recognised(name, expected):
     assert is_separable(lambda groups: make_optimizer(name, OPTIMIZERS.get(name, {}), groups, 1.0)) is expected

@@ -32,7 +32,7 @@ class Batch:
         weights: [B], float32: factor of each sample's loss; 0 in an idle batch.
         aesthetic_scores: what a refiner is told of each picture, [B], float32; None where no model asks.
         paint: what an inpainting model is to paint of `images`, [B, H, W], float32 in 0..1; None for other models.
-        inpainting: what it sees of pictures whose masks are fixed, from a cache, [B, 5, H/8, W/8] (data/cache.py).
+        raw_beside: what it sees of pictures whose masks are fixed, from a cache: the mask and raw latents, [B, 5, H/8, W/8].
         beside: what it sees beside the noisy latents, [B, 5, H/8, W/8]; the step puts it there.
         attributes: the custom attributes of each sample's subset.
     """
@@ -51,7 +51,7 @@ class Batch:
     conditioning: Tensor | None = None
     aesthetic_scores: Tensor | None = None
     paint: Tensor | None = None
-    inpainting: Tensor | None = None
+    raw_beside: Tensor | None = None
     beside: Tensor | None = None
     attributes: tuple[Mapping[str, Any], ...] = ()
 

@@ -255,11 +255,23 @@ class LatentsOnDisk(_OnDisk):
 
     def problem(self, sample: Sample) -> str | None:
         if self._trusted:
-            return None if self.has(sample) else "not there"
+            return self._problem_of_trusted(sample)
         first = self._problem_of(sample.latents_file, sample)
         if first == "not there" and self._problem_of(sample.old_latents_file, sample) is None:
             return None
         return first
+
+    def _problem_of_trusted(self, sample: Sample) -> str | None:
+        path = self._file(sample)
+        if path is None:
+            return "not there"
+        if not (self.for_inpainting and sample.has_mask):
+            return None
+        # Files from before masks were cached lack what the model sees: they are opened, and nothing but that is looked at.
+        try:
+            return _shape_problem(self._contents(path)[0], self._shapes(sample))
+        except (OSError, BadFile):
+            return "unreadable"
 
     def _problem_of(self, path: Path, sample: Sample) -> str | None:
         try:
@@ -375,7 +387,7 @@ def _mirrored(mask: Tensor | None, *, flipped: bool) -> Tensor | None:
 _LATENT_NAMES = (
     "latents", "latents_flipped", "alpha_mask", "original_size", "crop_ltrb", "inpainting", "inpainting_flipped",
 )  # fmt: skip
-_ALPHA, _FOLDER = "the alpha channel", "the mask of conditioning_data_dir"  # where masks of inpainting come from
+_ALPHA, _FOLDER = "alpha", "folder"  # where masks of inpainting come from
 _TEXT_NAMES = ("hidden_state1", "hidden_state2", "pool2")
 
 

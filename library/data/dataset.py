@@ -113,7 +113,7 @@ class Batches(TorchDataset):
                 ]
             ),
             paint=self._paint(samples, place, masks, conditioning) if shows else None,
-            inpainting=None if shows else _stacked([picture.inpainting for picture in pictures]),
+            raw_beside=None if shows else _stacked([picture.inpainting for picture in pictures]),
             attributes=tuple(sample.subset.custom_attributes for sample in samples),
         )
 

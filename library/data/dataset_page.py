@@ -20,7 +20,7 @@ class Shown:
 
     Attributes:
         pixels: in its bucket, [H, W, 3], uint8; None for a picture that can't be read, which `note` tells.
-        mask: of the loss, [H, W], 0..1.
+        mask: of the loss, or of what an inpainting model paints, [H, W], 0..1.
         condition: the conditioning image in the same bucket, [H, W, 3], uint8.
         captions: as processed for some samples; more than one where they are drawn.
         tokens: of the longest caption; limit: how many are used; cut: the text that is left out.

@@ -29,7 +29,7 @@ from library.draws import generator
 from library.errors import RunError
 from library.files import make_writable_folder, remove_left_over
 from library.log import log, progress_bar
-from library.models.inpainting import hidden_parts
+from library.models.inpainting import shown_and_hidden
 from library.models.text_encoders import EncodedText
 from library.models.vae import finite_samples
 
@@ -129,7 +129,7 @@ def _load(sample: Sample, *, for_inpainting: bool) -> _Loaded | Bad:
         inputs[name] = image, _noise(image, f"{origin.content}{how}")
         if mask is not None:
             seen = "inpainting" if name == "plain" else "inpainting_flipped"
-            shown, hidden = hidden_parts(image[None], torch.from_numpy(mask[:, turned].copy())[None])
+            shown, hidden = shown_and_hidden(image[None], torch.from_numpy(mask[:, turned].copy())[None])
             inputs[seen] = shown[0], _noise(image, f"{origin.content} masked{how}")
             cells[seen] = hidden[0]
     return _Loaded(sample, pixels, origin, inputs, cells)

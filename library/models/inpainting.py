@@ -17,14 +17,14 @@ def inpainting_channels(images: Tensor, masks: Tensor, encode: Callable[[Tensor]
     """The five channels beside the noisy latents: [B, 5, H/8, W/8], float32, where the masks are.
 
     Args:
-        images, masks: as for hidden_parts.
+        images, masks: as for shown_and_hidden.
         encode: pictures -> raw latents, [B, 4, H/8, W/8].
     """
-    shown, cells = hidden_parts(images, masks)
+    shown, cells = shown_and_hidden(images, masks)
     return with_scaled_latents(torch.cat([cells, encode(shown).to(cells)], dim=1))
 
 
-def hidden_parts(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def shown_and_hidden(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """The pictures without what is to be painted, and which cells of the latents that is, 0 or 1: [B, 1, H/8, W/8], float32.
 
     Args:

@@ -1,10 +1,11 @@
 """Matrix products, convolutions and attention; on CPUs without bfloat16 instructions, those of bfloat16 are taken in float32 and rounded.
 
 PyTorch's own way there is up to a hundred times slower, most of all backward. Tensors that are kept for backward stay bfloat16,
-so a float32 copy of a weight lives for one product only.
+so a float32 copy of a weight lives for one product only: in memory that the next one takes too.
 """
 
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -23,9 +24,23 @@ def is_emulated(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and cpu_lacks_bfloat16()
 
 
+_memory = threading.local()
+
+
+@torch.no_grad()
+def _for_one_product(weight: Tensor) -> Tensor:
+    """The weight in float32, in memory that this thread's next call takes. New memory each time would be slow, and leave gaps."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    if extent != weight.numel():  # has gaps or overlaps
+        return weight.float()
+    if getattr(_memory, "wide", torch.empty(0)).numel() < extent:
+        _memory.wide = torch.empty(extent)
+    return torch.as_strided(_memory.wide, weight.shape, weight.stride()).copy_(weight)
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, [N, K] by [K, M], without a gradient."""
-    return (a.float() @ b.float()).to(a.dtype) if is_emulated(a) else a @ b
+    return (a.float() @ _for_one_product(b)).to(a.dtype) if is_emulated(a) else a @ b
 
 
 def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
@@ -60,7 +75,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        return F.linear(x.float(), _for_one_product(weight), None if bias is None else bias.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -79,7 +94,8 @@ class _Conv2d(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.places = stride, padding
-        return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding).to(x.dtype)
+        wide = None if bias is None else bias.float()
+        return F.conv2d(x.float(), _for_one_product(weight), wide, stride, padding).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -88,7 +104,17 @@ class _Conv2d(torch.autograd.Function):
         stride, padding = ctx.places
         wanted = list(ctx.needs_input_grad[:3])
         found = torch.ops.aten.convolution_backward(
-            grad.float(), x.float(), weight.float(), [len(weight)], stride, padding, (1, 1), False, (0, 0), 1, wanted
+            grad.float(),
+            x.float(),
+            _for_one_product(weight),
+            [len(weight)],
+            stride,
+            padding,
+            (1, 1),
+            False,
+            (0, 0),
+            1,
+            wanted,
         )
         return (*(one if one is None else one.to(x.dtype) for one in found), None, None)
 

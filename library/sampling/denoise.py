@@ -160,4 +160,6 @@ def denoise(
             following = timesteps[step + 1] if step + 1 < len(timesteps) else None
             latents = kept.laid_over(latents, sampler, following)
         on_step()
+    if kept is not None and not len(timesteps):
+        latents = kept.laid_over(latents, sampler, None)
     return latents

@@ -79,8 +79,7 @@ def check_generation(options: Options) -> Iterable[Mistake]:
         yield Mistake("--guide_image_path needs --control_net_lllite_models, which follow it", ("guide_image_path",))
     if fix.highres_fix_scale is not None and options.given("gradual_latent_timesteps"):
         yield Mistake("--highres_fix_scale and --gradual_latent_timesteps: take one of them", ("highres_fix_scale",))
-    chosen = options[PromptOptions]
-    if chosen.from_png is not None and chosen.prompt is None and chosen.from_file is None:
+    if options[PromptOptions].from_png is not None and options.where("from_png") != "--from_png":
         yield Mistake("--from_png belongs on the command line, not in --config_file", ("from_png",))
 
 

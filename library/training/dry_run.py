@@ -430,7 +430,7 @@ def made_up(options: Options, models: SdxlModels, largest: Bucket, samples: Sequ
         images=torch.rand(count, 3, height, width) * 2 - 1 if has_images else None,
         latents=torch.randn(count, LATENT_CHANNELS, *cells) if cache.latents else None,
         paint=torch.ones(count, height, width) if is_inpainting and has_images else None,
-        inpainting=torch.randn(count, 1 + LATENT_CHANNELS, *cells) if is_inpainting and not has_images else None,
+        raw_beside=torch.randn(count, 1 + LATENT_CHANNELS, *cells) if is_inpainting and not has_images else None,
         text=text,
         original_sizes=sizes,
         crop_top_lefts=torch.zeros_like(sizes),

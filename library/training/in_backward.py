@@ -96,7 +96,9 @@ class InBackward(Descent):
                 self._shards.give_back(parameter)
 
     def finish(self) -> Descended:
-        """Step what waits for a gradient that doesn't come."""
+        """Step what waits for a gradient that doesn't come, and what is whole where others are parts."""
+        for parameter in self._stopped:
+            parameter.grad = None
         for number, bunch in enumerate(self._bunches):
             if any(parameter.grad is not None for parameter in bunch):
                 self._step(number)
@@ -122,11 +124,19 @@ class InBackward(Descent):
             self._previous = previous.to(self._norms.device)
 
 
-def bunches_of(groups: Sequence[ParamGroup]) -> list[list[nn.Parameter]]:
-    """What steps together: large tensors alone; the small ones of a group, half of all and a thousandth of the numbers, at once."""
+def bunches_of(groups: Sequence[ParamGroup], shards: Shards | None = None) -> list[list[nn.Parameter]]:
+    """What steps together: large tensors alone; the small ones of a group, half of all and a thousandth of the numbers, at once.
+
+    Args: shards: whose parameters they are; processes must agree, so the whole tensors count, not the parts.
+    """
+
+    def is_small(parameter: nn.Parameter) -> bool:
+        whole = None if shards is None else shards.source(parameter)
+        return (parameter if whole is None else whole).numel() < param_group.SMALL
+
     bunches = []
     for group in groups:
-        small = [parameter for parameter in group.parameters.values() if parameter.numel() < param_group.SMALL]
-        bunches += [[parameter] for parameter in group.parameters.values() if parameter.numel() >= param_group.SMALL]
+        small = [parameter for parameter in group.parameters.values() if is_small(parameter)]
+        bunches += [[parameter] for parameter in group.parameters.values() if not is_small(parameter)]
         bunches += [small] if small else []
     return bunches

@@ -54,7 +54,7 @@ def make_update(
     descent: Descent
     if chosen.is_fused:
         whole = [list(group.parameters.values()) for group in groups]
-        bunches = whole if chosen.fused_optimizer_groups else bunches_of(groups)
+        bunches = whole if chosen.fused_optimizer_groups else bunches_of(groups, shards)
         by_previous = chosen.fused_clip == "previous_norm"
         descent = InBackward(stepper, bunches, max_grad_norm=most, clips_by_previous=by_previous, shards=shards)
     else:

@@ -180,9 +180,10 @@ def _dataset_facts(datasets: Sequence[Dataset], options: DatasetOptions) -> dict
         for samples in (dataset.samples, dataset.validation):
             for sample in samples:
                 name = sample.file.replace("\\", "/").rpartition("/")[2]
+                masked = ("masked",) if sample.has_mask else ()
                 digest.update(
                     repr(
-                        (name, sample.size, sample.fit, sample.repeats, sample.caption, sample.subset.captions)
+                        (name, sample.size, sample.fit, sample.repeats, sample.caption, sample.subset.captions, *masked)
                     ).encode()
                 )
     shown = sum(dataset.num_samples for dataset in datasets)

@@ -23,8 +23,8 @@ class ShardingOptions(OptionGroup):
     )
     zero_stage: int = option(
         2,
-        "with --deepspeed: 0: every process has the whole model; 1: its part of the optimizer's state; 2: of gradients too, in windows of several "
-        "micro-batches; 3: blocks are whole only while they compute",
+        "with --deepspeed: 0: every process has the whole model; 1: its part of the weights and of the optimizer's state, blocks are whole from "
+        "forward to backward; 2: of gradients too, which 1 adds up whole; 3: blocks are whole only while they compute",
         choices=(0, 1, 2, 3),
     )
     offload_optimizer_device: str | None = option(
@@ -34,7 +34,7 @@ class ShardingOptions(OptionGroup):
     )
     offload_param_device: str | None = option(
         None,
-        "with --deepspeed --zero_stage 3: cpu: the parts of the weights and of gradients lie in RAM, and visit the card for their step",
+        "with --deepspeed: cpu: the parts of the weights and of gradients lie in RAM, and visit the card for their step",
         choices=("cpu", "nvme"),
     )
     zero3_init_flag: bool = option(False, "", no_effect="every process reads the whole model, and cuts it at once")
@@ -52,16 +52,12 @@ class ShardingOptions(OptionGroup):
                 )
             elif device == "nvme":
                 yield Mistake(f"--{name} nvme: nothing is moved to NVMe drives here; take cpu", (name,))
-        if self.deepspeed and self.offload_param_device and self.zero_stage != 3:
-            yield Mistake(
-                f"--offload_param_device needs --zero_stage 3, got {self.zero_stage}: below that weights are whole anyway",
-                ("offload_param_device", "zero_stage"),
-            )
-        if self.deepspeed and self.offload_optimizer_device and not self.zero_stage:
-            yield Mistake(
-                "--offload_optimizer_device needs --zero_stage 1 or more; with 0 it is --optimizer_offload",
-                ("offload_optimizer_device", "zero_stage"),
-            )
+        for name, other in (
+            ("offload_optimizer_device", "--optimizer_offload"),
+            ("offload_param_device", "--blocks_to_swap"),
+        ):
+            if self.deepspeed and getattr(self, name) and not self.zero_stage:
+                yield Mistake(f"--{name} needs --zero_stage 1 or more; with 0 it is {other}", (name, "zero_stage"))
 
 
 class Zero(NamedTuple):

@@ -223,7 +223,8 @@ def _tell(
         *steps_in_words(plan, prepared.datasets),
         *groups_in_words(learning.groups),
         *saves_in_words(saver, plan),
-        memory_in_words(estimate_memory(learning.task, models, learning.groups, buckets, options)),
+        memory_in_words(estimate_memory(learning.task, models, learning.groups, buckets, options))
+        + ("" if learning.shards is None else "; of the U-Net each process has its part"),
     ):
         log.info(line)
 

@@ -57,8 +57,8 @@ class Step(nn.Module):
     @torch.no_grad()
     def _beside(self, batch: Batch, draws: Draws) -> Tensor:
         """What an inpainting model sees beside the noisy latents: [B, 5, H/8, W/8], float32."""
-        if batch.inpainting is not None:
-            return with_scaled_latents(batch.inpainting)
+        if batch.raw_beside is not None:
+            return with_scaled_latents(batch.raw_beside)
         assert batch.images is not None and batch.paint is not None
         height, width = batch.images.shape[2:]
         noise = draws.normal("masked posterior", (4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
