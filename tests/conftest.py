@@ -50,6 +50,24 @@ def golden_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def twins(tmp_path_factory):
+    """Makes the tiny twin of a name, once: "base", "ssd-1b", ..., "-v" behind it for velocity."""
+    from library.safetensors_io import write_safetensors
+    from tools.tiny_models import tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("twins")
+
+    def twin(name):
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            family, is_v = name.removesuffix("-v"), name.endswith("-v")
+            write_safetensors(path, tiny_checkpoint(3, twin=family, v_prediction=is_v), {"format": "pt"})
+        return path
+
+    return twin
+
+
+@pytest.fixture(scope="session")
 def golden_models(golden_model):
     """The same, open: shared, so nothing may be changed in it."""
     return open_models(golden_model)

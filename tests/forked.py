@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
 import time
@@ -60,8 +61,16 @@ class Script:
         return status, told
 
 
-def processes(script: str, *words: object, count: int, port: int) -> list[Script]:
+def free_port() -> int:
+    """One that nobody listens at, not even a test beside this one or a process that an earlier run left."""
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        return asked.getsockname()[1]
+
+
+def processes(script: str, *words: object, count: int) -> list[Script]:
     """The script on several processes, which find each other as a launcher would have it."""
+    port = free_port()
     places = [
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         for rank in range(count)
@@ -72,7 +81,8 @@ def processes(script: str, *words: object, count: int, port: int) -> list[Script
 def end_together(scripts: list[Script]) -> str:
     """Wait until all have ended well; returns what the first told."""
     ended = [script.end() for script in scripts]
-    assert [status for status, _ in ended] == [0] * len(scripts), "\n".join(told[-3000:] for _, told in ended)
+    statuses = [status for status, _ in ended]
+    assert statuses == [0] * len(scripts), f"{statuses}\n" + "\n".join(told[-3000:] for _, told in ended)
     return ended[0][1]
 
 

@@ -79,7 +79,7 @@ def test_what_the_tools_cache_is_what_training_caches_and_uses(golden_model, pic
 
 def test_two_processes_make_the_files_that_one_makes(golden_model, pictures):
     words = tool("cache_latents", golden_model, pictures, "--flip_aug")
-    end_together(processes("tools/cache_latents.py", *words[1:], count=2, port=29514))
+    end_together(processes("tools/cache_latents.py", *words[1:], count=2))
     two = arrays_of(pictures)
     for file in pictures.rglob("*.npz"):
         file.unlink()

@@ -139,7 +139,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, pictu
         "lora",
     ]
     words += ["--conditioning_data_dir", conditions, "--output_dir", tmp_path / "two"]
-    end_together(processes("sdxl_train_control_net_lllite.py", *words, count=2, port=29551))
+    end_together(processes("sdxl_train_control_net_lllite.py", *words, count=2))
     assert losses_of(tmp_path / "one") == pytest.approx(losses_of(tmp_path / "two"), abs=1e-5)
     two = tensors_of(tmp_path / "two" / "lora.safetensors")
     for name, tensor in tensors_of(one).items():

@@ -40,7 +40,7 @@ def test_fault_62_a_signal_ends_the_run_after_its_step_and_resuming_is_bit_equal
 def test_fault_62_if_one_of_two_processes_is_asked_both_end_at_the_same_step(golden_model, pictures, tmp_path):
     out = tmp_path / "out"
     words = arguments(golden_model, pictures, out, "--max_train_steps", "400", "--save_state")
-    runs = processes("sdxl_train_network.py", *words, count=2, port=29517)
+    runs = processes("sdxl_train_network.py", *words, count=2)
     wait_for_steps(runs[0], out, 3)
     os.kill(runs[1].pid, signal.SIGTERM)
     (one, told), (two, _) = (run.end() for run in runs)

@@ -16,24 +16,8 @@ from library.models.checkpoint import open_checkpoint
 from library.models.unet_blocks import sinusoidal_embedding
 from library.safetensors_io import read_header, write_safetensors
 from library.training.task import Task
-from tools.tiny_models import tiny_checkpoint
 
 TRAIN = without(QUICK, "--network_module", "networks.lora", "--network_dim", "2", "--network_train_unet_only")
-
-
-@pytest.fixture(scope="module")
-def twins(tmp_path_factory):
-    """Makes the twin of a name, once."""
-    folder = tmp_path_factory.mktemp("twins")
-
-    def twin(name):
-        path = folder / f"{name}.safetensors"
-        if not path.exists():
-            family, is_v = name.removesuffix("-v"), name.endswith("-v")
-            write_safetensors(path, tiny_checkpoint(3, twin=family, v_prediction=is_v), {"format": "pt"})
-        return path
-
-    return twin
 
 
 def fine_tune(model, pictures, output, *extra, quick=TRAIN):

@@ -145,7 +145,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(model, pictures, tm
     quick = ["--dataset_config", tmp_path / "data.json", "--max_train_steps", "4"]
     one = train(model, pictures, tmp_path / "one", *quick, "--gradient_accumulation_steps", "2")
     words = words_of(model, pictures, tmp_path / "two", *quick)
-    end_together(processes("sdxl_train.py", *words, count=2, port=29521))
+    end_together(processes("sdxl_train.py", *words, count=2))
     assert losses_of(tmp_path / "one") == pytest.approx(losses_of(tmp_path / "two"), abs=1e-5)
     after = tensors_of(tmp_path / "two" / "lora.safetensors")
     for name, tensor in tensors_of(one).items():

@@ -12,24 +12,8 @@ from library.models import compiling
 from library.models.unet_blocks import sinusoidal_embedding
 from library.safetensors_io import write_safetensors
 from library.sampling import draw as drawing_room
-from tools.tiny_models import tiny_checkpoint
 
 SMALL = ["--prompt", "a cat --d 1", "--W", "64", "--H", "64", "--steps", "2", "--sampler", "euler_a"]
-
-
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory):
-    """Makes the tiny twin of a name, once."""
-    folder = tmp_path_factory.mktemp("twins")
-
-    def made(name):
-        path = folder / f"{name}.safetensors"
-        if not path.exists():
-            tensors = tiny_checkpoint(3, twin=name.removesuffix("-v"), v_prediction=name.endswith("-v"))
-            write_safetensors(path, tensors, {"format": "pt"})
-        return path
-
-    return made
 
 
 @pytest.fixture
@@ -70,59 +54,59 @@ def files(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["ssd-1b", "vega"])
-def test_smaller_models_draw(name, twin, draw):
-    assert draw(twin(name)).std() > 5
+def test_smaller_models_draw(name, twins, draw):
+    assert draw(twins(name)).std() > 5
 
 
-def test_a_velocity_model_with_zero_snr_is_known_by_its_keys(twin, draw):
+def test_a_velocity_model_with_zero_snr_is_known_by_its_keys(twins, draw):
     """The same weights without the keys want the options; without those, another picture comes out."""
-    known = draw(twin("base-v"))
-    told = draw(twin("base"), "--v_parameterization", "--zero_terminal_snr")
-    assert np.array_equal(known, told) and np.abs(known - draw(twin("base"))).max() > 5
+    known = draw(twins("base-v"))
+    told = draw(twins("base"), "--v_parameterization", "--zero_terminal_snr")
+    assert np.array_equal(known, told) and np.abs(known - draw(twins("base"))).max() > 5
 
 
-def test_the_refiner_draws_from_a_picture_and_is_told_its_two_scores(twin, draw, seen, files):
-    draw(twin("refiner"), "--image_path", files[0], "--strength", 0.5)
+def test_the_refiner_draws_from_a_picture_and_is_told_its_two_scores(twins, draw, seen, files):
+    draw(twins("refiner"), "--image_path", files[0], "--strength", 0.5)
     scores = sinusoidal_embedding(torch.tensor([2.5, 6.0]), 256)
     for told, score in zip(seen[0][0], scores, strict=True):
         torch.testing.assert_close(told.vector[0, -256:], score)
         assert told.context.shape == (1, 77, 128) and told.vector.shape == (1, 128 + 5 * 256)
 
 
-def test_a_new_word_is_refused_for_the_refiner_which_has_one_encoder(twin, draw, tmp_path):
+def test_a_new_word_is_refused_for_the_refiner_which_has_one_encoder(twins, draw, tmp_path):
     write_safetensors(tmp_path / "word.safetensors", {"clip_g": torch.zeros(1, 128)}, {})
     with pytest.raises(OptionError, match=r"word\.safetensors: a new word needs both text encoders"):
-        draw(twin("refiner"), "--textual_inversion_embeddings", tmp_path / "word.safetensors")
+        draw(twins("refiner"), "--textual_inversion_embeddings", tmp_path / "word.safetensors")
 
 
 # ----------------------------------------------------------------------------------------------------------- inpainting
 
 
-def test_an_inpainting_model_sees_the_mask_or_is_told_to_paint_everything(twin, draw, seen, files, caplog):
-    masked = draw(twin("inpainting"), "--image_path", files[0], "--mask_path", files[1])
+def test_an_inpainting_model_sees_the_mask_or_is_told_to_paint_everything(twins, draw, seen, files, caplog):
+    masked = draw(twins("inpainting"), "--image_path", files[0], "--mask_path", files[1])
     beside = seen[0][1]
     assert beside.shape == (1, 5, 8, 8) and (beside[:, 0, :, 4:] == 1).all() and (beside[:, 0, :, :4] == 0).all()
     assert "paints whole pictures" not in caplog.text
-    whole = draw(twin("inpainting"), "--image_path", files[0])
+    whole = draw(twins("inpainting"), "--image_path", files[0])
     assert (seen[1][1][:, 0] == 1).all() and np.abs(masked - whole).max() > 5
-    draw(twin("inpainting"))
+    draw(twins("inpainting"))
     assert torch.equal(seen[2][1][:, 0], torch.ones(1, 8, 8))
 
 
-def test_highres_fix_keeps_what_the_mask_keeps_in_both_stages(twin, draw, seen, files):
+def test_highres_fix_keeps_what_the_mask_keeps_in_both_stages(twins, draw, seen, files):
     """The second stage, whose seed is the next one, sees the source: not what the first stage made of it."""
     fix = ("--highres_fix_scale", 0.5, "--highres_fix_steps", 2, "--highres_fix_latents_upscaling")
     masked = ("--image_path", files[0], "--mask_path", files[1], "--prompt")
-    draw(twin("inpainting"), *masked, "a cat --d 5", *fix)
-    draw(twin("inpainting"), *masked, "a cat --d 6")
+    draw(twins("inpainting"), *masked, "a cat --d 5", *fix)
+    draw(twins("inpainting"), *masked, "a cat --d 6")
     (_, small), (_, second), (_, plain) = seen
     assert small.shape[2:] == (4, 4) and small[:, 0].mean() == 0.5
     torch.testing.assert_close(second, plain)
 
 
-def test_gradual_latent_is_refused_for_an_inpainting_model(twin, draw):
+def test_gradual_latent_is_refused_for_an_inpainting_model(twins, draw):
     with pytest.raises(OptionError, match=r"inpainting\.safetensors: Gradual Latent draws at sizes"):
-        draw(twin("inpainting"), "--gradual_latent_timesteps", 700)
+        draw(twins("inpainting"), "--gradual_latent_timesteps", 700)
 
 
 # ---------------------------------------------------------------------------------------------------------- CLIP's eyes
@@ -139,44 +123,44 @@ def vision_folder(folder, width):
     return folder
 
 
-def test_the_pooled_text_gives_way_to_what_clip_sees_times_the_strength(twin, draw, seen, files, tmp_path):
+def test_the_pooled_text_gives_way_to_what_clip_sees_times_the_strength(twins, draw, seen, files, tmp_path):
     vision = vision_folder(tmp_path / "vision", 128)
     for strength in (1, 2):
-        draw(twin("base"), "--image_path", files[0], "--clip_vision_strength", strength, "--clip_vision_model", vision)
-    draw(twin("base"), "--image_path", files[0])
+        draw(twins("base"), "--image_path", files[0], "--clip_vision_strength", strength, "--clip_vision_model", vision)
+    draw(twins("base"), "--image_path", files[0])
     (negative, once), (_, twice), (plain_negative, plain) = (told for told, _ in seen)
     assert torch.equal(once.vector[:, :128] * 2, twice.vector[:, :128]) and once.vector[:, :128].any()
     assert torch.equal(once.vector[:, 128:], plain.vector[:, 128:]) and torch.equal(once.context, plain.context)
     assert torch.equal(negative.vector, plain_negative.vector)
 
 
-def test_an_image_encoder_that_doesnt_fit_is_refused_before_anything_is_drawn(twin, draw, files, tmp_path):
+def test_an_image_encoder_that_doesnt_fit_is_refused_before_anything_is_drawn(twins, draw, files, tmp_path):
     words = ("--image_path", files[0], "--clip_vision_strength", 1, "--clip_vision_model")
     with pytest.raises(OptionError, match="its vectors have 96 numbers, and this model's pooled text has 128"):
-        draw(twin("base"), *words, vision_folder(tmp_path / "vision", 96))
+        draw(twins("base"), *words, vision_folder(tmp_path / "vision", 96))
     with pytest.raises(OptionError, match="--clip_vision_model nowhere: no such file or folder"):
-        draw(twin("base"), *words, "nowhere")
+        draw(twins("base"), *words, "nowhere")
 
 
 # -------------------------------------------------------------------------------------------------------------- compiled
 
 
-def test_where_no_compiler_works_the_picture_is_drawn_all_the_same_and_that_is_told(twin, draw, monkeypatch, capsys):
+def test_where_no_compiler_works_the_picture_is_drawn_all_the_same_and_that_is_told(twins, draw, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("no C++ compiler")
 
-    plain = draw(twin("base"))
+    plain = draw(twins("base"))
     monkeypatch.setattr(compiling.torch, "compile", fail)
-    assert np.array_equal(plain, draw(twin("base"), "--compile"))
+    assert np.array_equal(plain, draw(twins("base"), "--compile"))
     assert (
         "--compile: inductor doesn't work here: no C++ compiler. The run goes on uncompiled" in capsys.readouterr().err
     )
 
 
 @pytest.mark.long
-def test_compiled_blocks_draw_the_same_picture(twin, draw, tmp_path):
-    plain = draw(twin("base"))
-    words = ["--ckpt", twin("base"), "--outdir", tmp_path / "compiled", *SMALL, "--compile"]
+def test_compiled_blocks_draw_the_same_picture(twins, draw, tmp_path):
+    plain = draw(twins("base"))
+    words = ["--ckpt", twins("base"), "--outdir", tmp_path / "compiled", *SMALL, "--compile"]
     done = script("sdxl_gen_img.py", *words, timeout=900)
     assert done.returncode == 0 and "uncompiled" not in done.stderr, done.stderr
     (path,) = (tmp_path / "compiled").iterdir()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import free_port
 from running import ROOT, arguments, losses_of, tensors_of, train_network
 from test_state import some_state, told
 
@@ -606,7 +607,7 @@ run(lambda: sdxl_train_network.main(sys.argv[2:]) and None)
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_fault_72_if_one_process_dies_or_hangs_the_other_ends_with_an_error(number, golden_model, pictures, tmp_path):
     """Without a launcher, which would end it: at once, or after --ddp_timeout. The last state is whole."""
-    output, processes = tmp_path / "output", []
+    output, processes, port = tmp_path / "output", [], str(free_port())
     extra = ["--max_train_steps", "50", "--save_every_n_steps", "1", "--save_state", "--ddp_timeout", "1"]
     for rank in ("0", "1"):
         place = {
@@ -614,7 +615,7 @@ def test_fault_72_if_one_process_dies_or_hangs_the_other_ends_with_an_error(numb
             "LOCAL_RANK": rank,
             "WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29633",
+            "MASTER_PORT": port,
         }
         env = {**os.environ, **place, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         words = [str(int(number)), *arguments(golden_model, pictures, output, *extra)]

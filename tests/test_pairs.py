@@ -85,7 +85,7 @@ def test_two_processes_with_all_that_goes_with_them_equal_one(golden_model, pict
         words += [word for word in WORDS[name] if word not in words]
     train_network(golden_model, pictures, tmp_path / "one", *words, "--gradient_accumulation_steps", "4")
     both = arguments(golden_model, pictures, tmp_path / "two", *words, "--gradient_accumulation_steps", "2")
-    end_together(processes("sdxl_train_network.py", *both, count=2, port=29531))
+    end_together(processes("sdxl_train_network.py", *both, count=2))
     one, two = (tensors_of(tmp_path / name / "lora.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4)
@@ -97,6 +97,6 @@ def test_a_process_that_a_launcher_starts_alone_steps_within_backward_once(golde
     words = ["--max_train_steps", "2", "--fused_backward_pass"]
     plain = train(golden_model, pictures, tmp_path / "plain", *words)
     words += ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", pictures]
-    end_together(processes("sdxl_train.py", *QUICK, *words, "--output_dir", tmp_path / "alone", count=1, port=29532))
+    end_together(processes("sdxl_train.py", *QUICK, *words, "--output_dir", tmp_path / "alone", count=1))
     assert losses_of(tmp_path / "alone", "grad_norm") == losses_of(tmp_path / "plain", "grad_norm")
     assert_bit_equal(tensors_of(plain), tensors_of(tmp_path / "alone" / "lora.safetensors"))

@@ -67,7 +67,7 @@ def test_two_processes_draw_the_samples_of_one(golden_model, pictures, prompts, 
     def run(processes):
         out = tmp_path / str(processes)
         words = arguments(golden_model, pictures, out, "--max_train_steps", 1, "--gradient_accumulation_steps", 2 // processes, "--sample_prompts", prompts, "--sample_at_first")  # fmt: skip
-        end_together(on_processes("sdxl_train_network.py", *words, count=processes, port=29513))
+        end_together(on_processes("sdxl_train_network.py", *words, count=processes))
         return {re.sub(r"_\d{14}", "", path.name): path.read_bytes() for path in (out / "sample").iterdir()}
 
     one = run(1)

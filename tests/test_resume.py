@@ -185,7 +185,7 @@ def test_fault_65_two_processes_go_on_to_the_bit(golden_model, pictures, tmp_pat
         words = arguments(
             golden_model, pictures, tmp_path / output, *NOISY, "--max_train_steps", "5", "--save_state", *extra
         )
-        end_together(processes("sdxl_train_network.py", *words, count=2, port=29531))
+        end_together(processes("sdxl_train_network.py", *words, count=2))
 
     on_two("plain", "--save_every_n_steps", "3")
     on_two("output", "--resume", state_at(tmp_path / "plain", 3))

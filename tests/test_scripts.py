@@ -264,7 +264,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, pictu
     quick += ["--validation_split", "0.5", "--validation_seed", "3", "--validate_every_n_steps", "1"]
     train_network(golden_model, pictures, tmp_path / "one", *quick, "--gradient_accumulation_steps", "2")
     words = arguments(golden_model, pictures, tmp_path / "two", *quick)
-    told = end_together(processes("sdxl_train_network.py", *words, count=2, port=29511))
+    told = end_together(processes("sdxl_train_network.py", *words, count=2))
     assert "/ (2 processes x 1 accumulated)" in told
     for name, count in (("loss/current", 5), ("loss/validation/step_average", 5)):
         one, two = losses_of(tmp_path / "one", name), losses_of(tmp_path / "two", name)
@@ -280,7 +280,7 @@ def test_two_processes_train_text_encoders_with_dropped_modules_and_share_caches
     words = arguments(
         golden_model, pictures, tmp_path / "out", "--max_train_steps", 6, "--cache_latents_to_disk", *dropout, quick=WITH_TEXT
     )  # fmt: skip
-    end_together(processes("sdxl_train_network.py", *words, count=2, port=29512))
+    end_together(processes("sdxl_train_network.py", *words, count=2))
     assert len(list(pictures.rglob("*_sdxl.npz"))) == 4
     ups = {
         name: t

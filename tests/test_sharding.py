@@ -6,6 +6,7 @@ import pytest
 import test_control_net_training as lllite
 import test_textual_inversion as inversion
 import torch
+from forked import free_port
 from running import QUICK as LORA
 from running import ROOT, arguments, assert_bit_equal, losses_of, script, tensors_of, train_network
 from test_fine_tune import QUICK, TEXT_TOO, train
@@ -57,10 +58,10 @@ run(lambda: {name}.main(sys.argv[1:]))
 """
 
 
-def torchrun(folder, name, words, *, port, env=FSDP):
+def torchrun(folder, name, words, *, env=FSDP):
     program = folder / "checked.py"
     program.write_text(CHECKED.format(name=name), encoding="utf-8")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, program]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), program]
     done = script(*launch, *words, env={**CPU, **env}, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "left whole" not in done.stdout, "behind a window, a sample or a validation"
@@ -105,7 +106,7 @@ def test_two_processes_with_a_sharded_unet_fine_tune_save_sample_and_resume_as_o
     """Losses within 1e-5, whole files within 1e-4 of one process with twice the accumulation; resumed to the bit."""
     (one, pictures, words), two = alone, tmp_path / "two"
     words = fine_tune_words(golden_model, pictures, two, *words, *asked)
-    told = torchrun(tmp_path, "sdxl_train", words, port=29541, env=env)
+    told = torchrun(tmp_path, "sdxl_train", words, env=env)
     assert told.count("whole") == (2 if is_whole else 0) and told.count("cut") == (0 if is_whole else 2), told
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-5)
     assert_close(tensors_of(one / "lora.safetensors"), tensors_of(two / "lora.safetensors"))
@@ -116,7 +117,7 @@ def test_two_processes_with_a_sharded_unet_fine_tune_save_sample_and_resume_as_o
         tensors_of(two / state / "optimizer.safetensors"),
     )
     words = fine_tune_words(golden_model, pictures, tmp_path / "again", *alone[2], *asked, "--resume", two / state)
-    torchrun(tmp_path, "sdxl_train", words, port=29542, env=env)
+    torchrun(tmp_path, "sdxl_train", words, env=env)
     assert_bit_equal(tensors_of(two / "lora.safetensors"), tensors_of(tmp_path / "again" / "lora.safetensors"))
 
 
@@ -150,7 +151,7 @@ def test_windows_of_sharded_gradients_and_steps_within_backward_are_those_of_one
     train(golden_model, pictures, tmp_path / "one", *words, "--gradient_accumulation_steps", "4", quick=quick)
     words += ["--gradient_accumulation_steps", "2", "--deepspeed", *zero]
     words = fine_tune_words(golden_model, pictures, tmp_path / "two", *words, quick=quick)
-    told = torchrun(tmp_path, "sdxl_train", words, port=29544, env={}).splitlines()
+    told = torchrun(tmp_path, "sdxl_train", words, env={}).splitlines()
     assert [told.count(line) for line in counts] == [4, 4], told
     for name in ("loss/current", "grad_norm"):
         one, two = (losses_of(tmp_path / folder, name) for folder in ("one", "two"))
@@ -165,7 +166,7 @@ def test_a_network_beside_a_sharded_frozen_unet_learns_as_on_one_process(golden_
     zero = ["--deepspeed", "--zero_stage", "3", "--offload_param_device", "cpu", "--offload_optimizer_device", "cpu"]
     train_network(golden_model, pictures, tmp_path / "one", *few, "--gradient_accumulation_steps", "2")
     words = arguments(golden_model, pictures, tmp_path / "two", *few, *zero, quick=LORA)
-    assert torchrun(tmp_path, "sdxl_train_network", words, port=29543, env={}).count("cut") == 2
+    assert torchrun(tmp_path, "sdxl_train_network", words, env={}).count("cut") == 2
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
     assert_close(tensors_of(tmp_path / "one" / "lora.safetensors"), tensors_of(tmp_path / "two" / "lora.safetensors"))
 
@@ -176,7 +177,7 @@ def test_a_control_net_beside_a_sharded_unet_learns_as_on_one_process(golden_mod
     few = ["--train_batch_size", "1", "--conditioning_data_dir", pictures / "2_shapes"]
     lllite.train(golden_model, pictures, None, tmp_path / "one", *few, "--gradient_accumulation_steps", "2")
     words = fine_tune_words(golden_model, pictures, tmp_path / "two", *few, "--output_name", "lora", quick=lllite.QUICK)
-    assert torchrun(tmp_path, "sdxl_train_control_net_lllite", words, port=29545).count("cut") == 2
+    assert torchrun(tmp_path, "sdxl_train_control_net_lllite", words).count("cut") == 2
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
     one, two = (tensors_of(tmp_path / folder / "lora.safetensors") for folder in ("one", "two"))
     noise = {name for name in one if name.endswith("attn1_to_k.up.0.bias")}
@@ -188,7 +189,7 @@ def test_a_new_word_in_front_of_a_sharded_unet_learns_as_on_one_process(golden_m
     few = ["--max_train_steps", "3", "--train_batch_size", "1", "--optimizer_type", "SGD"]
     inversion.train(golden_model, pictures, tmp_path / "one", *few, "--gradient_accumulation_steps", "2")
     words = fine_tune_words(golden_model, pictures, tmp_path / "two", *few, quick=inversion.QUICK)
-    assert torchrun(tmp_path, "sdxl_train_textual_inversion", words, port=29546).count("cut") == 2
+    assert torchrun(tmp_path, "sdxl_train_textual_inversion", words).count("cut") == 2
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
     assert_close(tensors_of(tmp_path / "one" / "lora.safetensors"), tensors_of(tmp_path / "two" / "lora.safetensors"))
 
@@ -214,7 +215,7 @@ def test_a_process_that_fails_ends_all(zero, golden_model, pictures, tmp_path):
     program = tmp_path / "fails.py"
     program.write_text(FAILS, encoding="utf-8")
     words = fine_tune_words(golden_model, pictures, tmp_path / "out", "--max_train_steps", "4", *zero)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29547, program]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), program]
     done = script(*launch, *words, env=CPU, timeout=300)
     assert done.returncode == 1 and "RuntimeError: this process fails" in done.stderr
     assert not list((tmp_path / "out").glob("*.safetensors")) and len(losses_of(tmp_path / "out")) <= 1

@@ -275,7 +275,7 @@ def test_two_processes_train_the_word_of_one(golden_model, pictures, tmp_path):
         out = tmp_path / str(count)
         files = ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", pictures, "--output_dir", out]
         words = ["--max_train_steps", "3", "--gradient_accumulation_steps", 2 // count, "--optimizer_type", "SGD"]
-        end_together(processes("sdxl_train_textual_inversion.py", *QUICK, *files, *words, count=count, port=29519))
+        end_together(processes("sdxl_train_textual_inversion.py", *QUICK, *files, *words, count=count))
         return tensors_of(out / "lora.safetensors")
 
     one, two = run(1), run(2)

@@ -131,7 +131,7 @@ def test_two_processes_round_alike(golden_model, pictures, tmp_path):
         "--output_dir",
         tmp_path / "out",
     ]
-    end_together(processes("sdxl_train.py", *words, *files, count=2, port=29633))
+    end_together(processes("sdxl_train.py", *words, *files, count=2))
     assert (tmp_path / "out" / "lora.safetensors").exists()
 
 

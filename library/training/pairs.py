@@ -11,7 +11,13 @@ from library.options import Options
 from library.training.compile_options import CompileOptions
 from library.training.memory_options import MemoryOptions
 from library.training.options import EmaOptions, OptimizerOptions, RunOptions
-from library.training.sharding_options import ShardingOptions, check_sharding, is_sharded, keeps_state_in_ram
+from library.training.sharding_options import (
+    ShardingOptions,
+    check_sharding,
+    is_sharded,
+    keeps_state_in_ram,
+    sharding_asked_by,
+)
 from library.training.update_options import UpdateOptions
 
 # technique -> (how it is asked for, whether it is)
@@ -54,24 +60,38 @@ def check_pairs(options: Options) -> Iterable[Mistake]:
     for (one, two), reason in REFUSED.items():
         (flag, is_asked), (other, is_asked_too) = TECHNIQUES[one], TECHNIQUES[two]
         if is_asked(options) and is_asked_too(options):
+            flag, other = _as_asked(one, flag, options), _as_asked(two, other, options)
             names = tuple(
                 flag.removeprefix("--") for flag in (flag, other) if flag.startswith("--") and " " not in flag
             )
             yield Mistake(f"{flag} can't go with {other}: {reason}", names)
     optimizer, memory = options[OptimizerOptions].name.lower(), options[MemoryOptions]
-    moves = "optimizer_offload" if keeps_state_in_ram(options) else "blocks_to_swap" if memory.blocks_to_swap else None
+    moves = (
+        _state_flag(options) if keeps_state_in_ram(options) else "--blocks_to_swap" if memory.blocks_to_swap else None
+    )
     if moves and optimizer.endswith("schedulefree"):
         yield Mistake(
-            f"--{moves}: --optimizer_type {options[OptimizerOptions].name} takes weights and state together whenever it saves; leave one out",
-            (moves, "optimizer_type"),
+            f"{moves}: --optimizer_type {options[OptimizerOptions].name} takes weights and state together whenever it saves; leave one out",
+            (moves.removeprefix("--").removesuffix(" cpu"), "optimizer_type"),
         )
     if keeps_state_in_ram(options) and optimizer.startswith("paged"):
         yield Mistake(
-            f"--optimizer_offload: --optimizer_type {options[OptimizerOptions].name} keeps its state where the card can page it already; leave it out",
+            f"{_state_flag(options)}: --optimizer_type {options[OptimizerOptions].name} keeps its state where the card can page it already; leave it out",
             ("optimizer_offload", "optimizer_type"),
         )
     if is_sharded(options):
         yield from _beside_shards(options)
+
+
+def _as_asked(technique: str, flag: str, options: Options) -> str:
+    """How this run asks for it, where there are several ways."""
+    if technique == "FSDP2":
+        return sharding_asked_by(options)
+    return _state_flag(options) if technique == "state in RAM" else flag
+
+
+def _state_flag(options: Options) -> str:
+    return "--optimizer_offload" if options[MemoryOptions].optimizer_offload else "--offload_optimizer_device cpu"
 
 
 def _beside_shards(options: Options) -> Iterable[Mistake]:
@@ -83,7 +103,10 @@ def _beside_shards(options: Options) -> Iterable[Mistake]:
             ("deepspeed",),
         )
     if options[MemoryOptions].memory_plan is not None:
-        yield Mistake("--memory_plan counts a whole model on one card; it can't go with FSDP", ("memory_plan",))
+        yield Mistake(
+            f"--memory_plan counts a whole model on one card; it can't go with {sharding_asked_by(options)}: leave one of them out",
+            ("memory_plan",),
+        )
 
 
 def check_trained_shards(options: Options) -> Iterable[Mistake]:
@@ -96,7 +119,7 @@ def check_trained_shards(options: Options) -> Iterable[Mistake]:
     }
     for flag, is_on in wrong.items() if is_sharded(options) else ():
         if is_on:
-            yield Mistake(f"{flag} can't go with FSDP; leave one of them out")
+            yield Mistake(f"{flag} can't go with {sharding_asked_by(options)}; leave one of them out")
 
 
 def _processes() -> int:

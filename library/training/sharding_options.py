@@ -88,6 +88,11 @@ def is_sharded(options: Options) -> bool:
     return zero_of(options[ShardingOptions]).stage > 0
 
 
+def sharding_asked_by(options: Options) -> str:
+    """What asks for the U-Net to lie in parts, in the user's words."""
+    return " and ".join(by for by, zero in _asked(options[ShardingOptions]).items() if zero.stage)
+
+
 def keeps_state_in_ram(options: Options) -> bool:
     """Whether the optimizer's state lies in RAM."""
     return options[MemoryOptions].optimizer_offload or zero_of(options[ShardingOptions]).state_in_ram
