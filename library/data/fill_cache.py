@@ -139,10 +139,12 @@ def _with_mask(sample: Sample, origin: Origin) -> tuple[Origin, np.ndarray]:
     """The mask of the sample's conditioning image, and what to remember of both files. Raises OSError, BadImage."""
     assert sample.conditioning is not None
     try:
-        _, own = origin_of(Path(sample.conditioning))
-        return origin._replace(mask=own), load_conditioning(sample, flipped=False)[..., 0].astype(np.float32) / 255
+        raw, own = origin_of(Path(sample.conditioning))
+        mask = load_conditioning(sample, flipped=False, content=raw)[..., 0].astype(np.float32) / 255
     except (OSError, BadImage) as error:
-        raise BadImage(f"its conditioning image {sample.conditioning}: {error}") from None
+        reason = f"can't be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise BadImage(f"its conditioning image {sample.conditioning}: {reason}") from None
+    return origin._replace(mask=own), mask
 
 
 def _noise(image: Tensor, content: str) -> Tensor:

@@ -62,10 +62,14 @@ def load_pixels(
     return Pixels(rgb, alpha, told or sample.crop_top_left(flipped=flipped))
 
 
-def load_conditioning(sample: Sample, *, flipped: bool) -> np.ndarray:
-    """The sample's conditioning image or mask, resized and cropped as its picture: [H, W, 3], uint8. Raises BadImage."""
+def load_conditioning(sample: Sample, *, flipped: bool, content: bytes | None = None) -> np.ndarray:
+    """The sample's conditioning image or mask, resized and cropped as its picture: [H, W, 3], uint8. Raises BadImage.
+
+    Args: content: the file's bytes, where they were read already.
+    """
     assert sample.conditioning is not None
-    pixels = images.load(Path(sample.conditioning))
+    content = Path(sample.conditioning).read_bytes() if content is None else content
+    pixels = images.decode(content, sample.conditioning)
     pixels = images.resize(pixels, sample.fit.resized, sample.subset.pixels.resize_interpolation)
     pixels = crop(pixels, sample.fit.bucket, None)
     return pixels[:, ::-1] if flipped else pixels
