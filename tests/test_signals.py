@@ -32,7 +32,8 @@ import ctypes, os, signal, sys, time
 from library.signals import Signals, end_with_parent, exit_status, held_back, leave_to_parent
 
 def say(*words):
-    print(*words, flush=True)
+    # One write, so that two processes' lines stay whole: print does several where a launcher has Python unbuffered.
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 """
 FINISHES = """
 before = [signal.getsignal(n) for n in (2, 10, 15)]
