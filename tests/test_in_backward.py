@@ -133,12 +133,16 @@ def step_by_hand(update: Update, by_previous: bool, most: float) -> None:
         update._scheduler.step()
 
 
-def test_a_gradient_that_isnt_finite_steps_no_weight_to_where_it_isnt():
-    update = make("Lion", fused=True)
+@pytest.mark.parametrize("name", ["Lion", "SGDNesterov"])
+@pytest.mark.parametrize("clipping", [{}, {"max_grad_norm": 0.05, "clips_by_previous": True}])
+def test_a_gradient_that_isnt_finite_steps_no_weight_to_where_it_isnt(name, clipping):
+    """Nor does the next step, though it is clipped by this one's norm."""
+    update = make(name, fused=True, **clipping)
     bad = X.clone()
     bad[0, 0] = float("nan")
     update.backward(update.step_module(bad, rarely=True), Place(0, 0, 0, 0, 6, True, False))
     assert not update.step().grad_norm.isfinite()
+    train(update, 1)
     assert all(parameter.isfinite().all() for parameter in update.step_module.parameters())
 
 

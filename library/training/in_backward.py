@@ -105,8 +105,9 @@ class InBackward(Descent):
         self.stepper.commit()
         norms, self._norms = self._norms, torch.zeros_like(self._norms)
         norm = torch.linalg.vector_norm(norms)
-        if self._clips_by_previous:
-            self._previous = norm
+        if self._clips_by_previous:  # one that isn't finite would make the next step's gradients so
+            known = torch.zeros_like(norm) if self._previous is None else self._previous
+            self._previous = norm.where(norm.isfinite(), known)
         self.is_partly_taken = False
         return Descended(norms, norm, overflowed=False)
 
