@@ -197,6 +197,8 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
         (["--network_weights", "nowhere.safetensors"], "--network_weights nowhere.safetensors: no such file"),
         (["--masked_loss"], "conditions here, no masks"),
         (["--random_crop"], "random_crop can't be used with conditioning_data_dir"),
+        (["--face_crop_aug_range", "1,3"], "face_crop_aug_range can't be used with conditioning_data_dir"),
+        (["--resolution", "72"], "without buckets both sides must be multiples of 32"),
         (["--learning_rate", "0"], "nothing is trained: --learning_rate is 0"),
     ],
 )  # fmt: skip

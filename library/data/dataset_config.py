@@ -214,8 +214,8 @@ class _Definition:
                     where,
                     f"max_bucket_reso {largest} is below the resolution's longer side {max(size)}; raise it, say to {max(size) * 2}",
                 )
-        elif size.width % 8 or size.height % 8:
-            self._mistake(where, f"resolution {size}: without buckets both sides must be multiples of 8")
+        elif size.width % (side := 32 if self.conditioning == "conditions" else 8) or size.height % side:
+            self._mistake(where, f"resolution {size}: without buckets both sides must be multiples of {side}")
         return BucketPlan(size, plan_enabled, smallest, largest, step, no_upscale)
 
     def _subset(self, defaults: Tables, table: dict, where: str, *, in_metadata: bool) -> Subset | None:
@@ -238,10 +238,11 @@ class _Definition:
         captions["keep_tokens_separator"] = captions["keep_tokens_separator"] or None
         extension = self._value("caption_extension", tables)
         pixels = self._pixels(tables, where)
-        if own.get("conditioning_data_dir") and pixels.random_crop:
-            self._mistake(
-                where, "random_crop can't be used with conditioning_data_dir, whose pictures are not cropped along"
-            )
+        for key in ("random_crop", "face_crop_aug_range"):
+            if own.get("conditioning_data_dir") and getattr(pixels, key):
+                self._mistake(
+                    where, f"{key} can't be used with conditioning_data_dir, whose pictures are not cropped along"
+                )
         attributes = self._value("custom_attributes", tables) or {}
         if idle := sorted(set(attributes) - {PRESERVE_OUTPUT}):
             self.notices.append(f"{self.name}, {where}: custom_attributes {', '.join(idle)} change nothing in training")
