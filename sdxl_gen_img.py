@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         options,
         open_networks,
         num_networks=len(networks.network_weights or ()),
+        num_beside=networks.num_beside,
         num_guides=len(networks.control_net_lllite_models or ()),
     )
 

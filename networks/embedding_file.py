@@ -13,9 +13,10 @@ from torch import Tensor
 from library.errors import OptionError, RunError
 from library.log import log
 from library.models.checkpoint import identify, open_tensors
-from library.models.new_tokens import NewToken, first_rows
+from library.models.new_tokens import KnownWord, NewToken, first_rows
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import body_of
+from networks.lora_file import read_bundled_words
 
 _FLAG = "--textual_inversion_embeddings"
 _ENCODERS = ("clip_l", "clip_g")
@@ -24,25 +25,36 @@ _ENCODERS = ("clip_l", "clip_g")
 def add_embeddings(models: SdxlModels, files: tuple[Path, ...]) -> None:
     """Add the words of these files to the models' tokenizers and encoders. Raises OptionError for a file that doesn't fit."""
     for path in files:
-        rows = _rows(path, models)
         try:
-            token = NewToken(models.tokenizers, models.text_layers, path.stem, [own.to(models.device) for own in rows])
-        except OptionError as error:
+            _add(models, path.stem, _read(path), f"{_FLAG} {path}")
+        except KnownWord as error:
             raise OptionError(f"{_FLAG} {path}: {error}; give the file another name") from None
-        for table in token.tables:
-            table.requires_grad_(False)
-        models.new_tokens.append(token)
-        log.info("%s: the word %s, %d vectors", path, path.stem, len(rows[0]))
 
 
-def _rows(path: Path, models: SdxlModels) -> list[Tensor]:
-    """The vectors of both encoders, [n, C] each, float32."""
+def add_bundled_words(models: SdxlModels, path: Path, *, flag: str) -> None:
+    """Add the words that a network file holds too. One that is known already, as its own file was given, stays what it is."""
+    for word, tensors in read_bundled_words(path).items():
+        try:
+            _add(models, word, tensors, f"{flag} {path}")
+        except KnownWord:
+            log.info("%s: the word %s is known already, and stays as it is", path, word)
+
+
+def _add(models: SdxlModels, word: str, tensors: Mapping[str, Tensor], where: str) -> None:
     if "text_encoder_1" not in models.checkpoint.parts:
         raise OptionError(
-            f"{_FLAG} {path}: a new word needs both text encoders, and the refiner has one; draw with the model it was made for"
+            f"{where}: a new word needs both text encoders, and the refiner has one; draw with the model it was made for"
         )
+    rows = _rows(tensors, models, where)
+    token = NewToken(models.tokenizers, models.text_layers, word, [own.to(models.device) for own in rows])
+    for table in token.tables:
+        table.requires_grad_(False)
+    log.info("%s: the word %s, %d vectors", where, word, len(rows[0]))
+
+
+def _rows(tensors: Mapping[str, Tensor], models: SdxlModels, where: str) -> list[Tensor]:
+    """The vectors of both encoders, [n, C] each, float32."""
     widths = [body_of(encoder).embeddings.token_embedding.weight.shape[1] for encoder in models.text_encoders]
-    tensors = _read(path)
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         rows = tensor.float() if tensor.ndim == 2 else tensor.float()[None]
@@ -50,18 +62,18 @@ def _rows(path: Path, models: SdxlModels) -> list[Tensor]:
         encoder = name if name in _ENCODERS else by_width[0] if by_width and len(tensors) <= 2 else None
         if encoder is None or rows.shape[-1] != widths[_ENCODERS.index(encoder)]:
             raise OptionError(
-                f"{_FLAG} {path}: {name} is {list(tensor.shape)}, of {identify(tensors)}; an embedding for SDXL has clip_l [n, {widths[0]}] and clip_g [n, {widths[1]}]"
+                f"{where}: {name} is {list(tensor.shape)}, of {identify(tensors)}; an embedding for SDXL has clip_l [n, {widths[0]}] and clip_g [n, {widths[1]}]"
             )
         if not rows.isfinite().all():
-            raise OptionError(f"{_FLAG} {path}: {name} holds numbers that aren't finite")
+            raise OptionError(f"{where}: {name} holds numbers that aren't finite")
         found[encoder] = rows
     counts = {name: len(rows) for name, rows in found.items()}
     if len(set(counts.values())) > 1:
-        raise OptionError(f"{_FLAG} {path}: both encoders need as many vectors, found {counts}")
+        raise OptionError(f"{where}: both encoders need as many vectors, found {counts}")
     if not counts:
-        raise OptionError(f"{_FLAG} {path}: there is no vector in it")
+        raise OptionError(f"{where}: there is no vector in it")
     if len(counts) == 1:
-        log.warning("%s %s: it has vectors for %s alone; the other text encoder sees a mean word", _FLAG, path, *counts)
+        log.warning("%s: it has vectors for %s alone; the other text encoder sees a mean word", where, *counts)
     means = first_rows(models.tokenizers, models.text_layers, None, next(iter(counts.values())))
     return [found.get(name, mean) for name, mean in zip(_ENCODERS, means, strict=True)]
 

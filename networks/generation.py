@@ -13,7 +13,7 @@ from library.models.unet_extra import Extra, Steering
 from library.safetensors_io import read_header
 from networks.applied import FoldedIn, matched_modules, merge_into, put_beside, summed
 from networks.control_net_lllite import ControlNetLLLite, Place, by_block, places
-from networks.embedding_file import add_embeddings
+from networks.embedding_file import add_bundled_words, add_embeddings
 from networks.generation_options import AppliedNetworkOptions
 from networks.kinds import Parts
 from networks.layouts import every_layer
@@ -33,7 +33,8 @@ class AppliedNetworks:
         """
         self._device, self._dtype = models.device, models.precision.compute
         self._own_strengths = options.strengths()
-        self._strengths = list(self._own_strengths)
+        self._num_merged = options.num_merged
+        self._strengths = self._own_strengths[self._num_merged :]  # of those beside the model
         self._folded: FoldedIn | None = None
         self._regional: Regional | None = None
         add_embeddings(models, options.textual_inversion_embeddings or ())
@@ -54,11 +55,12 @@ class AppliedNetworks:
         for i, path in enumerate(files):
             if options.network_show_meta:
                 tell_metadata(path)
+            add_bundled_words(models, path, flag="--network_weights")
             modules = matched_modules(path, layers, models.unet, flag="--network_weights", allow_partial=options.allow_partial)  # fmt: skip
             if i < options.num_merged:
                 merge_into(layers, modules, self._own_strengths[i])
             else:
-                beside[i] = modules
+                beside[i - self._num_merged] = modules
             log.info(
                 "%s: %d modules, strength %g%s",
                 path,
@@ -76,10 +78,6 @@ class AppliedNetworks:
             put_beside(layers, beside, lambda one: summed(self._strengths, one))
 
     @property
-    def num_networks(self) -> int:
-        return len(self._own_strengths)
-
-    @property
     def num_guides(self) -> int:
         return len(self._nets)
 
@@ -88,13 +86,13 @@ class AppliedNetworks:
         return self._regional is not None
 
     def set_multipliers(self, multipliers: Sequence[float] | None, sub_prompt: int | None = None) -> None:
-        """The strengths from now on; the last one holds for all networks behind it, None: those of the options.
+        """The strengths from now on, of all files in turn; the last one holds for all behind it, None: those of the options.
 
         Args: sub_prompt: while this one is encoded, only the network of its region works.
         """
         given = self._own_strengths if multipliers is None else list(multipliers)
         for i in range(len(self._strengths)):
-            own = given[min(i, len(given) - 1)]
+            own = given[min(self._num_merged + i, len(given) - 1)]
             self._strengths[i] = own if sub_prompt in (None, i) else 0.0
         if self._folded is not None:
             self._folded.fold(self._strengths)

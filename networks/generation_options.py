@@ -62,6 +62,11 @@ class AppliedNetworkOptions(OptionGroup):
         count = len(self.network_weights or ())
         return count if self.network_merge else min(self.network_merge_n_models or 0, count)
 
+    @property
+    def num_beside(self) -> int:
+        """Those that aren't merged: --mask_path says where each of them works."""
+        return len(self.network_weights or ()) - self.num_merged
+
     def strengths(self) -> list[float]:
         return _filled(self.network_mul, len(self.network_weights or ()))
 

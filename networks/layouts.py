@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.errors import OptionError
 from library.models.text_encoders import body_of
 from library.models.unet import UNet
 from library.safetensors_io import read_header
@@ -94,10 +95,8 @@ def _our_part(part: str) -> str:
 
 
 def _add_alphas(modules: Mapping[str, dict[str, Tensor]], path: Path, respelt: Mapping[str, str]) -> None:
-    """Diffusers writes alphas to the metadata, as PEFT's configuration of each model."""
-    if path.suffix != ".safetensors" or "lora_adapter_metadata" not in (metadata := read_header(path).metadata):
-        return
-    config = json.loads(metadata["lora_adapter_metadata"])
+    """Diffusers and PEFT write alphas elsewhere, as PEFT's configuration of each model."""
+    config = _peft_config(path)
     for first, part in _PARTS_OF.items():
         alpha = config.get(f"{first}.lora_alpha")
         patterns = {
@@ -114,6 +113,23 @@ def _add_alphas(modules: Mapping[str, dict[str, Tensor]], path: Path, respelt: M
             if down is not None and name.startswith(module_key(part, "")) and "alpha" not in parts:
                 own = float(patterns.get(name, alpha))
                 parts["alpha"] = torch.tensor(own * len(down) ** 0.5 if config.get(f"{first}.use_rslora") else own)
+
+
+def _peft_config(path: Path) -> dict[str, Any]:
+    """By model and name, "unet.lora_alpha": from Diffusers' metadata, or the file that PEFT, which trained a U-Net, writes beside its own.
+
+    Raises OptionError if it can't be read.
+    """
+    metadata = read_header(path).metadata if path.suffix == ".safetensors" else {}
+    beside = path.with_name("adapter_config.json")
+    try:
+        if "lora_adapter_metadata" in metadata:
+            return json.loads(metadata["lora_adapter_metadata"])
+        if path.name.startswith("adapter_model.") and beside.is_file():
+            return {f"unet.{name}": value for name, value in json.loads(beside.read_text(encoding="utf-8")).items()}
+    except ValueError as error:
+        raise OptionError(f"{path}: PEFT's configuration of it can't be read: {error}") from None
+    return {}
 
 
 def fits(parts: Parts, layer: nn.Module) -> bool:

@@ -20,20 +20,32 @@ from networks.lora import UNET, LoraNetwork, Target, module_key
 from networks.options import LoraSettings
 
 _SHOWN = 5
+_BUNDLED = "bundle_emb."  # before the word and clip_l or clip_g
 TRAINING_REMEDY = "Give the options it was trained with, --dim_from_weights, or --allow_partial to take what fits"
 
 
 def read_tensors(path: Path, *, flag: str = "--network_weights") -> dict[str, Tensor]:
-    """The tensors of a network file. Raises OptionError if it can't be read or holds numbers that aren't finite."""
+    """The tensors of a network file, without those of bundled words. Raises OptionError if it can't be read or holds numbers that aren't finite."""
     try:
         file = open_tensors(path, mapped=False)
-        tensors = {name: file[name] for name in file.shapes}
+        tensors = {name: file[name] for name in file.shapes if not name.startswith(_BUNDLED)}
     except RunError as error:
         raise OptionError(f"{flag} {error}") from None
     bad = [name for name, tensor in tensors.items() if tensor.ndim and not _is_finite(tensor)]
     if bad:
         raise OptionError(f"{flag} {path}: {len(bad)} tensors hold no finite numbers ({some(bad)})")
     return tensors
+
+
+def read_bundled_words(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The new words that a network file holds too, each as an embedding file has it."""
+    file = open_tensors(path, mapped=False)
+    words: dict[str, dict[str, Tensor]] = {}
+    for key in file.shapes:
+        word, _, name = key.removeprefix(_BUNDLED).rpartition(".")
+        if key.startswith(_BUNDLED):
+            words.setdefault(word.removesuffix(".string_to_param"), {})[name] = file[key]  # as A1111 may spell it
+    return words
 
 
 def _is_finite(tensor: Tensor) -> bool:

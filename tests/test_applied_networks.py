@@ -1,7 +1,9 @@
 """Networks on a model that draws: golden 07 beside, merged and folded in; kinds against LyCORIS; layouts against Diffusers; regions."""
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +64,6 @@ def test_merged_networks_and_those_beside_add_up(golden, golden_lora, own_models
         network_weights=(golden_lora, golden_lora), network_mul=(0.25, 0.25), network_merge_n_models=1
     )
     networks = AppliedNetworks(options, own_models)
-    assert networks.num_networks == 2
     found = predicted(own_models, golden)
     other = open_models(own_models.checkpoint.path)
     AppliedNetworks(AppliedNetworkOptions(network_weights=(golden_lora,), network_mul=(0.5,)), other)
@@ -161,6 +162,31 @@ def test_the_same_network_in_diffusers_and_peft_spelling(golden, golden_lora, ow
         torch.testing.assert_close(change_of(theirs[name], by_name[name]), change_of(parts, by_name[name]))
 
 
+def test_peft_s_own_folder_has_its_alphas_beside_the_file(golden_lora, own_models, tmp_path):
+    """By PEFT, which saves one module: its alpha, and that of rank-stabilised LoRA."""
+    import peft
+
+    name = "input_blocks.4.1.proj_in"
+    layer = own_models.unet.get_submodule(name)
+    layers = every_layer(own_models.unet, own_models.text_encoders)
+    for rslora in (False, True):
+        config = peft.LoraConfig(
+            r=4, lora_alpha=16, target_modules=["proj_in"], init_lora_weights=False, use_rslora=rslora
+        )
+        model: Any = torch.nn.ModuleDict({"input_blocks": torch.nn.ModuleDict({"4": torch.nn.ModuleDict({"1": torch.nn.ModuleDict({"proj_in": copy.deepcopy(layer)})})})})  # fmt: skip
+        peft.get_peft_model(model, config).save_pretrained(tmp_path)
+        delta = model.get_submodule(name).get_delta_weight("default")
+        read = matched_modules(
+            tmp_path / "adapter_model.safetensors",
+            layers,
+            own_models.unet,
+            flag="--network_weights",
+            allow_partial=False,
+        )
+        (parts,) = read.values()
+        torch.testing.assert_close(change_of(parts, layer.weight), delta.detach())
+
+
 class _Config:
     """What Diffusers' converter asks of a U-Net: SDXL's blocks."""
 
@@ -221,7 +247,7 @@ def test_networks_in_regions_by_hand(golden, golden_lora, own_models):
         plain = own_models.unet(*rows)
     options = AppliedNetworkOptions(network_weights=(golden_lora, golden_lora))
     networks = AppliedNetworks(options, own_models, is_regional=True)
-    assert networks.is_regional and networks.num_networks == 2
+    assert networks.is_regional
     height, width = x.shape[2] * 8, x.shape[3] * 8
 
     def draw(mask, strengths):
@@ -239,6 +265,21 @@ def test_networks_in_regions_by_hand(golden, golden_lora, own_models):
     assert left[:half].sum() > left[half:].sum() and right[half:].sum() > right[:half].sum()
     with pytest.raises(OptionError, match=r"2 networks need as many sub-prompts, divided by AND; this prompt has 1"):
         networks.conditions(guides=(), sub_contexts=[context], mask=halves, parts=2)
+
+
+def test_merged_networks_have_no_region(golden, golden_lora, own_models):
+    options = AppliedNetworkOptions(network_weights=(golden_lora, golden_lora), network_merge_n_models=1)
+    networks = AppliedNetworks(options, own_models, is_regional=True)
+    rows = [golden[name][:1].expand(2, *golden[name].shape[1:]) for name in ("latents", "timesteps", "context", "y")]
+    everywhere = torch.zeros(*(8 * side for side in rows[0].shape[2:]), 3, dtype=torch.uint8)
+    networks.conditions(guides=(), sub_contexts=[rows[2][:1]], mask=everywhere, parts=2)  # one sub-prompt is enough
+    networks.set_multipliers([9.0, 0.0])
+    with torch.no_grad():
+        without = own_models.unet(*rows)
+        networks.set_multipliers([9.0, 1.0])
+        assert not torch.equal(own_models.unet(*rows), without)
+    options = AppliedNetworkOptions(network_weights=(golden_lora,), network_merge=True)
+    assert not AppliedNetworks(options, open_models(own_models.checkpoint.path), is_regional=True).is_regional
 
 
 def test_text_encoders_see_the_network_of_the_sub_prompt_alone(golden_lora, own_models):
@@ -284,11 +325,28 @@ def test_embedding_files_are_words_and_each_shape_is_read(own_models, tmp_path):
     torch.save({"clip_l": rows[0], "clip_g": rows[1]}, tmp_path / "xdict.pt")
     files = (tmp_path / "xboth.safetensors", tmp_path / "xolder.pt", tmp_path / "xdict.pt")
     AppliedNetworks(AppliedNetworkOptions(textual_inversion_embeddings=files), own_models)
-    assert own_models.expand("a xboth, xolder cat") == "a xboth xboth1, xolder xolder1 cat"
+    assert len(own_models.tokenizers[0].ids("xboth xolder")) == 4
     with torch.no_grad():
         one, two, three = (own_models.encode_texts([f"a {word} cat"], 75) for word in ("xboth", "xdict", "xolder"))
     assert torch.equal(one.hidden_1, two.hidden_1) and torch.equal(one.pooled, two.pooled)
     assert torch.equal(one.hidden_1, three.hidden_1) and not torch.equal(one.pooled, three.pooled)
+
+
+def test_a_word_in_a_network_s_file_is_known_too_unless_its_own_file_is(golden_lora, own_models, tmp_path):
+    torch.manual_seed(0)
+    rows = {"clip_l": torch.randn(2, 64), "clip_g": torch.randn(2, 128)}
+    bundled = {f"bundle_emb.zyx.{name}": tensor for name, tensor in rows.items()}
+    write_safetensors(tmp_path / "lora.safetensors", {**load_tensors(golden_lora)[0], **bundled}, {})
+    write_safetensors(tmp_path / "zyx.safetensors", {name: -tensor for name, tensor in rows.items()}, {})
+
+    def pooled(**words):
+        models = open_models(own_models.checkpoint.path)
+        AppliedNetworks(AppliedNetworkOptions(network_weights=(tmp_path / "lora.safetensors",), **words), models)
+        assert len(models.tokenizers[0].ids("zyx")) == 2
+        with torch.no_grad():
+            return models.encode_texts(["a zyx cat"], 75).pooled
+
+    assert not torch.equal(pooled(), pooled(textual_inversion_embeddings=(tmp_path / "zyx.safetensors",)))
 
 
 def test_embedding_files_that_do_not_fit_are_told(own_models, tmp_path):

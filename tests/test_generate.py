@@ -19,6 +19,7 @@ import sdxl_gen_img
 from library.errors import OptionError
 from library.sampling.metadata import read_texts
 from library.sampling.prompt_line import LINE_OPTIONS
+from library.sampling.sources import read_picture
 from library.sampling.variants import variants
 
 SMALL = ["--W", "64", "--H", "64", "--steps", "2", "--sampler", "euler_a"]
@@ -133,7 +134,8 @@ def test_enumerated_variants_multiply_and_replace_the_pictures_per_prompt(draw):
 @pytest.mark.parametrize("line, told", [
     ("a --w 1000", "--w 1000: must be a multiple of 32; take 992 or 1024"),
     ("a --w 20", "must be a multiple of 32; take 32"), ("a --s 3.5", "--s: expected a whole number, got '3.5'"),
-    ("a --ss euler", "--ss is no option of a prompt"), ("a --d 1,x", "expected a whole number, or several with commas"),
+    ("a --ss euler", "--ss is no option of a prompt"), ("a --d 1,x", "expected a whole number from 0 to 9.22337e+18, or several with commas"),
+    ("a --d 99999999999999999999", "--d: expected a whole number from 0"),
     ("a --glt 700 --glr 0.1", "leaves nothing of the 8 latent cells of a picture of 64x64; take a larger ratio, 0.125 or more"),
     ("a --dsd1 3 --dsr 0.1", "leaves nothing of a map of 8 cells, as block 3 sees a picture of 64x64"),
     ("a --am 0.5", "no network is loaded"), ("a --t 2", "expected a number from 0 to 1"), ("{3$$a|b}", "but it has 2"),
@@ -160,7 +162,9 @@ def bad_files(tmp_path):
     (["--from_file", "gone.txt"], "gone.txt: no such file"), (["--from_file", "utf16.txt"], "save it as UTF-8"),
     (["--from_file", "empty.txt"], "no prompt in it"), ([], "nothing to draw"), (["--prompt", "a", "--sampler", "eular"], "did you mean 'euler'"),
     (["--prompt", "a", "--W", "100"], "take 96 or 128"), (["--prompt", "a", "--image_path", "text.png"], "can't be read as a picture"),
-    (["--prompt", "a", "--image_path", "folder"], "no picture in it"), (["--prompt", "a", "--mask_path", "text.png"], "--mask_path needs"),
+    (["--prompt", "a", "--image_path", "folder"], "no picture in it"), (["--prompt", "a", "--mask_path", "grey.png"], "--mask_path needs"),
+    (["--prompt", "a", "--mask_path", "grey.png", "--network_weights", "grey.png", "--network_merge"], "--network_weights that aren't merged"),
+    (["--prompt", "a", "--mask_path", "grey.png", "--network_weights", "grey.png", "--network_pre_calc"], "weights have no regions"),
     (["--prompt", "a", "--network_weights", "lora.safetensors"], "lora.safetensors"), (["--prompt", "a", "--network_weights", "gone"], "no such file"),
     (["--prompt", "a", "--guide_image_path", "gone.png"], "no such file"), (["--from_png", "gone.png"], "no such file"),
     (["--prompt", "a", "--control_net_lllite_models", "lora.safetensors"], "need --guide_image_path"),
@@ -251,6 +255,12 @@ def test_what_draws_a_picture_alone_are_options_that_plan_the_same_picture(draw,
     words = [word for name, value in seen[0].as_options().items() if value is not None for word in (f"--{name}", value)]
     draw(*(word for value in words for word in (value if isinstance(value, list) else [value])), "--dry_run", small=[])
     assert seen[1] == dataclasses.replace(seen[0], raw_prompt=seen[1].raw_prompt)
+
+
+@pytest.mark.parametrize("length, kept", [(9_000, {"settings"}), (20_000, set())])
+def test_a_jpeg_keeps_as_much_of_long_texts_as_it_can(length, kept, draw):
+    (drawn,) = draw("--prompt", "a " * (length // 2) + "--d 4 --s 1", "--max_embeddings_multiples", 1, "--image_format", "jpeg")  # fmt: skip
+    assert read_texts(drawn, "").keys() == kept
 
 
 @pytest.mark.long
@@ -345,6 +355,42 @@ def source(tmp_path):
     return path
 
 
+def test_16_bits_are_read_as_training_reads_them(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "depth.png")
+    assert np.array_equal(np.asarray(read_picture(tmp_path / "depth.png", ""))[..., 0], np.rint(ramp / 257))
+
+
+def test_with_merged_networks_a_mask_says_what_is_repainted(draw, source, tmp_path):
+    lora = GOLDEN / "10_training" / "lora_te.out.safetensors"
+    Image.new("RGB", (64, 64), "black").save(tmp_path / "mask.png")
+    words = (
+        "--prompt",
+        "a --d 1",
+        "--image_path",
+        source,
+        "--strength",
+        1,
+        "--network_weights",
+        lora,
+        "--network_merge",
+    )
+    (painted,), (kept,) = draw(*words), draw(*words, "--mask_path", tmp_path / "mask.png")
+    (untouched,) = draw("--prompt", "a --d 1", "--image_path", source, "--strength", 0)
+    assert_same(kept, untouched, 1)
+    assert np.abs(pixels(painted) - pixels(kept)).mean() > 1
+
+
+def test_stored_prompts_are_drawn_from_their_own_pictures(draw, tmp_path):
+    for name in "ab":
+        draw("--prompt", f"picture {name}", outdir=tmp_path / name)[0].replace(tmp_path / f"{name}.png")
+        (tmp_path / name).rmdir()
+    drawn = draw("--image_path", tmp_path, "--images_per_prompt", 2, outdir=tmp_path / "out")
+    texts = [read_texts(path, "") for path in drawn]
+    sources = [json.loads(text["settings"])["drawing"]["source"] for text in texts]
+    assert [(text["prompt"], source[-5]) for text, source in zip(texts, sources, strict=True)] == [("picture a", "a")] * 2 + [("picture b", "b")] * 2  # fmt: skip
+
+
 @pytest.mark.long
 def test_from_a_picture_sizes_are_its_own_and_strength_tells_how_much_stays(draw, source):
     words = ("--prompt", "a --d 1", "--image_path", source)
@@ -407,7 +453,7 @@ def test_interactive_draws_line_by_line_at_a_terminal_and_survives_mistakes(gold
     words = ["--ckpt", golden_model, "--outdir", tmp_path / "out", *SMALL, "--interactive"]
     run = subprocess.Popen([sys.executable, ROOT / "sdxl_gen_img.py", *map(str, words)], stdin=side, stdout=side, stderr=side, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     os.close(side)
-    os.write(main, b"a cat --s 1 --d 5\na --w 1001\na dog --s 1 --d 6\n\n")
+    os.write(main, b"a cat --s 1 --d 5\na --w 1001\na --dsd1 3 --dsr 0.1\na dog --s 1 --d 6\n\n")
     said, end = b"", time.monotonic() + 120
     while run.poll() is None and time.monotonic() < end:
         try:
@@ -416,4 +462,8 @@ def test_interactive_draws_line_by_line_at_a_terminal_and_survives_mistakes(gold
             break
     assert run.wait(30) == 0, said.decode()
     names = sorted(re.sub(r"\d{14}", "T", path.name) for path in (tmp_path / "out").iterdir())
-    assert names == ["im_T_000_5.png", "im_T_000_6.png"] and b"take 992 or 1024" in said
+    assert (
+        names == ["im_T_000_5.png", "im_T_000_6.png"]
+        and b"take 992 or 1024" in said
+        and b"leaves nothing of a map" in said
+    )

@@ -60,7 +60,17 @@ def test_rows_lie_behind_frozen_tables_and_only_they_get_gradients(own_models):
         assert torch.equal(embedding.weight, table) and embedding.weight.grad is None
         assert rows.grad.abs().sum() > 0 and rows.dtype is torch.float32
     assert [p for encoder in own_models.text_encoders for p in encoder.parameters() if p.requires_grad] == list(token.rows.values())  # fmt: skip
-    assert own_models.tokenizers[0].ids(token.expand("a zyx, zyxw and zyx1")) == own_models.tokenizers[0].ids("a zyx zyx1, zyxw and zyx1")  # fmt: skip
+
+
+def test_a_new_word_is_all_of_its_vectors_wherever_the_tokenizer_finds_it(own_models):
+    """In capitals, at the start of another word, more than once; a second word that begins as it does is its own."""
+    tokenizer, first = own_models.tokenizers[1], len(own_models.tokenizers[1].clip)
+    add_token(own_models, "zyx", "red", 3)
+    add_token(own_models, "Zyxw", "red", 2)
+    one, two = [first, first + 1, first + 2], [first + 3, first + 4]
+    of = {word: tokenizer.ids(word) for word in ("a", ",", "s")}
+    assert tokenizer.ids("Zyx a zyx, a zyxw") == one + of["a"] + one + of[","] + of["a"] + two
+    assert tokenizer.ids("zyxs") == one + of["s"]
 
 
 def test_without_gradient_a_new_word_that_starts_as_another_reads_like_it(own_models):

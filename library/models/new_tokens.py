@@ -6,7 +6,6 @@ change, whatever the optimizer does. Source: Gal et al. 2022, arXiv:2208.01618.
 Shapes: n vectors of one token, C the encoder's width (768 and 1280).
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,21 +40,26 @@ class ExtendedEmbedding(nn.Module):
         return torch.where(is_new[..., None], new, known)
 
 
+class KnownWord(OptionError):
+    """The tokenizers have a token for it already."""
+
+
 class NewToken:
-    """One new word of n vectors, known to both tokenizers and encoders of a model."""
+    """One new word of n vectors, known to both tokenizers and encoders of a model: where it stands in a text, all of them do."""
 
     def __init__(self, tokenizers: Sequence[Tokenizer], encoders: Sequence[Any], word: str, rows: Sequence[Tensor]):
-        """Args: rows: the first values, [n, C] of each encoder. Raises OptionError if the tokenizers know the word."""
+        """Args: rows: the first values, [n, C] of each encoder. Raises KnownWord."""
         count = len(rows[0])
         self.word = word
-        self.words = [word, *(f"{word}{i}" for i in range(1, count))]
+        words = [word, *(f"{word}{i}" for i in range(1, count))]
         self.tables: list[ExtendedEmbedding] = []
         for tokenizer, encoder, own in zip(tokenizers, encoders, rows, strict=True):
             first = len(tokenizer.clip)
-            if len(tokenizer.ids(word)) == 1 or tokenizer.clip.add_tokens(self.words) != count:
-                raise OptionError(
+            if len(tokenizer.ids(word)) == 1 or tokenizer.clip.add_tokens(words) != count:
+                raise KnownWord(
                     f"{word!r} is a word that the tokenizers know already; take one that they don't, such as {word}_1x"
                 )
+            tokenizer.expansions[first] = list(range(first, first + count))
             embeddings: Any = body_of(encoder).embeddings
             table = ExtendedEmbedding(embeddings.token_embedding, own, first)
             embeddings.token_embedding = table
@@ -66,10 +70,6 @@ class NewToken:
         """The vectors by the names that files give them: [n, C] each."""
         one, two = self.tables
         return {"clip_l": one.rows, "clip_g": two.rows}
-
-    def expand(self, text: str) -> str:
-        """The text with all vectors of the word where it stands."""
-        return re.sub(rf"(?<!\w){re.escape(self.word)}(?!\w)", lambda _: " ".join(self.words), text)
 
 
 def first_rows(

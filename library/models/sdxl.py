@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    from library.models.new_tokens import NewToken
     from library.models.text_encoders import EncodedText
     from library.models.tokens import Tokenizer
 
@@ -58,7 +57,6 @@ class SdxlModels:
         trained: parts that are loaded in the dtype of trained weights; set before any is.
         swapped_blocks: how many of the U-Net's blocks lie in RAM (streaming.py); set before it is loaded.
         quantized: how the large layers of parts are kept (quantized.py), by part; set before any is loaded.
-        new_tokens: words that were added to tokenizers and encoders.
     """
 
     def __init__(
@@ -82,7 +80,6 @@ class SdxlModels:
         self._checkpointing = checkpointing
         self.change: Change | None = None
         self._vae_changes: list[Callable[[AutoencoderKL], None]] = []
-        self.new_tokens: list[NewToken] = []
         self.trained: frozenset[str] = frozenset()
         self.quantized: Mapping[str, str] = {}
         self.swapped_blocks = 0
@@ -227,7 +224,6 @@ class SdxlModels:
         """
         from library.models import text_encoders, tokens
 
-        texts = [self.expand(text) for text in texts]
         one, two = (tokens.encode(tokenizer, texts, num_tokens, weighted=weighted) for tokenizer in self.tokenizers)
         self._tell_cut(one.cut, num_tokens)
         ids_one, ids_two = (to_device(part.ids, self.device) for part in (one, two))
@@ -237,12 +233,6 @@ class SdxlModels:
             if weighted
             else encoded
         )
-
-    def expand(self, text: str) -> str:
-        """The text with all vectors of each new word where the word stands."""
-        for token in self.new_tokens:
-            text = token.expand(text)
-        return text
 
     def _tell_cut(self, cut: Sequence[tuple[str, str]], num_tokens: int) -> None:
         """Captions that are longer than the encoders read, each once, and a few only."""

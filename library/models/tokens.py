@@ -36,11 +36,15 @@ _CACHE_FOLDERS = ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion
 
 
 class Tokenizer:
-    """Text to ids for one encoder."""
+    """Text to ids for one encoder.
+
+    Attributes: expansions: ids that stand for several, as the first vector of a new word does for all of them.
+    """
 
     def __init__(self, clip: "CLIPTokenizer", pad: int):
         self.clip = clip
         self.pad = pad
+        self.expansions: dict[int, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text, without markers, not cut to any length.
@@ -53,7 +57,8 @@ class Tokenizer:
         special = sorted(self.clip.all_special_tokens + list(self.clip.get_added_vocab()), key=len, reverse=True)
         pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
         cleaned = "".join(piece if piece in special else ftfy.fix_text(piece) for piece in pieces)
-        return self.clip(cleaned, add_special_tokens=False)["input_ids"]
+        found = self.clip(cleaned, add_special_tokens=False)["input_ids"]
+        return [own for one in found for own in self.expansions.get(one, [one])]
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of ids, as near as tokens tell it."""

@@ -19,11 +19,6 @@ class Changes(Protocol):
     """Networks, LLLite models and new words on a model."""
 
     @property
-    def num_networks(self) -> int:
-        """Networks with a multiplier of their own, those that were merged among them."""
-        ...
-
-    @property
     def num_guides(self) -> int:
         """LLLite models: each takes one guide image for a picture."""
         ...
@@ -61,7 +56,6 @@ OpenChanges = Callable[[SdxlModels], Changes]
 class NoChanges:
     """The model as it is."""
 
-    num_networks = 0
     num_guides = 0
     is_regional = False
 

@@ -28,18 +28,29 @@ if TYPE_CHECKING:
     from library.sampling.studio import Studio
 
 
-def generate(options: Options, open_changes: "OpenChanges", *, num_networks: int, num_guides: int) -> None:
+def generate(
+    options: Options, open_changes: "OpenChanges", *, num_networks: int, num_beside: int, num_guides: int
+) -> None:
     """Draw what the options ask for. Raises OptionError for the user's mistakes, RunError for pictures that failed.
 
-    Args: num_networks, num_guides: networks with a multiplier, and control nets, that `open_changes` will put on the model.
+    Args:
+        num_networks, num_guides: networks with a multiplier, and control nets, that `open_changes` will put on the model.
+        num_beside: networks that aren't merged into it, for which a mask has regions.
     """
+    sources = options[SourceOptions]
+    if sources.mask_path is not None and sources.image_path is None and not num_beside:
+        raise OptionError(
+            "--mask_path needs --image_path, of which it says what is repainted, or --network_weights that aren't merged, of which it says where they work"
+        )
     lines = read_lines(options)
-    planner = Planner(options, len(lines), num_guides=num_guides, num_networks=num_networks)
+    planner = Planner(
+        options, len(lines), num_guides=num_guides, num_networks=num_networks, num_regions=num_beside if sources.mask_path else 0
+    )  # fmt: skip
     rounds = 1 if options[PromptOptions].interactive else options[PromptOptions].n_iter
     drawings = [drawing for _ in range(rounds) for drawing in planner.round_of(lines)]
     checkpoint = _open(options[GenerationModelOptions])
     _look_at_files(drawings)
-    is_painted_over = options[SourceOptions].mask_path is not None and not num_networks
+    is_painted_over = sources.mask_path is not None and not num_beside
     fits = functools.partial(_check_fits, checkpoint)
     fits(drawings)
     log.info(checkpoint.describe())
@@ -68,10 +79,11 @@ def generate(options: Options, open_changes: "OpenChanges", *, num_networks: int
 def check_generation(options: Options) -> Iterable[Mistake]:
     """Contradictions between the groups of options."""
     sources, fix = options[SourceOptions], options[HighresFixOptions]
-    if sources.mask_path is not None and sources.image_path is None and not options.given("network_weights"):
+    if sources.mask_path is not None and options.given("network_weights") and options.given("network_pre_calc"):
         yield Mistake(
-            "--mask_path needs --image_path, of which it says what is repainted, or --network_weights, of which it says where they work",
-            ("mask_path",),
+            "--network_pre_calc can't go with --mask_path, which says where networks work: weights have no regions; "
+            "--network_merge leaves the mask to --image_path",
+            ("network_pre_calc", "mask_path"),
         )
     if options.given("control_net_lllite_models") and sources.guide_image_path is None:
         yield Mistake("--control_net_lllite_models need --guide_image_path: what they follow", ("guide_image_path",))
@@ -153,10 +165,11 @@ def _asked_for() -> Iterator[Line]:
 def _draw_line(studio: "Studio", planner: Planner, line: Line, fits: Callable[[Sequence[Drawing]], None]) -> None:
     """One line of --interactive: a mistake in it is told, and the next one is asked for. Args: fits: raises OptionError."""
     try:
-        drawings = planner.drawings_of(line)
-        fits(drawings)
-        _look_at_files(drawings)
-        studio.draw(drawings)
+        with planner.unless_refused():
+            drawings = planner.drawings_of(line)
+            fits(drawings)
+            _look_at_files(drawings)
+            studio.draw(drawings)
     except OptionError as error:
         for mistake in error.mistakes:
             print(f"error: {mistake.text}", file=sys.stderr)

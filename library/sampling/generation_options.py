@@ -13,6 +13,7 @@ from library.sampling.options import SAMPLERS
 
 SIDE = 32  # the U-Net halves latents twice, and latents are an eighth of the picture
 DEFAULT_SIDE = 1024
+MOST_SEED = 2**63 - 2  # that torch takes, with one to spare for the second stage of highres fix
 GRADUAL_SAMPLERS = ("euler_a", "k_euler_a")
 
 
@@ -85,7 +86,9 @@ class PromptOptions(OptionGroup):
     )
     images_per_prompt: int = option(1, "pictures for each prompt", at_least=1)
     n_iter: int = option(1, "times that the whole list of prompts is drawn", at_least=1)
-    seed: int | None = option(None, "seed of the pictures' seeds, and of one picture itself; random when unset")
+    seed: int | None = option(
+        None, "seed of the pictures' seeds, and of one picture itself; random when unset", at_least=0, at_most=MOST_SEED
+    )
     iter_same_seed: bool = option(False, "all prompts of a round have the same seeds")
     clip_skip: int | None = option(
         None, "text encoder layers to skip", no_effect="SDXL always takes the last layer but one", at_least=1

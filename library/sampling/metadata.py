@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import OptionError
+from library.log import log
 from library.options import Options
 from library.sampling.drawing import Drawing
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 _SETTINGS = "settings"  # JSON: the drawing, and the options that differ from their defaults
 _EXIF_IFD, _COMMENT = 0x8769, 0x9286  # where webp and jpeg keep the texts
 _UNICODE = b"UNICODE\0"
+_MOST_EXIF = 65_500  # bytes of it in a jpeg file
 
 # Options that say where prompts come from and where pictures go, not what they are.
 _NOT_KEPT = {
@@ -44,9 +46,21 @@ def save_arguments(texts: Mapping[str, str], image_format: str) -> dict[str, Any
     from PIL import Image
 
     exif = Image.Exif()
-    exif.get_ifd(_EXIF_IFD)[_COMMENT] = _UNICODE + json.dumps(dict(texts), ensure_ascii=False).encode("utf-16-be")
-    lossless = {"lossless": True} if image_format == "webp" else {"quality": 95}
-    return {"exif": exif, **lossless}
+    exif.get_ifd(_EXIF_IFD)[_COMMENT] = _comment(texts)
+    if image_format == "webp":
+        return {"exif": exif, "lossless": True}
+    if len(exif.tobytes()) > _MOST_EXIF:  # what draws the picture again says the rest too
+        exif.get_ifd(_EXIF_IFD)[_COMMENT] = _comment({_SETTINGS: texts[_SETTINGS]})
+    if len(exif.tobytes()) > _MOST_EXIF:
+        log.warning(
+            "a jpeg picture can't hold so long a prompt: nothing is stored in it; --image_format png or webp can"
+        )
+        exif = Image.Exif()
+    return {"exif": exif, "quality": 95}
+
+
+def _comment(texts: Mapping[str, str]) -> bytes:
+    return _UNICODE + json.dumps(dict(texts), ensure_ascii=False).encode("utf-16-be")
 
 
 def read_texts(path: Path, flag: str) -> dict[str, str]:

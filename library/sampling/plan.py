@@ -2,7 +2,8 @@
 
 import dataclasses
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -36,10 +37,14 @@ _MOST_SEED = 0x7FFFFFFF
 
 @dataclass(frozen=True)
 class Line:
-    """A line of prompts as it was written, and where."""
+    """A line of prompts as it was written, and where.
+
+    Attributes: source: which of the pictures of --image_path it was stored in, and is drawn from; None: the next one each time.
+    """
 
     text: str
     where: str
+    source: int | None = None
 
 
 def read_lines(options: Options) -> list[Line]:
@@ -66,16 +71,16 @@ def read_lines(options: Options) -> list[Line]:
     source = options[SourceOptions].image_path
     if source is None:
         raise OptionError("nothing to draw: give --prompt, --from_file, --from_png or --interactive")
-    return [_stored_line(path) for path in list_pictures([source], "--image_path")]
+    return [_stored_line(path, i) for i, path in enumerate(list_pictures([source], "--image_path"))]
 
 
-def _stored_line(path: Path) -> Line:
+def _stored_line(path: Path, number: int) -> Line:
     """The prompts that are stored in a picture."""
     texts = read_texts(path, "--image_path")
     if "prompt" not in texts:
         raise OptionError(f"--image_path {path}: no prompt is stored in it; give --prompt or --from_file")
     negative = texts.get("negative-prompt", "")
-    return Line(texts["prompt"] + (f" --n {negative}" if negative else ""), str(path))
+    return Line(texts["prompt"] + (f" --n {negative}" if negative else ""), str(path), number)
 
 
 class Planner:
@@ -85,10 +90,11 @@ class Planner:
     Shrink and Gradual Latent once a line has turned them on.
     """
 
-    def __init__(self, options: Options, num_lines: int, *, num_guides: int, num_networks: int):
+    def __init__(self, options: Options, num_lines: int, *, num_guides: int, num_networks: int, num_regions: int = 0):
         """Args:
         num_lines: how many lines a round has.
         num_guides, num_networks: control nets, and networks with a multiplier.
+        num_regions: networks that work each in a region of the mask, and on a sub-prompt of its own.
         """
         self._prompts, self._picture = options[PromptOptions], options[PictureOptions]
         self._fix = options[HighresFixOptions]
@@ -97,7 +103,7 @@ class Planner:
         self._sources = [] if sources.image_path is None else list_pictures([sources.image_path], "--image_path")
         self._masks = [] if sources.mask_path is None else list_pictures([sources.mask_path], "--mask_path")
         self._guides = list_pictures(sources.guide_image_path or (), "--guide_image_path")
-        self._num_guides, self._num_networks = num_guides, num_networks
+        self._num_guides, self._num_networks, self._num_regions = num_guides, num_networks, num_regions
         self._shrink_options, self._growth_options = options[DeepShrinkOptions], options[GradualLatentOptions]
         self._shrink = None if self._shrink_options.ds_depth_1 is None else _shrink_of(self._shrink_options)
         is_growing = self._growth_options.gradual_latent_timesteps is not None
@@ -111,13 +117,24 @@ class Planner:
         mistakes = []
         for line in lines:
             try:
-                found += self.drawings_of(line)
+                with self.unless_refused():
+                    found += self.drawings_of(line)
             except OptionError as error:
                 mistakes += error.mistakes
         if mistakes:
             raise OptionError(*mistakes)
         self._seeds.next_round()
         return found
+
+    @contextmanager
+    def unless_refused(self) -> Iterator[None]:
+        """Within it, a line that is refused turns nothing on for those behind it."""
+        before = self._shrink, self._growth, self._number
+        try:
+            yield
+        except OptionError:
+            self._shrink, self._growth, self._number = before
+            raise
 
     def drawings_of(self, line: Line) -> list[Drawing]:
         """The drawings of one line. Raises OptionError."""
@@ -162,7 +179,8 @@ class Planner:
     def _drawing(self, read: PromptLine, line: Line, row: int, place: int) -> Drawing:
         picture = self._picture
         self._check_regions(read.prompt, line.where)
-        source = self._sources[self._number % len(self._sources)] if self._sources else None
+        place_of_source = self._number if line.source is None else line.source
+        source = self._sources[place_of_source % len(self._sources)] if self._sources else None
         width, height = self._size(read, source)
         if read.multipliers and not self._num_networks:
             raise OptionError(f"{line.where}: --am: no network is loaded whose multiplier it could be")
@@ -178,7 +196,7 @@ class Planner:
             scale=picture.scale if read.scale is None else read.scale, negative_scale=self._negative_scale(read),
             guidance_rescale=picture.guidance_rescale, strength=self._strength if read.strength is None else read.strength,
             multipliers=self._multipliers(read), shrink=self._shrink, growth=self._growth, source=source,
-            mask=self._masks[self._number % len(self._masks)] if self._masks else None,
+            mask=self._masks[place_of_source % len(self._masks)] if self._masks else None,
             guides=self._next_guides(), number=self._number, row=row,
         )  # fmt: skip
         if problems := list(self._problems(drawing)):
@@ -199,7 +217,7 @@ class Planner:
                 return
         if drawing.growth is not None and scale is not None:
             yield "Gradual Latent and --highres_fix_scale: take one of them"
-        if drawing.growth is not None and drawing.mask is not None and not self._num_networks:
+        if drawing.growth is not None and drawing.mask is not None and not self._num_regions:
             yield "Gradual Latent draws at sizes that --mask_path doesn't fit; leave one of them out"
         for stage in stages:
             for way in (stage.shrink, stage.growth):
@@ -208,14 +226,14 @@ class Planner:
 
     def _check_regions(self, prompt: str, where: str) -> None:
         parts = len(AND.split(prompt))
-        if self._num_networks and self._masks:
-            if parts < self._num_networks:
+        if self._num_regions:
+            if parts < self._num_regions:
                 raise OptionError(
-                    f"{where}: {self._num_networks} networks need as many sub-prompts, divided by AND; this prompt has {parts}"
+                    f"{where}: {self._num_regions} networks need as many sub-prompts, divided by AND; this prompt has {parts}"
                 )
         elif parts > 1:
             raise OptionError(
-                f"{where}: AND divides a prompt for networks that work in regions, which need --network_weights and --mask_path; leave it out, or write it small"
+                f"{where}: AND divides a prompt for networks that work in regions, which need --network_weights (not merged) and --mask_path; leave it out, or write it small"
             )
 
     def _size(self, read: PromptLine, source: Path | None) -> tuple[int, int]:

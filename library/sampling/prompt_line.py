@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from library.errors import OptionError
 from library.option_values import did_you_mean
-from library.sampling.generation_options import read_unsharp, side_problem
+from library.sampling.generation_options import MOST_SEED, read_unsharp, side_problem
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ LINE_OPTIONS: Mapping[str, tuple[str, _Kind]] = {
     "w": ("width", _SIDE), "h": ("height", _SIDE), "ow": ("original_width", _SIZE), "oh": ("original_height", _SIZE),
     "nw": ("original_width_negative", _SIZE), "nh": ("original_height_negative", _SIZE),
     "ct": ("crop_top", _whole()), "cl": ("crop_left", _whole()),
-    "s": ("steps", _Kind(_steps, "a whole number")), "d": ("seeds", _list_of(_whole())),
+    "s": ("steps", _Kind(_steps, "a whole number")), "d": ("seeds", _list_of(_whole(0, MOST_SEED))),
     "l": ("scale", _number()), "nl": ("negative_scale", _Kind(_negative_scale, "a number, or none")),
     "t": ("strength", _number(0, 1)), "am": ("multipliers", _list_of(_number())),
     "dsd1": ("ds_depth_1", _whole(0, 8)), "dst1": ("ds_timesteps_1", _TIMESTEP), "dsd2": ("ds_depth_2", _whole(0, 8)),

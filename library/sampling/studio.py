@@ -161,7 +161,7 @@ class Studio:
         if first.source is None:
             return None
         mask = None
-        if not self._changes.num_networks and first.mask is not None:
+        if not self._changes.is_regional and first.mask is not None:
             mask = as_mask(self._resized([d.mask for d in drawings if d.mask], first, "--mask_path"))
         return Start(pixels=self._pixels([d.source for d in drawings if d.source], first, "--image_path"), mask=mask)
 

@@ -46,7 +46,7 @@ class PromptEncoder:
 
     def chunks(self, *texts: str) -> int:
         """The least chunks into which all of the texts fit."""
-        counts = [len(_tokens(self._models.tokenizers[0], self._models.expand(text)).ids) for text in texts]
+        counts = [len(_tokens(self._models.tokenizers[0], text).ids) for text in texts]
         tokens = max(counts, default=0)
         if self._max_tokens is not None:
             tokens = min(tokens, self._max_tokens)
@@ -71,7 +71,7 @@ class PromptEncoder:
     def _encode(self, text: str, second: str, chunks: int) -> TextConditioning:
         ids, weights = [], []
         for tokenizer, own in zip(self._models.tokenizers, (text, second), strict=True):
-            tokens = self._cut(_tokens(tokenizer, self._models.expand(own)), own, tokenizer)
+            tokens = self._cut(_tokens(tokenizer, own), own, tokenizer)
             ids.append(to_device(torch.tensor([chunks_of(tokens.ids, tokenizer.pad, chunks)]), self._models.device))
             weights.append(_weights_by_place(tokens.weights, chunks))
         encoded = text_encoders.encode(ids[0], ids[1], *self._models.text_encoders, keep_markers=True)

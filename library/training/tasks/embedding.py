@@ -64,11 +64,8 @@ def add_token(
     rows = first_rows(models.tokenizers, models.text_layers, init_word, count)
     if weights is not None:
         rows = _read_rows(weights, rows)
-    token = NewToken(
-        models.tokenizers, models.text_layers, word, [own.to(models.device, models.precision.trained) for own in rows]
-    )
-    models.new_tokens.append(token)
-    return token
+    own = [vectors.to(models.device, models.precision.trained) for vectors in rows]
+    return NewToken(models.tokenizers, models.text_layers, word, own)
 
 
 def _read_rows(path: Path, like: list[Tensor]) -> list[Tensor]:
