@@ -37,9 +37,11 @@ def test_what_looks_like_an_option_within_the_prompt_stays_there(tmp_path):
 
 
 def test_bad_values_are_told_with_their_line_and_left_out(tmp_path):
-    found, problems = read(tmp_path / "p.txt", "a --w wide --ss nope\nb --s 99999 --ar 16:9 --g 3\n")
+    found, problems = read(tmp_path / "p.txt", f"a --w wide --ss nope --d {2**63}\nb --s 99999 --ar 16:9 --g 3\n")
     assert found == [SamplePrompt("a"), SamplePrompt("b", sample_steps=1000)]
-    assert [problem.split(": ")[0] for problem in problems] == [f"{tmp_path / 'p.txt'}, line {n}" for n in (1, 1, 2, 2)]
+    assert [problem.split(": ")[0] for problem in problems] == [
+        f"{tmp_path / 'p.txt'}, line {n}" for n in (1, 1, 1, 2, 2)
+    ]
     assert "width: expected a whole number, got 'wide'" in problems[0] and "expected one of ddim" in problems[1]
 
 

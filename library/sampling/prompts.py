@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import OptionError
+from library.sampling.generation_options import MOST_SEED
 from library.sampling.options import SAMPLERS
 
 _SIDE = 32  # the U-Net halves latents twice, and latents are an eighth of the picture
@@ -44,6 +45,12 @@ def _side(value: Any) -> int:
     return max(_LEAST_SIDE, int(value) // _SIDE * _SIDE)
 
 
+def _seed(value: Any) -> int:
+    if abs(seed := int(value)) > MOST_SEED:
+        raise ValueError
+    return seed
+
+
 def _file(value: Any) -> Path:
     if not Path(str(value)).is_file():
         raise ValueError
@@ -61,7 +68,7 @@ _READ: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "negative_prompt": (lambda value: str(value or ""), "text"),
     "width": (_side, "a whole number"),
     "height": (_side, "a whole number"),
-    "seed": (int, "a whole number"),
+    "seed": (_seed, f"a whole number up to {MOST_SEED:,}"),
     "sample_steps": (lambda value: min(max(int(value), 1), _MOST_STEPS), "a whole number"),
     "scale": (float, "a number"),
     "controlnet_image": (_file, "a file that is there"),
