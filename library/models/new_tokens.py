@@ -82,6 +82,9 @@ def first_rows(
         ids = tokenizer.ids(init_word) if init_word else []
         if init_word and not ids:
             raise OptionError(f"--init_word {init_word!r}: it has no tokens")
-        own = table[[ids[i % len(ids)] for i in range(count)]] if ids else table.float().mean(dim=0).expand(count, -1)
+        if table.is_meta:  # of a dry run, in which a mean would import torch's compiler
+            own = table.new_empty(count, table.shape[1])
+        else:
+            own = table[[ids[i % len(ids)] for i in range(count)]] if ids else table.float().mean(0).expand(count, -1)
         rows.append(own.to(torch.float32, copy=True).contiguous())
     return rows
