@@ -4,12 +4,16 @@ import pytest
 import torch
 
 from library.models.noise_schedule import NoiseSchedule
-from library.sampling.denoise import Guidance, Told, denoise
+from library.sampling.denoise import Guidance, Kept, Told, denoise
+from library.sampling.draw import _noised
 from library.sampling.options import SAMPLERS
 from library.sampling.samplers import make_sampler
 
 # These stop at the noise of the first timestep instead of at none.
 LEAVE_NOISE = {"pndm", "dpmsolver"}
+# Those of more timesteps than steps.
+ASK_AGAIN = [name for name in SAMPLERS if name.split("_karras")[0] in ("pndm", "heun", "dpm_2", "dpm_2_a", "k_dpm_2", "k_dpm_2_a")]  # fmt: skip
+TOLD = [Told(torch.zeros(2, 1, 1), torch.zeros(2, 1))]
 
 
 def model_that_knows(picture, *, v_prediction, zero_terminal_snr):
@@ -44,11 +48,72 @@ def test_every_sampler_draws_the_only_picture_that_the_model_knows(name, v_predi
     sampler = make_sampler(name, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
     sampler.set_timesteps(20)
     model = model_that_knows(picture, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
-    told = [Told(torch.zeros(2, 1, 1), torch.zeros(2, 1))]
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     start = torch.randn(2, 4, 8, 8) * sampler.init_noise_sigma
-    drawn = denoise(model, sampler, start, told, Guidance(1.0), timesteps=sampler.timesteps, generators=generators)
+    drawn = denoise(model, sampler, start, TOLD, Guidance(1.0), timesteps=sampler.timesteps, generators=generators)
     torch.testing.assert_close(drawn, picture, rtol=0, atol=0.2 if name in LEAVE_NOISE else 2e-5)
+
+
+def from_the_picture(name, strength, mask=None):
+    """The picture from itself in 10 steps, by the model that knows it: what is drawn, and the noise that each call finds in what it is shown."""
+    torch.manual_seed(0)
+    picture, noise, found = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), []
+    sampler = make_sampler(name, v_prediction=False, zero_terminal_snr=False, from_source=True)
+    sampler.set_timesteps(10)
+    latents, timesteps = _noised(sampler, picture, noise, 10, strength)
+    knows = model_that_knows(picture, v_prediction=False, zero_terminal_snr=False)
+
+    def model(*inputs):
+        found.append(knows(*inputs))
+        return found[-1]
+
+    kept = None if mask is None else Kept(picture, noise, mask)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    drawn = denoise(model, sampler, latents, TOLD, Guidance(1.0), timesteps=timesteps, generators=generators, kept=kept)
+    return drawn, picture, noise, found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strength", [1.0, 0.8, 0.3])
+@pytest.mark.parametrize(
+    "name", [name if name in ASK_AGAIN else pytest.param(name, marks=pytest.mark.long) for name in SAMPLERS]
+)
+def test_every_sampler_draws_a_picture_from_itself_at_every_strength(name, strength):
+    """The first call finds the noise that its timestep has; as in the reference, more with samplers of one timestep a step: that of the step before."""
+    drawn, picture, noise, found = from_the_picture(name, strength)
+    if "lms" not in name:  # Diffusers' takes coefficients of steps that weren't made
+        torch.testing.assert_close(drawn, picture, rtol=0, atol=0.2 if name in LEAVE_NOISE else 5e-5)
+    steps = int(10 * strength)
+    if name in ASK_AGAIN:
+        assert len(found) == (steps + 1 if name == "pndm" else 2 * steps - 1)
+    else:
+        assert len(found) == (steps if name == "dpmsingle" else min(steps, 9))
+    if name in ASK_AGAIN or name == "dpmsingle":
+        assert float(found[0].std() / noise.std()) == pytest.approx(1, rel=0.02)
+    else:
+        assert noise.std() < found[0].std() < 3 * noise.std()
+
+
+@pytest.mark.parametrize("name", ASK_AGAIN)
+def test_what_stays_has_the_noise_of_each_timestep_in_the_midst_of_steps_too(name):
+    """All of the picture stays, so whatever is drawn, each call finds the noise of its timestep in it."""
+    drawn, picture, noise, found = from_the_picture(name, 0.8, torch.zeros(2, 1, 8, 8))
+    assert torch.equal(drawn, picture)
+    if "dpm_2_a" not in name:  # it draws fresh noise between its two calls
+        assert max(float((one - noise).abs().max()) for one in found) < 0.1
+
+
+def test_a_step_is_one_step_however_often_it_asks_the_model():
+    """Control nets work for a share of the steps, and the progress bar counts them."""
+    sampler = make_sampler("heun", v_prediction=False, zero_terminal_snr=False)
+    sampler.set_timesteps(3)
+    asked, made = [], []
+    denoise(
+        model_that_knows(torch.zeros(2, 4, 8, 8), v_prediction=False, zero_terminal_snr=False), sampler,
+        torch.randn(2, 4, 8, 8), TOLD, Guidance(1.0), timesteps=sampler.timesteps,
+        extra_at=lambda *place: asked.append(place), on_step=lambda: made.append(1),
+    )  # fmt: skip
+    assert asked == [(0, 3), (0, 3), (1, 3), (1, 3), (2, 3)] and len(made) == 3
 
 
 def test_guidance_by_hand():

@@ -134,14 +134,15 @@ def denoise(
         sampler: of make_sampler, its timesteps set on the CPU.
         latents: at the noise of the first timestep.
         told: for each part of the guidance, [negative, [empty,] prompt].
-        timesteps: those of the sampler that are gone through, on the CPU.
+        timesteps: those of the sampler that are gone through, whole steps of them (`sampler.order`), on the CPU.
         extra_at: what else reaches the U-Net in a step.
         beside: what an inpainting model sees beside the latents, [B, 5, h, w] (models/inpainting.py).
     """
     context, vector = (torch.cat(parts) for parts in zip(*told, strict=True))
     draws = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
     on_device = timesteps.to(latents.device)
-    for step, timestep in enumerate(timesteps):
+    steps = -(-len(timesteps) // sampler.order)  # the last step has one timestep with every sampler
+    for i, timestep in enumerate(timesteps):
         scaled = sampler.scale_model_input(latents, timestep).to(latents.dtype)
         if beside is not None:
             scaled = torch.cat([scaled, beside], dim=1)
@@ -149,15 +150,17 @@ def denoise(
         block = None if shrink is None else shrink.block_at(float(timestep))
         predicted = unet(
             many,
-            on_device[step].expand(len(many)),
+            on_device[i].expand(len(many)),
             context,
             vector,
-            extra_at(step, len(timesteps)),
+            extra_at(i // sampler.order, steps),
             None if shrink is None or block is None else Shrink(block, shrink.ratio),
         )
         latents = sampler.step(guidance.applied(predicted), timestep, latents, return_dict=False, **draws)[0]
+        following = timesteps[i + 1] if i + 1 < len(timesteps) else None
+        if following is not None and (i + 1) % sampler.order:
+            continue  # in the midst of a step, whose noise isn't always that of a timestep
         if kept is not None:
-            following = timesteps[step + 1] if step + 1 < len(timesteps) else None
             latents = kept.laid_over(latents, sampler, following)
         on_step()
     if kept is not None and not len(timesteps):

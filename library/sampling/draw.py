@@ -21,7 +21,7 @@ from library.sampling.denoise import Guidance, Kept, Told, denoise, score_of
 from library.sampling.drawing import Drawing
 from library.sampling.gradual_latent import GrowingEuler
 from library.sampling.prompt_line import AND
-from library.sampling.samplers import make_sampler
+from library.sampling.samplers import begin_at, make_sampler
 from library.sampling.text import PromptEncoder
 
 _DRAWS_TWICE = ("dpm_2_a", "k_dpm_2_a")  # the reference draws two noises a step for these
@@ -88,8 +88,8 @@ class Painter:
         told = self._told(first, prompts, drawings)
         self.changes.set_multipliers(first.multipliers)
         sampler: Any = make_sampler(
-            first.sampler, v_prediction=self.v_prediction, zero_terminal_snr=self.zero_terminal_snr
-        )
+            first.sampler, v_prediction=self.v_prediction, zero_terminal_snr=self.zero_terminal_snr, from_source=start is not None
+        )  # fmt: skip
         height, width = first.height // 8, first.width // 8
         if first.growth is not None:
             sampler = GrowingEuler(sampler, first.growth, height, width)
@@ -240,9 +240,10 @@ def _noised(sampler: Any, latents: Tensor, noise: Tensor, steps: int, strength: 
     """The latents at the noise from which they are drawn anew, and the timesteps that are gone through.
 
     As in the reference, those begin one step below that noise. Where no step would follow, nothing is noised: differs from
-    sd-scripts, whose pictures keep that noise. Source: contract, training_math.md section 10.
+    sd-scripts, whose pictures keep that noise. Samplers with more timesteps than steps begin at that noise: differs from
+    sd-scripts, which takes each timestep for a step. Source: contract, training_math.md section 10.
     """
-    offset = sampler.config.get("steps_offset", 0)
+    offset = sampler.config.get("steps_offset", 0) if len(sampler.timesteps) == steps else 0
     count = min(int(steps * strength) + offset, steps)
     if count <= offset:
         if strength:
@@ -250,8 +251,8 @@ def _noised(sampler: Any, latents: Tensor, noise: Tensor, steps: int, strength: 
                 "%d steps at strength %g: none of them is gone through, the picture stays as it is", steps, strength
             )
         return latents, sampler.timesteps[:0]
-    level = sampler.timesteps[-count]
-    return sampler.add_noise(latents, noise, level[None]), sampler.timesteps[steps - count + offset :]
+    noised = sampler.add_noise(latents, noise, begin_at(sampler, steps - count)[:1])
+    return noised, begin_at(sampler, steps - count + offset)
 
 
 def _stacked(texts: Sequence[TextConditioning]) -> TextConditioning:

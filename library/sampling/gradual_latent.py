@@ -69,6 +69,8 @@ class GradualLatent:
 class GrowingEuler:
     """euler_a in whose steps latents grow; it answers as Diffusers' EulerAncestralDiscreteScheduler does, whose sigmas it has."""
 
+    order = 1
+
     def __init__(self, sampler: Any, growth: GradualLatent, height: int, width: int):
         """Args: height, width: of the full latents."""
         self._sampler, self._growth, self._full = sampler, growth, (height, width)

@@ -3,6 +3,9 @@
 import inspect
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from library.imports import import_diffusers
 from library.models.noise_schedule import BETA_END, BETA_START, NUM_TIMESTEPS, NoiseSchedule
 from library.sampling.options import SAMPLERS
@@ -10,8 +13,11 @@ from library.sampling.options import SAMPLERS
 _LEAST_ALPHA_BAR = 2.0**-24  # Diffusers' own, of schedules whose last signal-to-noise ratio is zero
 
 
-def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool) -> Any:
-    """The Diffusers scheduler of that name, for what the model predicts."""
+def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool, from_source: bool = False) -> Any:
+    """The Diffusers scheduler of that name, for what the model predicts.
+
+    Args: from_source: it begins at any of its steps (begin_at).
+    """
     kind = SAMPLERS[name]
     scheduler = getattr(import_diffusers(), kind.scheduler)
     arguments: dict[str, Any] = {
@@ -22,9 +28,22 @@ def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool) -> A
         "prediction_type": "v_prediction" if v_prediction else "epsilon",
         **kind.arguments,
     }
+    if from_source and name == "pndm":
+        arguments["skip_prk_steps"] = True  # Runge-Kutta steps begin at the first timestep alone
     if zero_terminal_snr:
         arguments |= _zero_terminal_snr(scheduler)
     return scheduler(**arguments)
+
+
+def begin_at(sampler: Any, step: int) -> Tensor:
+    """Let drawing begin at a step, counted from 0. Returns the timesteps that are gone through: `sampler.order` of each step."""
+    if sampler.config.get("skip_prk_steps"):
+        each = sampler.timesteps.unique().flip(0)
+        return torch.cat([each[step : step + 2], each[step + 1 :]])  # pndm makes its first step twice
+    first = step * sampler.order
+    if hasattr(sampler, "set_begin_index"):
+        sampler.set_begin_index(first)  # a timestep that is there twice doesn't tell its place
+    return sampler.timesteps[first:]
 
 
 def _zero_terminal_snr(scheduler: Any) -> dict[str, Any]:

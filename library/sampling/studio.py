@@ -114,7 +114,7 @@ class Studio:
                 yield same[first : first + size]
 
     def _steps_of(self, drawing: Drawing) -> int:
-        """About how many steps a batch takes, for the progress bar; samplers of second order take more."""
+        """About how many steps a batch takes, for the progress bar; pndm takes more."""
         fix = self._options[HighresFixOptions]
         if fix.highres_fix_scale is None:
             return int(drawing.steps * drawing.strength) if drawing.source else drawing.steps
