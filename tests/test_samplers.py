@@ -7,7 +7,7 @@ from library.models.noise_schedule import NoiseSchedule
 from library.sampling.denoise import Guidance, Kept, Told, denoise
 from library.sampling.draw import _noised
 from library.sampling.options import SAMPLERS
-from library.sampling.samplers import make_sampler
+from library.sampling.samplers import make_sampler, set_steps
 
 # These stop at the noise of the first timestep instead of at none.
 LEAVE_NOISE = {"pndm", "dpmsolver"}
@@ -101,6 +101,20 @@ def test_what_stays_has_the_noise_of_each_timestep_in_the_midst_of_steps_too(nam
     assert torch.equal(drawn, picture)
     if "dpm_2_a" not in name:  # it draws fresh noise between its two calls
         assert max(float((one - noise).abs().max()) for one in found) < 0.1
+
+
+def test_lcm_draws_in_more_than_the_50_steps_that_its_models_learned():
+    """Up to 50, the timesteps are of those; beyond, they begin at the last one too and are evenly spaced."""
+    sampler = make_sampler("lcm", v_prediction=False, zero_terminal_snr=False)
+    set_steps(sampler, 4)
+    assert sampler.timesteps.tolist() == [999, 759, 499, 259]
+    set_steps(sampler, 80)
+    assert sampler.timesteps[:5].tolist() == [999, 987, 974, 962, 949] and sampler.timesteps[-1] == 12
+    picture = torch.randn(2, 4, 8, 8)
+    model = model_that_knows(picture, v_prediction=False, zero_terminal_snr=False)
+    generator = torch.Generator().manual_seed(0)
+    drawn = denoise(model, sampler, torch.randn(2, 4, 8, 8), TOLD, Guidance(1.0), timesteps=sampler.timesteps, generators=generator)  # fmt: skip
+    torch.testing.assert_close(drawn, picture, rtol=0, atol=1e-3)
 
 
 def test_a_step_is_one_step_however_often_it_asks_the_model():

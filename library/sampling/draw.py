@@ -21,7 +21,7 @@ from library.sampling.denoise import Guidance, Kept, Told, denoise, score_of
 from library.sampling.drawing import Drawing
 from library.sampling.gradual_latent import GrowingEuler
 from library.sampling.prompt_line import AND
-from library.sampling.samplers import begin_at, make_sampler
+from library.sampling.samplers import begin_at, make_sampler, set_steps
 from library.sampling.text import PromptEncoder
 
 _DRAWS_TWICE = ("dpm_2_a", "k_dpm_2_a")  # the reference draws two noises a step for these
@@ -93,7 +93,7 @@ class Painter:
         height, width = first.height // 8, first.width // 8
         if first.growth is not None:
             sampler = GrowingEuler(sampler, first.growth, height, width)
-        sampler.set_timesteps(first.steps)
+        set_steps(sampler, first.steps)
         noises = [self._noise(drawing, (1, 4, height, width), for_source=start is not None) for drawing in drawings]
         generators = [noise.generator for noise in noises]
         guidance = Guidance(first.scale, first.negative_scale, first.guidance_rescale)

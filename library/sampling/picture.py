@@ -12,7 +12,7 @@ from library.models.unet import UNet
 from library.models.unet_extra import Extra
 from library.models.vae import unscale_latents
 from library.sampling.denoise import Guidance, Told, denoise, score_of
-from library.sampling.samplers import make_sampler
+from library.sampling.samplers import make_sampler, set_steps
 
 _MARGIN, _LABEL_WIDTH = 4, 56  # pixels
 
@@ -47,7 +47,7 @@ def draw_picture(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((1, 4, height // 8, width // 8), generator=generator).to(prompt.context)
     chosen = make_sampler(sampler, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
-    chosen.set_timesteps(steps)
+    set_steps(chosen, steps)
     told = [
         Told.of(
             text, original=(height, width), target=(height, width), score=score_of(unet, is_negative=text is not prompt)

@@ -35,6 +35,15 @@ def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool, from
     return scheduler(**arguments)
 
 
+def set_steps(sampler: Any, steps: int) -> None:
+    """Let it draw in so many steps."""
+    if steps > sampler.config.get("original_inference_steps", steps):
+        # lcm takes its timesteps from 50; more than those from all, as another multiple would leave out the first ones.
+        sampler.set_timesteps(steps, original_inference_steps=NUM_TIMESTEPS)
+    else:
+        sampler.set_timesteps(steps)
+
+
 def begin_at(sampler: Any, step: int) -> Tensor:
     """Let drawing begin at a step, counted from 0. Returns the timesteps that are gone through: `sampler.order` of each step."""
     if sampler.config.get("skip_prk_steps"):
