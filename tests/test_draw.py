@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from library.models.unet import Shrink
 from library.models.vae import scale_latents
@@ -15,7 +16,9 @@ from library.sampling.changes import NoChanges
 from library.sampling.deep_shrink import DeepShrink
 from library.sampling.draw import Painter, PictureNoise, Start, _noised
 from library.sampling.drawing import Drawing
+from library.sampling.generation_options import OutputOptions
 from library.sampling.gradual_latent import GradualLatent, GrowingEuler, _sharpened
+from library.sampling.output import Output
 from library.sampling.prompt_line import read_line
 from library.sampling.samplers import make_sampler
 from library.sampling.sources import as_tensor, read_picture, resized
@@ -169,6 +172,18 @@ def test_the_small_stage_of_highres_fix_is_the_contracts_by_hand():
     assert (small.width, small.height, small.original_width, small.crop_top) == (480, 704, 600, 7)
     assert (small.steps, small.strength, small.original_height) == (9, 0.7, None)
     assert drawing.small_stage(scale=0.6, steps=9, strength=0.2).strength == 0.2
+
+
+def test_sequential_names_count_pictures_and_both_stages_of_one_have_its_number(tmp_path):
+    """A batch of two with its small stage saved, then a picture without it."""
+    (tmp_path / "im_1000004.png").touch()
+    output = Output(OutputOptions(outdir=tmp_path, sequential_file_name=True), with_stages=True)
+    drawing, image = drawing_of(CASES["ddim"]), Image.new("RGB", (8, 8))
+    saved = [
+        output.save(image, dataclasses.replace(drawing, number=number), {}, place=number % 2, stage=stage).name
+        for number, stage in ((0, 1), (1, 1), (0, 2), (1, 2), (2, 2))
+    ]
+    assert saved == ["im_0000005.png", "im_0000006.png", "im_1000005.png", "im_1000006.png", "im_1000007.png"]
 
 
 def test_a_source_through_no_step_stays_as_it_is():

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,6 @@ class Output:
     options: OutputOptions
     with_stages: bool
     _taken: set[str] = field(default_factory=set)
-    _next: int | None = None
 
     def save(self, image: "Image", drawing: Drawing, texts: Mapping[str, str], *, place: int, stage: int) -> Path:
         """Write a picture under the contract's name.
@@ -55,13 +55,12 @@ class Output:
         if self.options.use_original_file_name and drawing.source is not None:
             return f"{prefix}_{drawing.source.stem}" if stage == 1 and self.with_stages else drawing.source.stem
         if self.options.sequential_file_name:
-            if self._next is None or stage == 1 or not self.with_stages:
-                self._next = (self._last() if self._next is None else self._next) + 1
-            return f"im_{prefix}{self._next:06d}"
+            return f"im_{prefix}{self._last + drawing.number + 1:06d}"
         return f"im_{_now()}_{prefix}{place:03d}_{drawing.seed}"
 
+    @cached_property
     def _last(self) -> int:
-        """The highest number that a file in the folder has."""
+        """The highest number that a file in the folder has when the first one is written."""
         found = (_SEQUENTIAL.fullmatch(path.name) for path in self.options.outdir.glob("im_*"))
         return max((int(match[1]) for match in found if match), default=0)
 
