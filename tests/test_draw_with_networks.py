@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from test_draw import CASES, assert_golden, drawing_of, painter_of
 
 from library.data import images
 from library.data.size import Size
+from library.sampling.generation_options import PictureOptions
+from library.sampling.studio import Studio
 from networks.generation import AppliedNetworks
 from networks.generation_options import AppliedNetworkOptions
 
@@ -46,6 +49,17 @@ def test_golden_11_with_a_new_word(own_models, tmp_path):
     options = AppliedNetworkOptions(textual_inversion_embeddings=(tmp_path / "mytoken.safetensors",))
     networks = AppliedNetworks(options, own_models)
     assert_golden(painter_of(own_models, networks).latents([drawing_of(CASES["ti"])]), "ti")
+
+
+def test_a_batch_in_regions_holds_prompts_of_as_many_sub_prompts(own_models):
+    lora = TRAINED / "lora_te.out.safetensors"
+    networks = AppliedNetworks(AppliedNetworkOptions(network_weights=(lora, lora)), own_models, is_regional=True)
+    studio = SimpleNamespace(
+        _painter=painter_of(own_models, networks), _options={PictureOptions: PictureOptions(batch_size=4)}
+    )
+    prompts = ["a AND b", "c AND d", "a AND b AND c", "e AND f"]
+    drawings = [dataclasses.replace(drawing_of(CASES["lora"]), prompt=prompt) for prompt in prompts]
+    assert [[d.prompt for d in batch] for batch in Studio._batches(studio, drawings)] == [prompts[:2], prompts[2:3], prompts[3:]]  # fmt: skip
 
 
 def test_regions_draw_with_a_sub_prompt_for_each_network(own_models):

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from library.errors import OptionError
 from library.log import log
 from library.models.inpainting import inpainting_channels
 from library.models.sdxl import SdxlModels
@@ -59,7 +58,7 @@ class Painter:
 
     def chunks(self, drawing: Drawing) -> int:
         """Into how many chunks of 75 tokens its prompts fit."""
-        texts = [*self._sub_prompts(drawing.prompt), drawing.prompt2]
+        texts = [*self.sub_prompts(drawing), drawing.prompt2]
         if drawing.is_guided:
             texts += [drawing.negative, drawing.negative2]
         return self.encoder.chunks(*(text for text in texts if text is not None))
@@ -75,7 +74,7 @@ class Painter:
         """Scaled latents, [B, 4, h, w].
 
         Args:
-            drawings: of the same settings and the same number of chunks.
+            drawings: of the same settings, and of as many chunks and sub-prompts each.
             guides: for each control net, [B, 3, H, W] in -1..1.
             regions: which network works where, uint8 [H, W, 3].
             pooled: takes the place of the prompts' pooled text, [B, 1280].
@@ -118,15 +117,16 @@ class Painter:
             shrink=first.shrink, kept=kept, beside=beside, on_step=lambda: self.on_step(len(drawings)),
         )  # fmt: skip
 
-    def _sub_prompts(self, prompt: str) -> list[str]:
-        return AND.split(prompt) if self.changes.is_regional else [prompt]
+    def sub_prompts(self, drawing: Drawing) -> list[str]:
+        """One for each region; the whole prompt where there are none."""
+        return AND.split(drawing.prompt) if self.changes.is_regional else [drawing.prompt]
 
     def _prompts(self, drawings: Sequence[Drawing]) -> tuple[TextConditioning, list[Tensor]]:
         """The prompts' conditioning, [B, ...]: of the last sub-prompts; and the contexts of all of them, where there are regions."""
         if not self.changes.is_regional:
             return _stacked([self._text(d.prompt, d, d.prompt2) for d in drawings]), []
         columns = []
-        for number, texts in enumerate(self._by_region(drawings)):
+        for number, texts in enumerate(zip(*map(self.sub_prompts, drawings), strict=True)):
             self.changes.set_multipliers(drawings[0].multipliers, sub_prompt=number)
             columns.append(
                 _stacked([self._text(text, d, None, number) for text, d in zip(texts, drawings, strict=True)])
@@ -134,13 +134,6 @@ class Painter:
         # The negative prompt is no network's: it is encoded next, with none of them.
         self.changes.set_multipliers(drawings[0].multipliers, sub_prompt=len(columns))
         return columns[-1], [column.context for column in columns]
-
-    def _by_region(self, drawings: Sequence[Drawing]) -> list[tuple[str, ...]]:
-        """The sub-prompts of all pictures, region by region. Raises OptionError where one has more than another."""
-        split = [self._sub_prompts(d.prompt) for d in drawings]
-        if len({len(one) for one in split}) > 1:
-            raise OptionError("prompts of one batch need as many sub-prompts (AND) each; take --batch_size 1")
-        return list(zip(*split, strict=True))
 
     def _text(self, text: str, drawing: Drawing, second: str | None, sub_prompt: int | None = None) -> TextConditioning:
         return self.encoder.encode(text, second, self.chunks(drawing), (drawing.multipliers, sub_prompt))

@@ -108,7 +108,10 @@ class Studio:
 
     def _batches(self, drawings: Sequence[Drawing]) -> Iterator[list[Drawing]]:
         size = self._options[PictureOptions].batch_size
-        for _, group in itertools.groupby(drawings, key=lambda d: (d.settings, self._painter.chunks(d))):
+        painter = self._painter
+        for _, group in itertools.groupby(
+            drawings, key=lambda d: (d.settings, painter.chunks(d), len(painter.sub_prompts(d)))
+        ):
             same = list(group)
             for first in range(0, len(same), size):
                 yield same[first : first + size]
