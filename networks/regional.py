@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.errors import OptionError
 from networks.applied import Beside, Change, summed
@@ -55,6 +55,7 @@ class Regional:
         self._strengths, self._max_color_codes = strengths, max_color_codes
         self._places: Places | None = None
         self._by_size: dict[tuple[int, int], Tensor] = {}
+        self._size: tuple[int, int] | None = None  # (height, width) of the feature map that was last convolved
 
     def set_places(self, contexts: Sequence[Tensor], mask: Tensor) -> None:
         """Raises OptionError if there are fewer sub-prompts than networks, or more of them than the mask can tell apart."""
@@ -80,11 +81,14 @@ class Regional:
             return self._query(beside)
         if name.endswith("attn2_to_out_0"):
             return self._out(beside)
-        return self._everywhere(beside) if beside.changes else None
+        # Attention sees positions in one row; the convolutions before it tell the height and width.
+        return self._everywhere(beside) if beside.changes or isinstance(beside.target.layer, nn.Conv2d) else None
 
     def _everywhere(self, beside: Beside) -> Change:
         def forward(x: Tensor) -> Tensor:
             y = beside.base(x)
+            if y.ndim == 4:
+                self._size = (y.shape[2], y.shape[3])
             for i, change in beside.changes.items():
                 y = y + self._strengths[i] * self._share(i, y) * change(x)
             return y
@@ -138,15 +142,15 @@ class Regional:
 
     def _share(self, i: int, y: Tensor) -> Tensor:
         """Where network i changes this output: a mask of its size; the same share everywhere if it has no positions."""
-        height, width = self._now.masks.shape[1:]
-        if y.ndim == 4:
-            return self._mask((y.shape[2], y.shape[3]))[i][None, None].to(y.dtype)
-        if y.ndim == 3:
-            rows = round((y.shape[1] * height / width) ** 0.5)
-            return self._mask((rows, y.shape[1] // rows))[i].reshape(1, -1, 1).to(y.dtype)
-        return y.new_full((), 1 / len(self._now.contexts))
+        if y.ndim == 2:
+            return y.new_full((), 1 / len(self._now.contexts))
+        mask = self._masks[i].to(y.dtype)
+        return mask[None, None] if y.ndim == 4 else mask.reshape(1, -1, 1)
 
-    def _mask(self, size: tuple[int, int]) -> Tensor:
-        if size not in self._by_size:
-            self._by_size[size] = F.interpolate(self._now.masks[None], size=size, mode="bilinear")[0]
-        return self._by_size[size]
+    @property
+    def _masks(self) -> Tensor:
+        """Of the size of the feature map, [S, h, w]."""
+        assert self._size is not None
+        if self._size not in self._by_size:
+            self._by_size[self._size] = F.interpolate(self._now.masks[None], size=self._size, mode="bilinear")[0]
+        return self._by_size[self._size]

@@ -282,6 +282,29 @@ def test_merged_networks_have_no_region(golden, golden_lora, own_models):
     assert not AppliedNetworks(options, open_models(own_models.checkpoint.path), is_regional=True).is_regional
 
 
+@pytest.mark.parametrize("sides", [(40, 32), (28, 60)])
+def test_regions_lie_where_they_are_on_maps_of_other_proportions_than_the_pictures(sides, golden_lora, own_models):
+    """Gradual Latent draws 416x608 as 32x40 latents on its way, and 1120x576 as 60x28: the left half stays the left half."""
+    networks = AppliedNetworks(
+        AppliedNetworkOptions(network_weights=(golden_lora, golden_lora)), own_models, is_regional=True
+    )
+    height, width = {(40, 32): (608, 416), (28, 60): (576, 1120)}[sides]
+    mask = torch.zeros(height, width, 3, dtype=torch.uint8)
+    mask[:, : width // 2, 0], mask[:, width // 2 :, 1] = 255, 255
+    torch.manual_seed(0)
+    x, context, vector = torch.randn(1, 4, *sides), torch.randn(1, 77, 192), torch.randn(1, 1664)
+    networks.conditions(guides=(), sub_contexts=[context, context], mask=mask, parts=1)
+
+    def drawn(*strengths):
+        networks.set_multipliers(strengths)
+        with torch.no_grad():
+            return own_models.unet(x, torch.tensor([500]), context, vector)
+
+    changed = (drawn(1.0, 0.0) - drawn(0.0, 0.0)).abs().mean(dim=(0, 1))
+    quarter = sides[1] // 4
+    assert changed[:, :quarter].mean(dim=1).min() > changed[:, -quarter:].mean(dim=1).max(), "in every row"
+
+
 def test_text_encoders_see_the_network_of_the_sub_prompt_alone(golden_lora, own_models):
     networks = AppliedNetworks(
         AppliedNetworkOptions(network_weights=(golden_lora, golden_lora)), own_models, is_regional=True
