@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from running import train_network
+from running import QUICK, train_network, without
 from torch import nn
 
 from library.data.batch import Batch
@@ -12,17 +12,18 @@ from library.data.order import Place
 from library.errors import RunError
 from library.param_group import ParamGroup
 from library.training import pace as pacing
+from library.training import watch as watching
 from library.training.pace import Pace
 from library.training.update import norms_of
 from library.training.watch import Watch, check_equal, checksums
 
 
-def trained(steps: int, *, lr: float, use_both: bool = True, dtype=torch.float32, stops_at=None) -> Watch:
+def trained(steps: int, *, lr: float, use_both: bool = True, dtype=torch.float32, stops_at=None, done=0) -> Watch:
     torch.manual_seed(0)
     layers = nn.ModuleDict({"used": nn.Linear(2, 2), "other": nn.Linear(2, 2)}).to(dtype)
     groups = [ParamGroup("all", dict(layers.named_parameters()), lr, stops_at)]
     optimizer = torch.optim.SGD(layers.parameters(), lr=lr)
-    watch = Watch(groups)
+    watch = Watch(groups, done)
     for _ in range(steps):
         x = layers["used"](torch.ones(1, 2, dtype=dtype))
         (layers["other"](x) if use_both else x).sum().backward()
@@ -55,6 +56,16 @@ def test_short_runs_are_checked_at_their_end_and_very_short_ones_not():
 
 def test_what_stops_early_isnt_watched():
     trained(50, lr=0.1, use_both=False, stops_at=20)
+    trained(50, lr=0.1, use_both=False, stops_at=100, done=50)
+    with pytest.raises(RunError, match=r"other.* got no gradient in 50 steps"):
+        trained(50, lr=0.1, use_both=False, stops_at=101, done=50)
+
+
+def test_a_run_that_begins_behind_what_stops_isnt_ended_by_it(golden_model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "_LEAST", 2)
+    words = ["--max_train_steps", 62, "--stop_text_encoder_training", 60, "--initial_step", 60, "--skip_until_initial_step"]  # fmt: skip
+    text_too = without(QUICK, "--cache_text_encoder_outputs", "--network_train_unet_only")
+    assert train_network(golden_model, pictures, tmp_path, *words, quick=text_too).exists()
 
 
 def test_checksums_see_every_bit_and_not_the_order():

@@ -47,7 +47,7 @@ from library.training.prepare import Prepared, all_samples, prepare
 from library.training.preview import Preview, encode_prompts
 from library.training.processes import start_processes
 from library.training.report import Report
-from library.training.resume import Resumed, run_facts
+from library.training.resume import Resumed, initial_step, run_facts
 from library.training.run import Run
 from library.training.run_file import write_run_file
 from library.training.saving import Saver
@@ -87,6 +87,10 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     is_main, processes = accelerator.is_main_process, accelerator.num_processes
     trackers = _open_trackers(kind, options) if is_main else None
     seed = _shared_seed(run.seed if resumed is None else int(resumed.facts["run"]["seed"]))
+    states, validating = options[ResumeOptions], options[ValidationOptions]
+    plan = make_plan(run, found.datasets, processes=processes, seed=seed)  # of all pictures: those that are bad may go
+    first = initial_step(states, steps_per_epoch=plan.order.steps_per_epoch, total_steps=plan.total_steps)
+    done = first if resumed is None else resumed.facts["step"]
     models = open_models(kind, options, found, accelerator.device)
     with muted():
         rehearsed = rehearse(kind, models, options)
@@ -94,7 +98,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         options = fit_memory(rehearsed, models, options, found.datasets, processes)
         models = open_models(kind, options, found, accelerator.device)
     prepared, make_preview = _prepare(models, options, found, accelerator, seed)
-    plan = make_plan(options[RunOptions], prepared.datasets, processes=processes, seed=seed)
+    plan = make_plan(run, prepared.datasets, processes=processes, seed=seed)
     learning = _build(kind, models, options, found, plan, accelerator, seed)
     task = learning.task
     ema = make_ema(task, options[EmaOptions])
@@ -104,7 +108,6 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         session_id=session_id, processes=processes, is_main=is_main,
     )  # fmt: skip
     _tell(plan, prepared, learning, saver, models, options)
-    states, validating = options[ResumeOptions], options[ValidationOptions]
     if is_main:
         saver.check_space(plan.total_steps)
         if not states.verify_resume:
@@ -117,7 +120,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         trained={name: parameter for group in learning.stepped for name, parameter in group.parameters.items()},
         update=learning.update,
         ema=ema,
-        watch=Watch(learning.stepped),
+        watch=Watch(learning.stepped, done),
         pace=Pace(accelerator.device),
         validation=_make_validation(prepared, batches, options, seed, plan.total_steps),
         best=Best(validating.early_stop_patience),

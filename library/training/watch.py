@@ -16,11 +16,14 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Watch:
-    """Of a run's first steps: which parameters got a gradient, and which changed."""
+    """Of the first steps that a run does: which parameters got a gradient, and which changed."""
 
-    def __init__(self, groups: Sequence[ParamGroup]):
-        """Args: groups: those that stop early aren't watched, as they may have had no chance."""
-        lasts = [group.stops_at is None or group.stops_at > _STEPS for group in groups for _ in group.parameters]
+    def __init__(self, groups: Sequence[ParamGroup], done: int = 0):
+        """Args:
+        groups: those that stop early aren't watched, as they may have no chance.
+        done: the step that the run begins at, which may lie behind what a group stops at.
+        """
+        lasts = [group.stops_at is None or group.stops_at - done > _STEPS for group in groups for _ in group.parameters]
         everything = [item for group in groups for item in group.parameters.items()]
         self._parameters: dict[str, nn.Parameter] = {
             name: parameter for (name, parameter), is_watched in zip(everything, lasts, strict=True) if is_watched
