@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from library.data.order import Place
 from library.errors import RunError
 from library.param_group import ParamGroup
+from library.training.in_backward import InBackward, bunches_of
 from library.training.lr_schedules import make_scheduler
 from library.training.optimizers import make_optimizer
 from library.training.options import ScheduleOptions
@@ -110,6 +112,24 @@ def test_float16_that_overflows_at_every_scale_stops_the_run():
         for _ in range(25):
             update.backward(losses(layer, X * float("inf")), place(5))
             update.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_stops_is_frozen_before_the_forward_that_checkpointing_does_again(fused):
+    layer, _ = make()
+    groups = [ParamGroup("stops", {"weight": layer.weight}, 0.1, stops_at=1), ParamGroup("lasts", {"bias": layer.bias}, 0.1)]  # fmt: skip
+    stepper = Stepper(make_optimizer("SGD", {}, groups, 0.1), groups)
+    descent = AtOnce(stepper, max_grad_norm=0, scales_loss=False)
+    if fused:
+        descent = InBackward(stepper, bunches_of(groups), max_grad_norm=0, clips_by_previous=False)
+    update, before = Update(layer, groups, descent, None), []
+    for step in range(2):
+        before.append((layer.weight.detach().clone(), layer.bias.detach().clone()))
+        with update.window(here := place(5)._replace(step=step)):
+            update.backward(checkpoint(losses, layer, X, use_reentrant=False), here)
+        update.step()
+    assert not torch.equal(before[0][0], before[1][0]) and torch.equal(layer.weight, before[1][0])
+    assert not torch.equal(layer.bias, before[1][1])
 
 
 def test_gradients_are_forgotten_after_a_step_and_the_schedule_advances():

@@ -116,6 +116,10 @@ class Update:
     @contextmanager
     def window(self, place: Place) -> Iterator[None]:
         """Around forward and backward: processes exchange gradients only with the micro-batch that closes the window."""
+        if self._processes == 1:  # several exchange the gradients of all that they started with
+            # Before the forward, which checkpointing does again in backward: both must see the same.
+            for parameter in self._stopped(place.step):
+                parameter.requires_grad_(False)
         if isinstance(self.step_module, DistributedDataParallel) and not place.closes_window:
             with self.step_module.no_sync():
                 yield
@@ -151,9 +155,6 @@ class Update:
         for group in self._groups:
             if group.stops_at is not None and done >= group.stops_at:
                 stopped.update(group.parameters.values())
-        if self._processes == 1:  # several exchange the gradients of all that they started with
-            for parameter in stopped:
-                parameter.requires_grad_(False)
         return stopped
 
     def as_used(self) -> AbstractContextManager[None]:
