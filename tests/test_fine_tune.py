@@ -10,8 +10,10 @@ from running import assert_bit_equal, losses_of, tensors_of
 
 from library.errors import OptionError
 from library.models.unet import block_of
+from library.param_group import ParamGroup
 from library.safetensors_io import read_header
 from library.training.options import LossOptions, ScheduleOptions
+from library.training.plan import check_lasting
 from library.training.task_options import FineTuneOptions
 from library.training.tasks.fine_tune import FineTune
 
@@ -144,3 +146,15 @@ def test_bf16_arithmetic_keeps_float32_weights(golden_model, pictures, tmp_path)
 def test_what_cant_work_is_refused(extra, expected, golden_model, pictures, tmp_path):
     with pytest.raises(OptionError, match=expected):
         train(golden_model, pictures, tmp_path / "out", *extra)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+def test_text_encoders_that_are_trained_alone_may_not_stop_before_the_run_ends(dry, golden_model, pictures, tmp_path, capsys):  # fmt: skip
+    words = ["--learning_rate", "0", "--train_text_encoder", "--learning_rate_te1", "1e-5", "--max_train_steps", "4", "--stop_text_encoder_training"]  # fmt: skip
+    with pytest.raises(OptionError, match="--stop_text_encoder_training: nothing is left to train after step 2 of 4"):
+        train(golden_model, pictures, tmp_path / "out", *words, "2", *dry, quick=TEXT_TOO)
+    assert "caching" not in capsys.readouterr().err
+    check_lasting([ParamGroup("text_encoder1", {}, 1e-5, 4)], 4)
+    check_lasting([ParamGroup("text_encoder1", {}, 1e-5, 2), ParamGroup("unet", {}, 1e-5)], 4)
+    with pytest.raises(OptionError, match=r"^--stop_text_encoder_training and --ti_stop_ratio: .* after step 3 of 4"):
+        check_lasting([ParamGroup("textencoder", {}, 1e-5, 2), ParamGroup("token", {}, 1e-5, 3)], 4)

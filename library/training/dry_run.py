@@ -44,6 +44,7 @@ from library.training.plan import (
     Bucket,
     Plan,
     buckets_of,
+    check_lasting,
     dtype_of,
     encodes_pictures,
     estimate_memory,
@@ -97,6 +98,8 @@ def dry_run(kind: type[Task], options: Options, found: Preflight) -> None:
     )
     buckets = buckets_of(plan, looked.datasets)
     groups = [] if task is None else trained_groups(task, plan.total_steps)
+    with page.checked():
+        check_lasting(groups, plan.total_steps)
     if options[MemoryOptions].memory_plan is not None:
         with page.checked():
             options = fit_memory(task, models, options, looked.datasets, accelerator.num_processes)

@@ -13,6 +13,7 @@ from library.data.order import Order
 from library.data.sample import Sample
 from library.data.size import Size
 from library.data.subsets import Dataset
+from library.errors import Mistake, OptionError
 from library.models.options import ModelOptions
 from library.models.quantized import BYTES_OF, large_linears, numbers_of
 from library.models.sdxl import SdxlModels
@@ -94,6 +95,21 @@ def trained_groups(task: Task, total_steps: int) -> list[ParamGroup]:
         group if group.stops_at is None else dataclasses.replace(group, stops_at=num_steps(group.stops_at, total_steps))
         for group in groups
     ]
+
+
+def check_lasting(groups: Sequence[ParamGroup], total_steps: int) -> None:
+    """Raises OptionError if all that is trained stops before the run ends."""
+    ends = [total_steps if group.stops_at is None else int(group.stops_at) for group in groups]
+    last = max(ends, default=total_steps)
+    if last < total_steps:
+        names = dict.fromkeys("ti_stop_ratio" if g.name == "token" else "stop_text_encoder_training" for g in groups)
+        flags = " and ".join(f"--{name}" for name in names)
+        raise OptionError(
+            Mistake(
+                f"{flags}: nothing is left to train after step {last} of {total_steps}; leave it out, or train something beside",
+                tuple(names),
+            )
+        )
 
 
 def estimate_memory(

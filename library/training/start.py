@@ -33,6 +33,7 @@ from library.training.pace import Pace
 from library.training.plan import (
     Plan,
     buckets_of,
+    check_lasting,
     encodes_pictures,
     estimate_memory,
     groups_in_words,
@@ -94,6 +95,8 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     models = open_models(kind, options, found, accelerator.device)
     with muted():
         rehearsed = rehearse(kind, models, options)
+    if rehearsed is not None:
+        check_lasting(trained_groups(rehearsed, plan.total_steps), plan.total_steps)
     if options[MemoryOptions].memory_plan is not None:
         options = fit_memory(rehearsed, models, options, found.datasets, processes)
         models = open_models(kind, options, found, accelerator.device)
@@ -201,6 +204,7 @@ def _build(
         shard(models.unet, device, processes, zero)
     task = kind.from_options(models, options)
     groups = trained_groups(task, plan.total_steps)
+    check_lasting(groups, plan.total_steps)  # again, for networks that can't be rehearsed
     compiling = options[CompileOptions]
     if compiling.torch_compile:
         compile_blocks(task.unet, compiling.dynamo_backend, device)
