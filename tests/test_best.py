@@ -33,6 +33,16 @@ def test_the_best_is_saved_and_patience_ends_the_run(golden_model, pictures, tmp
     assert (out / "lora.safetensors").exists()
 
 
+def test_a_run_that_patience_ended_goes_on_with_more_of_it(golden_model, pictures, tmp_path, capsys):
+    words = [*SPLIT, "--max_train_steps", "4", "--learning_rate", "0.3", "--save_state_on_train_end", "--auto_resume", "--early_stop_patience"]  # fmt: skip
+    train_network(golden_model, pictures, tmp_path, *words, "1")
+    steps = len(losses_of(tmp_path))
+    train_network(golden_model, pictures, tmp_path, *words, "1")
+    assert f"this run is finished, after {steps} steps" in capsys.readouterr().err
+    train_network(golden_model, pictures, tmp_path, *words, "2")
+    assert len(losses_of(tmp_path)) == steps + 1
+
+
 @pytest.mark.long
 def test_without_patience_the_best_is_saved_only_when_asked_for(golden_model, pictures, tmp_path):
     train_network(golden_model, pictures, tmp_path / "a", *SPLIT, "--max_train_steps", "2")

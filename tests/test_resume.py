@@ -434,7 +434,7 @@ def test_fault_18_facts_and_tensors_that_dont_fit_are_told(begun, golden_model, 
 
     shutil.copytree(begun.at(2), state)
     for name, value in {
-        "step": -1, "epoch": "0", "samples": None, "splits": 0, "finished": 1, "session_id": 5, "run": [], "report": None, "best": 3, "saved": [],
+        "step": -1, "epoch": "0", "samples": None, "splits": 0, "total_steps": 0.5, "finished": 1, "session_id": 5, "run": [], "report": None, "best": 3, "saved": [],
     }.items():  # fmt: skip
         told(RunError, rf"damaged state: ValueError: {name} is", **{name: value})
     told(RunError, "damaged state: ValueError: run holds no text, or no seed", run={"seed": "seven"})

@@ -20,7 +20,7 @@ from library.hub import download_folder
 from library.log import LogOptions, log
 from library.models.options import ModelOptions
 from library.options import ConfigOptions, OptionGroup, Options
-from library.training.options import RunOptions
+from library.training.options import RunOptions, ValidationOptions
 from library.training.output_options import (
     MetadataOptions,
     PreviewOptions,
@@ -33,6 +33,7 @@ from library.training.progress import Progress
 from library.training.run import Run
 from library.training.sharding import as_sharded, is_sharded
 from library.training.state import DAMAGE, State, find_state, newest_state, read_facts, read_state
+from library.training.validation import Best
 
 _FREE: tuple[type[OptionGroup], ...] = (
     ConfigOptions, LogOptions, MetadataOptions, PreviewOptions, ResumeOptions, SavingOptions, TrackerOptions, UploadOptions,
@@ -94,16 +95,13 @@ class Resumed(NamedTuple):
     """A state that the run goes on from: its folder, and what its state.json says.
 
     `is_same`: no option that decides what is learnt, and no picture, differs from those of the state.
+    `is_finished`: nothing is left to do. With other options (--resume_anyway) there may be.
     """
 
     folder: Path
     facts: dict[str, Any]
     is_same: bool
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether nothing is left to do. With other options (--resume_anyway) there may be."""
-        return self.facts["finished"] and self.is_same
+    is_finished: bool
 
 
 def look_for_state(options: Options, datasets: Sequence[Dataset]) -> Resumed | None:
@@ -123,9 +121,18 @@ def look_for_state(options: Options, datasets: Sequence[Dataset]) -> Resumed | N
     facts = read_facts(folder)
     with _damage_told(folder):
         _check_facts(facts)
+        is_over = _is_over(facts, options[ValidationOptions].early_stop_patience)
     seed = options[RunOptions].seed
     now = run_facts(options, datasets, seed=int(facts["run"]["seed"]) if seed is None else seed)
-    return Resumed(folder, facts, check_same(facts["run"], now, anyway=chosen.resume_anyway))
+    is_same = check_same(facts["run"], now, anyway=chosen.resume_anyway)
+    return Resumed(folder, facts, is_same, is_finished=is_over and is_same)
+
+
+def _is_over(facts: Mapping[str, Any], patience: int | None) -> bool:
+    """Whether its final save was its last one: a run that validation ended goes on if there is more patience now."""
+    best = Best(patience)
+    best.restore(facts["best"])
+    return facts["finished"] and (facts["step"] >= facts["total_steps"] or best.is_lost)
 
 
 @contextmanager
@@ -141,7 +148,7 @@ def _damage_told(folder: Path) -> Iterator[None]:
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
     """Raises ValueError if some are missing or of another kind."""
-    for name, least in (("step", 0), ("epoch", 0), ("samples", 0), ("splits", 1)):
+    for name, least in (("step", 0), ("epoch", 0), ("samples", 0), ("splits", 1), ("total_steps", 1)):
         if type(facts.get(name)) is not int or facts[name] < least:
             raise ValueError(f"{name} is {str(facts.get(name))[:50]}")
     for name, kind in (
