@@ -7,7 +7,7 @@ from library.errors import OptionError
 from library.imports import import_diffusers, import_transformers
 from library.param_group import ParamGroup
 from library.training.lr_schedules import factor, make_scheduler, num_steps
-from library.training.optimizers import find_optimizer, make_optimizer, optimizer_in_words, start_training
+from library.training.optimizers import current_rate, find_optimizer, make_optimizer, optimizer_in_words, start_training
 from library.training.options import OptimizerOptions, ScheduleOptions, read_arguments
 from library.training.stepper import Stepper
 
@@ -79,6 +79,20 @@ def test_adafactor_finds_its_own_rate_unless_told_not_to():
     assert type(scheduler).__name__ == "AdafactorSchedule"
     fixed = make_optimizer("Adafactor", {"relative_step": False, "scale_parameter": False}, groups(), 0.01)
     assert [group["lr"] for group in fixed.param_groups] == [0.01, 0.02]
+
+
+def test_the_rate_that_adafactor_finds_is_told():
+    """By hand: a hundredth of the root mean square of the weights, which is 2, and before the first step of a thousandth."""
+    group = ParamGroup("a", {"w": torch.nn.Parameter(torch.full((4, 4), 2.0))}, 1e-4)
+    optimizer = make_optimizer("Adafactor", {}, [group], 1e-4)
+    make_scheduler(optimizer, ScheduleOptions(), 10, 1e-4)
+    (told,) = optimizer.param_groups
+    assert current_rate(optimizer, told) == pytest.approx(1e-5)
+    group.parameters["w"].sum().backward()
+    optimizer.step()
+    assert current_rate(optimizer, told) == pytest.approx(0.02)
+    fixed = make_optimizer("Adafactor", {"relative_step": False}, [group], 1e-4)
+    assert current_rate(fixed, fixed.param_groups[0]) == 1e-4
 
 
 def test_arguments_are_python_literals():

@@ -157,8 +157,11 @@ def takes_scaled_gradients(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def current_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
-    """A group's learning rate; of Adafactor, where it finds its own, that of the group's first tensor (0 before step 1)."""
-    if group["lr"] is not None:
-        return float(group["lr"])
-    state = optimizer.state.get(group["params"][0])
-    return float(optimizer._get_lr(group, state)) if state else 0.0  # type: ignore[attr-defined]
+    """A group's learning rate; of Adafactor, where it finds its own, that of the first tensor's last step.
+
+    Before its first step, the lowest that it can have: that of small weights.
+    """
+    if group.get("relative_step") and hasattr(optimizer, "_get_lr"):  # what a schedule writes into "lr" isn't used
+        state = optimizer.state.get(group["params"][0]) or {"step": 1, "RMS": 0.0}
+        return float(optimizer._get_lr(group, state))
+    return float(group["lr"])
