@@ -302,6 +302,7 @@ def test_an_interrupt_ends_with_its_status(golden_model, pictures, output):
     "extra, expected",
     [
         (["--optimizer_args", "weight_deacy=0.1"], "AdamW has no 'weight_deacy'; did you mean 'weight_decay'"),
+        (["--optimizer_args", "lr=0.5"], "--optimizer_args lr=0.5: give --learning_rate"),
         (["--optimizer_args", "betas=0.9"], "AdamW doesn't take betas=0.9"),
         (["--optimizer_type", "torch.nn.Linear"], "--optimizer_type torch.nn.Linear: it is no optimizer"),
         (["--learning_rate", "0"], "nothing is trained: every learning rate is 0"),

@@ -114,7 +114,7 @@ def _check_arguments(name: str, kind: Any, arguments: Mapping[str, Any]) -> None
     takes = [key for key in parameters if key not in ("self", "params", "lr", "args", "kwargs")]
     if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    unknown = [key for key in arguments if key not in takes and key != "lr"]
+    unknown = [key for key in arguments if key not in takes]
     if unknown:
         told = "; ".join(f"{key!r}{did_you_mean(key, takes)}" for key in unknown)
         raise OptionError(f"--optimizer_args: {kind.__name__} has no {told}. It takes {', '.join(takes)}")

@@ -95,8 +95,10 @@ class OptimizerOptions(OptionGroup):
             )
         if self.use_8bit_adam and self.use_lion_optimizer:
             yield Mistake("--use_8bit_adam and --use_lion_optimizer can't both be meant", ("use_8bit_adam",))
-        _, mistakes = read_arguments("--optimizer_args", self.optimizer_args)
+        arguments, mistakes = read_arguments("--optimizer_args", self.optimizer_args)
         yield from mistakes
+        if "lr" in arguments:
+            yield Mistake(f"--optimizer_args lr={arguments['lr']}: give --learning_rate", ("optimizer_args",))
 
 
 @dataclass(frozen=True)
