@@ -471,7 +471,14 @@ def test_a_run_that_starts_in_the_middle_has_that_steps_pictures_and_learning_ra
         late, plain = rows_of(tmp_path / start[0]), rows_of(tmp_path / "plain", first)
         for name in ("step", "epoch", "loss/current", "lr/unet"):
             assert [row[name] for row in late] == [row[name] for row in plain], name
-    with pytest.raises(OptionError, match="nothing would be left to do"):
-        train_network(
-            golden_model, begun.pictures, tmp_path / "none", *words, "--initial_step", "10", "--skip_until_initial_step"
-        )
+
+
+@pytest.mark.parametrize("given, told", [
+    (["--initial_step", "10"], "--initial_step 10: the run has 10 steps, so nothing would be left to do"),
+    (["--initial_epoch", "3"], "--initial_epoch 3 begins at step 16: the run has 10 steps"),
+])  # fmt: skip
+def test_a_start_behind_the_runs_end_is_told_before_caching(given, told, begun, golden_model, tmp_path, capsys):
+    words = ["--max_train_steps", "10", *given, "--skip_until_initial_step"]
+    with pytest.raises(OptionError, match=told):
+        train_network(golden_model, begun.pictures, tmp_path, *words)
+    assert "caching" not in capsys.readouterr().err

@@ -288,5 +288,6 @@ def initial_step(options: ResumeOptions, *, steps_per_epoch: int, total_steps: i
     epoch = options.initial_epoch
     step = (epoch - 1) * steps_per_epoch if epoch is not None else options.initial_step or 0
     if step >= total_steps:
-        raise OptionError(f"--initial_step {step}: the run has {total_steps} steps, so nothing would be left to do")
+        given = f"--initial_step {step}" if epoch is None else f"--initial_epoch {epoch} begins at step {step}"
+        raise OptionError(f"{given}: the run has {total_steps} steps, so nothing would be left to do")
     return step
