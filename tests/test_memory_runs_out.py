@@ -1,11 +1,15 @@
 """Fault 64: memory that runs out in a step, in samples and in validation."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from running import QUICK, losses_of, tensors_of, train_network
 
 from library.data.batch import Batch
 from library.errors import RunError
+from library.training import loop
+from library.training.progress import Progress
 from library.training.step import Step
 
 TWO = ["--train_batch_size", "2", "--max_train_steps", "4", "--gradient_accumulation_steps", "2"]
@@ -47,6 +51,22 @@ def test_fault_64_where_nothing_can_be_halved_the_run_is_saved_and_ends_with_adv
     with pytest.raises(RunError, match=r"step 1: out of memory .*Tried to allocate 2.00 GiB.*--gradient_checkpointing"):
         train_network(golden_model, pictures, tmp_path / "out", *TWO, "--save_state")
     assert (tmp_path / "out" / "lora-step00000000-state" / "state.json").exists()
+
+
+def no_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+
+def test_fault_64_of_several_processes_the_one_without_memory_ends_at_once(monkeypatch):
+    """The others wait for its gradients: neither a save nor smaller parts, which take all processes, would ever end."""
+    run = SimpleNamespace(update=SimpleNamespace(is_partly_taken=False), accelerator=SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(loop, "_gradients", no_memory)
+    monkeypatch.setattr(loop, "save", lambda *_, **__: pytest.fail("saved, which takes all processes"))
+    expected = (
+        r"step 4: out of memory .*2.00 GiB\).*nothing is saved; the last saved state is whole.*--gradient_checkpointing"
+    )
+    with pytest.raises(RunError, match=expected):
+        loop.gradients(run, Progress(step=3), [range(4)])
 
 
 def test_fault_64_a_validation_without_memory_is_left_out(golden_model, pictures, tmp_path, small_memory, capsys):

@@ -586,27 +586,33 @@ def test_fault_61_a_run_whose_weights_go_bad_keeps_what_was_saved_before(golden_
 
 
 BREAKS_DOWN = """
-import os, signal, sys
+import os, sys
+import torch
 from library.training.update import Update
 from library.errors import run
 import sdxl_train_network
-real, calls = Update.step, []
+real, calls = Update.backward, []
 
-def step(self, *args, **kwargs):
+def backward(self, *args):
     calls.append(1)
     if len(calls) == 3 and os.environ["RANK"] == "1":
+        if sys.argv[1] == "0":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         os.kill(os.getpid(), int(sys.argv[1]))
-    return real(self, *args, **kwargs)
+    return real(self, *args)
 
-Update.step = step
+Update.backward = backward
 run(lambda: sdxl_train_network.main(sys.argv[2:]) and None)
 """
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, 0])
 def test_fault_72_if_one_process_dies_or_hangs_the_other_ends_with_an_error(number, golden_model, pictures, tmp_path):
-    """Without a launcher, which would end it: at once, or after --ddp_timeout. The last state is whole."""
+    """Without a launcher, which would end it: at once, or after --ddp_timeout. The last state is whole.
+
+    0: it has no memory, says so, and ends.
+    """
     output, processes, port = tmp_path / "output", [], str(free_port())
     extra = ["--max_train_steps", "50", "--save_every_n_steps", "1", "--save_state", "--ddp_timeout", "1"]
     for rank in ("0", "1"):
@@ -628,6 +634,9 @@ def test_fault_72_if_one_process_dies_or_hangs_the_other_ends_with_an_error(numb
         told = processes[0].communicate(timeout=240)[1]
         if number == signal.SIGKILL:
             assert processes[1].wait(10) == -number
+        if number == 0:
+            assert "error on process 1: step 3: out of memory" in processes[1].communicate(timeout=10)[1]
+            assert processes[1].returncode == 1
     finally:
         for process in processes:
             process.kill()

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from library.data.batch import Batch
 from library.draws import Draws, seed_modules
-from library.errors import RunError
+from library.errors import RunError, first_line
 from library.log import is_main_process, log
 from library.options import Options
 from library.output_lock import OutputLock
@@ -30,6 +30,7 @@ from library.training.verify import verify
 from library.training.watch import check_equal
 
 _HELP_WITH_MEMORY = "--gradient_checkpointing, --cache_latents, --cache_text_encoder_outputs, --mixed_precision bf16 or a smaller --resolution"
+_NOT_SAVED = "nothing is saved; the last saved state is whole"
 
 
 def train(kind: type[Task], options: Options, found: Preflight) -> list[Path]:
@@ -137,18 +138,20 @@ def gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[See
             return _gradients(run, progress, window)
         except torch.OutOfMemoryError as error:
             if run.update.is_partly_taken:
-                raise RunError(
-                    f"step {progress.step + 1}: out of memory ({str(error).splitlines()[0][:200]}) when some of its weights were stepped already, "
-                    f"so it can't begin again, and nothing is saved; the last saved state is whole. What would help: a smaller "
-                    f"--train_batch_size, {_HELP_WITH_MEMORY}"
+                raise _out_of_memory(
+                    progress,
+                    error,
+                    f"some of its weights were stepped already, so it can't begin again, and {_NOT_SAVED}",
                 ) from None
-            largest = max(len(batch) for batch in window)
+            if run.accelerator.num_processes > 1:  # the others wait for gradients: what takes all would wait for ever
+                raise _out_of_memory(
+                    progress, error, f"the other processes can't begin it again with this one, and {_NOT_SAVED}"
+                ) from None
             run.update.forget()
-            if run.accelerator.num_processes > 1 or progress.splits >= largest:
+            if progress.splits >= max(len(batch) for batch in window):
                 save(run, progress, "step", stopped=True)
-                raise RunError(
-                    f"step {progress.step + 1}: out of memory ({str(error).splitlines()[0][:200]}). What would help: a smaller "
-                    f"--train_batch_size, {_HELP_WITH_MEMORY}. The run is saved as it was after step {progress.step}"
+                raise _out_of_memory(
+                    progress, error, f"the run is saved as it was after step {progress.step}"
                 ) from None
             progress.splits *= 2
         gc.collect()  # the error's frames hold the tensors of the step
@@ -173,6 +176,14 @@ def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Se
                 update.backward(losses, place)
             seen.append(Seen(part.paths, losses.detach()))
     return seen
+
+
+def _out_of_memory(progress: Progress, error: torch.OutOfMemoryError, told: str) -> RunError:
+    """Args: told: what becomes of the run."""
+    return RunError(
+        f"step {progress.step + 1}: out of memory ({first_line(error)[:200]}): {told}. What would help: a smaller "
+        f"--train_batch_size, {_HELP_WITH_MEMORY}"
+    )
 
 
 def is_asked_to_end(run: Run, signals: Signals) -> bool:
