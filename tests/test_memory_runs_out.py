@@ -8,6 +8,7 @@ from running import QUICK, losses_of, tensors_of, train_network
 
 from library.data.batch import Batch
 from library.errors import RunError
+from library.signals import Signals
 from library.training import loop
 from library.training.progress import Progress
 from library.training.step import Step
@@ -67,6 +68,16 @@ def test_fault_64_of_several_processes_the_one_without_memory_ends_at_once(monke
     )
     with pytest.raises(RunError, match=expected):
         loop.gradients(run, Progress(step=3), [range(4)])
+
+
+def test_fault_64_memory_that_runs_out_when_the_optimizer_steps_ends_the_run_unsaved_with_advice():
+    """AdamW makes its state in its first step."""
+    run = SimpleNamespace(update=SimpleNamespace(step=no_memory))
+    with pytest.raises(
+        RunError, match=r"step 1: out of memory .*nothing is saved.*--optimizer_offload, an 8-bit"
+    ) as told:
+        loop.step(run, Progress(), Signals())
+    assert "--fused_backward_pass" in str(told.value) and "--gradient_checkpointing" in str(told.value)
 
 
 def test_fault_64_a_validation_without_memory_is_left_out(golden_model, pictures, tmp_path, small_memory, capsys):

@@ -26,6 +26,7 @@ from library.training.run import Run
 from library.training.saving import When, make_output_folder
 from library.training.start import start
 from library.training.task import Task
+from library.training.update import Updated
 from library.training.verify import verify
 from library.training.watch import check_equal
 
@@ -97,7 +98,7 @@ def loop(run: Run, progress: Progress, signals: Signals) -> None:
     for window in () if is_done(run, progress) else run.windows_from(progress.step):
         rates = update.learning_rates()
         seen = gradients(run, progress, window)
-        updated = update.step(asked=signals.asked is not None)
+        updated = step(run, progress, signals)
         run.watch.note_gradients(updated.norms)
         for part in run.parts:
             part.after_step()
@@ -178,10 +179,19 @@ def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Se
     return seen
 
 
-def _out_of_memory(progress: Progress, error: torch.OutOfMemoryError, told: str) -> RunError:
-    """Args: told: what becomes of the run."""
+def step(run: Run, progress: Progress, signals: Signals) -> Updated:
+    """Step the weights. Memory may run out here too: many optimizers make their state in the first step."""
+    try:
+        return run.update.step(asked=signals.asked is not None)
+    except torch.OutOfMemoryError as error:
+        told = f"some of its weights may be stepped already, so {_NOT_SAVED}"
+        raise _out_of_memory(progress, error, told, "--optimizer_offload, an 8-bit --optimizer_type, --fused_backward_pass, ") from None  # fmt: skip
+
+
+def _out_of_memory(progress: Progress, error: torch.OutOfMemoryError, told: str, advice: str = "") -> RunError:
+    """Args: told: what becomes of the run. advice: what would help here before all else."""
     return RunError(
-        f"step {progress.step + 1}: out of memory ({first_line(error)[:200]}): {told}. What would help: a smaller "
+        f"step {progress.step + 1}: out of memory ({first_line(error)[:200]}): {told}. What would help: {advice}a smaller "
         f"--train_batch_size, {_HELP_WITH_MEMORY}"
     )
 
