@@ -160,12 +160,14 @@ def test_without_caches_all_parts_are_in_every_step(golden_model, pictures, tmp_
     assert re.search(r"^  textencoder +\d+ +[\d,]+  0.001$", page, re.MULTILINE)
 
 
-def test_a_dry_run_tells_the_state_that_would_be_resumed_and_what_differs(golden_model, pictures, tmp_path, capsys):
-    out = tmp_path / "out"
+def test_a_dry_run_tells_the_state_that_would_be_resumed_and_what_differs(golden_model, pictures, tmp_path, capsys, monkeypatch):  # fmt: skip
+    out, done = tmp_path / "out", []
     words = ["--max_train_steps", 4, "--save_every_n_steps", 2, "--save_state"]
     train_network(golden_model, pictures, out, *words)
+    monkeypatch.setattr(Saver, "check_space", lambda self, total_steps, place: done.append(place.step))
     resumed = arguments(golden_model, pictures, out, *words, "--resume", out / "lora-step00000002-state")
     assert row(page_of(capsys, *resumed), "begins").endswith("lora-step00000002-state; 2 steps are left")
+    assert done == [2]
     finished = page_of(capsys, *arguments(golden_model, pictures, out, *words, "--auto_resume"))
     assert row(finished, "begins").startswith("not at all:")
     _, mistakes = refused_page(capsys, *resumed, "--learning_rate", "1e-4")

@@ -12,11 +12,14 @@ from library.training.saving import Saver
 
 
 class FakePart:
+    def __init__(self, size: int = 0):
+        self.size = size
+
     def tensors(self):
         return {}
 
     def file_bytes(self, dtype):
-        return 0
+        return self.size
 
     def path(self, stem: Path) -> Path:
         return stem.with_name(f"{stem.name}.safetensors")
@@ -116,3 +119,27 @@ def test_the_space_that_is_planned_for_has_the_best_model_and_what_retention_kee
     for keeps_best, models in ((False, 4), (True, 5)):
         saver = Saver(options, ResumeOptions(), parts, lambda s, e: {}, None, 1, session_id="1", is_main=True, keeps_best=keeps_best)  # fmt: skip
         assert saver.space(100).models == models
+
+
+@pytest.mark.parametrize(
+    "options, done, models",
+    [
+        ({"save_every_n_steps": 2}, Progress(), 6),
+        ({"save_every_n_steps": 2}, Progress(step=8), 2),  # 10 and the final one
+        ({"save_every_n_steps": 2, "save_last_n_steps": 2}, Progress(), 4),
+        ({"save_every_n_steps": 2, "save_last_n_steps": 2}, Progress(step=2), 3),  # 4, 6 beside them for a moment, and the final one
+        ({"save_every_n_steps": 2, "save_last_n_steps": 2}, Progress(step=8), 2),
+        ({"save_every_n_epochs": 1}, Progress(epoch=3), 2),  # of five epochs; the last one is the final one
+        ({"save_every_n_epochs": 1, "save_last_n_epochs": 2}, Progress(epoch=3), 2),
+        ({"save_every_n_epochs": 1}, Progress(epoch=5), 1),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_needs_space_for_what_is_still_to_come(options, done, models, tmp_path, monkeypatch):
+    saving, states = SavingOptions(output_dir=tmp_path, **options), ResumeOptions()
+    saver = Saver(saving, states, [FakePart(1000)], lambda s, e: {}, None, 5, session_id="1", is_main=True)
+    assert saver.space(10, done).models == models
+    monkeypatch.setattr("library.training.saving.free_space", lambda folder: models * 1000)
+    saver.check_space(10, done)
+    monkeypatch.setattr("library.training.saving.free_space", lambda folder: models * 1000 - 1)
+    with pytest.raises(OptionError, match=f"but {models} models of 0.00 MB"):
+        saver.check_space(10, done)

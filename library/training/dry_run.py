@@ -11,7 +11,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from library.data.subsets import Dataset
 from library.draws import Draws
 from library.errors import Mistake, OptionError, RunError, first_line
 from library.files import free_space
-from library.log import is_main_process
+from library.log import is_main_process, muted
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import EncodedText
@@ -61,6 +61,7 @@ from library.training.plan import (
 from library.training.preflight import Preflight
 from library.training.prepare import all_samples, latent_cache, text_cache, token_width, without_bad
 from library.training.processes import start_processes
+from library.training.progress import Progress
 from library.training.resume import initial_step, look_for_state
 from library.training.saving import Saver, size_in_words
 from library.training.start import sample_prompts
@@ -112,7 +113,7 @@ def dry_run(kind: type[Task], options: Options, found: Preflight) -> None:
     page.section("Caches", looked.caches or [("", "none: pictures and captions are encoded in every step")])
     page.section("Steps", [*_steps(looked.datasets, plan, buckets), *_beginning(page, options, found, plan)])
     if task is not None:
-        page.section("Output", _output(page, options, task, plan))
+        page.section("Output", _output(page, options, found, task, plan))
         memory = memory_in_words(estimate_memory(task, models, groups, buckets, options))
         planned = [("plan", in_words(options[MemoryOptions]))] if options[MemoryOptions].memory_plan else []
         page.section("Memory", [*planned, ("estimated", memory.partition(": ")[2])])
@@ -270,7 +271,16 @@ def _first_step(options: Options, found: Preflight, plan: Plan) -> str:
     return f"at step {step}, from {resumed.folder}; {plan.total_steps - step} steps are left"
 
 
-def _output(page: _Page, options: Options, task: Task, plan: Plan) -> Rows:
+def _done(options: Options, found: Preflight) -> Progress:
+    """How far the state is that the run goes on from. What is wrong with it is told where the run begins."""
+    if not (options[ResumeOptions].resume and options[UploadOptions].resume_from_huggingface):
+        with muted(), suppress(OptionError, RunError):
+            if (resumed := look_for_state(options, found.datasets)) is not None:
+                return Progress(resumed.facts["epoch"], resumed.facts["step"])
+    return Progress()
+
+
+def _output(page: _Page, options: Options, found: Preflight, task: Task, plan: Plan) -> Rows:
     saving = options[SavingOptions]
     assert saving.output_dir is not None
     ema = make_ema(task, dataclasses.replace(options[EmaOptions], ema_device="accelerator"))  # the meta device here
@@ -281,7 +291,7 @@ def _output(page: _Page, options: Options, task: Task, plan: Plan) -> Rows:
     )  # fmt: skip
     with page.checked():
         _see_writable(saving.output_dir)
-        saver.check_space(plan.total_steps)
+        saver.check_space(plan.total_steps, _done(options, found))
     made = "" if saving.output_dir.is_dir() else ", which will be made"
     saves, disk = (line.partition(": ")[2] for line in saves_in_words(saver, plan))
     free = size_in_words(free_space(saving.output_dir))

@@ -117,21 +117,18 @@ class Saver:
         due = [*sorted(due, key=lambda entry: entry[0]), (total_steps, "final")]
         return [self._stem(when, Progress(epoch=step // steps_per_epoch, step=step)) for step, when in due]
 
-    def space(self, total_steps: int) -> Space:
-        """What will lie there at once."""
-        steps = total_steps // self._options.save_every_n_steps if self._options.save_every_n_steps else 0
-        if steps and self._options.save_last_n_steps is not None:
-            assert self._options.save_every_n_steps
-            steps = min(steps, self._options.save_last_n_steps // self._options.save_every_n_steps + 2)
-        epochs = (self._num_epochs - 1) // self._every_epochs if self._every_epochs else 0
-        if epochs and self._options.save_last_n_epochs is not None:
-            epochs = min(epochs, self._options.save_last_n_epochs + 1)
+    def space(self, total_steps: int, done: Progress | None = None) -> Space:
+        """What will lie there at once. Args: done: where a resumed run goes on; its earlier saves, which lie there already, don't count."""
+        chosen, done = self._options, done or Progress()
+        every, last = chosen.save_every_n_steps, chosen.save_last_n_steps
+        steps = _to_come(total_steps, done.step, every, last // every + 1 if every and last else None)
+        epochs = _to_come(self._num_epochs - 1, done.epoch, self._every_epochs, chosen.save_last_n_epochs or None)
         states = (steps + epochs + 1) if self._states.save_state else int(self._states.save_state_on_train_end)
         return Space(steps + epochs + self._keeps_best + 1, self.model_bytes(), states, self.state_bytes())
 
-    def check_space(self, total_steps: int) -> None:
-        """See that everything that will lie there at once fits the disk. Raises OptionError with what would help."""
-        space, free = self.space(total_steps), free_space(self._folder)
+    def check_space(self, total_steps: int, done: Progress) -> None:
+        """See that everything that is still to lie there at once fits the disk. Raises OptionError with what would help."""
+        space, free = self.space(total_steps, done), free_space(self._folder)
         if space.needed > free:
             raise OptionError(
                 f"--output_dir {self._folder}: {size_in_words(free)} are free, but {space.models} models of "
@@ -304,6 +301,17 @@ def _session_of(path: Path) -> str | None:
         return session if re.fullmatch(r"\w{1,40}", session) else None  # it becomes part of a name
     except RunError:
         return None
+
+
+def _to_come(last: int, done: int, every: int | None, kept: int | None) -> int:
+    """How many more saves lie there at once, of those at every so many up to `last`, once those up to `done` lie there.
+
+    Args: kept: how many retention leaves there beside the one that is being saved; None: all.
+    """
+    if not every:
+        return 0
+    there, to_come = done // every, max(0, last // every - done // every)
+    return to_come if kept is None else min(to_come, kept + 1 - min(there, kept))
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -47,6 +47,7 @@ from library.training.preflight import Preflight
 from library.training.prepare import Prepared, all_samples, prepare
 from library.training.preview import Preview, encode_prompts
 from library.training.processes import start_processes
+from library.training.progress import Progress
 from library.training.report import Report
 from library.training.resume import Resumed, initial_step, run_facts
 from library.training.run import Run
@@ -112,7 +113,8 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     )  # fmt: skip
     _tell(plan, prepared, learning, saver, models, options)
     if is_main:
-        saver.check_space(plan.total_steps)
+        done = Progress() if resumed is None else Progress(resumed.facts["epoch"], resumed.facts["step"])
+        saver.check_space(plan.total_steps, done)
         if not states.verify_resume:
             write_run_file(options, seed)
     batches = _make_batches(prepared, options, found, seed, plan.total_steps)
