@@ -4,6 +4,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,12 +21,13 @@ from library.param_group import ParamGroup
 from library.training import dry_run as page_module
 from library.training.memory import Frozen, Work, estimate, optimizer_bytes, state_bytes, unet_numbers
 from library.training.optimizers import make_optimizer
-from library.training.options import COMMON_TRAINING
+from library.training.options import COMMON_TRAINING, OptimizerOptions
 from library.training.output_options import ResumeOptions, SavingOptions
-from library.training.plan import Bucket, Plan
+from library.training.plan import Bucket, Plan, optimizer_in_state
 from library.training.progress import Progress
 from library.training.saving import Saver
 from library.training.task_options import PivotalOptions
+from library.training.update_options import UpdateOptions
 from networks.options import NetworkOptions
 from tools import tiny_models
 
@@ -358,6 +360,15 @@ def test_what_an_optimizer_keeps_is_what_the_estimate_counts(name):
     estimated = state_bytes(name, [weight.shape for weight in weights.values()])
     assert abs(kept - estimated) < numbers and (name != "Adafactor" or kept == pytest.approx(estimated, rel=0.01))
     assert optimizer_bytes("some.package.Unknown") == optimizer_bytes("AdamW") == 8
+
+
+def test_what_a_state_holds_of_the_optimizer_depends_on_the_optimizer():
+    """By hand: Adafactor keeps 20 + 30 numbers for a matrix, AdamW 2 x 600; Kahan's rounding a 16-bit number for each."""
+    group = ParamGroup("unet", {"a": nn.Parameter(torch.zeros(20, 30, dtype=torch.bfloat16))}, 1.0)
+    task = SimpleNamespace(parts=[SimpleNamespace(groups=lambda: [group])])
+    for name, rounding, expected in (("Adafactor", None, 200), ("AdamW", None, 4800), ("AdamW", "kahan", 6000)):
+        options = {OptimizerOptions: SimpleNamespace(name=name), UpdateOptions: SimpleNamespace(rounding=rounding)}
+        assert optimizer_in_state(task, options) == expected
 
 
 def _bytes_of(state) -> int:

@@ -339,6 +339,16 @@ def test_fault_6_what_is_old_goes_only_when_the_new_one_is_whole(error, tmp_path
     assert there() == ["1-state", "1.safetensors", "4-state", "4.safetensors"]
 
 
+def test_fault_6_a_state_is_saved_if_it_fits_whatever_was_expected_of_its_size(tmp_path, told, monkeypatch):
+    """Nine float32 numbers."""
+    saver, progress = saver_of(tmp_path, Part()), Progress(step=1)
+    for expected, free in ((0, 35), (10**9, 36)):
+        monkeypatch.setattr(Saver, "state_bytes", lambda self, size=expected: size)
+        monkeypatch.setattr("library.training.saving.free_space", lambda folder, size=free: size)
+        saver.save_state("step", progress, some_state(1))
+        assert (tmp_path / "n-step00000001-state").exists() == (free == 36)
+
+
 @pytest.mark.parametrize(
     "umask, file_mode, folder_mode", [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750), (0o077, 0o600, 0o700)]
 )

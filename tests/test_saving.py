@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from library.errors import OptionError
 from library.training.output_options import ResumeOptions, SavingOptions
@@ -143,3 +145,12 @@ def test_a_resumed_run_needs_space_for_what_is_still_to_come(options, done, mode
     monkeypatch.setattr("library.training.saving.free_space", lambda folder: models * 1000 - 1)
     with pytest.raises(OptionError, match=f"but {models} models of 0.00 MB"):
         saver.check_space(10, done)
+
+
+def test_a_state_is_taken_to_hold_weights_what_the_optimizer_keeps_and_the_moving_average(tmp_path):
+    part = FakePart()
+    part.tensors = lambda: {"a": torch.zeros(10, dtype=torch.bfloat16)}
+    ema = SimpleNamespace(averages={"a": torch.zeros(10)})
+    options, states = SavingOptions(output_dir=tmp_path), ResumeOptions()
+    saver = Saver(options, states, [part], lambda s, e: {}, None, 5, session_id="1", is_main=True, ema=ema, optimizer_bytes=7)  # fmt: skip
+    assert saver.state_bytes() == 20 + 7 + 40

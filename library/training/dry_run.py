@@ -53,6 +53,7 @@ from library.training.plan import (
     largest_of,
     make_plan,
     memory_in_words,
+    optimizer_in_state,
     samples_of,
     saves_in_words,
     steps_in_words,
@@ -287,7 +288,7 @@ def _output(page: _Page, options: Options, found: Preflight, task: Task, plan: P
     dtype = Precision.decide("no", saving.save_precision, no_half_vae=True).save
     saver = Saver(
         saving, options[ResumeOptions], task.parts, lambda steps, epoch: {}, dtype, plan.num_epochs, session_id="", is_main=True, ema=ema,
-        keeps_best=options[ValidationOptions].keeps_best,
+        keeps_best=options[ValidationOptions].keeps_best, optimizer_bytes=optimizer_in_state(task, options),
     )  # fmt: skip
     with page.checked():
         _see_writable(saving.output_dir)

@@ -14,7 +14,7 @@ from library.training.metadata import RunFacts, at_save, model_metadata, modelsp
 from library.training.optimizers import optimizer_in_words
 from library.training.options import OptimizerOptions, ValidationOptions, read_arguments
 from library.training.output_options import ResumeOptions, SavingOptions, UploadOptions
-from library.training.plan import Plan
+from library.training.plan import Plan, optimizer_in_state
 from library.training.preflight import Preflight
 from library.training.prepare import Prepared
 from library.training.saving import Saver
@@ -68,6 +68,7 @@ def make_saver(
         options[SavingOptions], options[ResumeOptions], task.parts, metadata, dtype, plan.num_epochs,
         session_id=session_id, is_main=is_main, keeps_best=options[ValidationOptions].keeps_best, ema=ema, uploads=uploads,
         sends_states=options[UploadOptions].save_state_to_huggingface,
+        optimizer_bytes=optimizer_in_state(task, options),
     )  # fmt: skip
 
 

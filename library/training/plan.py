@@ -155,6 +155,13 @@ def estimate_memory(
     )
 
 
+def optimizer_in_state(task: Task, options: Options) -> int:
+    """About the bytes that a saved state has of the optimizer, and of what Kahan's rounding keeps."""
+    parameters = [p for part in task.parts for group in part.groups() for p in group.parameters.values()]
+    rests = sum(p.nbytes for p in parameters) if options[UpdateOptions].rounding == "kahan" else 0
+    return state_bytes(options[OptimizerOptions].name, [p.shape for p in parameters]) + rests
+
+
 def _state_on_device(optimizer: str, shapes: Sequence[Sequence[int]], *, at_home: bool) -> int:
     """Bytes of an optimizer's state on the device; what visits it for a step, if it lies at home."""
     if not at_home:

@@ -74,10 +74,12 @@ class Saver:
         ema: Ema | None = None,
         uploads: Uploads | None = None,
         sends_states: bool = False,
+        optimizer_bytes: int = 0,
     ):
         """Args:
         session_id: of this run; files of other ones are moved aside, not replaced.
         keeps_best: the weights of the lowest validation loss are saved too.
+        optimizer_bytes: about those of the optimizer in a state.
         """
         assert options.output_dir is not None
         self._options, self._states, self._parts, self._metadata = options, states, parts, metadata
@@ -87,6 +89,7 @@ class Saver:
         if options.save_n_epoch_ratio:
             self._every_epochs = num_epochs // options.save_n_epoch_ratio or 1
         self._ema, self._uploads, self._sends_states, self._keeps_best = ema, uploads, sends_states, keeps_best
+        self._optimizer_bytes = optimizer_bytes
         self._saved: dict[str, list[Path]] = {}
         self.failures: list[str] = []
 
@@ -142,10 +145,10 @@ class Saver:
         return size * (2 if self._ema is not None else 1)
 
     def state_bytes(self) -> int:
-        """About those of a state: weights, and two numbers of the optimizer's for each that is trained."""
-        tensors = [tensor for part in self._parts for tensor in part.tensors().values()]
-        weights = sum(tensor.nbytes for tensor in tensors)
-        return weights + 8 * sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
+        """About those of a state: weights, what the optimizer keeps, and the moving average."""
+        weights = sum(tensor.nbytes for part in self._parts for tensor in part.tensors().values())
+        averages = () if self._ema is None else self._ema.averages.values()
+        return weights + self._optimizer_bytes + sum(average.nbytes for average in averages)
 
     # ------------------------------------------------------------------------------------------------------------ saves
 
@@ -234,7 +237,7 @@ class Saver:
     def _save_state(self, name: str, state: State) -> bool:
         for folder in self._folders:
             try:
-                _check_space(folder, self.state_bytes())
+                _check_space(folder, state.nbytes)
                 write_state(folder / name, state)
             except _FAILURES as error:
                 self._failed(error)

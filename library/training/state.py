@@ -56,6 +56,13 @@ class State:
     optimizer: dict[str, Any]
     ema: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        tensors: dict[str, Tensor] = {}
+        _take_apart(self.optimizer, tensors, "")
+        return sum(t.nbytes for some in (self.weights, tensors, self.ema) for t in some.values())
+
 
 def write_state(folder: Path, state: State) -> None:
     """Write the folder; what was there before goes only when the new one is whole. Raises RunError."""
