@@ -11,6 +11,7 @@ from library.errors import OptionError
 from library.training.output_options import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.saving import Saver
+from library.training.state import State
 
 
 class FakePart:
@@ -100,6 +101,21 @@ def test_only_files_of_this_run_are_removed(tmp_path):
     (tmp_path / "n-000001.safetensors").write_text("of an earlier run")
     files = run(tmp_path, output_name="n", save_every_n_epochs=2, save_last_n_epochs=1)
     assert "n-000001.safetensors" in files
+
+
+def test_saves_of_a_run_that_was_ended_between_are_removed_when_they_are_old_too(tmp_path):
+    """Ended at steps 3 and 5; what else the run has saved stays."""
+    options = SavingOptions(output_dir=tmp_path, output_name="n", save_every_n_steps=2, save_last_n_steps=2)
+    saver = Saver(options, ResumeOptions(), [FakePart()], lambda s, e: {}, None, 2, session_id="1", is_main=True)
+    saver.save("epoch", Progress(epoch=1))
+    saver.save("best", Progress())
+    for step in (0, 2, 3, 4, 5, 6, 8, 10):
+        saver.save("step", Progress(step=step))
+        saver.save_state("step", Progress(step=step), State({}, {}, {}))
+    saver.save("final", Progress(step=10))
+    left = {path.name.removesuffix(".safetensors") for path in tmp_path.iterdir()}
+    steps = {f"n-step{step:08d}{ending}" for step in (8, 10) for ending in ("", "-state")}
+    assert left == {"n", "n-best", "n-000001", *steps}
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "../x", "a\\b", "nul\0", "x" * 300, "a:b", "", "con?"])

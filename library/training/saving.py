@@ -266,12 +266,14 @@ class Saver:
 
     def _remove_old(self, when: When, progress: Progress, steps: int | None, epochs: int | None, ending: str) -> None:
         """Remove what retention no longer wants after a save. Args: ending: of states, "-state"."""
-        every = self._options.save_every_n_steps
-        if when == "step" and steps and every:
+        if when == "step" and steps:
             old = progress.step - steps - 1
-            old -= old % every
-            if old > 0 or (old == 0 and not ending):
-                self._remove(self._stem("step", Progress(step=old)) + ending)
+            old -= old % (self._options.save_every_n_steps or 1)
+            name = self._stem("step", Progress()).removesuffix(f"{0:08d}")
+            for stem in list(self._saved):  # those too that were saved between, when a signal ended the run
+                step = re.fullmatch(rf"{re.escape(name)}(\d{{8,}}){ending}", stem)
+                if step and int(step[1]) <= old:
+                    self._remove(stem)
         if when == "epoch" and epochs and progress.epoch >= self._every_epochs * epochs:
             self._remove(self._stem("epoch", Progress(epoch=progress.epoch - self._every_epochs * epochs)) + ending)
 
