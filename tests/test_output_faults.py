@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -25,6 +26,7 @@ from library.output_lock import OutputLock
 from library.safetensors_io import read_header, write_safetensors
 from library.training.output_options import ResumeOptions, SavingOptions
 from library.training.progress import Progress
+from library.training.report import Report, saved_files
 from library.training.saving import Saver
 from library.training.state import State, newest_state, read_state, write_state
 from networks.lora_file import write_lora
@@ -403,6 +405,40 @@ def test_fault_9_another_runs_files_get_a_name_of_their_own_and_the_runs_own_don
         aside = tmp_path / f"{name.removesuffix('.safetensors')}.{first}.safetensors"
         assert session_of(aside) == first and session_of(tmp_path / name) == second
     assert f"{final} is of another run; it is lora.{first}.safetensors now" in capsys.readouterr().err
+
+
+def test_fault_9_files_that_say_nothing_of_their_run_are_known_again_by_its_log(golden_model, pictures, tmp_path):
+    """Killed behind a save of its model, before that of its state: the step is done again."""
+    words = ["--no_metadata", "--max_train_steps", "2", "--save_every_n_steps", "1", "--save_state"]
+    train_network(golden_model, pictures, tmp_path, *words)
+    before = {path.name for path in tmp_path.glob("*.safetensors")}
+    for name in ("lora-step00000002-state", "lora-state"):
+        shutil.rmtree(tmp_path / name)
+    train_network(golden_model, pictures, tmp_path, *words, "--auto_resume")
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == before and len(losses_of(tmp_path)) == 2
+
+
+def test_fault_9_the_log_knows_what_a_run_saved_however_often_it_is_broken_off_and_whose_it_was_last(tmp_path, told):
+    log_file = tmp_path / "n-log.jsonl"
+
+    def save(session: str, step: int, done: int) -> None:
+        report = Report(9, 9, is_main=True, trackers=None, log_file=log_file, done=done)
+        saver = saver_of(tmp_path, Part(), session)
+        saver.own = saved_files(log_file, session)
+        report.saved(saver.save("step", Progress(step=step)), step, session)
+        report.close()
+
+    save("1", 3, done=0)
+    os.utime(tmp_path / "n-step00000003.safetensors", (1000, 1000))
+    save("1", 2, done=1)  # broken off before step 3
+    save("1", 3, done=1)
+    assert not list(tmp_path.glob("*.1000.*"))
+    os.utime(tmp_path / "n-step00000003.safetensors", (1000, 1000))
+    (tmp_path / "n-step00000003.1000.safetensors").write_text("of a third run")
+    save("2", 3, done=1)
+    assert saved_files(log_file, "1") == {tmp_path / "n-step00000002.safetensors"}
+    assert (tmp_path / "n-step00000003.1000.safetensors").read_text() == "of a third run"
+    assert (tmp_path / "n-step00000003.1000-2.safetensors").read_text() == "halfwhole"
 
 
 @pytest.mark.parametrize("session", ["../../x", "a/b", "", "x" * 300, "1\n2"])

@@ -341,6 +341,7 @@ def test_torch_is_not_imported_before_a_mistake_is_told(tmp_path):
 def test_the_step_log_is_json_lines(golden_model, pictures, tmp_path):
     train_network(golden_model, pictures, tmp_path, "--max_train_steps", "2")
     lines = [json.loads(line) for line in (tmp_path / "lora-log.jsonl").read_text().splitlines()]
+    assert lines.pop()["saved"] == ["lora.safetensors"]
     assert [line["step"] for line in lines] == [1, 2] and {
         "epoch",
         "grad_norm",

@@ -28,10 +28,8 @@ def main() -> None:
         "tools/before_after.py", "--ckpt", model, "--network_weights", lora, "--prompt", "a red circle on blue", "--output", picture,
         "--width", 128, "--height", 128, "--steps", 12, "--scale", 3,
     )  # fmt: skip
-    losses = [
-        json.loads(line)["loss/current"]
-        for line in lora.with_name("shapes-log.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    rows = map(json.loads, lora.with_name("shapes-log.jsonl").read_text(encoding="utf-8").splitlines())
+    losses = [row["loss/current"] for row in rows if "loss/current" in row]
     fifth = len(losses) // 5
     first, last = (sum(part) / fifth for part in (losses[:fifth], losses[-fifth:]))
     print(f"\nThe loss fell from {first:.3f} to {last:.3f} (means of the first and last fifth of {len(losses)} steps).")

@@ -266,6 +266,8 @@ def save(run: Run, progress: Progress, when: When, *, stopped: bool = False) -> 
             whole.enter_context(part.whole())
         with run.update.as_used():
             paths = run.saver.save(when, progress)
+        if paths:
+            run.report.saved(paths, progress.step, run.session_id)
         at_end = when == "final" or stopped
         wants_state = run.states.save_state or (run.states.save_state_on_train_end and at_end)
         if wants_state and when != "best" and (run.accelerator.is_main_process or run.shards is not None):

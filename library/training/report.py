@@ -66,8 +66,11 @@ class Report:
         self.is_asked_to_end = False
 
     def _open_log(self, path: Path, done: int) -> None:
-        """Begin the log file, or go on behind the lines up to a step; those behind it are of a run that was broken off."""
-        kept = [line for line in read_log(path) if line["step"] <= done] if done else []
+        """Begin the log file, or go on behind the lines up to a step; those behind it are of a run that was broken off.
+
+        But what that run has saved still lies there.
+        """
+        kept = [line for line in read_log(path) if line["step"] <= done or "saved" in line] if done else []
         try:
             self._log = open(path, "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
@@ -181,6 +184,10 @@ class Report:
             self._trackers.log(values, step, epoch=epoch)
         self._write({"step": step, **values})
 
+    def saved(self, paths: Sequence[Path], step: int, session_id: str) -> None:
+        """Note in the log what a run has saved: not every file says whose it is."""
+        self._write({"step": step, "session": session_id, "saved": [path.name for path in paths]})
+
     def sampled(self, pictures: Sequence[tuple[str, np.ndarray]], step: int) -> None:
         """Send sample pictures to the trackers."""
         if self._trackers is not None and pictures:
@@ -218,3 +225,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             continue
         lines.append(line)
     return lines
+
+
+def saved_files(path: Path, session_id: str) -> set[Path]:
+    """The files beside a step log that it says this run was the last to save."""
+    lines = [line for line in read_log(path) if isinstance(line.get("saved"), list)]
+    sessions = {str(name): line.get("session") for line in lines for name in line["saved"]}
+    return {path.parent / name for name, session in sessions.items() if session == session_id}

@@ -5,9 +5,10 @@ end the run: what was there before stays, --emergency_dir is tried, and the run'
 """
 
 import dataclasses
+import itertools
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -57,7 +58,11 @@ def make_output_folder(folder: Path) -> None:
 
 
 class Saver:
-    """Saves the parts of a task, and states, on the main process."""
+    """Saves the parts of a task, and states, on the main process.
+
+    Attributes:
+        own: what lies there of this run, though its state doesn't know: saved after it, before the run was broken off.
+    """
 
     def __init__(
         self,
@@ -91,6 +96,7 @@ class Saver:
         self._ema, self._uploads, self._sends_states, self._keeps_best = ema, uploads, sends_states, keeps_best
         self._optimizer_bytes = optimizer_bytes
         self._saved: dict[str, list[Path]] = {}
+        self.own: Set[Path] = frozenset()
         self.failures: list[str] = []
 
     @property
@@ -257,10 +263,12 @@ class Saver:
         stems = [stem] if self._ema is None else [stem, f"{stem}-ema"]
         for path in (part.path(folder / one) for part in self._parts for one in stems):
             session = _session_of(path)
-            if path.exists() and session != self._session_id:
+            is_own = path in self.own if session is None else session == self._session_id
+            if path.exists() and not is_own:
                 ending = path.suffix if path.suffix in _ENDINGS else ""  # a folder's name may hold a dot
-                name = path.name.removesuffix(ending)
-                aside = path.with_name(f"{name}.{session or int(path.stat().st_mtime)}{ending}")
+                name = f"{path.name.removesuffix(ending)}.{session or int(path.stat().st_mtime)}"
+                names = (f"{name}{'' if number == 1 else f'-{number}'}{ending}" for number in itertools.count(1))
+                aside = next(free for free in map(path.with_name, names) if not free.exists())
                 path.rename(aside)
                 log.warning("%s is of another run; it is %s now", path, aside.name)
 

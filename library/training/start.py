@@ -48,7 +48,7 @@ from library.training.prepare import Prepared, all_samples, prepare
 from library.training.preview import Preview, encode_prompts
 from library.training.processes import start_processes
 from library.training.progress import Progress
-from library.training.report import Report
+from library.training.report import Report, saved_files
 from library.training.resume import Resumed, initial_step, run_facts
 from library.training.run import Run
 from library.training.run_file import write_run_file
@@ -91,8 +91,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     seed = _shared_seed(run.seed if resumed is None else int(resumed.facts["run"]["seed"]))
     states, validating = options[ResumeOptions], options[ValidationOptions]
     plan = make_plan(run, found.datasets, processes=processes, seed=seed)  # of all pictures: those that are bad may go
-    first = initial_step(states, steps_per_epoch=plan.order.steps_per_epoch, total_steps=plan.total_steps)
-    done = first if resumed is None else resumed.facts["step"]
+    begins = initial_step(states, steps_per_epoch=plan.order.steps_per_epoch, total_steps=plan.total_steps)
     models = open_models(kind, options, found, accelerator.device)
     with muted():
         rehearsed = rehearse(kind, models, options)
@@ -102,7 +101,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         options = fit_memory(rehearsed, models, options, found.datasets, processes)
         models = open_models(kind, options, found, accelerator.device)
     prepared, make_preview = _prepare(models, options, found, accelerator, seed)
-    plan = make_plan(run, prepared.datasets, processes=processes, seed=seed)
+    plan = make_plan(options[RunOptions], prepared.datasets, processes=processes, seed=seed)
     learning = _build(kind, models, options, found, plan, accelerator, seed)
     task = learning.task
     ema = make_ema(task, options[EmaOptions])
@@ -111,9 +110,11 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         task, options, found, prepared, plan, learning.update, ema, open_uploads(options[UploadOptions]) if is_main else None,
         session_id=session_id, processes=processes, is_main=is_main,
     )  # fmt: skip
+    done = Progress() if resumed is None else Progress(resumed.facts["epoch"], resumed.facts["step"])
+    if resumed is not None:
+        saver.own = saved_files(saver.log_file, session_id)
     _tell(plan, prepared, learning, saver, models, options)
     if is_main:
-        done = Progress() if resumed is None else Progress(resumed.facts["epoch"], resumed.facts["step"])
         saver.check_space(plan.total_steps, done)
         if not states.verify_resume:
             write_run_file(options, seed)
@@ -125,7 +126,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         trained={name: parameter for group in learning.stepped for name, parameter in group.parameters.items()},
         update=learning.update,
         ema=ema,
-        watch=Watch(learning.stepped, done),
+        watch=Watch(learning.stepped, max(begins, done.step)),
         pace=Pace(accelerator.device),
         validation=_make_validation(prepared, batches, options, seed, plan.total_steps),
         best=Best(validating.early_stop_patience),
