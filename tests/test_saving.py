@@ -97,6 +97,14 @@ def test_step_saves_record_the_running_epoch_and_epoch_saves_the_finished_one(tm
     }
 
 
+def test_the_final_save_of_a_run_that_validation_ended_records_the_epoch_that_it_came_to(tmp_path):
+    options = SavingOptions(output_dir=tmp_path)
+    saver = Saver(options, ResumeOptions(), [FakePart()], lambda s, e: {"epoch": str(e)}, None, 9, session_id="1", is_main=True)  # fmt: skip
+    for step, epoch in ((8, "2"), (36, "9")):
+        (path,) = saver.save("final", Progress(epoch=2, step=step), 36)
+        assert json.loads(path.read_text()) == {"epoch": epoch}
+
+
 def test_only_files_of_this_run_are_removed(tmp_path):
     (tmp_path / "n-000001.safetensors").write_text("of an earlier run")
     files = run(tmp_path, output_name="n", save_every_n_epochs=2, save_last_n_epochs=1)

@@ -265,7 +265,7 @@ def save(run: Run, progress: Progress, when: When, *, stopped: bool = False) -> 
         for part in run.parts:
             whole.enter_context(part.whole())
         with run.update.as_used():
-            paths = run.saver.save(when, progress)
+            paths = run.saver.save(when, progress, run.total_steps)
         if paths:
             run.report.saved(paths, progress.step, run.session_id)
         at_end = when == "final" or stopped

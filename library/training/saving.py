@@ -158,10 +158,14 @@ class Saver:
 
     # ------------------------------------------------------------------------------------------------------------ saves
 
-    def save(self, when: When, progress: Progress) -> list[Path]:
-        """Save all parts. Returns the files; none on other processes, or if the disk refuses."""
+    def save(self, when: When, progress: Progress, total_steps: int | None = None) -> list[Path]:
+        """Save all parts. Returns the files; none on other processes, or if the disk refuses.
+
+        Args: total_steps: of the whole run, which may end before them; None: it doesn't.
+        """
         # Step saves record the running epoch, counted from 0; at an epoch's end `progress` counts it already.
-        epoch = self._num_epochs if when == "final" else progress.epoch
+        ended_early = total_steps is not None and progress.step < total_steps
+        epoch = self._num_epochs if when == "final" and not ended_early else progress.epoch
         paths = self._save(self._stem(when, progress), progress.step, epoch)
         if paths:
             self._remove_old(when, progress, self._options.save_last_n_steps, self._options.save_last_n_epochs, "")
