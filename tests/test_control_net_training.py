@@ -9,7 +9,7 @@ import torch
 from forked import end_together, processes
 from PIL import Image
 from replay import Golden, replay
-from running import assert_bit_equal, losses_of, tensors_of
+from running import assert_bit_equal, losses_of, tensors_of, without
 
 from library.errors import OptionError
 from library.safetensors_io import load_tensors, read_header, write_safetensors
@@ -197,8 +197,6 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
         (["--network_weights", "nowhere.safetensors"], "--network_weights nowhere.safetensors: no such file"),
         (["--masked_loss"], "conditions here, no masks"),
         (["--random_crop"], "random_crop can't be used with conditioning_data_dir"),
-        (["--face_crop_aug_range", "1,3"], "face_crop_aug_range can't be used with conditioning_data_dir"),
-        (["--resolution", "72"], "without buckets both sides must be multiples of 32"),
         (["--learning_rate", "0"], "nothing is trained: --learning_rate is 0"),
     ],
 )  # fmt: skip
@@ -206,6 +204,14 @@ def test_mistakes_are_told_before_anything_is_trained(words, text, golden_model,
     with pytest.raises(OptionError) as error:
         train(golden_model, pictures, conditions, tmp_path / "out", *words)
     assert text in str(error.value)
+
+
+def test_without_buckets_the_condition_must_follow(golden_model, pictures, conditions, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "QUICK", without(QUICK, "--enable_bucket", "--cache_latents"))
+    with pytest.raises(OptionError) as error:
+        train(golden_model, pictures, conditions, tmp_path / "out", "--resolution", 72, "--face_crop_aug_range", "1,3")
+    assert "face_crop_aug_range can't be used with conditioning_data_dir" in str(error.value)
+    assert "without buckets both sides must be multiples of 32" in str(error.value)
 
 
 def test_missing_conditions_are_told(golden_model, pictures, conditions, tmp_path):

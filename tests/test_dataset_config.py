@@ -225,7 +225,17 @@ def test_settings_that_have_no_effect_are_told(tmp_path):
     plans, notices = read_datasets(options_of("--dataset_config", path))
     assert any("face_crop_aug_range is not used" in notice for notice in notices)
     assert any("network_multiplier changes nothing" in notice for notice in notices)
-    assert plans[0].subsets[0].pixels.face_crop_aug_range == (1.0, 2.0)
+    assert plans[0].subsets[0].pixels.face_crop_aug_range is None
+
+
+def test_empty_text_is_unset_but_where_it_says_something(tmp_path):
+    (tmp_path / "a").mkdir()
+    text = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{(tmp_path / 'a').as_posix()}'\n"
+    empty = ("resize_interpolation", "caption_separator", "caption_extension", "class_tokens")
+    (tmp_path / "data.toml").write_text(text + "".join(f'{key} = ""\n' for key in empty), encoding="utf-8")
+    (subset,) = read_datasets(options_of("--dataset_config", tmp_path / "data.toml"))[0][0].subsets
+    assert subset.pixels.resize_interpolation is None and subset.captions.caption_separator == ","
+    assert subset.caption_extension == ".caption" and subset.class_tokens == ""
 
 
 def test_metadata_and_folders_cant_share_a_dataset(tmp_path):

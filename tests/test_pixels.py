@@ -116,7 +116,7 @@ def test_a_face_crop_by_hand():
 def test_face_crops_are_used_without_buckets_and_cache(tmp_path):
     picture(tmp_path / "1_x", "a_150_60_80_80.png", (200, 120))
     (sample,) = samples_of(scanned(tmp_path, "--face_crop_aug_range", "1.0,2.0", "--resolution", 64, buckets=[]))
-    assert sample.face == Face(150, 60, 80, 80)
+    assert sample.face == Face(150, 60, 80, 80) and replace(sample, file="IMG_2020_01_00_00.png").face is None
     shown = {load_pixels(sample, random.Random(seed)).rgb.tobytes() for seed in range(8)}
     assert len(shown) > 4 and load_pixels(sample).rgb.shape == (64, 64, 3)
 

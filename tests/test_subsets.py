@@ -132,6 +132,23 @@ def test_a_second_resolution_of_one_picture_has_cache_files_of_its_own(tmp_path)
     assert Path(one.cache_stem).name == "a" and Path(two.cache_stem).name == "a_128x128"
 
 
+def test_one_folder_in_two_spellings_shares_no_cache_files(tmp_path, monkeypatch):
+    make(tmp_path / "x", "a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "x", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    folders = ("x", (tmp_path / "x").as_posix(), "link", "link/../x")
+    text = "".join(
+        f"[[datasets]]\nresolution = {side}\n[[datasets.subsets]]\nimage_dir = '{folder}'\n"
+        for side, folder in zip((64, 96, 128, 160), folders, strict=True)
+    )
+    (tmp_path / "data.toml").write_text(text)
+    options = read_options(
+        "test", [DatasetOptions, CaptionOptions, CacheOptions], ["--dataset_config", str(tmp_path / "data.toml")]
+    )
+    samples = [dataset.samples[0] for dataset in scan(read_datasets(options)[0], skip_bad_images=False)]
+    assert len({Path(sample.cache_stem).resolve() for sample in samples}) == 4
+
+
 @pytest.mark.parametrize("name", ["ü ñ 日本.png", "a [x] 100%.png", "a\nb.png"])
 def test_fault_52_odd_names_work(name, tmp_path):
     make(tmp_path / "1_cat", name)

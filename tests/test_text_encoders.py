@@ -48,6 +48,11 @@ def test_golden_03_weights_of_brackets(row):
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in row["result"]])
 
 
+@pytest.mark.parametrize("text", ["to be continued: ...", "a:1.2.3", "x: ."])
+def test_what_is_no_number_behind_a_colon_is_text(text):
+    assert parse_weights(f"({text})") == [(text, 1.1)]
+
+
 @pytest.mark.parametrize("name", list(CASES))
 def test_golden_03_ids_states_and_pool(name, golden, golden_models):
     case = CASES[name]

@@ -1,6 +1,7 @@
 """Textual Inversion: golden 10 `ti`, files that Diffusers loads, frozen tables, and a token beside a LoRA."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from running import ROOT, assert_bit_equal, losses_of, tensors_of, without
 
 from library.errors import OptionError
 from library.models.new_tokens import NewToken, first_rows
-from library.models.text_encoders import body_of
+from library.models.text_encoders import TextConditioning, body_of
 from library.safetensors_io import read_header
 from library.training.options import LossOptions, ScheduleOptions
 from library.training.task_options import EmbeddingOptions
@@ -60,6 +61,15 @@ def test_rows_lie_behind_frozen_tables_and_only_they_get_gradients(own_models):
         assert torch.equal(embedding.weight, table) and embedding.weight.grad is None
         assert rows.grad.abs().sum() > 0 and rows.dtype is torch.float32
     assert [p for encoder in own_models.text_encoders for p in encoder.parameters() if p.requires_grad] == list(token.rows.values())  # fmt: skip
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_captions_have_weights_where_they_are_asked_for(weighted, own_models):
+    task = EmbeddingTask(own_models, EmbeddingOptions(token_string="zyx"), lr=1.0, num_tokens=75, weighted_captions=weighted)  # fmt: skip
+    with torch.no_grad():
+        found = task.encode_text(SimpleNamespace(captions=["a (zyx:1.5) cat"]))
+        wanted = TextConditioning.of(own_models.encode_texts(["a (zyx:1.5) cat"], 75, weighted=weighted))
+    assert torch.equal(found.context, wanted.context)
 
 
 def test_a_new_word_is_all_of_its_vectors_wherever_the_tokenizer_finds_it(own_models):

@@ -26,6 +26,9 @@ from library.options import Options
 # Command-line options that stand for a key of another name.
 _COMMAND_LINE_NAMES = {"batch_size": "train_batch_size"}
 # Options that --dataset_config takes the place of.
+# Keys in which empty text says something: class_tokens = "" that pictures have no caption.
+_MAY_BE_EMPTY = ("class_tokens", "keep_tokens_separator", "secondary_separator", "caption_prefix", "caption_suffix")
+_NOT_CROPPED_ALONG = "can't be used with conditioning_data_dir, whose pictures are not cropped along"
 _IMPLIED = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 
 
@@ -165,6 +168,9 @@ class _Definition:
             return None
         if buckets.enabled and any(subset.pixels.face_crop_aug_range for subset in kept):
             self.notices.append(f"{self.name}, {where}: face_crop_aug_range is not used with enable_bucket")
+            kept = tuple(_without_face_crops(subset) for subset in kept)
+        if any(subset.conditioning_data_dir and subset.pixels.face_crop_aug_range for subset in kept):
+            self._mistake(where, f"face_crop_aug_range {_NOT_CROPPED_ALONG}")
         if self._value("network_multiplier", (own, general)) != 1.0:
             self.notices.append(f"{self.name}, {where}: network_multiplier changes nothing in SDXL training")
         return DatasetPlan(
@@ -238,11 +244,8 @@ class _Definition:
         captions["keep_tokens_separator"] = captions["keep_tokens_separator"] or None
         extension = self._value("caption_extension", tables)
         pixels = self._pixels(tables, where)
-        for key in ("random_crop", "face_crop_aug_range"):
-            if own.get("conditioning_data_dir") and getattr(pixels, key):
-                self._mistake(
-                    where, f"{key} can't be used with conditioning_data_dir, whose pictures are not cropped along"
-                )
+        if own.get("conditioning_data_dir") and pixels.random_crop:
+            self._mistake(where, f"random_crop {_NOT_CROPPED_ALONG}")
         attributes = self._value("custom_attributes", tables) or {}
         if idle := sorted(set(attributes) - {PRESERVE_OUTPUT}):
             self.notices.append(f"{self.name}, {where}: custom_attributes {', '.join(idle)} change nothing in training")
@@ -313,12 +316,13 @@ class _Definition:
             self._mistake(where, f"face_crop_aug_range {list(range_)}: expected two numbers, [smallest, largest]")
         elif range_ is not None and self.caches_latents:
             self.notices.append(f"{self.name}, {where}: face_crop_aug_range is not used with --cache_latents")
+            values["face_crop_aug_range"] = None
         return PixelSettings(**values)
 
     def _without_duplicates(self, subsets: list[Subset]) -> Iterator[Subset]:
         seen = set()
         for subset in subsets:
-            key = (subset.source, subset.conditioning_data_dir)
+            key = (subset.source.resolve(), subset.conditioning_data_dir)
             if key in seen:
                 self.notices.append(f"{self.name}: {subset.source} is there twice in one dataset; the first is used")
             else:
@@ -344,10 +348,8 @@ class _Definition:
                 places = " or ".join(LEVELS[allowed] for allowed in ALLOWED[key])
                 self._mistake(where, f"{key!r} belongs in {places}")
             else:
-                # Text may be empty here on purpose: class_tokens = "" says that pictures have no caption.
-                is_empty_text = raw == "" and SPECS[key].kinds == (str,)
                 try:
-                    value = "" if is_empty_text else read_value(raw, SPECS[key])
+                    value = "" if raw == "" and key in _MAY_BE_EMPTY else read_value(raw, SPECS[key])
                 except ValueError as error:
                     self._mistake(where, f"{key}: {error}, got {raw!r}")
                     continue
@@ -370,3 +372,7 @@ class _Definition:
 
     def _mistake(self, where: str, text: str, about: tuple[str, ...] = ()) -> None:
         self.mistakes.append(Mistake(f"{self.name}, {where}: {text}", about))
+
+
+def _without_face_crops(subset: Subset) -> Subset:
+    return dataclasses.replace(subset, pixels=dataclasses.replace(subset.pixels, face_crop_aug_range=None))

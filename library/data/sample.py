@@ -140,7 +140,10 @@ class Sample:
     @property
     def face(self) -> Face | None:
         pieces = self.path.stem.rsplit("_", 4)[1:]
-        return Face(*map(int, pieces)) if len(pieces) == 4 and all(piece.isdecimal() for piece in pieces) else None
+        if len(pieces) < 4 or not all(piece.isdecimal() for piece in pieces):
+            return None
+        face = Face(*map(int, pieces))
+        return face if face.width and face.height else None  # a date may end so
 
     @property
     def crop(self) -> Crop:

@@ -121,6 +121,7 @@ class _Scanner:
         self.without_caption: list[str] = []
         self.empty_captions: list[str] = []
         self.cache_stems: set[str] = set()
+        self._real_folders: dict[str, str] = {}
         self.looks: Counter[str] = Counter()
 
     # ------------------------------------------------------------------------------------------------------- datasets
@@ -188,21 +189,20 @@ class _Scanner:
         sample has that already (docs/differences.md)."""
         base = f"{folder if self.cache_dir is None else self._cache_folder(folder)}{os.sep}{name}"
         stem = base.rpartition(".")[0]
-        key = os.path.normcase(stem)
-        if key not in self.cache_stems:
-            self.cache_stems.add(key)
-            return stem
-        return self._longer_stem(stem, base, bucket, number)
+        return next(free for free in self._stems(stem, base, bucket, number) if self._take(free))
 
-    def _longer_stem(self, stem: str, base: str, bucket: Size, number: int) -> str:
-        for free in self._stems(stem, base, bucket, number):
-            key = os.path.normcase(free)
-            if key not in self.cache_stems:
-                self.cache_stems.add(key)
-                return free
-        raise AssertionError("there is no end of names")
+    def _take(self, stem: str) -> bool:
+        """Whether no sample has this stem yet, however its folder was spelled; now one has."""
+        folder, _, name = stem.rpartition(os.sep)
+        if folder not in self._real_folders:
+            self._real_folders[folder] = os.path.realpath(folder)
+        key = os.path.normcase(f"{self._real_folders[folder]}{os.sep}{name}")
+        is_free = key not in self.cache_stems
+        self.cache_stems.add(key)
+        return is_free
 
     def _stems(self, stem: str, base: str, bucket: Size, number: int) -> Iterator[str]:
+        yield stem
         if number > 0:
             yield f"{stem}_{bucket}"
         yield base

@@ -46,13 +46,20 @@ def size_of(path: Path, flag: str) -> tuple[int, int]:
 
 def read_picture(path: Path, flag: str) -> "Image":
     """The picture as training reads it: upright, transparent parts on white, 16 bits scaled to 8. Raises OptionError."""
-    from PIL import Image
-
-    from library.data import images
+    import numpy as np
+    from PIL import Image, ImageOps
 
     try:
-        return Image.fromarray(images.load(path))
-    except (images.BadImage, OSError) as error:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I") or upright.mode == "F":  # convert() would clip 16 bits to white
+                scaled = (np.asarray(upright, dtype=np.float64) / 257).round().clip(0, 255)
+                upright = Image.fromarray(scaled.astype(np.uint8))
+            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                layer = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+            return upright.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
         raise OptionError(f"{flag} {path}: can't be read as a picture: {error}") from None
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from library.data.batch import Batch
+from library.data.options import CaptionOptions
 from library.errors import OptionError, RunError
 from library.log import log
 from library.models.checkpoint import open_tensors
@@ -96,9 +97,17 @@ class EmbeddingTask(Task):
     default_title = "TextualInversion"
     is_terse = True  # its files have modelspec alone
 
-    def __init__(self, models: SdxlModels, options: EmbeddingOptions, *, lr: float, num_tokens: int):
+    def __init__(
+        self,
+        models: SdxlModels,
+        options: EmbeddingOptions,
+        *,
+        lr: float,
+        num_tokens: int,
+        weighted_captions: bool = False,
+    ):
         assert options.token_string is not None
-        self._models, self._num_tokens = models, num_tokens
+        self._models, self._num_tokens, self._weighted = models, num_tokens, weighted_captions
         self.unet = models.unet
         self.compute_dtype = models.precision.compute
         token = add_token(
@@ -113,13 +122,14 @@ class EmbeddingTask(Task):
             options[EmbeddingOptions],
             lr=options[OptimizerOptions].learning_rate,
             num_tokens=options[ModelOptions].num_tokens,
+            weighted_captions=options[CaptionOptions].weighted_captions,
         )
 
     def modules(self) -> list[nn.Module]:
         return [self.unet, *self._models.text_encoders]
 
     def encode_text(self, batch: Batch) -> TextConditioning:
-        return TextConditioning.of(self._models.encode_texts(batch.captions, self._num_tokens))
+        return TextConditioning.of(self._models.encode_texts(batch.captions, self._num_tokens, weighted=self._weighted))
 
     def metadata(self, options: Options, facts: RunFacts) -> dict[str, str]:
         return {}
