@@ -171,6 +171,13 @@ def test_a_resumed_run_needs_space_for_what_is_still_to_come(options, done, mode
         saver.check_space(10, done)
 
 
+def test_states_need_the_space_that_their_own_retention_leaves(tmp_path):
+    saving = SavingOptions(output_dir=tmp_path, save_every_n_steps=2, save_every_n_epochs=1)
+    states = ResumeOptions(save_state=True, save_last_n_steps_state=2, save_last_n_epochs_state=1)
+    saver = Saver(saving, states, [FakePart()], lambda s, e: {}, None, 5, session_id="1", is_main=True)
+    assert saver.space(100)[::2] == (50 + 4 + 1, 3 + 2 + 1)
+
+
 def test_a_state_is_taken_to_hold_weights_what_the_optimizer_keeps_and_the_moving_average(tmp_path):
     part = FakePart()
     part.tensors = lambda: {"a": torch.zeros(10, dtype=torch.bfloat16)}

@@ -128,12 +128,16 @@ class Saver:
 
     def space(self, total_steps: int, done: Progress | None = None) -> Space:
         """What will lie there at once. Args: done: where a resumed run goes on; its earlier saves, which lie there already, don't count."""
-        chosen, done = self._options, done or Progress()
-        every, last = chosen.save_every_n_steps, chosen.save_last_n_steps
-        steps = _to_come(total_steps, done.step, every, last // every + 1 if every and last else None)
-        epochs = _to_come(self._num_epochs - 1, done.epoch, self._every_epochs, chosen.save_last_n_epochs or None)
-        states = (steps + epochs + 1) if self._states.save_state else int(self._states.save_state_on_train_end)
-        return Space(steps + epochs + self._keeps_best + 1, self.model_bytes(), states, self.state_bytes())
+
+        def at_once(last_steps: int | None, last_epochs: int | None) -> int:
+            every, begins = self._options.save_every_n_steps, done or Progress()
+            kept = last_steps // every + 1 if every and last_steps else None
+            epochs = _to_come(self._num_epochs - 1, begins.epoch, self._every_epochs, last_epochs or None)
+            return _to_come(total_steps, begins.step, every, kept) + epochs + 1  # the final one
+
+        models = at_once(self._options.save_last_n_steps, self._options.save_last_n_epochs) + self._keeps_best
+        states = at_once(*self._last_states) if self._states.save_state else int(self._states.save_state_on_train_end)
+        return Space(models, self.model_bytes(), states, self.state_bytes())
 
     def check_space(self, total_steps: int, done: Progress) -> None:
         """See that everything that is still to lie there at once fits the disk. Raises OptionError with what would help."""
@@ -173,14 +177,16 @@ class Saver:
 
     def save_state(self, when: When, progress: Progress, state: State) -> None:
         if self._save_state(f"{self._stem(when, progress)}-state", state):
-            steps, epochs = self._states.save_last_n_steps_state, self._states.save_last_n_epochs_state
-            self._remove_old(
-                when,
-                progress,
-                self._options.save_last_n_steps if steps is None else steps,
-                self._options.save_last_n_epochs if epochs is None else epochs,
-                "-state",
-            )
+            self._remove_old(when, progress, *self._last_states, "-state")
+
+    @property
+    def _last_states(self) -> tuple[int | None, int | None]:
+        """How many steps and epochs old states may be: as they are told, or as models."""
+        steps, epochs = self._states.save_last_n_steps_state, self._states.save_last_n_epochs_state
+        return (
+            self._options.save_last_n_steps if steps is None else steps,
+            self._options.save_last_n_epochs if epochs is None else epochs,
+        )
 
     def stop(self) -> None:
         """No step and no epoch is due any more."""
