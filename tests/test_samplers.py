@@ -54,6 +54,16 @@ def test_every_sampler_draws_the_only_picture_that_the_model_knows(name, v_predi
     torch.testing.assert_close(drawn, picture, rtol=0, atol=0.2 if name in LEAVE_NOISE else 2e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_pndm_draws_in_fewer_steps_than_runge_kutta_takes(steps):
+    sampler = make_sampler("pndm", v_prediction=False, zero_terminal_snr=False)
+    set_steps(sampler, steps)
+    x = torch.randn(1, 4, 8, 8)
+    for t in sampler.timesteps:
+        x = sampler.step(torch.randn(1, 4, 8, 8), t, x, return_dict=False)[0]
+    assert x.isfinite().all()
+
+
 def from_the_picture(name, strength, mask=None):
     """The picture from itself in 10 steps, by the model that knows it: what is drawn, and the noise that each call finds in what it is shown."""
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from library.imports import import_diffusers
 from library.models.noise_schedule import BETA_END, BETA_START, NUM_TIMESTEPS, NoiseSchedule
 from library.sampling.options import SAMPLERS
 
+_LEAST_RUNGE_KUTTA = 4  # steps, with which pndm may begin with those of Runge and Kutta
 _LEAST_ALPHA_BAR = 2.0**-24  # Diffusers' own, of schedules whose last signal-to-noise ratio is zero
 
 
@@ -37,6 +38,8 @@ def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool, from
 
 def set_steps(sampler: Any, steps: int) -> None:
     """Let it draw in so many steps."""
+    if steps < _LEAST_RUNGE_KUTTA and "skip_prk_steps" in sampler.config:
+        sampler.register_to_config(skip_prk_steps=True)
     if steps > sampler.config.get("original_inference_steps", steps):
         # lcm takes its timesteps from 50; more than those from all, as another multiple would leave out the first ones.
         sampler.set_timesteps(steps, original_inference_steps=NUM_TIMESTEPS)
