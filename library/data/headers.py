@@ -15,6 +15,8 @@ _FIRST_READ = 4096  # holds the header of nearly every file
 _LAST_READ = 1 << 14  # where the EXIF chunk of a PNG lies if it stands behind the pixels
 _ORIENTATION = 0x0112
 _PNG = b"\x89PNG\r\n\x1a\n"
+_XMP = b"XML:com.adobe.xmp\0"
+_RAW_EXIF = b"Raw profile type exif\0"  # EXIF in hexadecimal digits, as ImageMagick wrote it before there was eXIf
 
 
 class Header(NamedTuple):
@@ -42,6 +44,10 @@ def _read_at(descriptor: int, offset: int, length: int) -> bytes:
     return os.read(descriptor, length)
 
 
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_TEXT_START = 8 + len(_RAW_EXIF)  # by which a text chunk is known
+
+
 def _png(descriptor: int, start: bytes) -> Header | None:
     if start[12:16] != b"IHDR" or len(start) < 33:
         return None
@@ -52,16 +58,22 @@ def _png(descriptor: int, start: bytes) -> Header | None:
     while at + 8 <= len(start):
         length, kind = int.from_bytes(start[at : at + 4], "big"), start[at + 4 : at + 8]
         if kind == b"IDAT":
-            exif = _png_exif_behind_pixels(descriptor) if exif is None else exif
+            if exif is None:
+                tail = _read_tail(descriptor)
+                if _RAW_EXIF in tail or _XMP in tail:
+                    return None
+                exif = _exif_behind_pixels(tail)
             return Header(size, exif or xmp or 1, is_animated)
         if kind == b"eXIf":
             exif = exif_orientation(_read_at(descriptor, at + 8, length))
         elif kind == b"acTL":
             is_animated = True
-        elif kind == b"iTXt":
+        elif kind in _TEXTS and start.startswith((_XMP, _RAW_EXIF), at + 8):
+            if kind != b"iTXt" or not start.startswith(_XMP + b"\0", at + 8):  # the flag behind the name: compressed
+                return None
             xmp = xmp_orientation(_read_at(descriptor, at + 8, length))
         at += 12 + length
-        if at + 8 > len(start):  # behind a long chunk, say a colour profile
+        if at + _TEXT_START > len(start):  # behind a long chunk, say a colour profile
             start = _read_behind(descriptor, start, at)
     return None
 
@@ -71,9 +83,12 @@ def _read_behind(descriptor: int, start: bytes, at: int) -> bytes:
     return b"\0" * at + _read_at(descriptor, at, _FIRST_READ)
 
 
-def _png_exif_behind_pixels(descriptor: int) -> int | None:
+def _read_tail(descriptor: int) -> bytes:
     end = os.lseek(descriptor, 0, os.SEEK_END)
-    tail = _read_at(descriptor, max(0, end - _LAST_READ), _LAST_READ)
+    return _read_at(descriptor, max(0, end - _LAST_READ), _LAST_READ)
+
+
+def _exif_behind_pixels(tail: bytes) -> int | None:
     at = tail.rfind(b"eXIf")
     if at < 4:
         return None

@@ -5,6 +5,7 @@ Sizes are Size(width, height) in pixels, as the picture is seen: after its EXIF 
 
 import importlib.util
 import io
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from library.data.headers import Header, read_header
+from library.data.headers import Header, read_header, xmp_orientation
 from library.data.size import Size
 from library.errors import RunError
 
@@ -80,8 +81,9 @@ def _header(path: str) -> Header:
     with _image_errors():
         _register_plugin(path)
         with Image.open(path) as image:
-            orientation = image.getexif().get(_ORIENTATION, 1)
-            return Header(Size(*image.size), orientation, getattr(image, "is_animated", False))
+            if image.format == "PNG":  # what stands behind the pixels counts too
+                image.load()
+            return Header(Size(*image.size), _orientation(image), getattr(image, "is_animated", False))
 
 
 def load(path: str | Path, *, keep_alpha: bool = False) -> np.ndarray:
@@ -99,9 +101,18 @@ def decode(content: bytes, name: str, *, keep_alpha: bool = False) -> np.ndarray
         _register_plugin(name)
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            orientation = image.getexif().get(_ORIENTATION, 1)
+            orientation = _orientation(image)
             converted = _to_rgba(image) if keep_alpha else _to_rgb(image)
             return np.asarray(converted.transpose(_TURNS[orientation]) if orientation in _TURNS else converted)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How to turn the picture upright, 1 to 8, as headers.py reads it. Broken EXIF counts as none: the pixels are whole."""
+    try:
+        exif = image.getexif().get(_ORIENTATION)
+    except (SyntaxError, struct.error, ValueError):
+        exif = None
+    return exif or xmp_orientation(image.info.get("xmp") or b"") or 1
 
 
 # How each EXIF orientation is turned upright.
@@ -154,7 +165,7 @@ def _image_errors() -> Iterator[None]:
         raise BadImage(f"too large: {error}") from None
     except MemoryError:
         raise BadImage("too large for this machine's memory") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error) as error:
         raise BadImage(f"damaged: {str(error) or type(error).__name__}") from None
 
 
