@@ -332,6 +332,16 @@ def test_cache_info_is_written_and_read_and_files_that_are_newer_win(tmp_path):
     assert [sample.size for sample in scanned(tmp_path, "--cache_info")[0].samples] == [Size(64, 64), Size(80, 48)]
 
 
+def test_cache_info_leaves_a_bad_picture_out_and_tells_it_with_its_path(tmp_path, caplog):
+    logging.getLogger("library").propagate = True
+    folder = tmp_path / "1_x"
+    make(folder, "a.png")
+    (folder / "zz.png").write_bytes(b"")
+    assert list(captions_of(scanned(tmp_path, "--cache_info", skip_bad_images=True))) == ["a.png"]
+    assert f"{folder / 'zz.png'}: no picture" in caplog.text
+    assert list(json.loads((folder / "metadata_cache.json").read_text())) == [str(folder / "a.png")]
+
+
 def test_conditioning_images_go_by_stem_and_shape(tmp_path):
     make(tmp_path / "pics", "a.png", "b.png", "c.png", "d.png", size=(64, 32))
     make(tmp_path / "cond", "a.webp", "b.png", "b.jpg", size=(128, 64))

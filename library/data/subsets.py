@@ -12,7 +12,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -251,9 +251,12 @@ class _Scanner:
                 self.bad_images.append(f"{entry.path}: the link leads nowhere")
                 continue
             size = info.size(entry.name, stamp) if info else None
+            if info and size is None:
+                with suppress(BadImage):  # _samples tells
+                    size = self._size(folder, entry.name, stamp, entry.path)
             yield _Found(folder, entry.name, stamp, caption, caption, size)
-            if info:
-                info.add(entry.name, caption, size or self._size(folder, entry.name, stamp, entry.path))
+            if info and size:
+                info.add(entry.name, caption, size)
         if info:
             info.save()
 
