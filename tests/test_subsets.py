@@ -316,7 +316,7 @@ def test_a_validation_split_takes_its_share_once_and_without_overlap(tmp_path):
     assert len(found[1]) == 1 and found[1] != found[2]
 
 
-def test_cache_info_is_written_and_read_and_files_that_are_newer_win(tmp_path):
+def test_cache_info_is_written_and_read_and_the_files_themselves_win(tmp_path):
     folder = tmp_path / "1_x"
     make(folder, "a.png", "b.png")
     (folder / "a.caption").write_text("from file")
@@ -327,9 +327,18 @@ def test_cache_info_is_written_and_read_and_files_that_are_newer_win(tmp_path):
     info[str(folder / "a.png")]["caption"] = "by hand too"
     (folder / "metadata_cache.json").write_text(json.dumps(info))
     assert captions_of(scanned(tmp_path, "--cache_info")) == {"a.png": "from file", "b.png": "by hand"}
-    Image.new("RGB", (80, 48)).save(folder / "b.png")
-    os.utime(folder / "b.png", (4_000_000_000, 4_000_000_000))
-    assert [sample.size for sample in scanned(tmp_path, "--cache_info")[0].samples] == [Size(64, 64), Size(80, 48)]
+
+
+def test_the_size_in_sd_scripts_cache_info_from_before_the_exif_orientation_isnt_believed(tmp_path):
+    folder = tmp_path / "1_x"
+    make(folder)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (160, 80)).save(folder / "a.png", exif=exif)
+    row = {"caption": "theirs", "resolution": [160, 80]}
+    (folder / "metadata_cache.json").write_text(json.dumps({str(folder / "a.png"): row}))
+    (sample,) = scanned(tmp_path, "--cache_info")[0].samples
+    assert (sample.size, sample.caption) == (Size(80, 160), "theirs")
 
 
 def test_cache_info_leaves_a_bad_picture_out_and_tells_it_with_its_path(tmp_path, caplog):

@@ -136,17 +136,18 @@ class Stems:
 
 
 class CacheInfo:
-    """A folder's metadata_cache.json (cache_info): captions and sizes by picture. Files that are newer win over it."""
+    """A folder's metadata_cache.json (cache_info): captions and sizes by picture.
+
+    Its sizes are written for sd-scripts, and never believed: those that sd-scripts wrote are from before the EXIF orientation.
+    """
 
     NAME = "metadata_cache.json"
 
     def __init__(self, folder: str):
         self.path = Path(folder) / self.NAME
-        self.time = 0
         self.kept: dict[str, tuple[str, Size]] = {}
         self.new: dict[str, tuple[str, Size]] = {}
         try:
-            self.time = os.stat(self.path).st_mtime_ns
             for file, row in json.loads(self.path.read_text(encoding="utf-8-sig")).items():
                 width, height = row["resolution"]
                 self.kept[os.path.basename(file.replace("\\", "/"))] = (
@@ -157,10 +158,6 @@ class CacheInfo:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s: can't be used and is written anew: %s", self.path, error)
-
-    def size(self, name: str, stamp: Stamp) -> Size | None:
-        row = self.kept.get(name)
-        return row[1] if row and stamp[1] <= self.time else None
 
     def caption(self, name: str) -> str | None:
         row = self.kept.get(name)

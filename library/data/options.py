@@ -72,7 +72,8 @@ class DatasetOptions(OptionGroup):
     validation_split: float = option(0.0, "share of the pictures that is held out from training", at_least=0, at_most=1)
     validation_seed: int | None = option(None, "chooses the pictures that are held out; unset: --seed, or 0")
     cache_info: bool = option(
-        False, "keep captions and sizes of each folder in its metadata_cache.json, and use those that lie there"
+        False,
+        "keep captions and sizes of each folder in its metadata_cache.json; captions there stand in for missing files",
     )
     allow_missing_captions: bool = option(
         False, "go on with empty captions where --caption_extension is given and a folder has no such file"

@@ -250,8 +250,8 @@ class _Scanner:
             except OSError:
                 self.bad_images.append(f"{entry.path}: the link leads nowhere")
                 continue
-            size = info.size(entry.name, stamp) if info else None
-            if info and size is None:
+            size = None
+            if info:
                 with suppress(BadImage):  # _samples tells
                     size = self._size(folder, entry.name, stamp, entry.path)
             yield _Found(folder, entry.name, stamp, caption, caption, size)
