@@ -329,6 +329,13 @@ def test_cache_info_is_written_and_read_and_the_files_themselves_win(tmp_path):
     assert captions_of(scanned(tmp_path, "--cache_info")) == {"a.png": "from file", "b.png": "by hand"}
 
 
+def test_cache_info_keeps_no_class_tokens_which_may_be_others_next_time(tmp_path):
+    make(tmp_path / "1_cat", "a.png")
+    assert captions_of(scanned(tmp_path, "--cache_info")) == {"a.png": "cat"}
+    (tmp_path / "1_cat").rename(tmp_path / "1_dog")
+    assert captions_of(scanned(tmp_path, "--cache_info")) == {"a.png": "dog"}
+
+
 def test_the_size_in_sd_scripts_cache_info_from_before_the_exif_orientation_isnt_believed(tmp_path):
     folder = tmp_path / "1_x"
     make(folder)

@@ -160,8 +160,9 @@ class CacheInfo:
             log.warning("%s: can't be used and is written anew: %s", self.path, error)
 
     def caption(self, name: str) -> str | None:
+        """What it keeps of a picture; None for nothing or an empty caption."""
         row = self.kept.get(name)
-        return row[0] if row else None
+        return row[0] or None if row else None
 
     def add(self, name: str, caption: str, size: Size) -> None:
         self.new[name] = (caption, size)

@@ -244,7 +244,8 @@ class _Scanner:
             self.mistakes.append(captions.problem)
         info = CacheInfo(folder) if subset.cache_info else None
         for entry in pictures:
-            caption = self._caption(subset, captions, entry.name, info)
+            own = self._caption(subset, captions, entry.name, info)
+            caption = (subset.class_tokens or "") if own is None else own
             try:
                 stamp = stamp_of(entry)
             except OSError:
@@ -256,17 +257,18 @@ class _Scanner:
                     size = self._size(folder, entry.name, stamp, entry.path)
             yield _Found(folder, entry.name, stamp, caption, caption, size)
             if info and size:
-                info.add(entry.name, caption, size)
+                info.add(entry.name, own or "", size)  # without the class tokens, which may be others next time
         if info:
             info.save()
 
-    def _caption(self, subset: Subset, captions: "CaptionFolder", name: str, info: "CacheInfo | None") -> str:
+    def _caption(self, subset: Subset, captions: "CaptionFolder", name: str, info: "CacheInfo | None") -> str | None:
+        """The picture's own caption; None if it has none."""
         file = captions.file_of(name.rpartition(".")[0])
         if file is None:
             remembered = info.caption(name) if info else None
             if remembered is None and subset.class_tokens is None:
                 self.without_caption.append(os.path.join(captions.folder, name))
-            return remembered or subset.class_tokens or ""
+            return remembered
         entry = captions.entries[file]
         try:
             caption = self._lines(captions.folder, entry)
