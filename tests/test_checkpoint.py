@@ -171,6 +171,16 @@ def test_ckpt_files_are_read_and_written(golden_model, tmp_path):
     assert open_checkpoint(str(tmp_path / "old.ckpt")).unet == checkpoint.unet
 
 
+def test_a_ckpt_is_cast_in_ram_not_on_the_card(golden_model, tmp_path, monkeypatch):
+    devices, to = set(), torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args: devices.add(args[0]) or to(tensor, *args))
+    save_single_file(tmp_path / "x.ckpt", open_checkpoint(str(golden_model)), {}, {}, dtype=torch.bfloat16)
+    assert devices == {"cpu"}
+    monkeypatch.undo()
+    stored = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.bfloat16}
+
+
 class _Evil:
     def __reduce__(self):
         return os.mkdir, (os.environ["EVIL_FOLDER"],)

@@ -1,7 +1,7 @@
 """Saving an SDXL model: as a single file, or as a Diffusers folder.
 
 What was not trained is taken from the checkpoint it came from, byte for byte; what was is taken from the live modules. One
-tensor at a time is in memory beside the model. Contract: formats.md section 5.
+tensor at a time is in memory beside the model; of a .ckpt all. Contract: formats.md section 5.
 """
 
 import json
@@ -65,8 +65,8 @@ def save_single_file(
     if path.suffix == ".safetensors":
         write_safetensors(path, tensors, metadata, dtype_of=_dtype_chooser(dtype))
     else:
-        stored = {
-            name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        stored = {  # in RAM: all are cast before the first is written, and a card may have no room for a second model
+            name: tensor.to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype)
             for name, tensor in tensors.items()
         }
         write_atomically(path, lambda file: torch.save({"state_dict": stored}, file))
