@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_ORIENTATION = 0x0112
 
 
 def list_pictures(paths: Iterable[Path], flag: str) -> list[Path]:
@@ -28,11 +30,14 @@ def list_pictures(paths: Iterable[Path], flag: str) -> list[Path]:
 
 def size_of(path: Path, flag: str) -> tuple[int, int]:
     """(width, height) in pixels as the picture is drawn from: sides cut to multiples of 32. Raises OptionError."""
-    from library.data import images
+    from PIL import Image
 
     try:
-        width, height = images.look_at(path).size
-    except images.BadImage as error:
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.getexif().get(_ORIENTATION) in _TURNED:
+                width, height = height, width
+    except (OSError, ValueError, SyntaxError) as error:
         raise OptionError(f"{flag} {path}: can't be read as a picture: {error}") from None
     if min(width, height) < SIDE:
         raise OptionError(f"{flag} {path}: {width}x{height} is too small; each side needs {SIDE} pixels or more")
