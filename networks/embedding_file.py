@@ -37,7 +37,7 @@ def add_bundled_words(models: SdxlModels, path: Path, *, flag: str) -> None:
         try:
             _add(models, word, tensors, f"{flag} {path}")
         except KnownWord:
-            log.info("%s: the word %s is known already, and stays as it is", path, word)
+            log.warning("%s %s: its word %s is known already, and stays as it is", flag, path, word)
 
 
 def _add(models: SdxlModels, word: str, tensors: Mapping[str, Tensor], where: str) -> None:

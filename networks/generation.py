@@ -55,8 +55,8 @@ class AppliedNetworks:
         for i, path in enumerate(files):
             if options.network_show_meta:
                 tell_metadata(path)
-            add_bundled_words(models, path, flag="--network_weights")
             modules = matched_modules(path, layers, models.unet, flag="--network_weights", allow_partial=options.allow_partial)  # fmt: skip
+            add_bundled_words(models, path, flag="--network_weights")
             if i < options.num_merged:
                 merge_into(layers, modules, self._own_strengths[i])
             else:

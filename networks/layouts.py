@@ -21,7 +21,7 @@ from library.models.unet import UNet
 from library.safetensors_io import read_header
 from networks.kinds import Parts, unscaled_change
 from networks.lora import TEXT_ENCODERS, UNET, Target, module_key
-from networks.lora_file import diffusers_names, read_tensors
+from networks.lora_file import BUNDLED, diffusers_names, read_tensors
 
 _DOTTED_PART = re.compile(
     r"(?P<path>.+?)(?:\.processor\.(?P<projection>\w+)_lora|\.lora_linear_layer|\.lora)?"
@@ -56,6 +56,8 @@ def modules_in_file(path: Path, unet: UNet, *, flag: str) -> dict[str, dict[str,
     respelt = diffusers_names(unet)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_tensors(path, flag=flag).items():
+        if key.startswith(BUNDLED):  # embedding_file.py adds these words
+            continue
         name, part = _split(key)
         modules.setdefault(respelt.get(name, name), {})[part] = tensor
     _add_alphas(modules, path, respelt)

@@ -20,15 +20,15 @@ from networks.lora import UNET, LoraNetwork, Target, module_key
 from networks.options import LoraSettings
 
 _SHOWN = 5
-_BUNDLED = "bundle_emb."  # before the word and clip_l or clip_g
+BUNDLED = "bundle_emb."  # before the word and clip_l or clip_g
 TRAINING_REMEDY = "Give the options it was trained with, --dim_from_weights, or --allow_partial to take what fits"
 
 
 def read_tensors(path: Path, *, flag: str = "--network_weights") -> dict[str, Tensor]:
-    """The tensors of a network file, without those of bundled words. Raises OptionError if it can't be read or holds numbers that aren't finite."""
+    """The tensors of a network file. Raises OptionError if it can't be read or holds numbers that aren't finite."""
     try:
         file = open_tensors(path, mapped=False)
-        tensors = {name: file[name] for name in file.shapes if not name.startswith(_BUNDLED)}
+        tensors = {name: file[name] for name in file.shapes}
     except RunError as error:
         raise OptionError(f"{flag} {error}") from None
     bad = [name for name, tensor in tensors.items() if tensor.ndim and not _is_finite(tensor)]
@@ -42,8 +42,8 @@ def read_bundled_words(path: Path) -> dict[str, dict[str, Tensor]]:
     file = open_tensors(path, mapped=False)
     words: dict[str, dict[str, Tensor]] = {}
     for key in file.shapes:
-        word, _, name = key.removeprefix(_BUNDLED).rpartition(".")
-        if key.startswith(_BUNDLED):
+        word, _, name = key.removeprefix(BUNDLED).rpartition(".")
+        if key.startswith(BUNDLED):
             words.setdefault(word.removesuffix(".string_to_param"), {})[name] = file[key]  # as A1111 may spell it
     return words
 

@@ -370,6 +370,14 @@ def test_a_word_in_a_network_s_file_is_known_too_unless_its_own_file_is(golden_l
             return models.encode_texts(["a zyx cat"], 75).pooled
 
     assert not torch.equal(pooled(), pooled(textual_inversion_embeddings=(tmp_path / "zyx.safetensors",)))
+    # A word that would take another one's name for a vector of its own changes neither tokenizer.
+    write_safetensors(tmp_path / "zyx1.safetensors", {name: tensor[:1] for name, tensor in rows.items()}, {})
+    options = AppliedNetworkOptions(
+        network_weights=(tmp_path / "lora.safetensors",), textual_inversion_embeddings=(tmp_path / "zyx1.safetensors",)
+    )
+    AppliedNetworks(options, own_models)
+    first, second = (tokenizer.ids("zyx") for tokenizer in own_models.tokenizers)
+    assert first == second and len(first) > 1 and max(first) < 49408
 
 
 def test_embedding_files_that_do_not_fit_are_told(own_models, tmp_path):

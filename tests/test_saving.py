@@ -153,7 +153,7 @@ def test_the_space_that_is_planned_for_has_the_best_model_and_what_retention_kee
         ({"save_every_n_steps": 2}, Progress(), 6),
         ({"save_every_n_steps": 2}, Progress(step=8), 2),  # 10 and the final one
         ({"save_every_n_steps": 2, "save_last_n_steps": 2}, Progress(), 4),
-        ({"save_every_n_steps": 2, "save_last_n_steps": 2}, Progress(step=2), 3),  # 4, 6 beside them for a moment, and the final one
+        ({"save_every_n_steps": 2, "save_last_n_steps": 2}, Progress(step=2), 4),  # 4, 6, 8 for a moment, and the final one
         ({"save_every_n_steps": 2, "save_last_n_steps": 2}, Progress(step=8), 2),
         ({"save_every_n_epochs": 1}, Progress(epoch=3), 2),  # of five epochs; the last one is the final one
         ({"save_every_n_epochs": 1, "save_last_n_epochs": 2}, Progress(epoch=3), 2),

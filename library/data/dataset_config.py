@@ -25,10 +25,10 @@ from library.options import Options
 
 # Command-line options that stand for a key of another name.
 _COMMAND_LINE_NAMES = {"batch_size": "train_batch_size"}
-# Options that --dataset_config takes the place of.
 # Keys in which empty text says something: class_tokens = "" that pictures have no caption.
 _MAY_BE_EMPTY = ("class_tokens", "keep_tokens_separator", "secondary_separator", "caption_prefix", "caption_suffix")
 _NOT_CROPPED_ALONG = "can't be used with conditioning_data_dir, whose pictures are not cropped along"
+# Options that --dataset_config takes the place of.
 _IMPLIED = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 
 

@@ -52,13 +52,15 @@ class NewToken:
         count = len(rows[0])
         self.word = word
         words = [word, *(f"{word}{i}" for i in range(1, count))]
-        self.tables: list[ExtendedEmbedding] = []
-        for tokenizer, encoder, own in zip(tokenizers, encoders, rows, strict=True):
-            first = len(tokenizer.clip)
-            if len(tokenizer.ids(word)) == 1 or tokenizer.clip.add_tokens(words) != count:
+        for tokenizer in tokenizers:  # before any of them is changed
+            if len(tokenizer.ids(word)) == 1 or not tokenizer.clip.get_vocab().keys().isdisjoint(words):
                 raise KnownWord(
                     f"{word!r} is a word that the tokenizers know already; take one that they don't, such as {word}_1x"
                 )
+        self.tables: list[ExtendedEmbedding] = []
+        for tokenizer, encoder, own in zip(tokenizers, encoders, rows, strict=True):
+            first = len(tokenizer.clip)
+            tokenizer.clip.add_tokens(words)
             tokenizer.expansions[first] = list(range(first, first + count))
             embeddings: Any = body_of(encoder).embeddings
             table = ExtendedEmbedding(embeddings.token_embedding, own, first)

@@ -236,7 +236,8 @@ def _noised(sampler: Any, latents: Tensor, noise: Tensor, steps: int, strength: 
     sd-scripts, whose pictures keep that noise. Samplers with more timesteps than steps begin at that noise: differs from
     sd-scripts, which takes each timestep for a step. Source: contract, training_math.md section 10.
     """
-    offset = sampler.config.get("steps_offset", 0) if len(sampler.timesteps) == steps else 0
+    has_more = sampler.order > 1 or "skip_prk_steps" in sampler.config
+    offset = 0 if has_more else sampler.config.get("steps_offset", 0)
     count = min(int(steps * strength) + offset, steps)
     if count <= offset:
         if strength:

@@ -42,6 +42,11 @@ def generate(
         raise OptionError(
             "--mask_path needs --image_path, of which it says what is repainted, or --network_weights that aren't merged, of which it says where they work"
         )
+    if sources.mask_path is not None and num_beside and "network_pre_calc" in options.changed():
+        raise OptionError(
+            "--network_pre_calc can't go with --mask_path, which says where networks work: weights have no regions; "
+            "--network_merge leaves the mask to --image_path"
+        )
     lines = read_lines(options)
     planner = Planner(
         options, len(lines), num_guides=num_guides, num_networks=num_networks, num_regions=num_beside if sources.mask_path else 0
@@ -79,12 +84,6 @@ def generate(
 def check_generation(options: Options) -> Iterable[Mistake]:
     """Contradictions between the groups of options."""
     sources, fix = options[SourceOptions], options[HighresFixOptions]
-    if sources.mask_path is not None and options.given("network_weights") and options.given("network_pre_calc"):
-        yield Mistake(
-            "--network_pre_calc can't go with --mask_path, which says where networks work: weights have no regions; "
-            "--network_merge leaves the mask to --image_path",
-            ("network_pre_calc", "mask_path"),
-        )
     if options.given("control_net_lllite_models") and sources.guide_image_path is None:
         yield Mistake("--control_net_lllite_models need --guide_image_path: what they follow", ("guide_image_path",))
     if sources.guide_image_path is not None and not options.given("control_net_lllite_models"):

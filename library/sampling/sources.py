@@ -1,5 +1,6 @@
 """Sources: the files that pictures are drawn from: where they are, how large, and their pixels."""
 
+import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +38,7 @@ def size_of(path: Path, flag: str) -> tuple[int, int]:
             width, height = image.size
             if image.getexif().get(_ORIENTATION) in _TURNED:
                 width, height = height, width
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
         raise OptionError(f"{flag} {path}: can't be read as a picture: {error}") from None
     if min(width, height) < SIDE:
         raise OptionError(f"{flag} {path}: {width}x{height} is too small; each side needs {SIDE} pixels or more")
@@ -45,7 +46,7 @@ def size_of(path: Path, flag: str) -> tuple[int, int]:
 
 
 def read_picture(path: Path, flag: str) -> "Image":
-    """The picture as training reads it: upright, transparent parts on white, 16 bits scaled to 8. Raises OptionError."""
+    """The picture upright, transparent parts on white, 16 bits scaled to 8. Raises OptionError."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -59,7 +60,7 @@ def read_picture(path: Path, flag: str) -> "Image":
                 layer = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
             return upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
         raise OptionError(f"{flag} {path}: can't be read as a picture: {error}") from None
 
 

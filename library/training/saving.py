@@ -327,14 +327,14 @@ def _session_of(path: Path) -> str | None:
 
 
 def _to_come(last: int, done: int, every: int | None, kept: int | None) -> int:
-    """How many more saves lie there at once, of those at every so many up to `last`, once those up to `done` lie there.
+    """How many more saves lie there at once, of those at every so many behind `done` and up to `last`.
 
-    Args: kept: how many retention leaves there beside the one that is being saved; None: all.
+    Those up to `done` may lie elsewhere. Args: kept: how many retention leaves beside the one that is being saved; None: all.
     """
     if not every:
         return 0
-    there, to_come = done // every, max(0, last // every - done // every)
-    return to_come if kept is None else min(to_come, kept + 1 - min(there, kept))
+    to_come = max(0, last // every - done // every)
+    return to_come if kept is None else min(to_come, kept + 1)
 
 
 def _check_space(folder: Path, needed: int) -> None:
