@@ -33,6 +33,7 @@ def test_the_best_is_saved_and_patience_ends_the_run(golden_model, pictures, tmp
     assert (out / "lora.safetensors").exists()
 
 
+@pytest.mark.long
 def test_a_run_that_patience_ended_goes_on_with_more_of_it(golden_model, pictures, tmp_path, capsys):
     words = [*SPLIT, "--max_train_steps", "4", "--learning_rate", "0.3", "--save_state_on_train_end", "--auto_resume", "--early_stop_patience"]  # fmt: skip
     train_network(golden_model, pictures, tmp_path, *words, "1")

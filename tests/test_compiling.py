@@ -66,6 +66,7 @@ def test_a_compiler_that_doesnt_work_is_told_with_its_reason_and_nothing_is_comp
     assert all(module._compiled_call_impl is None for module in own_models.unet.modules())
 
 
+@pytest.mark.long
 def test_a_block_that_cant_be_compiled_runs_as_it_is(own_models):
     unet, network = with_lora(own_models)
     expected = output_and_gradients(unet, network, 8, 8)

@@ -117,6 +117,7 @@ ADAFACTOR = [
 ALL_AWAY = ["--blocks_to_swap", "20", "--optimizer_offload", "--cpu_offload_checkpointing"]
 
 
+@pytest.mark.long
 def test_full_fine_tuning_with_streamed_blocks_and_state_at_home_is_bit_equal(golden_model, pictures, tmp_path):
     words = [*FUSED, *ADAFACTOR, "--mixed_precision", "bf16", "--full_bf16"]
     plain = train(golden_model, pictures, tmp_path / "plain", *words)
