@@ -1,6 +1,7 @@
 """Metadata: what a picture file says of how it was drawn: the contract's PNG texts, and all that draws it again."""
 
 import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ def read_texts(path: Path, flag: str) -> dict[str, str]:
     try:
         with Image.open(path) as image:
             return _texts_in(image)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
         raise OptionError(f"{flag} {path}: can't be read as a picture: {error}") from None
 
 

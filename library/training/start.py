@@ -90,16 +90,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     trackers = _open_trackers(kind, options) if is_main else None
     seed = _shared_seed(run.seed if resumed is None else int(resumed.facts["run"]["seed"]))
     states, validating = options[ResumeOptions], options[ValidationOptions]
-    plan = make_plan(run, found.datasets, processes=processes, seed=seed)  # of all pictures: those that are bad may go
-    begins = initial_step(states, steps_per_epoch=plan.order.steps_per_epoch, total_steps=plan.total_steps)
-    models = open_models(kind, options, found, accelerator.device)
-    with muted():
-        rehearsed = rehearse(kind, models, options)
-    if rehearsed is not None:
-        check_lasting(trained_groups(rehearsed, plan.total_steps), plan.total_steps)
-    if options[MemoryOptions].memory_plan is not None:
-        options = fit_memory(rehearsed, models, options, found.datasets, processes)
-        models = open_models(kind, options, found, accelerator.device)
+    models, options, begins = _look_ahead(kind, options, found, accelerator, seed)
     prepared, make_preview = _prepare(models, options, found, accelerator, seed)
     plan = make_plan(options[RunOptions], prepared.datasets, processes=processes, seed=seed)
     learning = _build(kind, models, options, found, plan, accelerator, seed)
@@ -151,6 +142,30 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         total_steps=plan.total_steps,
         num_workers=min(options[CacheOptions].max_data_loader_n_workers, os.cpu_count() or 1),
     )
+
+
+def _look_ahead(
+    kind: type[Task], options: Options, found: Preflight, accelerator: Accelerator, seed: int
+) -> tuple[SdxlModels, Options, int]:
+    """See, before caches take their time, what can't be trained.
+
+    Returns the models, unloaded; the options, as --memory_plan makes them; and the step at which a run without a state begins.
+    """
+    processes = accelerator.num_processes
+    # Of all pictures: those that turn out to be bad may be left out.
+    plan = make_plan(options[RunOptions], found.datasets, processes=processes, seed=seed)
+    begins = initial_step(
+        options[ResumeOptions], steps_per_epoch=plan.order.steps_per_epoch, total_steps=plan.total_steps
+    )
+    models = open_models(kind, options, found, accelerator.device)
+    with muted():
+        rehearsed = rehearse(kind, models, options)
+    if rehearsed is not None:
+        check_lasting(trained_groups(rehearsed, plan.total_steps), plan.total_steps)
+    if options[MemoryOptions].memory_plan is not None:
+        options = fit_memory(rehearsed, models, options, found.datasets, processes)
+        models = open_models(kind, options, found, accelerator.device)
+    return models, options, begins
 
 
 def _prepare(
