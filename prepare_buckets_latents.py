@@ -113,8 +113,8 @@ def _samples(keyed: dict[str, Path], plan: Any, given: argparse.Namespace) -> di
     """Samples by key. Raises OptionError with all pictures whose headers can't be read, or that are too small."""
     from library.data.buckets import Buckets
     from library.data.captions import CaptionSettings
-    from library.data.images import BadImage, look_at
-    from library.data.sample import PixelSettings, Sample, Subset
+    from library.data.samples import PixelSettings, Sample, Subset
+    from library.images import BadImage, look_at
 
     buckets = Buckets(plan)
     pixels = PixelSettings(flip_aug=given.flip_aug, alpha_mask=bool(given.alpha_mask))
@@ -139,13 +139,13 @@ def _fill(samples: Sequence[Any], given: argparse.Namespace) -> None:
     """Encode the pictures. Raises RunError with all that can't be."""
     import torch
 
-    from library.data.cache import LatentsOnDisk
-    from library.data.fill_cache import fill_latents
-    from library.data.known_files import KnownFiles
-    from library.models.identity import weights_hash
+    from library.data.cache.fill import fill_latents
+    from library.data.cache.latents import LatentsOnDisk
+    from library.data.file_index import KnownFiles
+    from library.device import DTYPES
+    from library.models.checkpoint.weights_hash import weights_hash
     from library.models.sdxl import load_vae, vae_tensors
     from library.models.vae import encode
-    from library.precision import DTYPES
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tensors = vae_tensors(given.model_name_or_path)

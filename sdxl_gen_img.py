@@ -6,12 +6,12 @@ python sdxl_gen_img.py --ckpt model.safetensors --prompt "a cat --w 832 --h 1216
 import sys
 
 from library.errors import run
+from library.generation.generate import check_generation, generate
+from library.generation.metadata import with_stored_words
+from library.generation.options import GENERATION, SourceOptions
 from library.log import LogOptions, start_logging
 from library.options import read_options
-from library.sampling.generate import check_generation, generate
-from library.sampling.generation_options import GENERATION, SourceOptions
-from library.sampling.metadata import with_stored_words
-from networks.generation_options import AppliedNetworkOptions
+from networks.inference.options import AppliedNetworkOptions
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     networks = options[AppliedNetworkOptions]
 
     def open_networks(models):  # noqa: ANN001, ANN202 - their types would import torch
-        from networks.generation import AppliedNetworks
+        from networks.inference.adapters import AppliedNetworks
 
         return AppliedNetworks(networks, models, is_regional=options[SourceOptions].mask_path is not None)
 

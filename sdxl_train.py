@@ -7,11 +7,11 @@ from library.data.dataset_config import check_datasets
 from library.errors import run
 from library.log import start_logging
 from library.options import read_options
-from library.training.begin import begin
-from library.training.not_yet import REFUSED, UNUSED
-from library.training.options import COMMON_TRAINING, check_training
-from library.training.pairs import check_pairs
-from library.training.task_options import FineTuneOptions, check_fine_tune
+from library.training.main import begin
+from library.training.options.common import COMMON_TRAINING, check_training
+from library.training.options.compatibility import check_pairs
+from library.training.options.tasks import FineTuneOptions, check_fine_tune
+from library.training.options.unsupported import REFUSED, UNUSED
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,13 +9,13 @@ from library.data.dataset_config import check_datasets
 from library.errors import OptionError, run
 from library.log import start_logging
 from library.options import read_options
-from library.training.begin import begin
-from library.training.not_yet import REFUSED, UNUSED
-from library.training.options import COMMON_TRAINING, check_training
-from library.training.output_options import SavingOptions, is_plain_name
-from library.training.pairs import check_pairs
-from library.training.task_options import EmbeddingOptions, check_embedding
-from library.training.token_captions import with_token
+from library.training.main import begin
+from library.training.options.common import COMMON_TRAINING, check_training
+from library.training.options.compatibility import check_pairs
+from library.training.options.output import SavingOptions, is_plain_name
+from library.training.options.tasks import EmbeddingOptions, check_embedding
+from library.training.options.unsupported import REFUSED, UNUSED
+from library.training.tasks.token_captions import with_token
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,22 +26,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from library.data.batch_sampler import Order
 from library.data.buckets import Fit
-from library.data.cache import Latents, LatentsInMemory, LatentsOnDisk, Origin, TextInMemory, TextOnDisk, TextPlan
+from library.data.cache.fill import _batches_by_bucket, fill_latents, fill_text
+from library.data.cache.latents import (
+    Latents,
+    LatentsInMemory,
+    LatentsOnDisk,
+    Origin,
+    TextInMemory,
+    TextOnDisk,
+    TextPlan,
+)
 from library.data.captions import CaptionSettings
-from library.data.dataset import Batches, group_samples
 from library.data.dataset_config import read_datasets
-from library.data.fill_cache import _batches_by_bucket, fill_latents, fill_text
-from library.data.known_files import KnownFiles
+from library.data.file_index import KnownFiles
+from library.data.loader import Batches, group_samples
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
-from library.data.order import Order
-from library.data.sample import PixelSettings, Sample, Subset
-from library.data.size import Size
-from library.data.subsets import Dataset, scan
+from library.data.samples import PixelSettings, Sample, Subset
+from library.data.scan import Dataset, scan
 from library.log import log
 from library.models import vae
 from library.models.text_encoders import EncodedText
 from library.options import read_options
+from library.size import Size
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES, MEGAPIXEL_PICTURES, ROWS = 5_000, 96, 1_000_000

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.errors import RunError, run
+from library.generation.request import Drawing
+from library.generation.sampler_options import SAMPLERS
 from library.options import OptionGroup, option, read_options
-from library.sampling.drawing import Drawing
-from library.sampling.options import SAMPLERS
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     chosen = read_options(__doc__, [GenerateOptions], argv)[GenerateOptions]
     import torch
 
-    from library.models.checkpoint import open_checkpoint
+    from library.device import Precision
+    from library.models.checkpoint.reader import open_checkpoint
     from library.models.sdxl import SdxlModels
-    from library.precision import Precision
 
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
@@ -88,10 +88,10 @@ def tiny_model(folder: Path) -> Path:
 
 def ours(models: "SdxlModels", chosen: GenerateOptions) -> Callable[[], "torch.Tensor"]:
     """Draws a picture: [3, H, W] in 0..1."""
+    from library.generation.adapters import NoChanges
+    from library.generation.pipeline import Painter
+    from library.generation.prompt_encoder import PromptEncoder
     from library.models.vae import unscale_latents
-    from library.sampling.changes import NoChanges
-    from library.sampling.draw import Painter
-    from library.sampling.text import PromptEncoder
 
     drawing = Drawing(
         prompt=PROMPT, negative=NEGATIVE, prompt2=None, negative2=None, raw_prompt=PROMPT, clip_prompt=None, width=chosen.width,
@@ -113,9 +113,9 @@ def theirs(models: "SdxlModels", chosen: GenerateOptions, folder: Path) -> Calla
     """The same by Diffusers, from a folder that holds the same weights."""
     import torch
 
+    from library.generation.samplers import make_sampler
     from library.imports import import_diffusers
-    from library.models.save_checkpoint import save_diffusers
-    from library.sampling.samplers import make_sampler
+    from library.models.checkpoint.writer import save_diffusers
 
     save_diffusers(folder, models.checkpoint, {}, models.tokenizers)
     pipeline: Any = import_diffusers().StableDiffusionXLPipeline.from_pretrained(

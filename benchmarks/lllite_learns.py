@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from library.models.control import Extra
     from library.models.sdxl import SdxlModels
-    from library.models.unet_extra import Extra
 
 SIDE, SQUARE, CAPTION = 64, 24, "a square"  # pixels
 PICTURES, HELD_OUT, SHUFFLES, BATCH, DRAWING_STEPS = 256, 64, 100, 16, 15
@@ -51,7 +51,7 @@ def main() -> None:
 
 def places(count: int, name: str) -> list[tuple[int, int]]:
     """Random (left, top) of squares, in pixels."""
-    from library.draws import python_draw
+    from library.rng import python_draw
 
     draw = python_draw(0, name, 0, 0)
     return [(draw.randint(0, SIDE - SQUARE), draw.randint(0, SIDE - SQUARE)) for _ in range(count)]
@@ -120,11 +120,11 @@ def compare(folder: Path) -> tuple[float, list[float], float]:
     import numpy as np
     import torch
 
-    from library.models.checkpoint import open_checkpoint
+    from library.device import Precision
+    from library.models.checkpoint.reader import open_checkpoint
     from library.models.sdxl import SdxlModels
-    from library.precision import Precision
-    from networks.control_net_lllite import by_block
-    from networks.control_net_lllite import places as net_places
+    from networks.lllite import by_block
+    from networks.lllite import places as net_places
     from networks.lllite_file import lllite_from_file
 
     checkpoint = open_checkpoint(str(folder / "out" / "base.safetensors"))
@@ -161,11 +161,11 @@ def drawn_places(models: "SdxlModels", extra: "Extra | None") -> "np.ndarray":
     import numpy as np
     import torch
 
-    from library.draws import generator
+    from library.generation.denoise import Guidance, Told, denoise
+    from library.generation.samplers import make_sampler
     from library.models.text_encoders import TextConditioning
     from library.models.vae import scale_latents
-    from library.sampling.denoise import Guidance, Told, denoise
-    from library.sampling.samplers import make_sampler
+    from library.rng import generator
 
     with torch.no_grad():
         text = TextConditioning.of(models.encode_texts([CAPTION], 75))

@@ -24,7 +24,7 @@ class FullSizeOptions(OptionGroup):
 
 def main(argv: list[str] | None = None) -> None:
     chosen = read_options(__doc__, [FullSizeOptions], argv)[FullSizeOptions]
-    from library.precision import DTYPES
+    from library.device import DTYPES
     from library.safetensors_io import write_safetensors
     from tools.tiny_models import FULL, random_checkpoint
 

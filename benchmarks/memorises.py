@@ -73,11 +73,11 @@ def make_model(path: Path, tensors: dict[str, "torch.Tensor"], pictures: Sequenc
     """Write a model that predicts velocity. Its latents of the pictures have mean 0 and spread 1 when they are scaled, and next to no noise."""
     import torch
 
-    from library.data import images
-    from library.models.checkpoint import open_checkpoint
+    from library import images
+    from library.device import Precision
+    from library.models.checkpoint.reader import open_checkpoint
     from library.models.sdxl import SdxlModels
     from library.models.vae import LATENT_SCALE
-    from library.precision import Precision
     from library.safetensors_io import write_safetensors
 
     tensors = tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
@@ -100,14 +100,14 @@ def correlations(model: Path, paths: list[Path]) -> list[list[float]]:
     import numpy as np
     import torch
 
-    from library.draws import generator
-    from library.models.checkpoint import open_checkpoint
+    from library.device import Precision
+    from library.generation.denoise import Guidance, Told, denoise
+    from library.generation.samplers import make_sampler
+    from library.models.checkpoint.reader import open_checkpoint
     from library.models.sdxl import SdxlModels
     from library.models.text_encoders import TextConditioning
     from library.models.vae import scale_latents
-    from library.precision import Precision
-    from library.sampling.denoise import Guidance, Told, denoise
-    from library.sampling.samplers import make_sampler
+    from library.rng import generator
 
     models = SdxlModels(
         open_checkpoint(str(model)), Precision.decide("no", None, no_half_vae=True), torch.device("cpu")

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.errors import OptionError, run
 from library.options import OptionGroup, Options, option, read_options
-from library.training.options import COMMON_TRAINING
-from library.training.task_options import FineTuneOptions, PivotalOptions
+from library.training.options.common import COMMON_TRAINING
+from library.training.options.tasks import FineTuneOptions, PivotalOptions
 from networks.options import NetworkOptions
 
 GIB = 1 << 30
@@ -88,12 +88,12 @@ def measure_bar(name: str, model: Path) -> None:
     """Print a row: what a bar's step is estimated to take, and takes."""
     import torch
 
-    from library.data.size import Size
-    from library.models.checkpoint import open_checkpoint
-    from library.training.build import open_models, rehearse
-    from library.training.dry_run import measure
-    from library.training.plan import Bucket, estimate_memory, trained_groups
-    from library.training.preflight import Preflight
+    from library.models.checkpoint.reader import open_checkpoint
+    from library.size import Size
+    from library.training.setup.build import open_models, rehearse
+    from library.training.setup.dry_run import measure
+    from library.training.setup.inputs import Preflight
+    from library.training.setup.plan import Bucket, estimate_memory, trained_groups
 
     most, task, words = BARS[name]
     kind, options = kind_of(task), options_of(task, words)

@@ -51,16 +51,16 @@ def compare(folder: Path, steps: int, words: int) -> tuple[float, float, list[fl
 def losses_of(model: Path, picture: Path, rows: dict, words: int) -> tuple[float, float, list[float]]:
     import torch
 
-    from library.data import images
-    from library.draws import generator
-    from library.models.checkpoint import open_checkpoint
-    from library.models.conditioning import conditioning_vector
+    from library import images
+    from library.device import Precision
+    from library.models.checkpoint.reader import open_checkpoint
     from library.models.noise_schedule import NoiseSchedule
     from library.models.sdxl import SdxlModels
+    from library.models.size_conditioning import conditioning_vector
     from library.models.text_encoders import TextConditioning
     from library.models.vae import scale_latents
-    from library.precision import Precision
-    from library.training.noise import add_noise
+    from library.rng import generator
+    from library.training.objective.noise import add_noise
     from library.training.tasks.embedding import add_token
 
     models = SdxlModels(

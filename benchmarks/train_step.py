@@ -226,7 +226,7 @@ def training(setup: Setup, device: Any) -> Iterator[Taken]:
     if setup.train == "lora":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     else:
-        from library.training.optimizers import find_optimizer
+        from library.training.optim.optimizers import find_optimizer
 
         optimizer = find_optimizer("Adafactor")[0](parameters, lr=1e-5, relative_step=False, scale_parameter=False)
     while True:
@@ -273,7 +273,7 @@ def build(setup: Setup, device: Any) -> tuple[Callable[[], Any], list[Any]]:
         if device.type == "cuda":
             unet.to(memory_format=torch.channels_last)
         if setup.compile:
-            from library.models.compiling import compile_blocks
+            from library.models.compile import compile_blocks
 
             compile_blocks(unet, "inductor", device)
 
@@ -295,7 +295,7 @@ def build(setup: Setup, device: Any) -> tuple[Callable[[], Any], list[Any]]:
 
 
 def ours(config: Any, setup: Setup) -> Any:
-    from library.models.checkpointing import KEPT, Checkpointing
+    from library.models.memory.activation_checkpointing import KEPT, Checkpointing
     from library.models.unet import UNet
     from networks.lora import LoraNetwork, unet_targets
     from networks.options import LoraSettings
@@ -314,7 +314,7 @@ def theirs(config: Any, setup: Setup) -> Any:
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig
 
-    from library.models.save_checkpoint import unet_folder_config
+    from library.models.checkpoint.writer import unet_folder_config
 
     unet = UNet2DConditionModel.from_config(unet_folder_config(config))
     if setup.train == "lora":

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from library.errors import Mistake, OptionError, RunError
 from library.foreign_keys import FOREIGN_KEYS
-from library.option_values import UNSET, Spec, as_toml, did_you_mean, nearest, read_value, specs_of
+from library.option_types import UNSET, Spec, as_toml, did_you_mean, nearest, read_value, specs_of
 
 # ------------------------------------------------------------------------------------------------ declaring options
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from library.errors import OptionError, RunError
 from library.log import log
-from library.models.checkpoint import identify, open_tensors
-from library.models.new_tokens import KnownWord, NewToken, first_rows
+from library.models.checkpoint.reader import identify, open_tensors
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import body_of
+from library.models.textual_inversion import KnownWord, NewToken, first_rows
 from networks.lora_file import read_bundled_words
 
 _FLAG = "--textual_inversion_embeddings"

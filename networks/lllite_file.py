@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from library.errors import OptionError
-from library.models.checkpoint import identify
-from networks.control_net_lllite import PREFIX, ControlNetLLLite, Place
+from library.models.checkpoint.reader import identify
+from networks.lllite import PREFIX, ControlNetLLLite, Place
 from networks.lora_file import copy_fitting, read_tensors
 
 _LINEAR = ("down.0.weight", "mid.0.weight", "up.0.weight")

@@ -12,8 +12,8 @@ from torch import Tensor
 from library.errors import NotFinite, OptionError, RunError
 from library.files import write_atomically
 from library.log import log
-from library.models.checkpoint import identify, open_tensors
-from library.models.key_maps import Renaming, unet_pairs_of_config
+from library.models.checkpoint.key_maps import Renaming, unet_pairs_of_config
+from library.models.checkpoint.reader import identify, open_tensors
 from library.models.unet import UNet
 from library.safetensors_io import network_hashes, storable_metadata, write_safetensors
 from networks.lora import UNET, LoraNetwork, Target, module_key

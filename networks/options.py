@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import Mistake, RunError
-from library.models.checkpoint import identify
-from library.option_values import did_you_mean
+from library.models.checkpoint.reader import identify
+from library.option_types import did_you_mean
 from library.options import OptionGroup, option
 from library.safetensors_io import read_header
 

@@ -82,9 +82,9 @@ def own_models(golden_model):
 def open_models(path: Path, **settings):
     import torch
 
-    from library.models.checkpoint import open_checkpoint
+    from library.device import Precision
+    from library.models.checkpoint.reader import open_checkpoint
     from library.models.sdxl import SdxlModels
-    from library.precision import Precision
 
     precision = Precision.decide("no", None, no_half_vae=True)
     return SdxlModels(open_checkpoint(str(path)), precision, torch.device("cpu"), **settings)

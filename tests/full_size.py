@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import kind_of, options_of
-from library.data.size import Size
-from library.draws import Draws
-from library.lane import Lane
-from library.models.stand_in import stand_in
-from library.training.build import make_step, open_models
-from library.training.dry_run import made_up
-from library.training.make_update import make_update
-from library.training.plan import Bucket, trained_groups
-from library.training.preflight import Preflight
+from library.models.checkpoint.reference_shapes import stand_in
+from library.offload import Lane
+from library.rng import Draws
+from library.size import Size
+from library.training.optim.build import make_update
+from library.training.setup.build import make_step, open_models
+from library.training.setup.dry_run import made_up
+from library.training.setup.inputs import Preflight
+from library.training.setup.plan import Bucket, trained_groups
 
 at_home = Lane.at_home
 
@@ -41,7 +41,7 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
     """Bytes of all tensors that are alive at once, at most, in a step of one picture of 1024 x 1024; and behind the steps."""
     kind, options = kind_of(task), options_of(task, words)
     emulation = patch("library.models.products.cpu_lacks_bfloat16", lambda: False)  # a card has none
-    tried = patch("library.training.make_update._is_separable", lambda options: True)  # which compares numbers
+    tried = patch("library.training.optim.build._is_separable", lambda options: True)  # which compares numbers
     seen = patch("library.models.sdxl._see_finite", lambda *all: None)  # there are no numbers to see
     with (
         FakeTensorMode(allow_non_fake_inputs=True),

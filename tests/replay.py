@@ -7,22 +7,23 @@ from pathlib import Path
 
 import torch
 
-from library.data import images
+from library import images
 from library.data.batch import Batch
-from library.data.order import Place
-from library.data.size import Size
-from library.draws import Draws
+from library.data.batch_sampler import Place
 from library.models.noise_schedule import NoiseSchedule
 from library.models.text_encoders import EncodedText
 from library.models.vae import LATENT_SCALE
+from library.rng import Draws
 from library.safetensors_io import load_tensors
-from library.training.lr_schedules import make_scheduler
-from library.training.optimizers import make_optimizer
-from library.training.options import LossOptions, NoiseOptions, ScheduleOptions
-from library.training.step import Step
-from library.training.stepper import Stepper
-from library.training.task import Objective
-from library.training.update import AtOnce, Update
+from library.size import Size
+from library.training.forward import Step
+from library.training.objective.prediction import Objective
+from library.training.optim.lr_schedules import make_scheduler
+from library.training.optim.master_weights import Stepper
+from library.training.optim.optimizer_step import AtOnce, Update
+from library.training.optim.optimizers import make_optimizer
+from library.training.options.objective import LossOptions, NoiseOptions
+from library.training.options.optimizer import ScheduleOptions
 
 GOLDEN = Path(__file__).parent / "golden" / "10_training"
 

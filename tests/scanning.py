@@ -6,7 +6,7 @@ import torch
 
 from library.data.dataset_config import read_datasets
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
-from library.data.subsets import Dataset, scan
+from library.data.scan import Dataset, scan
 from library.models.text_encoders import EncodedText
 from library.options import read_options
 

@@ -12,11 +12,11 @@ from conftest import open_models
 from library.errors import OptionError
 from library.models import text_encoders
 from library.safetensors_io import load_tensors, write_safetensors
-from networks.applied import matched_modules
-from networks.generation import AppliedNetworks
-from networks.generation_options import AppliedNetworkOptions
-from networks.kinds import change_of, unread_parts
-from networks.layouts import every_layer, modules_in_file
+from networks.inference.adapters import AppliedNetworks
+from networks.inference.apply import matched_modules
+from networks.inference.deltas import change_of, unread_parts
+from networks.inference.key_formats import every_layer, modules_in_file
+from networks.inference.options import AppliedNetworkOptions
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -326,7 +326,7 @@ def test_text_encoders_see_the_network_of_the_sub_prompt_alone(golden_lora, own_
 
 
 def test_masks_by_channel_and_by_colour_code():
-    from networks.regional import masks_of
+    from networks.inference.regional import masks_of
 
     mask = torch.zeros(1, 4, 3, dtype=torch.uint8)
     mask[0, 0, 0], mask[0, 1, 1], mask[0, 2, :2] = 255, 255, 255

@@ -6,7 +6,7 @@ import pytest
 import torch
 from running import assert_bit_equal, losses_of, tensors_of, train_network
 
-from library.training.validation import Best
+from library.training.monitoring.validation import Best
 
 SPLIT = ["--validation_split", "0.5", "--validation_seed", "3", "--validate_every_n_steps", "1"]
 
@@ -56,7 +56,7 @@ def test_without_patience_the_best_is_saved_only_when_asked_for(golden_model, pi
 def test_fault_68_schedule_free_weights_are_saved_as_they_are_used(golden_model, pictures, tmp_path, monkeypatch):
     """In eval mode they are the average x; in train mode, where gradients are taken, y. Saves in between change nothing."""
     pytest.importorskip("schedulefree")
-    from library.training.update import Update
+    from library.training.optim.optimizer_step import Update
 
     words = ["--optimizer_type", "AdamWScheduleFree", "--max_train_steps", "4", "--learning_rate", "0.01"]
     plain = train_network(golden_model, pictures, tmp_path / "plain", *words)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.data.buckets import BucketPlan, Buckets, crop_for_conditioning, make_buckets
-from library.data.size import Size
+from library.size import Size
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "01_buckets.json").read_text())
 

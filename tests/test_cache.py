@@ -9,10 +9,18 @@ import torch
 from PIL import Image
 from scanning import samples_of, scanned, stub_text, stub_vae
 
-from library.data.cache import Latents, LatentsInMemory, LatentsOnDisk, TextInMemory, TextOnDisk, TextPlan, origin_of
-from library.data.fill_cache import audit, fill_latents, fill_text, refuse_or_skip
-from library.data.known_files import KnownFiles
-from library.data.pixels import load_pixels
+from library.data.augment import load_pixels
+from library.data.cache.fill import audit, fill_latents, fill_text, refuse_or_skip
+from library.data.cache.latents import (
+    Latents,
+    LatentsInMemory,
+    LatentsOnDisk,
+    TextInMemory,
+    TextOnDisk,
+    TextPlan,
+    origin_of,
+)
+from library.data.file_index import KnownFiles
 from library.errors import RunError
 from library.models import vae
 from library.models.text_encoders import EncodedText

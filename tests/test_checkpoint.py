@@ -11,12 +11,12 @@ import torch
 from conftest import open_models
 
 from library.errors import OptionError, RunError
-from library.models.checkpoint import choose_weights, locate_vae, open_checkpoint
-from library.models.conditioning import conditioning_vector
-from library.models.key_maps import PARTS
-from library.models.save_checkpoint import module_tensors, save_diffusers, save_single_file
+from library.models.checkpoint.key_maps import PARTS
+from library.models.checkpoint.reader import choose_weights, locate_vae, open_checkpoint
+from library.models.checkpoint.writer import module_tensors, save_diffusers, save_single_file
 from library.models.sdxl import vae_tensors
-from library.models.tokens import load_tokenizers
+from library.models.size_conditioning import conditioning_vector
+from library.models.tokenizer import load_tokenizers
 from library.safetensors_io import load_tensors, read_header, write_safetensors
 from tools.tiny_models import TINY, TextEncoderSizes, random_checkpoint
 
@@ -407,7 +407,7 @@ def test_fault_16_a_flipped_bit_in_a_model_is_told_by_verify_model(key, prefix, 
     from library.errors import OptionError
     from library.models.options import ModelOptions
     from library.safetensors_io import read_header
-    from library.training.preflight import open_model
+    from library.training.setup.inputs import open_model
 
     path = tmp_path / "x.safetensors"
     tensors = load_tensors(golden_model)[0]
@@ -425,7 +425,7 @@ def test_fault_16_a_flipped_bit_in_a_model_is_told_by_verify_model(key, prefix, 
 def test_verify_model_needs_something_to_compare_with(golden_model):
     from library.errors import OptionError
     from library.models.options import ModelOptions
-    from library.training.preflight import open_model
+    from library.training.setup.inputs import open_model
 
     with pytest.raises(OptionError, match="no sha256 in its metadata"):
         open_model(ModelOptions(pretrained_model_name_or_path=str(golden_model), verify_model=True), prefer_fp16=False)

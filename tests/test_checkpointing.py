@@ -6,8 +6,8 @@ from live_bytes import LiveBytes
 from running import assert_bit_equal, tensors_of, train_network
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from library.models import checkpointing
-from library.models.checkpointing import KEPT, Checkpointing
+from library.models.memory import activation_checkpointing as checkpointing
+from library.models.memory.activation_checkpointing import KEPT, Checkpointing
 from library.models.unet import UNet
 from tools.tiny_models import TINY
 

@@ -5,8 +5,8 @@ import torch
 from running import losses_of, train_network
 from torch._dynamo.utils import counters
 
-from library.models import compiling
-from library.models.compiling import compile_blocks
+from library.models import compile as compiling
+from library.models.compile import compile_blocks
 from networks.lora import LoraNetwork, unet_targets
 from networks.options import LoraSettings
 

@@ -13,8 +13,9 @@ from running import assert_bit_equal, losses_of, tensors_of, without
 
 from library.errors import OptionError
 from library.safetensors_io import load_tensors, read_header, write_safetensors
-from library.training.options import LossOptions, ScheduleOptions
-from library.training.task_options import LLLiteOptions
+from library.training.options.objective import LossOptions
+from library.training.options.optimizer import ScheduleOptions
+from library.training.options.tasks import LLLiteOptions
 from library.training.tasks.lllite import LLLiteTask
 
 QUICK = [
@@ -150,9 +151,9 @@ def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, pictu
 def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_models):
     """Trained for a few steps on four noises that the conditions show: the loss with another's condition is larger."""
     from library.data.batch import Batch
-    from library.data.order import Place
+    from library.data.batch_sampler import Place
     from library.models.text_encoders import EncodedText
-    from library.training.noise import Noisy
+    from library.training.objective.noise import Noisy
 
     torch.manual_seed(0)
     task = LLLiteTask(own_models, LLLiteOptions(cond_emb_dim=8, network_dim=16), lr=1e-3, num_tokens=75, text_is_cached=True)  # fmt: skip
@@ -249,7 +250,7 @@ def test_debug_dataset_shows_each_picture_with_its_condition(golden_model, pictu
 
 def test_the_final_file_draws_as_the_network_that_was_trained(golden_model, pictures, conditions, own_models, tmp_path):
     """What training's predict gives and what the loaded file gives are the same."""
-    from networks.control_net_lllite import by_block, places
+    from networks.lllite import by_block, places
     from networks.lllite_file import lllite_from_file
 
     path = train(golden_model, pictures, conditions, tmp_path / "out")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from scanning import samples_of, scanned, stub_text, stub_vae
 
-from library.data.cache import LatentsInMemory, LatentsOnDisk, TextInMemory, TextPlan
-from library.data.dataset import Batches, group_samples, load_batches
-from library.data.fill_cache import fill_latents, fill_text
-from library.data.order import MicroBatch, Order, Place
-from library.data.pixels import load_pixels
+from library.data.augment import load_pixels
+from library.data.batch_sampler import MicroBatch, Order, Place
+from library.data.cache.fill import fill_latents, fill_text
+from library.data.cache.latents import LatentsInMemory, LatentsOnDisk, TextInMemory, TextPlan
+from library.data.loader import Batches, group_samples, load_batches
 from library.errors import RunError
 
 
@@ -116,7 +116,7 @@ def test_skipped_steps_decode_nothing(pictures, monkeypatch):
     whole = loaded(batches, order, 8)
     read = []
     monkeypatch.setattr(
-        "library.data.dataset.load_pixels",
+        "library.data.loader.load_pixels",
         lambda sample, *draw, **how: read.append(sample) or load_pixels(sample, *draw, **how),
     )
     rest = list(islice(load_batches(batches, order.from_step(5, 0), num_workers=0, pin_memory=False), 3))
@@ -180,9 +180,9 @@ def test_conditioning_images_come_with_their_pictures(pictures, tmp_path):
     )
     from library.data.dataset_config import read_datasets
     from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
-    from library.data.subsets import scan
+    from library.data.scan import scan
     from library.options import read_options
-    from library.training.options import LossOptions
+    from library.training.options.objective import LossOptions
 
     words = ["--dataset_config", str(tmp_path / "d.toml"), "--masked_loss"]
     options = read_options("", [DatasetOptions, CaptionOptions, CacheOptions, LossOptions], words)

@@ -6,9 +6,9 @@ import pytest
 
 from library.data.dataset_config import check_datasets, read_datasets
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
-from library.data.size import Size
 from library.errors import OptionError
 from library.options import read_options
+from library.size import Size
 
 GROUPS = [DatasetOptions, CaptionOptions, CacheOptions]
 

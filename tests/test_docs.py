@@ -20,12 +20,12 @@ import pytest
 from library.data.dataset_config import read_datasets
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.errors import OptionError, RunError
-from library.option_values import read_value
+from library.generation.prompt_options import LINE_OPTIONS
+from library.generation.sample_prompts import _INLINE, read_sample_prompts
+from library.option_types import read_value
 from library.options import read_options
-from library.sampling.prompt_line import LINE_OPTIONS
-from library.sampling.prompts import _INLINE, read_sample_prompts
-from library.training.options import LossOptions
-from library.training.trackers import read_tracker_config
+from library.training.monitoring.trackers import read_tracker_config
+from library.training.options.objective import LossOptions
 from tools.option_docs import PAGE, SCRIPTS, Declared, declared_by, main, page, slug
 
 ROOT = Path(__file__).resolve().parent.parent

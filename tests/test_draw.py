@@ -9,20 +9,20 @@ import pytest
 import torch
 from PIL import Image
 
+from library.generation.adapters import NoChanges
+from library.generation.deep_shrink import DeepShrink
+from library.generation.gradual_latent import GradualLatent, GrowingEuler, _sharpened
+from library.generation.init_images import as_tensor, read_picture, resized
+from library.generation.options import OutputOptions
+from library.generation.output import Output
+from library.generation.pipeline import Painter, PictureNoise, Start, _noised
+from library.generation.prompt_encoder import PromptEncoder
+from library.generation.prompt_options import read_line
+from library.generation.request import Drawing
+from library.generation.samplers import make_sampler
 from library.models.unet import Shrink
 from library.models.vae import scale_latents
 from library.safetensors_io import load_tensors
-from library.sampling.changes import NoChanges
-from library.sampling.deep_shrink import DeepShrink
-from library.sampling.draw import Painter, PictureNoise, Start, _noised
-from library.sampling.drawing import Drawing
-from library.sampling.generation_options import OutputOptions
-from library.sampling.gradual_latent import GradualLatent, GrowingEuler, _sharpened
-from library.sampling.output import Output
-from library.sampling.prompt_line import read_line
-from library.sampling.samplers import make_sampler
-from library.sampling.sources import as_tensor, read_picture, resized
-from library.sampling.text import PromptEncoder
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {
@@ -106,7 +106,7 @@ def test_a_picture_from_a_picture_starts_and_ends_as_the_references(golden_model
         seen.extend(timesteps.tolist())
         return start, timesteps
 
-    monkeypatch.setattr("library.sampling.draw._noised", noised)
+    monkeypatch.setattr("library.generation.pipeline._noised", noised)
     latents = painter_of(golden_models).latents([drawing_of(case)], Start(pixels=torch.zeros(1, 3, 128, 128)))
     assert seen == case["timesteps"]
     assert_golden(latents, "img2img")
@@ -259,8 +259,8 @@ def test_the_first_noise_and_the_vector_are_the_references(golden_models):
 @pytest.mark.parametrize("name", cases(WITH_CHANGES))
 def test_final_latents_with_networks_are_the_references(name, own_models, tmp_path):
     """Of files trained in golden 10: a LoRA beside the layers and merged, a ControlNet-LLLite, a new word."""
-    from networks.generation import AppliedNetworks
-    from networks.generation_options import AppliedNetworkOptions
+    from networks.inference.adapters import AppliedNetworks
+    from networks.inference.options import AppliedNetworkOptions
 
     options, runs = CASES[name]["options"], GOLDEN / "10_training"
     files = {"lora_te.safetensors": "lora_te", "lllite.safetensors": "lllite", "mytoken.safetensors": "ti"}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from test_draw import CASES, assert_golden, drawing_of, painter_of
 
-from library.data import images
-from library.data.size import Size
-from library.sampling.generation_options import PictureOptions
-from library.sampling.studio import Studio
-from networks.generation import AppliedNetworks
-from networks.generation_options import AppliedNetworkOptions
+from library import images
+from library.generation.generator import Studio
+from library.generation.options import PictureOptions
+from library.size import Size
+from networks.inference.adapters import AppliedNetworks
+from networks.inference.options import AppliedNetworkOptions
 
 TRAINED = Path(__file__).parent / "golden" / "10_training"
 

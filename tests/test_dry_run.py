@@ -11,23 +11,23 @@ import torch
 from running import QUICK, ROOT, arguments, assert_bit_equal, script, tensors_of, train_network, without
 from torch import nn
 
-from library.data.size import Size
 from library.errors import Mistake, OptionError
-from library.models.stand_in import SDXL_BASE, stand_in
+from library.models.checkpoint.reference_shapes import SDXL_BASE, stand_in
 from library.models.text_encoders import build_text_encoder
-from library.option_values import as_toml
+from library.option_types import as_toml
 from library.options import read_options
 from library.param_group import ParamGroup
-from library.training import dry_run as page_module
-from library.training.memory import Frozen, Work, estimate, optimizer_bytes, state_bytes, unet_numbers
-from library.training.optimizers import make_optimizer
-from library.training.options import COMMON_TRAINING, OptimizerOptions
-from library.training.output_options import ResumeOptions, SavingOptions
-from library.training.plan import Bucket, Plan, optimizer_in_state
+from library.size import Size
+from library.training.optim.optimizers import make_optimizer
+from library.training.options.common import COMMON_TRAINING
+from library.training.options.optimizer import OptimizerOptions, UpdateOptions
+from library.training.options.output import ResumeOptions, SavingOptions
+from library.training.options.tasks import PivotalOptions
 from library.training.progress import Progress
-from library.training.saving import Saver
-from library.training.task_options import PivotalOptions
-from library.training.update_options import UpdateOptions
+from library.training.saving.saver import Saver
+from library.training.setup import dry_run as page_module
+from library.training.setup.memory_estimate import Frozen, Work, estimate, optimizer_bytes, state_bytes, unet_numbers
+from library.training.setup.plan import Bucket, Plan, optimizer_in_state
 from networks.options import NetworkOptions
 from tools import tiny_models
 
@@ -204,7 +204,7 @@ def test_a_dry_run_that_cant_start_exits_2_and_imports_no_more_than_it_needs(pic
 def test_everything_that_is_wrong_is_told_at_once_behind_the_page(golden_model, pictures, tmp_path, capsys, monkeypatch):  # fmt: skip
     broken = pictures / "2_shapes" / "picture0.png"
     broken.write_bytes(broken.read_bytes()[:-200])
-    monkeypatch.setattr("library.training.saving.free_space", lambda folder: 1000)
+    monkeypatch.setattr("library.training.saving.saver.free_space", lambda folder: 1000)
     words = arguments(golden_model, pictures, tmp_path / "out", "--resume", "latest")
     page, mistakes = refused_page(capsys, *words)
     assert [next(piece for piece in ("picture0.png", "whole state", "are free") if piece in text) for text in mistakes] == ["picture0.png", "whole state", "are free"]  # fmt: skip

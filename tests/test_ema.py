@@ -4,7 +4,7 @@ import torch
 from running import assert_bit_equal, tensors_of, train_network
 from torch import nn
 
-from library.training.ema import Ema
+from library.training.optim.ema import Ema
 
 
 class OnePart:

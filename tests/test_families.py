@@ -9,13 +9,13 @@ from PIL import Image
 from running import QUICK, tensors_of, train_network, without
 
 from library.data.inpainting_masks import draw_masks
-from library.draws import Draws
 from library.errors import OptionError
 from library.models import vae
-from library.models.checkpoint import open_checkpoint
+from library.models.checkpoint.reader import open_checkpoint
 from library.models.unet_blocks import sinusoidal_embedding
+from library.rng import Draws
 from library.safetensors_io import read_header, write_safetensors
-from library.training.task import Task
+from library.training.tasks.base import Task
 
 TRAIN = without(QUICK, "--network_module", "networks.lora", "--network_dim", "2", "--network_train_unet_only")
 
@@ -81,7 +81,7 @@ def test_a_folder_of_a_smaller_twin_is_diffusers_too(name, twins, tmp_path):
 
 def folder_of(path, folder):
     """The model as a Diffusers folder."""
-    from library.models.save_checkpoint import save_diffusers
+    from library.models.checkpoint.writer import save_diffusers
 
     models = open_models(path)
     save_diffusers(folder, models.checkpoint, {}, models.tokenizers)
@@ -91,7 +91,7 @@ def folder_of(path, folder):
 def test_the_refiner_is_diffusers_refiner(twins, tmp_path):
     """One text encoder, and an aesthetic score in the place of the target size."""
     from library.imports import import_diffusers
-    from library.models.conditioning import conditioning_vector
+    from library.models.size_conditioning import conditioning_vector
 
     models = folder_of(twins("refiner"), tmp_path)
     pipeline = import_diffusers().StableDiffusionXLImg2ImgPipeline.from_pretrained(tmp_path)
@@ -150,7 +150,7 @@ def test_an_inpainting_model_sees_what_diffusers_pipeline_shows_it(twins, tmp_pa
 
 
 def models_vector():
-    from library.models.conditioning import conditioning_vector
+    from library.models.size_conditioning import conditioning_vector
 
     nothing = torch.zeros(1, 2)
     return conditioning_vector(torch.zeros(1, 128), nothing, nothing, nothing)

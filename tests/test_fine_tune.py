@@ -12,9 +12,10 @@ from library.errors import OptionError
 from library.models.unet import block_of
 from library.param_group import ParamGroup
 from library.safetensors_io import read_header
-from library.training.options import LossOptions, ScheduleOptions
-from library.training.plan import check_lasting
-from library.training.task_options import FineTuneOptions
+from library.training.options.objective import LossOptions
+from library.training.options.optimizer import ScheduleOptions
+from library.training.options.tasks import FineTuneOptions
+from library.training.setup.plan import check_lasting
 from library.training.tasks.fine_tune import FineTune
 
 QUICK = [

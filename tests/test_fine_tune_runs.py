@@ -10,9 +10,9 @@ from PIL import Image
 from running import losses_of, tensors_of
 
 from library.errors import NotFinite
-from library.models.save_checkpoint import save_diffusers
+from library.models.checkpoint.writer import save_diffusers
 from library.safetensors_io import write_safetensors
-from library.training.task_options import FineTuneOptions
+from library.training.options.tasks import FineTuneOptions
 from library.training.tasks.fine_tune import FineTune
 from tools.make_tiny_dataset import make_pictures
 from tools.tiny_models import SMALLEST, random_checkpoint

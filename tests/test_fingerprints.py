@@ -16,9 +16,9 @@ from PIL import Image
 from running import ROOT
 from scanning import samples_of, scanned, stub_text, stub_vae
 
-from library.data.cache import LatentsOnDisk, TextOnDisk, TextPlan
-from library.data.fill_cache import audit, fill_latents, fill_text
-from library.data.known_files import KnownFiles, stamp_of
+from library.data.cache.fill import audit, fill_latents, fill_text
+from library.data.cache.latents import LatentsOnDisk, TextOnDisk, TextPlan
+from library.data.file_index import KnownFiles, stamp_of
 from library.errors import RunError
 
 
@@ -238,7 +238,7 @@ def test_what_was_verified_is_remembered_and_not_read_again(pictures, tmp_path, 
     known = KnownFiles(tmp_path / "index")
     assert problems(LatentsOnDisk("vae", known), samples) == [None] * 4
     known.save()
-    monkeypatch.setattr("library.data.npz.verify", lambda path: pytest.fail(f"read {path}"))
+    monkeypatch.setattr("library.data.cache.npz.verify", lambda path: pytest.fail(f"read {path}"))
     assert problems(LatentsOnDisk("vae", KnownFiles(tmp_path / "index")), samples) == [None] * 4
     assert set(problems(LatentsOnDisk("other", KnownFiles(tmp_path / "index")), samples)) == {"of another VAE or dtype"}
 
@@ -400,7 +400,7 @@ def test_latents_made_anew_are_kept_until_the_new_ones_are_whole(pictures):
 
 
 def test_a_hole_in_a_cache_stops_the_run_before_the_first_step(pictures):
-    from library.training.prepare import finish_caches
+    from library.training.setup.caches import finish_caches
 
     class OneProcess:
         is_main_process = False
@@ -458,5 +458,5 @@ def test_the_audit_decodes_each_picture_once_in_its_life(pictures, tmp_path, mon
     known = KnownFiles(tmp_path / "index")
     samples = samples_in(pictures)
     audit(samples, known)
-    monkeypatch.setattr("library.data.images.decode", lambda *_, **__: pytest.fail("decoded again"))
+    monkeypatch.setattr("library.images.decode", lambda *_, **__: pytest.fail("decoded again"))
     assert audit(samples, known) == []

@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "library.models": 1,
     "library.data": 2,
-    "library.sampling": 2,
+    "library.generation": 2,
     "networks": 2,
     "library.training": 3,
     "library": 0,

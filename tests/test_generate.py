@@ -17,10 +17,10 @@ from running import ROOT, script, train_network
 
 import sdxl_gen_img
 from library.errors import OptionError
-from library.sampling.metadata import read_texts, save_arguments
-from library.sampling.prompt_line import LINE_OPTIONS
-from library.sampling.sources import read_picture
-from library.sampling.variants import variants
+from library.generation.dynamic_prompts import variants
+from library.generation.init_images import read_picture
+from library.generation.metadata import read_texts, save_arguments
+from library.generation.prompt_options import LINE_OPTIONS
 
 SMALL = ["--W", "64", "--H", "64", "--steps", "2", "--sampler", "euler_a"]
 
@@ -197,7 +197,7 @@ def test_a_mistake_is_told_without_torch_and_ends_with_status_2(golden_model):
 
 @pytest.mark.long
 def test_names_are_the_contracts_and_nothing_is_replaced(draw, tmp_path, monkeypatch):
-    monkeypatch.setattr("library.sampling.output._now", lambda: "20261126000000")
+    monkeypatch.setattr("library.generation.output._now", lambda: "20261126000000")
     folder = tmp_path / "out"
     words = ("--prompt", "a --d 5 --s 1", "--images_per_prompt", 2, "--batch_size", 2)
     first = draw(*words, outdir=folder)
@@ -246,7 +246,7 @@ def test_a_file_draws_its_picture_again(kind, draw):
 def test_what_draws_a_picture_alone_are_options_that_plan_the_same_picture(draw, tmp_path, monkeypatch):
     """Every field of a drawing goes through the command line and comes back."""
     seen = []
-    monkeypatch.setattr("library.sampling.generate._tell", lambda drawings, options: seen.extend(drawings))
+    monkeypatch.setattr("library.generation.generate._tell", lambda drawings, options: seen.extend(drawings))
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     line = " ".join(f"--{name} {value}" for name, value in EVERY_OPTION.items() if name != "am")
     draw(

@@ -8,10 +8,10 @@ from running import script
 
 import sdxl_gen_img
 from library.errors import OptionError
-from library.models import compiling
+from library.generation import pipeline as drawing_room
+from library.models import compile as compiling
 from library.models.unet_blocks import sinusoidal_embedding
 from library.safetensors_io import write_safetensors
-from library.sampling import draw as drawing_room
 
 SMALL = ["--prompt", "a cat --d 1", "--W", "64", "--H", "64", "--steps", "2", "--sampler", "euler_a"]
 

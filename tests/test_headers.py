@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from library.data.headers import read_header
-from library.data.images import load, look_at
-from library.data.size import Size
+from library.images import load, look_at
+from library.size import Size
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
 EXIF = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"

@@ -12,12 +12,12 @@ from running import ROOT, arguments, script
 
 from library.errors import OptionError
 from library.log import log
-from library.models import checkpoint
-from library.models.checkpoint import locate_vae, open_checkpoint
-from library.models.save_checkpoint import save_diffusers
-from library.training import uploads as uploading
-from library.training.output_options import UploadOptions
-from library.training.uploads import Uploads, open_uploads
+from library.models.checkpoint import reader as checkpoint
+from library.models.checkpoint.reader import locate_vae, open_checkpoint
+from library.models.checkpoint.writer import save_diffusers
+from library.training.options.output import UploadOptions
+from library.training.saving import uploads as uploading
+from library.training.saving.uploads import Uploads, open_uploads
 
 TOKEN = "hf_this_must_never_be_told_to_anybody"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -162,7 +162,7 @@ def test_fault_14_a_run_ends_though_the_hub_never_does(hub, saved, told, monkeyp
 def test_fault_14_python_ends_though_an_upload_hangs(hub, saved):
     hub.silent = True
     program = (
-        "import pathlib\nfrom library.training.uploads import open_uploads\nfrom library.training.options import UploadOptions\n"
+        "import pathlib\nfrom library.training.saving.uploads import open_uploads\nfrom library.training.options.common import UploadOptions\n"
         f"uploads = open_uploads(UploadOptions(huggingface_repo_id='me/loras'))\nuploads.send(pathlib.Path({str(saved)!r}))\n"
         "raise SystemExit(3)"
     )

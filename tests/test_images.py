@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from library.data.images import BadImage, load, look_at, normalised, resize
-from library.data.pixels import crop
-from library.data.size import Size
+from library.data.augment import crop
+from library.images import BadImage, load, look_at, normalised, resize
+from library.size import Size
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from library.data.order import Place
+from library.data.batch_sampler import Place
 from library.param_group import ParamGroup, split_groups
-from library.training.in_backward import InBackward, bunches_of
-from library.training.lr_schedules import make_scheduler
-from library.training.optimizers import make_optimizer, start_training
-from library.training.options import ScheduleOptions
-from library.training.stepper import Stepper, is_separable, stand_ins
-from library.training.update import AtOnce, Descent, Update
+from library.training.optim.backward_step import InBackward, bunches_of
+from library.training.optim.lr_schedules import make_scheduler
+from library.training.optim.master_weights import Stepper, is_separable, stand_ins
+from library.training.optim.optimizer_step import AtOnce, Descent, Update
+from library.training.optim.optimizers import make_optimizer, start_training
+from library.training.options.optimizer import ScheduleOptions
 
 X = torch.randn(6, 80, generator=torch.Generator().manual_seed(1))
 OPTIMIZERS = {

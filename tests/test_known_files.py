@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.known_files import KnownFiles, stamp_of
+from library.data.file_index import KnownFiles, stamp_of
 
 OLD = time.time() - 100
 

@@ -11,7 +11,7 @@ from library.errors import OptionError
 from library.models.unet import UNet
 from library.models.unet_config import UNetConfig
 from library.safetensors_io import load_tensors, write_safetensors
-from networks.control_net_lllite import ControlNetLLLite, by_block, conditions, places, trained_places
+from networks.lllite import ControlNetLLLite, by_block, conditions, places, trained_places
 from networks.lllite_file import lllite_from_file
 
 GOLDEN = Path(__file__).parent / "golden"

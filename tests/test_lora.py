@@ -10,7 +10,7 @@ from running import assert_bit_equal
 
 from library.errors import OptionError
 from library.models import text_encoders
-from library.models.key_maps import Renaming, unet_pairs_of_config
+from library.models.checkpoint.key_maps import Renaming, unet_pairs_of_config
 from library.models.unet import UNet
 from library.models.unet_config import UNetConfig
 from library.safetensors_io import load_tensors, read_header, write_safetensors

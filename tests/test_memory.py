@@ -12,18 +12,18 @@ from full_size import peak_of
 from running import ROOT, train_network
 
 from benchmarks.memory import BARS, FULL, LORA, kind_of, options_of
-from library.data.size import Size
 from library.errors import OptionError
 from library.log import muted
+from library.models.checkpoint.reference_shapes import stand_in
 from library.models.sdxl import SdxlModels
-from library.models.stand_in import stand_in
-from library.training import start
-from library.training.build import open_models, rehearse
-from library.training.memory_options import MemoryOptions
-from library.training.memory_plan import GIB, fit
-from library.training.plan import Bucket, estimate_memory, trained_groups
-from library.training.preflight import Preflight
-from library.training.task import Task
+from library.size import Size
+from library.training.options.memory import MemoryOptions
+from library.training.setup import build_run as start
+from library.training.setup.build import open_models, rehearse
+from library.training.setup.inputs import Preflight
+from library.training.setup.memory_estimate import GIB, fit
+from library.training.setup.plan import Bucket, estimate_memory, trained_groups
+from library.training.tasks.base import Task
 
 PRESETS = [path for kind in ("sdxl_finetune", "lora") for path in sorted((ROOT / "configs").glob(f"{kind}_*gb.toml"))]
 OFTEN = ("sdxl_finetune_8gb", "lora_4gb")

@@ -10,8 +10,8 @@ from library.data.batch import Batch
 from library.errors import RunError
 from library.signals import Signals
 from library.training import loop
+from library.training.forward import Step
 from library.training.progress import Progress
-from library.training.step import Step
 
 TWO = ["--train_batch_size", "2", "--max_train_steps", "4", "--gradient_accumulation_steps", "2"]
 
@@ -42,7 +42,7 @@ def test_fault_64_a_step_starts_again_in_smaller_parts_with_the_same_result(gold
     one, two = tensors_of(whole), tensors_of(parts)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
-    from library.training.state import read_facts
+    from library.training.saving.state import read_facts
 
     assert read_facts(tmp_path / "parts" / "lora-state")["splits"] == 2
 

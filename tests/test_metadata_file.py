@@ -12,10 +12,10 @@ from library.data.captions import CaptionSettings
 from library.data.dataset_config import read_datasets
 from library.data.metadata_file import BadMetadata, read_metadata
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
-from library.data.size import Size
-from library.data.subsets import scan
+from library.data.scan import scan
 from library.errors import OptionError
 from library.options import read_options
+from library.size import Size
 
 
 def entries(path: Path, **settings) -> list:
@@ -101,7 +101,7 @@ def test_keys_are_absolute_or_inside_the_folder_with_their_ending_or_without(fol
 
 
 def test_a_size_in_the_metadata_spares_looking_at_the_picture(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("library.data.subsets.look_at", lambda file: pytest.fail(f"looked at {file}"))
+    monkeypatch.setattr("library.data.scan.look_at", lambda file: pytest.fail(f"looked at {file}"))
     path = write(tmp_path / "m.json", {"a.png": {"caption": "one", "image_size": [128, 96]}})
     (sample,) = samples_of(scanned(path, folder))
     assert sample.size == Size(128, 96)

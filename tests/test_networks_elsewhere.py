@@ -11,10 +11,10 @@ import sdxl_train_network
 from library.errors import OptionError
 from library.models.text_encoders import TextConditioning
 from library.safetensors_io import read_header, write_safetensors
-from networks.kinds import change_of
+from networks.base_weights import BaseWeights
+from networks.inference.deltas import change_of
 from networks.lora import text_encoder_targets, unet_targets
 from networks.lora_file import load_into, network_from_file, read_lora
-from networks.merge import BaseWeights
 from networks.options import LoraSettings
 
 TEXT_TOO = without(QUICK, "--cache_text_encoder_outputs", "--network_train_unet_only")

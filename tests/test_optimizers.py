@@ -6,10 +6,16 @@ import torch
 from library.errors import OptionError
 from library.imports import import_diffusers, import_transformers
 from library.param_group import ParamGroup
-from library.training.lr_schedules import factor, make_scheduler, num_steps
-from library.training.optimizers import current_rate, find_optimizer, make_optimizer, optimizer_in_words, start_training
-from library.training.options import OptimizerOptions, ScheduleOptions, read_arguments
-from library.training.stepper import Stepper
+from library.training.optim.lr_schedules import factor, make_scheduler, num_steps
+from library.training.optim.master_weights import Stepper
+from library.training.optim.optimizers import (
+    current_rate,
+    find_optimizer,
+    make_optimizer,
+    optimizer_in_words,
+    start_training,
+)
+from library.training.options.optimizer import OptimizerOptions, ScheduleOptions, read_arguments
 
 
 def groups(lr=0.01):

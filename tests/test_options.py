@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import Mistake, OptionError, RunError
-from library.option_values import did_you_mean, edits
+from library.option_types import did_you_mean, edits
 from library.options import OptionGroup, option, read_options
 
 

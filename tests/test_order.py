@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.data.order import Group, Order
+from library.data.batch_sampler import Group, Order
 
 groups = st.lists(st.tuples(st.integers(1, 23), st.integers(1, 5)), min_size=1, max_size=5)
 

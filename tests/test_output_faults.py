@@ -24,11 +24,11 @@ from library.errors import run as run_script
 from library.files import host_name, remove_left_over, temporary_name, write_atomically
 from library.output_lock import OutputLock
 from library.safetensors_io import read_header, write_safetensors
-from library.training.output_options import ResumeOptions, SavingOptions
+from library.training.monitoring.metrics import Report, saved_files
+from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.progress import Progress
-from library.training.report import Report, saved_files
-from library.training.saving import Saver
-from library.training.state import State, newest_state, read_state, write_state
+from library.training.saving.saver import Saver
+from library.training.saving.state import State, newest_state, read_state, write_state
 from networks.lora_file import write_lora
 
 __all__ = ["told"]  # a fixture
@@ -333,7 +333,7 @@ def test_fault_6_what_is_old_goes_only_when_the_new_one_is_whole(error, tmp_path
     assert there() == ["1-state", "1.safetensors", "2-state", "2.safetensors"]
     part.error = error
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("library.training.saving.write_state", lambda *_: (_ for _ in ()).throw(error))
+        patch.setattr("library.training.saving.saver.write_state", lambda *_: (_ for _ in ()).throw(error))
         save(3)
     assert there() == ["1-state", "1.safetensors", "2-state", "2.safetensors"] and len(saver.failures) == 2
     part.error = None
@@ -346,7 +346,7 @@ def test_fault_6_a_state_is_saved_if_it_fits_whatever_was_expected_of_its_size(t
     saver, progress = saver_of(tmp_path, Part()), Progress(step=1)
     for expected, free in ((0, 35), (10**9, 36)):
         monkeypatch.setattr(Saver, "state_bytes", lambda self, size=expected: size)
-        monkeypatch.setattr("library.training.saving.free_space", lambda folder, size=free: size)
+        monkeypatch.setattr("library.training.saving.saver.free_space", lambda folder, size=free: size)
         saver.save_state("step", progress, some_state(1))
         assert (tmp_path / "n-step00000001-state").exists() == (free == 36)
 

@@ -11,7 +11,7 @@ from test_fine_tune import QUICK, train
 
 from library import param_group
 from library.errors import OptionError
-from library.training.pairs import REFUSED, TECHNIQUES
+from library.training.options.compatibility import REFUSED, TECHNIQUES
 
 WORDS = {
     "fused steps": ["--fused_backward_pass"],

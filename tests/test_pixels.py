@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from scanning import samples_of, scanned
 
-from library.data.images import normalised
-from library.data.pixels import color_augmented, face_crop, load_conditioning, load_pixels
-from library.data.sample import Face, PixelSettings, Sample
-from library.data.size import Size
+from library.data.augment import color_augmented, face_crop, load_conditioning, load_pixels
+from library.data.samples import Face, PixelSettings, Sample
+from library.images import normalised
+from library.size import Size
 
 BUCKET = ["--enable_bucket", "--bucket_reso_steps", 32, "--min_bucket_reso", 64, "--max_bucket_reso", 256]
 

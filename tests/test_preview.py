@@ -10,8 +10,8 @@ from forked import processes as on_processes
 from PIL import Image
 from running import QUICK, arguments, assert_bit_equal, losses_of, tensors_of, train_network, without
 
-from library.sampling import picture
-from library.sampling.picture import contact_sheet, thumbnail
+from library.generation import image_grid as picture
+from library.generation.image_grid import contact_sheet, thumbnail
 
 PROMPTS = "a red square --s 2\na (blue:1.4) circle --w 96 --h 64 --d 5 --s 2 --ss euler_a --n dark\n"
 

@@ -9,7 +9,7 @@ from running import QUICK, losses_of, tensors_of, train_network, without
 from torch import nn
 
 from library.errors import OptionError
-from library.models.quantized import QuantizedLinear, pack, unpack
+from library.models.memory.quantization import QuantizedLinear, pack, unpack
 from library.models.text_encoders import body_of
 from library.safetensors_io import load_tensors, read_header
 
@@ -127,7 +127,7 @@ def test_a_network_learns_on_a_quantised_base_nearly_what_it_learns_on_the_whole
 def test_base_weights_are_merged_into_the_unquantised_file(golden_model, pictures, tmp_path):
     """Merging into packed weights would lose a small change: here it must move the packed result as it moves the whole one."""
     lora = train_network(golden_model, pictures, tmp_path / "lora", "--max_train_steps", "2")
-    from networks.merge import BaseWeights
+    from networks.base_weights import BaseWeights
 
     plain, merged = quantized(golden_model, "int8"), quantized(golden_model, "int8")
     skeleton = merged.without_weights()

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from library.generation.options import GENERATION
 from library.log import LogOptions
-from library.option_values import Spec, specs_of
+from library.option_types import Spec, specs_of
 from library.options import ConfigOptions
-from library.sampling.generation_options import GENERATION
-from library.training import caching
-from library.training.not_yet import REFUSED, UNUSED
-from library.training.options import COMMON_TRAINING
-from library.training.task_options import EmbeddingOptions, FineTuneOptions, LLLiteOptions, PivotalOptions
-from networks.generation_options import AppliedNetworkOptions
+from library.training.options.common import COMMON_TRAINING
+from library.training.options.tasks import EmbeddingOptions, FineTuneOptions, LLLiteOptions, PivotalOptions
+from library.training.options.unsupported import REFUSED, UNUSED
+from library.training.setup import cache_tool as caching
+from networks.inference.options import AppliedNetworkOptions
 from networks.options import NetworkOptions
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "reference_options.tsv").open(encoding="utf-8"), delimiter="\t"))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from replay import Golden, replay
 
-from library.training.options import LossOptions, ScheduleOptions
+from library.training.options.objective import LossOptions
+from library.training.options.optimizer import ScheduleOptions
 from library.training.tasks.network import NetworkTask
 from networks.options import NetworkOptions
 
@@ -57,12 +58,12 @@ def test_bf16_gradients_point_where_float32s_do(golden_model):
     """One step's loss within 1 % of float32's, cosine of the gradients at least 0.99; there is no autocast."""
     from conftest import open_models
 
+    from library.device import Precision
     from library.models.noise_schedule import NoiseSchedule
     from library.models.sdxl import SdxlModels
-    from library.precision import Precision
-    from library.training.options import NoiseOptions
-    from library.training.step import Step
-    from library.training.task import Objective
+    from library.training.forward import Step
+    from library.training.objective.prediction import Objective
+    from library.training.options.objective import NoiseOptions
 
     golden, results = Golden("lora_te"), {}
     options = NetworkOptions(network_module="networks.lora", network_dim=4, network_args=("conv_dim=2",))

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.training.chart import thinned
-from library.training.report_page import medians_of_runs, trailing_mean, write_report_page
-from library.training.step_log import read_step_log
+from library.training.monitoring.chart import thinned
+from library.training.monitoring.report_page import medians_of_runs, trailing_mean, write_report_page
+from library.training.monitoring.step_log import read_step_log
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

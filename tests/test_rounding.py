@@ -8,23 +8,22 @@ from replay import Golden
 from test_in_backward import OPTIMIZERS, X, groups_of, make, numbers, train
 from torch import nn
 
-from library.data.order import Place
-from library.models.checkpoint import open_checkpoint
+from library.data.batch_sampler import Place
+from library.device import Precision
+from library.models.checkpoint.reader import open_checkpoint
 from library.models.noise_schedule import NoiseSchedule
 from library.models.sdxl import SdxlModels
 from library.param_group import ParamGroup
-from library.precision import Precision
-from library.training.optimizers import make_optimizer, start_training
-from library.training.options import LossOptions, NoiseOptions
-from library.training.rounding import compensate, round_stochastically
-from library.training.state import State, read_state, write_state
-from library.training.step import Step
-from library.training.stepper import Stepper, stand_ins
-from library.training.stochastic_sums import StochasticSums
-from library.training.task import Objective
-from library.training.task_options import FineTuneOptions
+from library.training.forward import Step
+from library.training.objective.prediction import Objective
+from library.training.optim.master_weights import Stepper, stand_ins
+from library.training.optim.optimizer_step import AtOnce, Update
+from library.training.optim.optimizers import make_optimizer, start_training
+from library.training.optim.rounding import StochasticSums, compensate, round_stochastically
+from library.training.options.objective import LossOptions, NoiseOptions
+from library.training.options.tasks import FineTuneOptions
+from library.training.saving.state import State, read_state, write_state
 from library.training.tasks.fine_tune import FineTune
-from library.training.update import AtOnce, Update
 
 BF16 = torch.bfloat16
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from library.errors import OptionError
-from library.sampling.prompts import SamplePrompt, at_size, read_sample_prompts
+from library.generation.sample_prompts import SamplePrompt, at_size, read_sample_prompts
 
 CAT = SamplePrompt("a cat", "dark, blurry", 512, 768, 5, 20, 3.5, "euler_a")
 INLINE = "a cat --n dark, blurry --w 512 --H 769 --d 5 --s 20 --l 3.5 --ss euler_a"

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from library.generation.denoise import Guidance, Kept, Told, denoise
+from library.generation.pipeline import _noised
+from library.generation.sampler_options import SAMPLERS
+from library.generation.samplers import make_sampler, set_steps
 from library.models.noise_schedule import NoiseSchedule
-from library.sampling.denoise import Guidance, Kept, Told, denoise
-from library.sampling.draw import _noised
-from library.sampling.options import SAMPLERS
-from library.sampling.samplers import make_sampler, set_steps
 
 # These stop at the noise of the first timestep instead of at none.
 LEAVE_NOISE = {"pndm", "dpmsolver"}

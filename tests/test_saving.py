@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from library.errors import OptionError
-from library.training.output_options import ResumeOptions, SavingOptions
+from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.progress import Progress
-from library.training.saving import Saver
-from library.training.state import State
+from library.training.saving.saver import Saver
+from library.training.saving.state import State
 
 
 class FakePart:
@@ -164,9 +164,9 @@ def test_a_resumed_run_needs_space_for_what_is_still_to_come(options, done, mode
     saving, states = SavingOptions(output_dir=tmp_path, **options), ResumeOptions()
     saver = Saver(saving, states, [FakePart(1000)], lambda s, e: {}, None, 5, session_id="1", is_main=True)
     assert saver.space(10, done).models == models
-    monkeypatch.setattr("library.training.saving.free_space", lambda folder: models * 1000)
+    monkeypatch.setattr("library.training.saving.saver.free_space", lambda folder: models * 1000)
     saver.check_space(10, done)
-    monkeypatch.setattr("library.training.saving.free_space", lambda folder: models * 1000 - 1)
+    monkeypatch.setattr("library.training.saving.saver.free_space", lambda folder: models * 1000 - 1)
     with pytest.raises(OptionError, match=f"but {models} models of 0.00 MB"):
         saver.check_space(10, done)
 

@@ -318,7 +318,7 @@ def test_make_tiny_sdxl_makes_the_same_model_from_the_same_seed(tmp_path):
         done = run_here(make_tiny_sdxl.main, "--output", tmp_path / f"{name}.safetensors", "--precision", "fp16")
         assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    from library.models.checkpoint import open_checkpoint
+    from library.models.checkpoint.reader import open_checkpoint
 
     assert "tiny SDXL" in open_checkpoint(str(tmp_path / "a.safetensors")).describe()
 
@@ -354,8 +354,9 @@ def test_the_step_log_is_json_lines(golden_model, pictures, tmp_path):
 def test_what_a_gui_writes_is_taken_with_a_few_lines(golden_model, pictures, tmp_path, caplog):
     """Foreign keys get one line together, and so do options that mean nothing in this version; nothing is refused."""
     from library.options import read_options
-    from library.training.not_yet import REFUSED, UNUSED
-    from library.training.options import COMMON_TRAINING, OptimizerOptions, check_training
+    from library.training.options.common import COMMON_TRAINING, check_training
+    from library.training.options.optimizer import OptimizerOptions
+    from library.training.options.unsupported import REFUSED, UNUSED
     from networks.options import NetworkOptions
 
     argv = ["--config_file", ROOT / "tests" / "gui_lora.toml", "--pretrained_model_name_or_path", golden_model]

@@ -13,10 +13,10 @@ from test_fine_tune import QUICK, TEXT_TOO, train
 
 from library.errors import OptionError
 from library.options import read_options
-from library.training.options import COMMON_TRAINING
-from library.training.pairs import check_pairs
-from library.training.sharding_options import ShardingOptions, Zero, check_sharding, sharding_notices, zero_of
-from library.training.task_options import FineTuneOptions, check_fine_tune
+from library.training.options.common import COMMON_TRAINING
+from library.training.options.compatibility import check_pairs
+from library.training.options.distributed import ShardingOptions, Zero, check_sharding, sharding_notices, zero_of
+from library.training.options.tasks import FineTuneOptions, check_fine_tune
 from tools.make_tiny_dataset import make_pictures
 
 CPU = {"ACCELERATE_USE_CPU": "true"}

@@ -13,17 +13,18 @@ import pytest
 import torch
 from torch import nn
 
-from library.data.order import Place
+from library.data.batch_sampler import Place
 from library.errors import OptionError, RunError
 from library.log import log
 from library.param_group import ParamGroup
 from library.safetensors_io import load_tensors, write_safetensors
-from library.training.lr_schedules import make_scheduler
-from library.training.optimizers import find_optimizer, make_optimizer, start_training
-from library.training.options import SCHEDULERS, ScheduleOptions
-from library.training.state import State, find_state, newest_state, read_state, restore_optimizer, write_state
-from library.training.stepper import Stepper
-from library.training.update import AtOnce, Update
+from library.training.optim.lr_schedules import make_scheduler
+from library.training.optim.master_weights import Stepper
+from library.training.optim.optimizer_state import restore_optimizer
+from library.training.optim.optimizer_step import AtOnce, Update
+from library.training.optim.optimizers import find_optimizer, make_optimizer, start_training
+from library.training.options.optimizer import SCHEDULERS, ScheduleOptions
+from library.training.saving.state import State, find_state, newest_state, read_state, write_state
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from library import param_group
 from library.errors import OptionError
-from library.lane import Lane
-from library.models.checkpointing import Checkpointing
-from library.models.streaming import Streamer, largest_blocks
+from library.models.memory.activation_checkpointing import Checkpointing
+from library.models.memory.block_swap import Streamer, largest_blocks
 from library.models.unet import UNet
+from library.offload import Lane
 from tools.tiny_models import TINY
 
 CPU = torch.device("cpu")

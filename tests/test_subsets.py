@@ -11,14 +11,14 @@ import scanning
 from PIL import Image
 
 from library.data.dataset_config import read_datasets
-from library.data.images import readable_extensions
-from library.data.known_files import KnownFiles
+from library.data.file_index import KnownFiles
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
-from library.data.size import Size
-from library.data.subsets import scan
+from library.data.scan import scan
 from library.errors import OptionError
+from library.images import readable_extensions
 from library.options import read_options
-from library.training.options import LossOptions
+from library.size import Size
+from library.training.options.objective import LossOptions
 
 
 def make(folder: Path, *names: str, size=(64, 64)) -> None:
@@ -384,8 +384,8 @@ def test_the_scan_takes_sizes_and_captions_from_the_index_while_files_are_as_the
         os.utime(file, (1_000_000_000, 1_000_000_000))
     known = KnownFiles(tmp_path / "index")
     first = scanned(tmp_path, known=known)
-    monkeypatch.setattr("library.data.subsets.look_at", lambda file: pytest.fail(f"looked at {file}"))
-    monkeypatch.setattr("library.data.subsets.read_caption", lambda file, **how: pytest.fail(f"read {file}"))
+    monkeypatch.setattr("library.data.scan.look_at", lambda file: pytest.fail(f"looked at {file}"))
+    monkeypatch.setattr("library.data.scan.read_caption", lambda file, **how: pytest.fail(f"read {file}"))
     assert captions_of(scanned(tmp_path, known=known)) == captions_of(first)
     monkeypatch.undo()
     (folder / "a.caption").write_text("edited")

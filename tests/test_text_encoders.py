@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.models import text_encoders, tokens
-from library.models.checkpointing import Checkpointing
-from library.models.tokens import BEGIN, END, load_tokenizers, parse_weights, save_tokenizer
+from library.models import text_encoders
+from library.models import tokenizer as tokens
+from library.models.memory.activation_checkpointing import Checkpointing
+from library.models.tokenizer import BEGIN, END, load_tokenizers, parse_weights, save_tokenizer
 from library.safetensors_io import load_tensors
 from networks.lora import text_encoder_targets
 
@@ -71,7 +72,7 @@ def test_golden_03_single_files_store_the_projection_for_x_at_p(golden, golden_m
     stored = golden_models.checkpoint.file_tensors("text_encoder_2") | {
         "text_projection": golden["projection.checkpoint_tensor"]
     }
-    from library.models.conversion import file_from_module, module_from_file
+    from library.models.checkpoint.layouts import file_from_module, module_from_file
 
     loaded = module_from_file("text_encoder_2", stored)
     one, two = (tokens.encode(t, TEXT["prompts"]).ids for t in golden_models.tokenizers)
@@ -107,7 +108,7 @@ def test_gradients_pass_through_long_and_checkpointed_prompts(golden_model):
 
 
 def test_fault_22_encoder_names_keep_text_model_whatever_transformers_calls_them(golden_models):
-    from library.models.save_checkpoint import module_tensors
+    from library.models.checkpoint.writer import module_tensors
 
     for number, encoder in enumerate(golden_models.text_encoders, 1):
         part = f"text_encoder_{number}"

@@ -10,11 +10,12 @@ from replay import Golden, replay
 from running import ROOT, assert_bit_equal, losses_of, tensors_of, without
 
 from library.errors import OptionError
-from library.models.new_tokens import NewToken, first_rows
 from library.models.text_encoders import TextConditioning, body_of
+from library.models.textual_inversion import NewToken, first_rows
 from library.safetensors_io import read_header
-from library.training.options import LossOptions, ScheduleOptions
-from library.training.task_options import EmbeddingOptions
+from library.training.options.objective import LossOptions
+from library.training.options.optimizer import ScheduleOptions
+from library.training.options.tasks import EmbeddingOptions
 from library.training.tasks.embedding import EmbeddingTask, add_token
 
 QUICK = [

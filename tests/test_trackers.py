@@ -15,16 +15,16 @@ from running import ROOT
 from library.errors import OptionError
 from library.log import log
 from library.options import ConfigOptions, read_options
-from library.training import trackers
-from library.training.options import COMMON_TRAINING
-from library.training.output_options import TrackerOptions
-from library.training.trackers import (
+from library.training.monitoring import trackers
+from library.training.monitoring.trackers import (
     NEVER_SENT,
     Trackers,
     logged_config,
     open_trackers,
     read_tracker_config,
 )
+from library.training.options.common import COMMON_TRAINING
+from library.training.options.output import TrackerOptions
 from networks.options import NetworkOptions
 
 KEY = "0123456789" * 4
@@ -399,7 +399,7 @@ def test_the_logged_config_has_the_options_but_no_keys_and_no_paths(tmp_path):
 
 def test_no_option_that_is_a_path_is_ever_logged():
     """A new option of this kind belongs in NEVER_SENT."""
-    from library.option_values import specs_of
+    from library.option_types import specs_of
 
     groups = [ConfigOptions, *COMMON_TRAINING, NetworkOptions]
     paths = {spec.name for group in groups for spec in specs_of(group) if Path in spec.kinds}

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from library.draws import Draws
-from library.models.conditioning import size_vector
 from library.models.noise_schedule import NoiseSchedule
+from library.models.size_conditioning import size_vector
 from library.models.unet_blocks import sinusoidal_embedding
+from library.rng import Draws
 from library.safetensors_io import load_tensors
-from library.training import loss as losses
-from library.training import noise as noises
-from library.training.options import LossOptions, NoiseOptions
+from library.training.objective import loss as losses
+from library.training.objective import noise as noises
+from library.training.options.objective import LossOptions, NoiseOptions
 
 GOLDEN = Path(__file__).parent / "golden"
 T, _ = load_tensors(GOLDEN / "05_loss.safetensors")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from library.models.attention import chunked, sdpa
-from library.models.checkpointing import Checkpointing
+from library.models.control import AttentionExtra, BlockExtra, Steering
+from library.models.memory.activation_checkpointing import Checkpointing
 from library.models.unet import UNet, block_of
 from library.models.unet_blocks import GEGLU
 from library.models.unet_config import UNetConfig
-from library.models.unet_extra import AttentionExtra, BlockExtra, Steering
 from library.safetensors_io import load_tensors
 from tools.tiny_models import INPAINTING, REFINER, SDXL_BASE, SSD_1B, TINY, VEGA
 

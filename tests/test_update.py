@@ -5,15 +5,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from library.data.order import Place
+from library.data.batch_sampler import Place
 from library.errors import RunError
 from library.param_group import ParamGroup
-from library.training.in_backward import InBackward, bunches_of
-from library.training.lr_schedules import make_scheduler
-from library.training.optimizers import make_optimizer
-from library.training.options import ScheduleOptions
-from library.training.stepper import Stepper
-from library.training.update import AtOnce, Update
+from library.training.optim.backward_step import InBackward, bunches_of
+from library.training.optim.lr_schedules import make_scheduler
+from library.training.optim.master_weights import Stepper
+from library.training.optim.optimizer_step import AtOnce, Update
+from library.training.optim.optimizers import make_optimizer
+from library.training.options.optimizer import ScheduleOptions
 
 
 def make(optimizer="AdamW", max_grad_norm=1.0, scales_loss=False, lr=0.1, **arguments) -> tuple[nn.Linear, Update]:

@@ -9,7 +9,7 @@ from forked import end_together, processes
 from running import assert_bit_equal, losses_of, tensors_of, train_network
 from test_fine_tune import QUICK, train
 
-from library.devices import lacks_bf16
+from library.device import lacks_bf16
 from library.errors import OptionError, RunError
 
 LAST_BLOCKS = ["--block_lr", ",".join(["0"] * 20 + ["1e-4"] * 3)]  # a short way back
@@ -75,7 +75,7 @@ def test_a_network_is_stepped_within_backward_too(golden_model, pictures, tmp_pa
 
 def test_fault_64_memory_that_runs_out_in_a_step_within_backward_ends_the_run_unsaved(golden_model, pictures, tmp_path, monkeypatch):  # fmt: skip
     """Some weights are of this step then, others of the one before."""
-    from library.training.in_backward import InBackward
+    from library.training.optim.backward_step import InBackward
 
     steps, step = [], InBackward._step
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from running import QUICK, assert_bit_equal, losses_of, tensors_of, train_network, without
 
-from library.data.order import Group
-from library.training.validation import fixed_timesteps, validation_batches
+from library.data.batch_sampler import Group
+from library.training.monitoring.validation import fixed_timesteps, validation_batches
 
 SPLIT = ["--validation_split", "0.5", "--validation_seed", "3", "--max_train_steps", "4"]
 

@@ -8,14 +8,14 @@ from running import QUICK, train_network, without
 from torch import nn
 
 from library.data.batch import Batch
-from library.data.order import Place
+from library.data.batch_sampler import Place
 from library.errors import RunError
 from library.param_group import ParamGroup
-from library.training import pace as pacing
-from library.training import watch as watching
-from library.training.pace import Pace
-from library.training.update import norms_of
-from library.training.watch import Watch, check_equal, checksums
+from library.training.monitoring import sanity_checks as watching
+from library.training.monitoring import slowdown as pacing
+from library.training.monitoring.sanity_checks import Watch, check_equal, checksums
+from library.training.monitoring.slowdown import Pace
+from library.training.optim.optimizer_step import norms_of
 
 
 def trained(steps: int, *, lr: float, use_both: bool = True, dtype=torch.float32, stops_at=None, done=0) -> Watch:

@@ -46,11 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from PIL import Image
 
-    from library.models.checkpoint import open_checkpoint
+    from library.device import Precision
+    from library.generation.image_grid import draw_picture
+    from library.models.checkpoint.reader import open_checkpoint
     from library.models.sdxl import SdxlModels
     from library.models.text_encoders import TextConditioning
-    from library.precision import Precision
-    from library.sampling.picture import draw_picture
     from networks.lora import text_encoder_targets, unet_targets
     from networks.lora_file import load_into, network_from_file, read_lora
     from networks.options import LoraSettings

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.errors import run
 from library.log import start_logging
-from library.training.caching import fill, read_tool_options
+from library.training.setup.cache_tool import fill, read_tool_options
 
 
 def main(argv: list[str] | None = None) -> None:

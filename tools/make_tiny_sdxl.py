@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = read_options(__doc__, [TinyOptions], argv)[TinyOptions]
     if chosen.output.suffix != ".safetensors":
         raise OptionError(f"--output {chosen.output}: expected a name that ends in .safetensors")
-    from library.precision import DTYPES
+    from library.device import DTYPES
     from library.safetensors_io import write_safetensors
     from tools.tiny_models import tiny_checkpoint
 

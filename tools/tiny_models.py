@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from library.models import conversion
-from library.models.key_maps import FILE_PREFIXES, REFINER_PREFIXES
+from library.models.checkpoint import layouts as conversion
+from library.models.checkpoint.key_maps import FILE_PREFIXES, REFINER_PREFIXES
 from library.models.unet import UNet
 from library.models.unet_config import SIZE_CHANNELS, BlockPlan, UNetConfig
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.data.order import Place
+from library.data.batch_sampler import Place
 from library.models.text_encoders import EncodedText
 
 

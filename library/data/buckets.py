@@ -8,7 +8,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from library.data.size import Size
+from library.size import Size
 
 
 @dataclass(frozen=True)

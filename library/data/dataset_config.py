@@ -17,11 +17,11 @@ from library.data.captions import CaptionSettings
 from library.data.class_folders import implied_tables
 from library.data.dataset_keys import ALLOWED, FOLDER_KEYS, LEVELS, SPECS, default_of
 from library.data.options import CacheOptions, DatasetOptions, parse_range, parse_resolution
-from library.data.sample import PRESERVE_OUTPUT, DatasetPlan, PixelSettings, Subset
-from library.data.size import Size
+from library.data.samples import PRESERVE_OUTPUT, DatasetPlan, PixelSettings, Subset
 from library.errors import Mistake, OptionError
-from library.option_values import UNSET, did_you_mean, read_value
+from library.option_types import UNSET, did_you_mean, read_value
 from library.options import Options
+from library.size import Size
 
 # Command-line options that stand for a key of another name.
 _COMMAND_LINE_NAMES = {"batch_size": "train_batch_size"}

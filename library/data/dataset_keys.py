@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from library.data.options import DEFAULT_CAPTION_EXTENSION
-from library.data.size import INTERPOLATIONS
-from library.option_values import Spec, specs_of
+from library.option_types import Spec, specs_of
 from library.options import OptionGroup, option
+from library.size import INTERPOLATIONS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 import zlib
 from typing import Literal, NamedTuple
 
-from library.data.size import Size
+from library.size import Size
 
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # bytes as they are, on Windows too
 _FIRST_READ = 4096  # holds the header of nearly every file

@@ -7,7 +7,7 @@ is masked.
 import torch
 from torch import Tensor
 
-from library.draws import Draws
+from library.rng import Draws
 
 _EVERYTHING = 0.25  # share of the pictures that are to be painted whole
 _MOST_BOXES = 4

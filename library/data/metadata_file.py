@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.data.captions import CaptionSettings
-from library.data.size import Size
+from library.size import Size
 
 _WANTED = "expected text"
 

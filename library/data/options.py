@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.data.size import INTERPOLATIONS, Size
 from library.errors import Mistake
 from library.models.unet_config import AESTHETIC_SCORE
 from library.options import OptionGroup, option
+from library.size import INTERPOLATIONS, Size
 
 DEFAULT_CAPTION_EXTENSION = ".caption"
 _MULTIPLE = 32  # SDXL's bucket sides: three halvings of the latents, which are an eighth of the pixels, less one

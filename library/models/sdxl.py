@@ -9,26 +9,25 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from library.devices import to_device
+from library.device import Precision, to_device
 from library.errors import RunError
-from library.lane import Lane
 from library.log import log
-from library.models import conversion
 from library.models.attention import AttentionFunction, sdpa
-from library.models.checkpoint import Checkpoint, locate_vae, open_checkpoint, open_tensors
-from library.models.checkpointing import KEPT, Checkpointing
-from library.models.key_maps import FILE_PREFIXES, FOLDERS
-from library.models.quantized import quantize
-from library.models.streaming import Streamer, largest_blocks
+from library.models.checkpoint import layouts as conversion
+from library.models.checkpoint.key_maps import FILE_PREFIXES, FOLDERS
+from library.models.checkpoint.reader import Checkpoint, locate_vae, open_checkpoint, open_tensors
+from library.models.memory.activation_checkpointing import KEPT, Checkpointing
+from library.models.memory.block_swap import Streamer, largest_blocks
+from library.models.memory.quantization import quantize
 from library.models.unet import UNet
-from library.precision import Precision
+from library.offload import Lane
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     from library.models.text_encoders import EncodedText
-    from library.models.tokens import Tokenizer
+    from library.models.tokenizer import Tokenizer
 
 
 _TOLD_CUT = 5
@@ -211,7 +210,7 @@ class SdxlModels:
 
     @cached_property
     def tokenizers(self) -> tuple["Tokenizer", "Tokenizer"]:
-        from library.models.tokens import load_tokenizers
+        from library.models.tokenizer import load_tokenizers
 
         return load_tokenizers(self._tokenizer_folder, self.checkpoint.path if self.checkpoint.is_folder else None)
 
@@ -222,7 +221,8 @@ class SdxlModels:
             num_tokens: a multiple of 75, at which captions are cut.
             weighted: read (word:1.2) as weights.
         """
-        from library.models import text_encoders, tokens
+        from library.models import text_encoders
+        from library.models import tokenizer as tokens
 
         one, two = (tokens.encode(tokenizer, texts, num_tokens, weighted=weighted) for tokenizer in self.tokenizers)
         self._tell_cut(one.cut, num_tokens)

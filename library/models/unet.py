@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.models.attention import AttentionFunction, sdpa
-from library.models.checkpointing import KEPT, Activations, Checkpointing
+from library.models.control import Extra
+from library.models.memory.activation_checkpointing import KEPT, Activations, Checkpointing
 from library.models.unet_blocks import (
     CHEAP,
     GROUPS,
@@ -35,7 +36,6 @@ from library.models.unet_blocks import (
     sinusoidal_embedding,
 )
 from library.models.unet_config import BlockPlan, UNetConfig
-from library.models.unet_extra import Extra
 
 NUM_LR_BLOCKS = 23
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from library.models.attention import AttentionFunction
+from library.models.control import AttentionExtra, BlockExtra, steered
 from library.models.products import conv2d, linear
 from library.models.unet_config import HEAD_CHANNELS
-from library.models.unet_extra import AttentionExtra, BlockExtra, steered
 
 GROUPS = 32
 

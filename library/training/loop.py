@@ -1,8 +1,9 @@
 """The training loop: the only one. What differs between the scripts is their Task."""
 
+import dataclasses
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,25 +11,24 @@ import torch
 from accelerate.utils import gather_object
 
 from library.data.batch import Batch
-from library.draws import Draws, seed_modules
 from library.errors import RunError, first_line
 from library.log import is_main_process, log
 from library.options import Options
 from library.output_lock import OutputLock
+from library.rng import Draws, seed_modules
 from library.signals import Signals, end_with_parent, exit_status
-from library.training.output_options import ResumeOptions, SavingOptions
-from library.training.preflight import Preflight
+from library.training.monitoring.metrics import Report, Seen, read_log
+from library.training.monitoring.report_page import write_report_page
+from library.training.monitoring.sanity_checks import check_equal
+from library.training.optim.optimizer_step import Updated
+from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.progress import Progress
-from library.training.report import Seen
-from library.training.report_page import write_report_page
-from library.training.resume import Resumed, capture, look_for_state, place_to_start, restore
-from library.training.run import Run
-from library.training.saving import When, make_output_folder
-from library.training.start import start
-from library.training.task import Task
-from library.training.update import Updated
-from library.training.verify import verify
-from library.training.watch import check_equal
+from library.training.run import Run, capture, place_to_start, restore
+from library.training.saving.resume import Resumed, look_for_state
+from library.training.saving.saver import When, make_output_folder
+from library.training.setup.build_run import start
+from library.training.setup.inputs import Preflight
+from library.training.tasks.base import Task
 
 _HELP_WITH_MEMORY = "--gradient_checkpointing, --cache_latents, --cache_text_encoder_outputs, --mixed_precision bf16 or a smaller --resolution"
 _NOT_SAVED = "nothing is saved; the last saved state is whole"
@@ -299,3 +299,51 @@ def write_page(run: Run, progress: Progress) -> None:
         )  # fmt: skip
     except (RunError, OSError) as error:
         log.warning("the report isn't written: %s", error)
+
+
+_COMPARED = ("loss/current", "grad_norm")
+
+
+def verify(run: Run, progress: Progress, steps: int, loop: Callable[[Run, Progress, Signals], None]) -> None:
+    """Do up to so many steps again, as they were done after the state was saved. Saves nothing.
+
+    Raises RunError at the first number that differs, or if the log has no step behind the state.
+    """
+    log_file = run.saver.log_file
+    logged = {
+        line["step"]: line for line in read_log(log_file) if "loss/current" in line and line["step"] > progress.step
+    }
+    last = min(progress.step + steps, max(logged, default=0), run.total_steps)
+    if last <= progress.step:
+        raise RunError(f"{log_file}: it has no steps behind the state's {progress.step}; resume from an older state")
+    replayed = _replay(run, progress, last, loop)
+    if not run.accelerator.is_main_process:  # which alone has a log
+        return
+    for step in range(progress.step - len(replayed) + 1, last + 1):
+        for name in _COMPARED:
+            if replayed[step][name] != logged[step][name]:
+                raise RunError(
+                    f"step {step}: {name} is {replayed[step][name]!r}, the log says {logged[step][name]!r}: the run doesn't repeat itself"
+                )
+    log.info(
+        "verified: %d steps up to step %d give the log's losses and gradient norms, bit by bit", len(replayed), last
+    )
+
+
+def _replay(run: Run, progress: Progress, last: int, loop: Callable[[Run, Progress, Signals], None]) -> dict[int, dict]:
+    temporary = run.saver.log_file.with_name(f".{run.saver.log_file.name}.replay")
+    report = Report(
+        last, run.order.steps_per_epoch, is_main=run.accelerator.is_main_process, trackers=None, log_file=temporary
+    )
+    nothing = dataclasses.replace(run.validation, every_steps=None, every_epochs=None)
+    replay = dataclasses.replace(
+        run, report=report, validation=nothing, preview=dataclasses.replace(run.preview, prompts=()), total_steps=last
+    )  # fmt: skip
+    run.saver.stop()
+    try:
+        loop(replay, progress, Signals())
+        report.settle()
+        return {line["step"]: line for line in read_log(Path(temporary)) if "loss/current" in line}
+    finally:
+        report.close()
+        temporary.unlink(missing_ok=True)

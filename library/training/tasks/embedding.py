@@ -10,18 +10,18 @@ from library.data.batch import Batch
 from library.data.options import CaptionOptions
 from library.errors import OptionError, RunError
 from library.log import log
-from library.models.checkpoint import open_tensors
-from library.models.new_tokens import NewToken, first_rows
+from library.models.checkpoint.reader import open_tensors
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import TextConditioning
+from library.models.textual_inversion import NewToken, first_rows
 from library.options import Options
 from library.param_group import ParamGroup
-from library.training.metadata import RunFacts
-from library.training.options import OptimizerOptions
-from library.training.part_file import write_part
-from library.training.task import Part, Task
-from library.training.task_options import EmbeddingOptions
+from library.training.options.optimizer import OptimizerOptions
+from library.training.options.tasks import EmbeddingOptions
+from library.training.saving.metadata import RunFacts
+from library.training.tasks.base import Task
+from library.training.trainable import Part, write_part
 
 
 class TokenPart(Part):

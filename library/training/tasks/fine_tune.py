@@ -12,19 +12,21 @@ from library.data.batch import Batch
 from library.data.options import CacheOptions, CaptionOptions
 from library.errors import NotFinite
 from library.files import replace_folder, temporary_name
-from library.models.key_maps import FILE_PREFIXES, PARTS
+from library.models.checkpoint.key_maps import FILE_PREFIXES, PARTS
+from library.models.checkpoint.writer import ModuleTensors, save_diffusers, save_single_file
 from library.models.options import ModelOptions
-from library.models.save_checkpoint import ModuleTensors, save_diffusers, save_single_file
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import EncodedText, TextConditioning, body_of, module_name
 from library.models.unet import block_of
 from library.options import Options
 from library.param_group import ParamGroup
-from library.training.metadata import RunFacts
-from library.training.options import OptimizerOptions, RunOptions
-from library.training.sharding import is_sharded, whole_tensors
-from library.training.task import Part, Task, cached_text
-from library.training.task_options import FineTuneOptions
+from library.training.distributed.sharding import is_sharded, whole_tensors
+from library.training.options.optimizer import OptimizerOptions
+from library.training.options.run import RunOptions
+from library.training.options.tasks import FineTuneOptions
+from library.training.saving.metadata import RunFacts
+from library.training.tasks.base import Task, cached_text
+from library.training.trainable import Part
 
 _ENCODERS = ("text_encoder_1", "text_encoder_2")
 

@@ -11,19 +11,19 @@ from library.data.batch import Batch
 from library.data.options import CacheOptions, CaptionOptions
 from library.errors import OptionError
 from library.log import log
+from library.models.control import Extra
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import TextConditioning
 from library.models.unet import UNet
-from library.models.unet_extra import Extra
 from library.options import Options
 from library.param_group import ParamGroup
-from library.training.metadata import RunFacts
-from library.training.options import OptimizerOptions
-from library.training.part_file import write_part
-from library.training.task import Part, Task, cached_text
-from library.training.task_options import DEFAULT_DIM, DEFAULT_EMBEDDING, LLLiteOptions
-from networks.control_net_lllite import ControlNetLLLite, by_block, places, trained_places
+from library.training.options.optimizer import OptimizerOptions
+from library.training.options.tasks import DEFAULT_DIM, DEFAULT_EMBEDDING, LLLiteOptions
+from library.training.saving.metadata import RunFacts
+from library.training.tasks.base import Task, cached_text
+from library.training.trainable import Part, write_part
+from networks.lllite import ControlNetLLLite, by_block, places, trained_places
 from networks.lllite_file import read_lllite, shapes_in_file
 from networks.lora_file import copy_fitting
 

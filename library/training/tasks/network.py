@@ -12,24 +12,27 @@ from torch import Tensor, nn
 
 from library.data.batch import Batch
 from library.data.options import CacheOptions, CaptionOptions
-from library.data.sample import PRESERVE_OUTPUT
+from library.data.samples import PRESERVE_OUTPUT
 from library.log import log
-from library.models.new_tokens import NewToken
 from library.models.options import ModelOptions
 from library.models.sdxl import Change, SdxlModels
 from library.models.text_encoders import TextConditioning
+from library.models.textual_inversion import NewToken
 from library.options import Options
 from library.param_group import ParamGroup
-from library.training.metadata import BASE_MODEL_VERSION, RunFacts, training_metadata
-from library.training.noise import Noisy
-from library.training.options import OptimizerOptions, RunOptions
-from library.training.task import Objective, Part, Task, cached_text
-from library.training.task_options import PivotalOptions
+from library.training.objective.noise import Noisy
+from library.training.objective.prediction import Objective
+from library.training.options.optimizer import OptimizerOptions
+from library.training.options.run import RunOptions
+from library.training.options.tasks import PivotalOptions
+from library.training.saving.metadata import BASE_MODEL_VERSION, RunFacts, training_metadata
+from library.training.tasks.base import Task, cached_text
 from library.training.tasks.embedding import TokenPart, add_token, embedding_tensors
-from networks.build import build_network
+from library.training.trainable import Part
+from networks.base import Network
+from networks.base_weights import BaseWeights
+from networks.kinds import build_network
 from networks.lora_file import write_lora
-from networks.merge import BaseWeights
-from networks.network import Network
 from networks.options import NetworkOptions
 
 

@@ -1,0 +1,214 @@
+"""Pictures: size from the header, pixels, resizing and normalising. No torch here.
+
+Sizes are Size(width, height) in pixels, as the picture is seen: after its EXIF orientation. Arrays are height first.
+"""
+
+import importlib.util
+import io
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from library.data.headers import Header, read_header, xmp_orientation
+from library.errors import RunError
+from library.size import Size
+
+# Endings in lower case; files are recognised by their content, whatever they are called.
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
+PLUGINS = {".jxl": ("pillow_jxl", "pillow-jxl-plugin"), ".heic": ("pillow_heif", "pillow-heif"), ".heif": ("pillow_heif", "pillow-heif")}  # fmt: skip
+"""Endings that need a Pillow plugin: its module, and its name for pip."""
+
+# Not in a context: those of the warnings module aren't safe in the threads that decode.
+warnings.filterwarnings("ignore", module="PIL")
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit against pictures made to fill the memory
+_LARGE_PIXELS = MAX_PIXELS // 2
+_ORIENTATION = 0x0112
+
+
+class BadImage(RunError):
+    """A picture that can't be read; the text says why, without the path."""
+
+
+def readable_extensions() -> tuple[str, ...]:
+    """The endings that this installation reads."""
+    return EXTENSIONS + tuple(ending for ending, (module, _) in PLUGINS.items() if importlib.util.find_spec(module))
+
+
+def _register_plugin(path: str) -> None:
+    ending = path[path.rfind(".") :].lower()
+    if ending == ".jxl":
+        importlib.import_module("pillow_jxl")  # registers itself
+    elif ending in PLUGINS:
+        importlib.import_module("pillow_heif").register_heif_opener()
+
+
+class Look(NamedTuple):
+    """A picture by its header: size upright, whether EXIF says to turn it, whether it has several frames."""
+
+    size: Size
+    is_turned: bool
+    is_animated: bool
+
+
+def look_at(path: str | Path) -> Look:
+    """What the picture's header alone tells. Raises BadImage."""
+    (width, height), orientation, is_animated = _header(str(path))
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"too large: {width}x{height} is more than {MAX_PIXELS:,} pixels; make it smaller")
+    size = Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
+    return Look(size, orientation in _TURNS, is_animated)
+
+
+def is_large(size: Size) -> bool:
+    """Whether a picture is so large that it may be meant to fill the memory."""
+    return size.area > _LARGE_PIXELS
+
+
+def _header(path: str) -> Header:
+    try:
+        header = read_header(path)
+    except OSError:  # said in words below
+        header = None
+    if header is not None:
+        return header
+    with _image_errors():
+        _register_plugin(path)
+        with Image.open(path) as image:
+            if image.format == "PNG":  # what stands behind the pixels counts too
+                image.load()
+            return Header(Size(*image.size), _orientation(image), getattr(image, "is_animated", False))
+
+
+def load(path: str | Path, *, keep_alpha: bool = False) -> np.ndarray:
+    """The picture's pixels, upright: [H, W, 3], or [H, W, 4] with keep_alpha; uint8. Raises BadImage.
+
+    16-bit pictures are scaled to 8 bit, of animated ones the first frame is taken. What is transparent is laid on white,
+    unless alpha is kept; a picture without alpha is opaque then.
+    """
+    return decode(Path(path).read_bytes(), str(path), keep_alpha=keep_alpha)
+
+
+def decode(content: bytes, name: str, *, keep_alpha: bool = False) -> np.ndarray:
+    """The same of a file's content; `name` is only there to find a plugin by its ending."""
+    with _image_errors():
+        _register_plugin(name)
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            orientation = _orientation(image)
+            converted = _to_rgba(image) if keep_alpha else _to_rgb(image)
+            return np.asarray(converted.transpose(_TURNS[orientation]) if orientation in _TURNS else converted)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How to turn the picture upright, 1 to 8, as headers.py reads it. Broken EXIF counts as none: the pixels are whole."""
+    try:
+        exif = image.getexif().get(_ORIENTATION)
+    except (SyntaxError, struct.error, ValueError):
+        exif = None
+    return exif or xmp_orientation(image.info.get("xmp") or b"") or 1
+
+
+# How each EXIF orientation is turned upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_8_bit(image).convert("RGB")
+    if _has_alpha(image):
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_rgba(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_8_bit(image).convert("RGBA")
+    return image.convert("RGBA") if _has_alpha(image) else image.convert("RGB").convert("RGBA")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return "A" in image.mode or "a" in image.mode or "transparency" in image.info
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """A 16-bit picture, which convert() would clip to white."""
+    return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+
+
+@contextmanager
+def _image_errors() -> Iterator[None]:
+    """Turns what Pillow raises for damaged files into BadImage."""
+    try:
+        yield
+    except BadImage:
+        raise
+    except FileNotFoundError:
+        raise BadImage("there is no such file") from None
+    except Image.UnidentifiedImageError:
+        raise BadImage("no picture: its content is of no known format") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"too large: {error}") from None
+    except MemoryError:
+        raise BadImage("too large for this machine's memory") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error) as error:
+        raise BadImage(f"damaged: {str(error) or type(error).__name__}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------ resizing
+
+
+def resize(pixels: np.ndarray, size: Size, interpolation: str | None = None) -> np.ndarray:
+    """`pixels` [H, W, C] uint8 at another size.
+
+    Unset: area averaging where both sides shrink or stay, else Lanczos. Lanczos and box are Pillow's, the others OpenCV's
+    (contract: dataset_config.md section 6).
+    """
+    height, width = pixels.shape[:2]
+    if (width, height) == size:
+        return pixels
+    if interpolation is None:
+        interpolation = "area" if width >= size.width and height >= size.height else "lanczos"
+    return _RESIZERS[interpolation](pixels, size)
+
+
+def _pillow(resampling: Image.Resampling) -> Callable[[np.ndarray, Size], np.ndarray]:
+    return lambda pixels, size: np.asarray(Image.fromarray(pixels).resize(size, resampling))
+
+
+def _opencv(name: str) -> Callable[[np.ndarray, Size], np.ndarray]:
+    def resized(pixels: np.ndarray, size: Size) -> np.ndarray:
+        import cv2
+
+        return cv2.resize(pixels, size, interpolation=getattr(cv2, name))
+
+    return resized
+
+
+_RESIZERS = {
+    "lanczos": _pillow(Image.Resampling.LANCZOS), "box": _pillow(Image.Resampling.BOX), "area": _opencv("INTER_AREA"),
+    "nearest": _opencv("INTER_NEAREST_EXACT"), "bilinear": _opencv("INTER_LINEAR"), "linear": _opencv("INTER_LINEAR"),
+    "bicubic": _opencv("INTER_CUBIC"), "cubic": _opencv("INTER_CUBIC"),
+}  # fmt: skip
+
+
+def normalised(pixels: np.ndarray) -> np.ndarray:
+    """[H, W, 3] uint8 -> [3, H, W] float32 in -1..1."""
+    values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+    values /= 127.5  # in place, as new memory costs more than the arithmetic
+    values -= 1.0
+    return values

@@ -1,0 +1,176 @@
+"""Checkpointing: how the U-Net's activations wait for backward: kept, computed again, or in another memory.
+
+    policy      keeps                                       computes again             (--checkpoint_policy)
+    None        everything                                  nothing
+    selective   what matrix products and attention give     norms, SiLU, GEGLU's product
+    full        the inputs of residual and transformer      everything within them
+                blocks
+
+With `home`, what is kept leaves the device until backward wants it (--cpu_offload_checkpointing). All of these give the same
+numbers to the bit: the same kernels run again on the same inputs.
+
+Source: Chen et al. 2016, arXiv:1604.06174 (full); Korthikanti et al. 2022, arXiv:2205.05198 (selective).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from library.models.memory.block_swap import Streamer
+from library.offload import Fetched, Lane
+
+_LEAST_BYTES = 1 << 20  # smaller ones stay: moving them costs more than it frees
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """What is done with activations. Args: policy: None, "selective" or "full". home: where they wait; None: on the device."""
+
+    policy: str | None = None
+    home: torch.device | None = None
+
+
+KEPT = Checkpointing()
+
+
+class Activations:
+    """What autograd saves during a U-Net's forward goes through here; its blocks run through here.
+
+    Attributes:
+        streamer: of blocks that aren't on the device all the time.
+    """
+
+    def __init__(self, how: Checkpointing, cheap: Iterable[nn.Module]):
+        """Args: cheap: modules whose results are rather computed again than kept, with "selective"."""
+        self.how = how
+        self._again: MutableMapping[Any, _Again] = WeakKeyDictionary()  # by the storage that the result has
+        self._away: MutableMapping[Any, tuple[object, _Away]] = WeakKeyDictionary()  # by storage, with the layout in it
+        self.streamer: Streamer | None = None
+        self._lane: Lane | None = None
+        self._last: ref[_Away] | None = None
+        for module in cheap if how.policy == "selective" else ():
+            module.register_forward_hook(self._note)
+
+    def run(self, block: nn.Module, *arguments: Any) -> Tensor:
+        """block(*arguments), to be computed again in backward with the policy "full"."""
+        if self.how.policy == "full" and torch.is_grad_enabled():
+            return checkpoint(self._compute, block, *arguments, use_reentrant=False)
+        return self._compute(block, *arguments)
+
+    def _compute(self, block: nn.Module, *arguments: Any) -> Tensor:
+        return block(*arguments) if self.streamer is None else self.streamer.run(block, *arguments)
+
+    @contextmanager
+    def saved(self, device: torch.device) -> Iterator[None]:
+        """Around a forward on this device."""
+        if not torch.is_grad_enabled() or (self.how.policy != "selective" and self.how.home is None):
+            yield
+            return
+        if self.how.home is not None and (self._lane is None or self._lane.work != device):
+            self._lane = Lane(self.how.home, device)
+        self._last = None
+        with saved_tensors_hooks(self._pack, _unpack):
+            yield
+
+    def _note(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """A cheap result has been computed: whoever saves it needn't keep it."""
+        if torch.is_grad_enabled() and output.requires_grad:
+            self._again[output.untyped_storage()] = _Again(module.forward, [self._pack(tensor) for tensor in inputs])
+
+    def _pack(self, tensor: Tensor) -> "Tensor | _Saved":
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        storage, layout = tensor.untyped_storage(), _layout(tensor)
+        if (again := self._again.get(storage)) is not None:
+            return _Saved(again, layout)
+        is_weight = isinstance(tensor._base, nn.Parameter)
+        if self._lane is None or is_weight or tensor.device != self._lane.work or tensor.nbytes < _LEAST_BYTES:
+            return tensor.detach()  # the tensor itself would keep the node alive whose result it is
+        known, away = self._away.get(storage, (None, None))
+        if away is None or known != layout:
+            away = _Away(self._lane, tensor, self._last)
+            self._away[storage], self._last = (layout, away), ref(away)
+        return _Saved(away)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+def _unpack(kept: "Tensor | _Saved") -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept.tensor()
+
+
+class _Absent:
+    """A tensor that isn't there until backward asks for it, and then until the last one who saved it has asked."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self._tensor: Tensor | None = None
+
+    def take(self) -> Tensor:
+        tensor = self._bring() if self._tensor is None else self._tensor
+        self.waiting -= 1
+        self._tensor = tensor if self.waiting > 0 else None
+        return tensor
+
+    def _bring(self) -> Tensor:
+        raise NotImplementedError
+
+
+class _Again(_Absent):
+    """A result that is computed again."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: "Sequence[Tensor | _Saved]"):
+        super().__init__()
+        self._function, self._inputs = function, inputs
+
+    @torch.no_grad()
+    def _bring(self) -> Tensor:
+        return self._function(*map(_unpack, self._inputs))
+
+
+class _Away(_Absent):
+    """A tensor that waits at home. When it is asked for, the one that left before it begins to come back too."""
+
+    def __init__(self, lane: Lane, tensor: Tensor, before: "ref[_Away] | None"):
+        super().__init__()
+        self._lane, self._before = lane, before
+        # The stretch of memory that it lies in, so that it comes back in the same layout: kernels go by that.
+        self._shape, self._stride = tensor.shape, tensor.stride()
+        reach = 1 + sum((size - 1) * step for size, step in zip(self._shape, self._stride, strict=True))
+        stretch = tensor.detach().as_strided((reach,), (1,))
+        self._place = lane.at_home(stretch)
+        lane.send(stretch, self._place)
+        self._coming: Fetched | None = None
+
+    def come(self) -> Fetched:
+        if self._coming is None:
+            self._coming = self._lane.fetch(self._place)
+        return self._coming
+
+    def _bring(self) -> Tensor:
+        stretch, self._coming = self.come().tensor(), None
+        before = None if self._before is None else self._before()
+        if before is not None and before.waiting:
+            before.come()
+        return stretch.as_strided(self._shape, self._stride)
+
+
+class _Saved:
+    """A place in which autograd has saved an absent tensor, or a view of it."""
+
+    def __init__(self, absent: _Absent, layout: tuple[Any, ...] | None = None):
+        self._absent, self._layout = absent, layout
+        absent.waiting += 1
+
+    def tensor(self) -> Tensor:
+        tensor = self._absent.take()
+        return tensor if self._layout is None else tensor.as_strided(*self._layout)

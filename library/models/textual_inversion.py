@@ -1,0 +1,92 @@
+"""New tokens: words that the tokenizers don't know, whose embeddings are parameters of their own.
+
+The rows stand behind the encoders' frozen tables and are put in their place in the embedding's forward, so nothing else can
+change, whatever the optimizer does. Source: Gal et al. 2022, arXiv:2208.01618.
+
+Shapes: n vectors of one token, C the encoder's width (768 and 1280).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.errors import OptionError
+from library.models.text_encoders import body_of
+from library.models.tokenizer import Tokenizer
+
+
+class ExtendedEmbedding(nn.Module):
+    """An embedding table with rows behind it: ids from `first` on are theirs. Of several new words, one table lies on the other."""
+
+    def __init__(self, table: "nn.Embedding | ExtendedEmbedding", rows: Tensor, first: int):
+        super().__init__()
+        self.table = table  # frozen
+        self.rows = nn.Parameter(rows)
+        self.first = first
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows of the known words."""
+        return self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., C], in the table's dtype."""
+        is_new = ids >= self.first
+        known: Tensor = self.table(ids.masked_fill(is_new, 0))
+        new = F.embedding((ids - self.first).clamp(min=0), self.rows).to(known.dtype)
+        return torch.where(is_new[..., None], new, known)
+
+
+class KnownWord(OptionError):
+    """The tokenizers have a token for it already."""
+
+
+class NewToken:
+    """One new word of n vectors, known to both tokenizers and encoders of a model: where it stands in a text, all of them do."""
+
+    def __init__(self, tokenizers: Sequence[Tokenizer], encoders: Sequence[Any], word: str, rows: Sequence[Tensor]):
+        """Args: rows: the first values, [n, C] of each encoder. Raises KnownWord."""
+        count = len(rows[0])
+        self.word = word
+        words = [word, *(f"{word}{i}" for i in range(1, count))]
+        for tokenizer in tokenizers:  # before any of them is changed
+            if len(tokenizer.ids(word)) == 1 or not tokenizer.clip.get_vocab().keys().isdisjoint(words):
+                raise KnownWord(
+                    f"{word!r} is a word that the tokenizers know already; take one that they don't, such as {word}_1x"
+                )
+        self.tables: list[ExtendedEmbedding] = []
+        for tokenizer, encoder, own in zip(tokenizers, encoders, rows, strict=True):
+            first = len(tokenizer.clip)
+            tokenizer.clip.add_tokens(words)
+            tokenizer.expansions[first] = list(range(first, first + count))
+            embeddings: Any = body_of(encoder).embeddings
+            table = ExtendedEmbedding(embeddings.token_embedding, own, first)
+            embeddings.token_embedding = table
+            self.tables.append(table)
+
+    @property
+    def rows(self) -> dict[str, nn.Parameter]:
+        """The vectors by the names that files give them: [n, C] each."""
+        one, two = self.tables
+        return {"clip_l": one.rows, "clip_g": two.rows}
+
+
+def first_rows(
+    tokenizers: Sequence[Tokenizer], encoders: Sequence[Any], init_word: str | None, count: int
+) -> list[Tensor]:
+    """The first values of `count` vectors for both encoders, float32: those of the init word's tokens in turn, or the tables' means."""
+    rows = []
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+        table: Tensor = body_of(encoder).embeddings.token_embedding.weight.detach()
+        ids = tokenizer.ids(init_word) if init_word else []
+        if init_word and not ids:
+            raise OptionError(f"--init_word {init_word!r}: it has no tokens")
+        if table.is_meta:  # of a dry run, in which a mean would import torch's compiler
+            own = table.new_empty(count, table.shape[1])
+        else:
+            own = table[[ids[i % len(ids)] for i in range(count)]] if ids else table.float().mean(0).expand(count, -1)
+        rows.append(own.to(torch.float32, copy=True).contiguous())
+    return rows

@@ -1,0 +1,82 @@
+"""Step: the one training forward. Everything that trains, validates or measures calls it, and it is what gets wrapped."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from library.data.batch import Batch
+from library.errors import RunError
+from library.models.inpainting import inpainting_channels, with_scaled_latents
+from library.models.vae import PIXELS_PER_LATENT, scale_latents
+from library.rng import Draws
+from library.training.objective.loss import sample_losses
+from library.training.objective.noise import make_noisy
+from library.training.objective.prediction import Objective
+from library.training.options.objective import LossOptions, NoiseOptions
+from library.training.tasks.base import Task
+
+EncodeImages = Callable[[Tensor, Tensor], Tensor]
+"""(images [B, 3, H, W] in -1..1, noise [B, 4, H/8, W/8]) -> raw latents"""
+
+
+class Step(nn.Module):
+    """From a batch to the loss of each of its samples."""
+
+    def __init__(
+        self, task: Task, objective: Objective, noise: NoiseOptions, loss: LossOptions, encode_images: EncodeImages
+    ):
+        super().__init__()
+        self.held = nn.ModuleList(task.modules())  # so that wrappers and optimizers see their parameters
+        self._task, self._objective, self._noise, self._loss = task, objective, noise, loss
+        self._encode_images = encode_images
+
+    def forward(self, batch: Batch, draws: Draws, timesteps: Tensor | None = None) -> Tensor:
+        """The weighted loss of each sample: [B], float32. Args: timesteps: [B]; drawn if not given."""
+        task, objective = self._task, self._objective
+        latents = scale_latents(self._raw_latents(batch, draws))
+        mask = self._mask(batch)
+        if task.unet.config.is_inpainting:
+            batch = dataclasses.replace(batch, beside=self._beside(batch, draws))
+        text = task.encode_text(batch)
+        noisy = make_noisy(latents, draws, objective.schedule, self._noise, timesteps)
+        prediction = task.predict(noisy, text, batch)
+        target = task.target(noisy, text, batch, objective)
+        losses = sample_losses(
+            prediction, target, noisy.timesteps, objective.schedule, self._loss,
+            mask=mask, v_prediction=objective.v_prediction,
+        )  # fmt: skip
+        return losses * batch.weights
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        """The loss mask in pixels, [B, H, W] in 0..1: the red of conditioning images with --masked_loss, or alpha."""
+        if self._loss.masked_loss and batch.conditioning is not None:
+            return batch.conditioning[:, 0] / 2 + 0.5
+        return batch.masks
+
+    @torch.no_grad()
+    def _beside(self, batch: Batch, draws: Draws) -> Tensor:
+        """What an inpainting model sees beside the noisy latents: [B, 5, H/8, W/8], float32."""
+        if batch.raw_beside is not None:
+            return with_scaled_latents(batch.raw_beside)
+        assert batch.images is not None and batch.paint is not None
+        height, width = batch.images.shape[2:]
+        noise = draws.normal("masked posterior", (4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
+        return inpainting_channels(batch.images, batch.paint, lambda shown: self._encode_images(shown, noise))
+
+    @torch.no_grad()
+    def _raw_latents(self, batch: Batch, draws: Draws) -> Tensor:
+        """Cached latents, or a new posterior sample of the pictures: [B, 4, H/8, W/8], float32."""
+        if batch.latents is not None:
+            return batch.latents
+        assert batch.images is not None
+        height, width = batch.images.shape[2:]
+        noise = draws.normal("posterior", (4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
+        latents = self._encode_images(batch.images, noise)
+        if not latents.isfinite().all():
+            bad = [path for path, one in zip(batch.paths, latents, strict=True) if not one.isfinite().all()]
+            raise RunError(
+                f"the VAE gives latents that aren't finite, in float32 too, for {', '.join(bad)}; remove these pictures or give another --vae"
+            )
+        return latents

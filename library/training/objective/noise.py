@@ -1,0 +1,160 @@
+"""Noise: from clean latents to the noisy ones that the U-Net sees, and the target that it should predict.
+
+Shapes: B samples, C = 4 latent channels, H and W of the latents. Every function is pure; its draws are arguments, and a
+sample's draws come from its own place (library/rng.py), where sd-scripts has one running stream for the batch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library.models.noise_schedule import NUM_TIMESTEPS, NoiseSchedule
+from library.rng import Draws
+from library.training.options.objective import NoiseOptions
+
+
+class Noisy(NamedTuple):
+    """A training pair: noisy scaled latents and what they are made of, [B, C, H, W] each; timesteps [B]."""
+
+    latents: Tensor
+    clean: Tensor
+    noise: Tensor
+    timesteps: Tensor
+
+
+def make_noisy(
+    scaled: Tensor, draws: Draws, schedule: NoiseSchedule, options: NoiseOptions, timesteps: Tensor | None = None
+) -> Noisy:
+    """Add drawn noise to scaled latents [B, C, H, W] at the given timesteps [B], or at drawn ones."""
+    noise = draw_noise(scaled, draws, options)
+    if timesteps is None:
+        timesteps = draw_timesteps(draws, options)
+    added = noise
+    if options.ip_noise_gamma:
+        gamma = _strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, "ip noise strength", draws)
+        added = noise + gamma * draws.normal("ip noise", scaled.shape[1:])
+    return Noisy(add_noise(scaled, added, schedule.at(timesteps)), scaled, noise, timesteps)
+
+
+def draw_noise(scaled: Tensor, draws: Draws, options: NoiseOptions) -> Tensor:
+    """The noise of each sample, offset and pyramid included: shaped like the latents."""
+    noise = draws.normal("noise", scaled.shape[1:])
+    if options.noise_offset:
+        strength = _strength(options.noise_offset, options.noise_offset_random_strength, "offset strength", draws)
+        drawn = draws.normal("offset", (scaled.shape[1], 1, 1))
+        noise = offset_noise(noise, drawn, strength, latents=scaled, adaptive=options.adaptive_noise_scale)
+    if options.multires_noise_iterations:
+        pyramids = [_draw_pyramid(noise[i : i + 1], draws, i, options) for i in range(len(noise))]
+        noise = torch.cat(pyramids)
+    return noise
+
+
+def _strength(most: float, is_random: bool, purpose: str, draws: Draws) -> Tensor | float:
+    return most * draws.uniform(purpose, (1, 1, 1)) if is_random else most
+
+
+def draw_timesteps(draws: Draws, options: NoiseOptions) -> Tensor:
+    """Timesteps in --min_timestep..--max_timestep, the upper one not included: [B], int64. All are it where that range is empty."""
+    low, high = options.min_timestep or 0, NUM_TIMESTEPS if options.max_timestep is None else options.max_timestep
+    if low >= high:
+        return torch.full((draws.count,), high, device=draws.device)
+    if options.timestep_sampling == "uniform":
+        return draws.integers("timestep", low, high)
+    share = _noise_share(draws, options)
+    return (low + share * (high - low)).long().clamp(low, high - 1)
+
+
+def _noise_share(draws: Draws, options: NoiseOptions) -> Tensor:
+    """How far into the range of timesteps each sample lies, 0 clean and 1 noise: [B]."""
+    if options.timestep_sampling == "logit_normal":
+        return logit_normal(draws.normal("timestep", ()), mean=options.logit_mean, std=options.logit_std)
+    uniform = draws.uniform("timestep")
+    return mode(uniform, options.mode_scale) if options.timestep_sampling == "mode" else cosmap(uniform)
+
+
+def logit_normal(normal: Tensor, *, mean: float, std: float) -> Tensor:
+    """Shares of noise around the middle, from standard normal numbers. Source: Esser et al. 2024, arXiv:2403.03206, section 3.1."""
+    return torch.sigmoid(mean + std * normal)
+
+
+def mode(uniform: Tensor, scale: float) -> Tensor:
+    """Shares of noise with more (scale above 0) or fewer of the middle; scale 0 is uniform. Source: the same, equation 20."""
+    return 1 - uniform - scale * (torch.cos(math.pi / 2 * uniform) ** 2 - 1 + uniform)
+
+
+def cosmap(uniform: Tensor) -> Tensor:
+    """Shares of noise in the density of the cosine schedule, 2 / (pi - 2 pi t + 2 pi t^2). Source: the same, equation 21."""
+    return 1 - 1 / (torch.tan(math.pi / 2 * uniform) + 1)
+
+
+def offset_noise(
+    noise: Tensor, drawn: Tensor, strength: Tensor | float, *, latents: Tensor, adaptive: float | None
+) -> Tensor:
+    """Noise that also shifts whole channels, so that very dark and very bright pictures can be learnt.
+
+    Args:
+        drawn: standard normal, [B, C, 1, 1].
+        strength: of the shift; a number, or [B, 1, 1, 1].
+        adaptive: added to the strength times each channel's absolute mean; the sum is at least 0.
+
+    Source: Guttenberg 2023, "Diffusion with offset noise"; contract: training_math.md section 2.
+    """
+    if adaptive:
+        strength = (strength + adaptive * latents.mean(dim=(2, 3), keepdim=True).abs()).clamp(min=0)
+    return noise + strength * drawn
+
+
+def pyramid_noise(noise: Tensor, levels: Sequence[Tensor], discount: float) -> Tensor:
+    """Noise with coarser noise on top, level i times discount^i, brought back to a standard deviation of 1.
+
+    Args:
+        noise: [B, C, H, W]; the deviation is taken over all of it.
+        levels: standard normal, [B, C, h_i, w_i], finest first.
+
+    Source: Whitaker 2023, "Multi-resolution noise for diffusion model training"; contract: training_math.md section 2.
+    """
+    size = noise.shape[2:]
+    for i, level in enumerate(levels):
+        noise = noise + F.interpolate(level, size=size, mode="bilinear") * discount**i
+    return noise / noise.std()
+
+
+def pyramid_sizes(height: int, width: int, iterations: int, draws: Sequence[float]) -> list[tuple[int, int]]:
+    """The size of each pyramid level: sides divided by r^i, r drawn in 2..4 anew for each; ends with a side of 1.
+
+    Args: draws: numbers in 0..1, one per level.
+    """
+    sizes: list[tuple[int, int]] = []
+    for i in range(iterations):
+        ratio = (2 + 2 * draws[i]) ** i
+        sizes.append((max(1, int(height / ratio)), max(1, int(width / ratio))))
+        if 1 in sizes[-1]:
+            break
+    return sizes
+
+
+def _draw_pyramid(noise: Tensor, draws: Draws, i: int, options: NoiseOptions) -> Tensor:
+    """Pyramid noise of one sample, [1, C, H, W]."""
+    assert options.multires_noise_iterations
+    own = replace(draws, first=draws.first + i, count=1)
+    on_host = replace(own, device=torch.device("cpu"))  # sizes are the host's business
+    uniform = on_host.uniform("pyramid sizes", (options.multires_noise_iterations,))[0].tolist()
+    height, width = noise.shape[2:]
+    sizes = pyramid_sizes(height, width, options.multires_noise_iterations, uniform)
+    levels = [own.normal(f"pyramid {level}", (noise.shape[1], *size)) for level, size in enumerate(sizes)]
+    return pyramid_noise(noise, levels, options.multires_noise_discount)
+
+
+def add_noise(scaled: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise. Source: Ho et al. 2020, arXiv:2006.11239, equation 4."""
+    return alpha_bar.sqrt() * scaled + (1 - alpha_bar).sqrt() * noise
+
+
+def velocity(scaled: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x. Source: Salimans & Ho 2022, arXiv:2202.00512, section 4."""
+    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * scaled

@@ -1,0 +1,107 @@
+"""Filling caches without training: what tools/cache_latents.py and tools/cache_text_encoder_outputs.py share.
+
+The options are those of training, so that a run's own config file says what to cache. Options torch-free; work below.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from library.data.dataset_config import check_datasets
+from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.errors import Mistake
+from library.log import LogOptions
+from library.models.options import ModelOptions
+from library.option_types import specs_of
+from library.options import OptionGroup, Options, option, read_options
+from library.training.options.common import COMMON_TRAINING
+from library.training.options.unsupported import REFUSED, UNUSED
+from networks.options import NetworkOptions
+
+
+@dataclass(frozen=True)
+class ToolOptions(OptionGroup):
+    """Caching"""
+
+    mixed_precision: str = option("no", "dtype in which the models compute", choices=("no", "fp16", "bf16"))
+    seed: int | None = option(None, "chooses the pictures that validation_split holds out", at_least=0)
+    skip_existing: bool = option(
+        False, "old switch", no_effect="what is there and valid is always kept, and only the rest is made"
+    )
+    sdxl: bool = option(False, "the model is an SDXL", no_effect="it always is")
+
+
+GROUPS = (ToolOptions, ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, LogOptions)
+
+_FLUX = (
+    "weighting_scheme logit_mean logit_std mode_scale blocks_to_swap clip_l t5xxl ae controlnet_model_name_or_path"
+    " t5xxl_max_token_length apply_t5_attn_mask guidance_scale timestep_sampling sigmoid_scale model_prediction_type"
+    " discrete_flow_shift model_type t5xxl_dtype text_encoder_batch_size"
+)
+
+
+def unused_options() -> dict[str, str]:
+    """The options that a config file of a training run has beside ours, and those for other models, with the reason."""
+    ours = {spec.name for group in GROUPS for spec in specs_of(group)}
+    theirs = [spec.name for group in (*COMMON_TRAINING, NetworkOptions) for spec in specs_of(group)]
+    names = {
+        name: "it is for training" for name in [*theirs, *REFUSED, *UNUSED] if name not in (*ours, "dataset_class")
+    }
+    return names | dict.fromkeys(_FLUX.split(), "it is for FLUX")
+
+
+def read_tool_options(description: str, argv: list[str] | None, **cache: Any) -> Options:
+    """The options of a caching tool. Args: cache: the cache options that the tool itself is."""
+
+    if not cache.get("cache_text_encoder_outputs"):
+        cache["text_cache_variants"] = None  # which a run's config file may hold
+
+    def with_cache(options: Options) -> Options:
+        return options.replaced(dataclasses.replace(options[CacheOptions], **cache))
+
+    options = read_options(
+        description,
+        GROUPS,
+        argv,
+        checks=[lambda options: check_datasets(with_cache(options), "unused"), _check_tool],
+        refused={"flux": "this tool is for SDXL", "dataset_class": REFUSED["dataset_class"]},
+        unused=unused_options(),
+    )
+    return with_cache(options)
+
+
+def _check_tool(options: Options) -> Iterator[Mistake]:
+    if options[DatasetOptions].debug_dataset:
+        yield Mistake("--debug_dataset is for the training scripts; give it to the run that the caches are for")
+
+
+def fill(options: Options) -> None:
+    """Fill the caches that the options ask for, on all processes. Raises RunError for pictures that can't be used."""
+    from library.training.setup.inputs import look_at_data, open_model
+
+    chosen, cache, data = options[ToolOptions], options[CacheOptions], options[DatasetOptions]
+    checkpoint = open_model(options[ModelOptions], prefer_fp16=chosen.mixed_precision == "fp16")
+    datasets, known = look_at_data(options, chosen.seed, "unused")
+
+    from library.device import Precision
+    from library.log import log
+    from library.models.sdxl import SdxlModels
+    from library.training.distributed.launch import start_processes
+    from library.training.setup.caches import prepare
+
+    accelerator = start_processes()
+    model = options[ModelOptions]
+    models = SdxlModels(
+        checkpoint,
+        Precision.decide(chosen.mixed_precision, None, no_half_vae=model.no_half_vae),
+        accelerator.device,
+        vae=model.vae,
+        tokenizer_folder=model.tokenizer_cache_dir,
+    )
+    prepared = prepare(
+        datasets, models, cache, accelerator, known,
+        num_tokens=model.num_tokens, weighted_captions=options[CaptionOptions].weighted_captions, skip_bad_images=data.skip_bad_images, audits=False,
+    )  # fmt: skip
+    log.info("done: the caches of %d pictures are complete", len(prepared.samples))
+    accelerator.end_training()
