@@ -51,9 +51,9 @@ def main() -> None:
 
 def places(count: int, name: str) -> list[tuple[int, int]]:
     """Random (left, top) of squares, in pixels."""
-    from library.rng import python_draw
+    from library.rng import python_rng
 
-    draw = python_draw(0, name, 0, 0)
+    draw = python_rng(0, name, 0, 0)
     return [(draw.randint(0, SIDE - SQUARE), draw.randint(0, SIDE - SQUARE)) for _ in range(count)]
 
 

@@ -20,7 +20,7 @@ def seed_of(*key: object) -> int:
     return int.from_bytes(hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def python_draw(*key: object) -> random.Random:
+def python_rng(*key: object) -> random.Random:
     """Python's generator for one place and purpose."""
     return random.Random(seed_of(*key))
 
@@ -31,7 +31,7 @@ def generator(*key: object) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampleRng:
     """The draws of one micro-batch: those of its samples, stacked.
 
     Attributes:
@@ -62,6 +62,6 @@ class Draws:
         return [generator(self.seed, purpose, self.epoch, self.first + i) for i in range(self.count)]
 
 
-def seed_modules(seed: int, epoch: int, micro: int, part: int = 0) -> None:
+def seed_global_rng(seed: int, epoch: int, micro: int, part: int = 0) -> None:
     """Seed the global generators for what draws inside modules (dropout), by the micro-batch's place and part."""
     torch.manual_seed(seed_of(seed, "modules", epoch, micro, *([part] if part else [])))

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.memory import kind_of, options_of
 from library.models.checkpoint.reference_shapes import stand_in
 from library.offload import Lane
-from library.rng import Draws
+from library.rng import SampleRng
 from library.size import Size
 from library.training.optim.build import make_update
 from library.training.setup.build import make_step, open_models
@@ -71,6 +71,6 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
                     parameter.grad = torch.zeros_like(parameter)
             update.step()
             live.peak = live.now
-            update.backward(update.step_module(batch, Draws(0, 0, 0, 1, torch.device("cpu"))), batch.place)
+            update.backward(update.step_module(batch, SampleRng(0, 0, 0, 1, torch.device("cpu"))), batch.place)
             update.step()
             return live.peak, loaded

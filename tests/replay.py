@@ -13,7 +13,7 @@ from library.data.batch_sampler import Place
 from library.models.noise_schedule import NoiseSchedule
 from library.models.text_encoders import EncodedText
 from library.models.vae import LATENT_SCALE
-from library.rng import Draws
+from library.rng import SampleRng
 from library.safetensors_io import load_tensors
 from library.size import Size
 from library.training.forward import Step
@@ -65,11 +65,11 @@ class Golden:
         found = [images.resize(images.load(folder / name), Size(width, height)) for name in facts["images"]]
         return torch.stack([torch.from_numpy(images.normalised(pixels)) for pixels in found])
 
-    def draws(self, i: int) -> "Recorded":
+    def rng(self, i: int) -> "Recorded":
         return Recorded(self.trace[f"step{i}.noise"], self.trace[f"step{i}.timesteps"])
 
 
-class Recorded(Draws):
+class Recorded(SampleRng):
     """The noise and timesteps of one recorded step; nothing else is drawn."""
 
     def __init__(self, noise: torch.Tensor, timesteps: torch.Tensor):
@@ -121,7 +121,7 @@ def replay(
                 text = models.encode_texts(golden.facts["batches"][i]["captions"], 75)
         batch = golden.batch(i, accumulation=accumulation, text=text)
         batch = dataclasses.replace(batch, captions=tuple(map(caption, batch.captions)))
-        losses = step(batch, golden.draws(i))
+        losses = step(batch, golden.rng(i))
         update.backward(losses, batch.place)
         context, vector, prediction = seen
         if i == 0 and "step0.context" in golden.trace:

@@ -290,9 +290,9 @@ def test_a_trained_single_file_loads_in_diffusers_and_gives_the_same_numbers(gol
     """from_single_file with a local configuration: U-Net, both text encoders and VAE, all of them changed."""
     from library.imports import import_diffusers
 
-    draws = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     trained = {
-        part: {name: t + 0.02 * torch.randn(t.shape, generator=draws) for name, t in golden_models.checkpoint.tensors(part).items()}
+        part: {name: t + 0.02 * torch.randn(t.shape, generator=rng) for name, t in golden_models.checkpoint.tensors(part).items()}
         for part in PARTS
     }  # fmt: skip
     path = tmp_path / "trained.safetensors"
@@ -301,7 +301,7 @@ def test_a_trained_single_file_loads_in_diffusers_and_gives_the_same_numbers(gol
         str(path), config=str(folder), local_files_only=True
     )
     models = open_models(path)
-    latents, timesteps = torch.randn(1, 4, 8, 8, generator=draws), torch.tensor([500])
+    latents, timesteps = torch.randn(1, 4, 8, 8, generator=rng), torch.tensor([500])
     with torch.no_grad():
         context, _, pooled, _ = pipeline.encode_prompt("a cat", device="cpu", do_classifier_free_guidance=False)
         text = models.encode_texts(["a cat"], 75)

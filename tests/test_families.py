@@ -13,7 +13,7 @@ from library.errors import OptionError
 from library.models import vae
 from library.models.checkpoint.reader import open_checkpoint
 from library.models.unet_blocks import sinusoidal_embedding
-from library.rng import Draws
+from library.rng import SampleRng
 from library.safetensors_io import read_header, write_safetensors
 from library.training.tasks.base import Task
 
@@ -70,8 +70,8 @@ def test_a_folder_of_a_smaller_twin_is_diffusers_too(name, twins, tmp_path):
 
     models = folder_of(twins(name), tmp_path)
     theirs = import_diffusers().UNet2DConditionModel.from_pretrained(tmp_path / "unet")
-    draws = torch.Generator().manual_seed(2)
-    latents, context = torch.randn(1, 4, 8, 8, generator=draws), torch.randn(1, 77, 192, generator=draws)
+    rng = torch.Generator().manual_seed(2)
+    latents, context = torch.randn(1, 4, 8, 8, generator=rng), torch.randn(1, 77, 192, generator=rng)
     added = {"text_embeds": torch.zeros(1, 128), "time_ids": torch.zeros(1, 6)}
     with torch.no_grad():
         expected = theirs(latents, torch.tensor([400]), context, added_cond_kwargs=added).sample
@@ -245,9 +245,9 @@ def test_masks_are_drawn_by_place_where_there_are_none(twins, pictures, seen, tm
     fine_tune(twins("inpainting"), pictures, tmp_path / "out", "--max_train_steps", "3")
     masks = [x[:, 4] for x, _, _ in seen]
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask.any() for mask in masks)
-    shares = [draw_masks(Draws(5, 0, place, 1), 64, 96).mean().item() for place in range(200)]
+    shares = [draw_masks(SampleRng(5, 0, place, 1), 64, 96).mean().item() for place in range(200)]
     assert 0.15 < sum(share == 1 for share in shares) / 200 < 0.35 and min(shares) > 0
-    together, apart = draw_masks(Draws(5, 0, 3, 2), 64, 96), draw_masks(Draws(5, 0, 4, 1), 64, 96)
+    together, apart = draw_masks(SampleRng(5, 0, 3, 2), 64, 96), draw_masks(SampleRng(5, 0, 4, 1), 64, 96)
     assert torch.equal(together[1:], apart)
 
 

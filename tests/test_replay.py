@@ -75,7 +75,7 @@ def test_bf16_gradients_point_where_float32s_do(golden_model):
         for lora in task._network.loras():
             torch.nn.init.normal_(lora.lora_up.weight, std=0.02)
         step = Step(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), LossOptions(), None).train()
-        loss = step(golden.batch(0, accumulation=1, text=None), golden.draws(0)).mean()
+        loss = step(golden.batch(0, accumulation=1, text=None), golden.rng(0)).mean()
         loss.backward()
         gradients = [p.grad.flatten() for p in task.parts[0].tensors().values() if p.grad is not None]
         assert {gradient.dtype for gradient in gradients} == {torch.float32}

@@ -133,7 +133,7 @@ def loss_falls(model: Path, rounding: str, *, full: bool) -> float:
     update = Update(step, groups, AtOnce(stepper, max_grad_norm=0, scales_loss=False), None)
     batch, found = golden.batch(0, accumulation=1, text=text), []
     for number in range(count):
-        losses = step(batch, golden.draws(0))
+        losses = step(batch, golden.rng(0))
         found.append(losses.mean().item())
         update.backward(losses, batch.place._replace(step=number))
         update.step()

@@ -11,7 +11,7 @@ import torch
 from library.models.noise_schedule import NoiseSchedule
 from library.models.size_conditioning import size_vector
 from library.models.unet_blocks import sinusoidal_embedding
-from library.rng import Draws
+from library.rng import SampleRng
 from library.safetensors_io import load_tensors
 from library.training.objective import loss as losses
 from library.training.objective import noise as noises
@@ -120,7 +120,7 @@ def test_the_options_choose_and_multiply_the_weights():
 # ---------------------------------------------------------------------------------------------------------------- noise
 
 
-class Recorded(Draws):
+class Recorded(SampleRng):
     """Gives the raw draws of a golden case by purpose."""
 
     def __new__(cls, *args):
@@ -185,17 +185,17 @@ def test_a_samples_draws_depend_on_its_place_alone():
         noise_offset=0.1, multires_noise_iterations=4, ip_noise_gamma=0.1, ip_noise_gamma_random_strength=True
     )
     latents = torch.randn(4, 4, 8, 12, generator=torch.Generator().manual_seed(0))
-    whole = noises.make_noisy(latents, Draws(7, 2, 10, 4), SCHEDULE, options)
-    halves = [noises.make_noisy(latents[k : k + 2], Draws(7, 2, 10 + k, 2), SCHEDULE, options) for k in (0, 2)]
+    whole = noises.make_noisy(latents, SampleRng(7, 2, 10, 4), SCHEDULE, options)
+    halves = [noises.make_noisy(latents[k : k + 2], SampleRng(7, 2, 10 + k, 2), SCHEDULE, options) for k in (0, 2)]
     for one, *two in zip(whole, *halves, strict=True):
         assert torch.equal(one, torch.cat(two))
-    other = noises.make_noisy(latents, Draws(7, 3, 10, 4), SCHEDULE, options)
+    other = noises.make_noisy(latents, SampleRng(7, 3, 10, 4), SCHEDULE, options)
     assert not torch.equal(whole.noise, other.noise)
 
 
 def test_drawn_numbers_have_the_distributions_they_claim():
-    draws = Draws(1, 0, 0, 4000)
-    normal, uniform, whole = draws.normal("n", (4,)), draws.uniform("u"), draws.integers("i", 200, 600)
+    rng = SampleRng(1, 0, 0, 4000)
+    normal, uniform, whole = rng.normal("n", (4,)), rng.uniform("u"), rng.integers("i", 200, 600)
     assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.03
     assert uniform.min() >= 0 and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.03
     assert whole.min() >= 200 and whole.max() < 600 and abs(whole.float().mean() - 399.5) < 10
@@ -208,7 +208,7 @@ def test_an_empty_range_of_timesteps_gives_its_upper_end():
             object.__setattr__(options, field.name, field.default)
         object.__setattr__(options, "min_timestep", low)
         object.__setattr__(options, "max_timestep", 500)
-        assert noises.draw_timesteps(Draws(0, 0, 0, 3), options).tolist() == [500] * 3
+        assert noises.draw_timesteps(SampleRng(0, 0, 0, 3), options).tolist() == [500] * 3
 
 
 def test_shares_of_noise_follow_the_papers_formulas():
@@ -235,7 +235,7 @@ def test_shares_of_noise_follow_the_papers_formulas():
 )
 def test_drawn_timesteps_have_the_share_of_the_middle_that_their_distribution_has(settings, middle):
     options = NoiseOptions(min_timestep=200, max_timestep=600, **settings)
-    drawn = noises.draw_timesteps(Draws(3, 0, 0, 4000), options)
+    drawn = noises.draw_timesteps(SampleRng(3, 0, 0, 4000), options)
     assert drawn.min() >= 200 and drawn.max() < 600 and drawn.dtype == torch.int64
     found = ((drawn >= 300) & (drawn < 500)).float().mean().item()
     assert found == pytest.approx(middle, abs=0.03)

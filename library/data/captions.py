@@ -125,7 +125,7 @@ def is_dropped(settings: CaptionSettings, draw: random.Random, *, epoch: int) ->
 
 
 def caption_variants(
-    caption: str, settings: CaptionSettings, count: int, draws: Iterable[random.Random]
+    caption: str, settings: CaptionSettings, count: int, rng: Iterable[random.Random]
 ) -> tuple[str, ...]:
     """So many captions as process_caption would draw them, apart from dropout, for caching: fewer where nothing is drawn.
 
@@ -136,7 +136,7 @@ def caption_variants(
     is_random = bool(kept.random_parts())
     return tuple(
         process_caption(caption, kept, draw, epoch=1, step=0, max_train_steps=1)
-        for draw in islice(draws, count if is_random else 1)
+        for draw in islice(rng, count if is_random else 1)
     )
 
 

@@ -7,16 +7,16 @@ is masked.
 import torch
 from torch import Tensor
 
-from library.rng import Draws
+from library.rng import SampleRng
 
 _EVERYTHING = 0.25  # share of the pictures that are to be painted whole
 _MOST_BOXES = 4
 _SMALLEST, _LARGEST = 0.1, 0.7  # sides of a box, as shares of the picture's
 
 
-def draw_masks(draws: Draws, height: int, width: int) -> Tensor:
+def draw_masks(rng: SampleRng, height: int, width: int) -> Tensor:
     """A mask for each sample, on the CPU: [B, H, W], 0 or 1, float32. Everything, or one to four boxes, is 1."""
-    chances = draws.uniform("mask", (1 + 5 * _MOST_BOXES,))
+    chances = rng.uniform("mask", (1 + 5 * _MOST_BOXES,))
     masks = torch.zeros(len(chances), height, width)
     for mask, (whole, *numbers) in zip(masks, chances.tolist(), strict=True):
         if whole < _EVERYTHING:

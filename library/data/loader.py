@@ -27,7 +27,7 @@ from library.errors import RunError
 from library.images import BadImage
 from library.models.text_encoders import EncodedText
 from library.models.unet_config import AESTHETIC_SCORE
-from library.rng import Draws, python_draw
+from library.rng import SampleRng, python_rng
 from library.signals import held_back, leave_to_parent
 
 FLIP_PROBABILITY = 0.5
@@ -125,7 +125,7 @@ class Batches(TorchDataset):
             return Texts(tuple(self._caption(sample, place, i) for i, sample in enumerate(samples)), None)
         captions, encoded = [], []
         for i, sample in enumerate(samples):
-            draw = python_draw(self.seed, "caption", place.epoch, place.first + i)
+            draw = python_rng(self.seed, "caption", place.epoch, place.first + i)
             dropped = is_dropped(sample.subset.captions, draw, epoch=place.epoch + 1)
             number, caption = self.text.texts.choose(sample, draw, dropped=dropped)
             captions.append(caption)
@@ -135,10 +135,10 @@ class Batches(TorchDataset):
     def _is_flipped(self, sample: Sample, place: Place, i: int) -> bool:
         if not sample.subset.pixels.flip_aug:
             return False
-        return python_draw(self.seed, "flip", place.epoch, place.first + i).random() < FLIP_PROBABILITY
+        return python_rng(self.seed, "flip", place.epoch, place.first + i).random() < FLIP_PROBABILITY
 
     def _caption(self, sample: Sample, place: Place, i: int) -> str:
-        draw = python_draw(self.seed, "caption", place.epoch, place.first + i)
+        draw = python_rng(self.seed, "caption", place.epoch, place.first + i)
         return process_caption(
             sample.caption,
             sample.subset.captions,
@@ -155,7 +155,7 @@ class Batches(TorchDataset):
             return _Picture(
                 cached.latents, image, cached.mask, sample.crop_top_left(flipped=flipped), cached.inpainting
             )
-        pixels = _read_pixels(sample, python_draw(self.seed, "pixels", place.epoch, place.first + i), flipped=flipped)
+        pixels = _read_pixels(sample, python_rng(self.seed, "pixels", place.epoch, place.first + i), flipped=flipped)
         mask = None if pixels.alpha is None else torch.from_numpy(np.ascontiguousarray(pixels.alpha))
         return _Picture(None, _image(pixels), mask, pixels.crop_top_left)
 
@@ -164,7 +164,7 @@ class Batches(TorchDataset):
     ) -> Tensor:
         """What an inpainting model is to paint, [B, H, W] in 0..1: what the samples' own masks say, else a drawn one."""
         width, height = samples[0].fit.bucket
-        paint = draw_masks(Draws(self.seed, place.epoch, place.first, len(samples)), height, width)
+        paint = draw_masks(SampleRng(self.seed, place.epoch, place.first, len(samples)), height, width)
         for i, sample in enumerate(samples):
             if sample.has_mask and sample.subset.pixels.alpha_mask:
                 assert masks is not None

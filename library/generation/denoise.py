@@ -139,7 +139,7 @@ def denoise(
         beside: what an inpainting model sees beside the latents, [B, 5, h, w] (models/inpainting.py).
     """
     context, vector = (torch.cat(parts) for parts in zip(*told, strict=True))
-    draws = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
+    rng = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
     on_device = timesteps.to(latents.device)
     steps = -(-len(timesteps) // sampler.order)  # the last step has one timestep with every sampler
     for i, timestep in enumerate(timesteps):
@@ -156,7 +156,7 @@ def denoise(
             extra_at(i // sampler.order, steps),
             None if shrink is None or block is None else Shrink(block, shrink.ratio),
         )
-        latents = sampler.step(guidance.applied(predicted), timestep, latents, return_dict=False, **draws)[0]
+        latents = sampler.step(guidance.applied(predicted), timestep, latents, return_dict=False, **rng)[0]
         following = timesteps[i + 1] if i + 1 < len(timesteps) else None
         if following is not None and (i + 1) % sampler.order:
             continue  # in the midst of a step, whose noise isn't always that of a timestep

@@ -10,7 +10,7 @@ from library.data.batch import Batch
 from library.errors import RunError
 from library.models.inpainting import inpainting_channels, with_scaled_latents
 from library.models.vae import PIXELS_PER_LATENT, scale_latents
-from library.rng import Draws
+from library.rng import SampleRng
 from library.training.objective.loss import sample_losses
 from library.training.objective.noise import make_noisy
 from library.training.objective.prediction import Objective
@@ -32,15 +32,15 @@ class Step(nn.Module):
         self._task, self._objective, self._noise, self._loss = task, objective, noise, loss
         self._encode_images = encode_images
 
-    def forward(self, batch: Batch, draws: Draws, timesteps: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch, rng: SampleRng, timesteps: Tensor | None = None) -> Tensor:
         """The weighted loss of each sample: [B], float32. Args: timesteps: [B]; drawn if not given."""
         task, objective = self._task, self._objective
-        latents = scale_latents(self._raw_latents(batch, draws))
+        latents = scale_latents(self._raw_latents(batch, rng))
         mask = self._mask(batch)
         if task.unet.config.is_inpainting:
-            batch = dataclasses.replace(batch, beside=self._beside(batch, draws))
+            batch = dataclasses.replace(batch, beside=self._beside(batch, rng))
         text = task.encode_text(batch)
-        noisy = make_noisy(latents, draws, objective.schedule, self._noise, timesteps)
+        noisy = make_noisy(latents, rng, objective.schedule, self._noise, timesteps)
         prediction = task.predict(noisy, text, batch)
         target = task.target(noisy, text, batch, objective)
         losses = sample_losses(
@@ -56,23 +56,23 @@ class Step(nn.Module):
         return batch.masks
 
     @torch.no_grad()
-    def _beside(self, batch: Batch, draws: Draws) -> Tensor:
+    def _beside(self, batch: Batch, rng: SampleRng) -> Tensor:
         """What an inpainting model sees beside the noisy latents: [B, 5, H/8, W/8], float32."""
         if batch.raw_beside is not None:
             return with_scaled_latents(batch.raw_beside)
         assert batch.images is not None and batch.paint is not None
         height, width = batch.images.shape[2:]
-        noise = draws.normal("masked posterior", (4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
+        noise = rng.normal("masked posterior", (4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
         return inpainting_channels(batch.images, batch.paint, lambda shown: self._encode_images(shown, noise))
 
     @torch.no_grad()
-    def _raw_latents(self, batch: Batch, draws: Draws) -> Tensor:
+    def _raw_latents(self, batch: Batch, rng: SampleRng) -> Tensor:
         """Cached latents, or a new posterior sample of the pictures: [B, 4, H/8, W/8], float32."""
         if batch.latents is not None:
             return batch.latents
         assert batch.images is not None
         height, width = batch.images.shape[2:]
-        noise = draws.normal("posterior", (4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
+        noise = rng.normal("posterior", (4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
         latents = self._encode_images(batch.images, noise)
         if not latents.isfinite().all():
             bad = [path for path, one in zip(batch.paths, latents, strict=True) if not one.isfinite().all()]

@@ -15,7 +15,7 @@ from library.errors import RunError, first_line
 from library.log import is_main_process, log
 from library.options import Options
 from library.output_lock import OutputLock
-from library.rng import Draws, seed_modules
+from library.rng import SampleRng, seed_global_rng
 from library.signals import Signals, end_with_parent, exit_status
 from library.training.monitoring.metrics import Report, Seen, read_log
 from library.training.monitoring.report_page import write_report_page
@@ -171,9 +171,9 @@ def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Se
             part = part.to(device)
             place = part.place._replace(closes_window=part.place.closes_window and number == len(parts) - 1)
             # For what draws inside modules: dropout.
-            seed_modules(run.seed, place.epoch, place.micro, number)
+            seed_global_rng(run.seed, place.epoch, place.micro, number)
             with update.window(place):
-                losses = update.step_module(part, Draws(run.seed, place.epoch, place.first, len(part), device))
+                losses = update.step_module(part, SampleRng(run.seed, place.epoch, place.first, len(part), device))
                 update.backward(losses, place)
             seen.append(Seen(part.paths, losses.detach()))
     return seen

@@ -25,7 +25,7 @@ from library.data.samples import Sample
 from library.errors import RunError
 from library.models.text_encoders import EncodedText
 from library.models.vae import PIXELS_PER_LATENT
-from library.rng import python_draw
+from library.rng import python_rng
 
 LATENT_CHANNELS = 4
 _VERSION = 1  # of what the fingerprint says
@@ -178,7 +178,7 @@ class TextPlan(NamedTuple):
     def of(self, sample: Sample) -> tuple[str, ...]:
         """The sample's texts; the empty one is last where captions are dropped."""
         settings = sample.subset.captions
-        drawn = caption_variants(sample.caption, settings, self.variants or 1, _variant_draws(sample.caption))
+        drawn = caption_variants(sample.caption, settings, self.variants or 1, _variant_rngs(sample.caption))
         return (*drawn, "") if settings.drops_captions else drawn
 
     def choose(self, sample: Sample, draw: random.Random, *, dropped: bool) -> tuple[int, str]:
@@ -188,11 +188,11 @@ class TextPlan(NamedTuple):
         return number, texts[number]
 
 
-def _variant_draws(caption: str) -> Iterator[random.Random]:
+def _variant_rngs(caption: str) -> Iterator[random.Random]:
     """The variants' randomness: a function of the caption, so that caches serve runs of any seed."""
     number = 0
     while True:
-        yield python_draw("caption variant", caption, number)
+        yield python_rng("caption variant", caption, number)
         number += 1
 
 

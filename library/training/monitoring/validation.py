@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from library.data.batch_sampler import Group, MicroBatch, Place
 from library.data.loader import Batches
 from library.models.noise_schedule import NUM_TIMESTEPS
-from library.rng import Draws, seed_of
+from library.rng import SampleRng, seed_of
 
 _TIMESTEPS = 4  # per picture, spread evenly over the range that is trained
 
@@ -52,9 +52,9 @@ class Validation:
         try:
             for micro in self.micro_batches[rank::processes]:
                 batch = self.batches[micro].to(device)
-                draws = Draws(seed_of(self.seed, "validation"), 0, micro.place.first, len(batch), device)
+                rng = SampleRng(seed_of(self.seed, "validation"), 0, micro.place.first, len(batch), device)
                 for timestep in self.timesteps:
-                    losses: Tensor = step_module(batch, draws, torch.full((len(batch),), timestep, device=device))
+                    losses: Tensor = step_module(batch, rng, torch.full((len(batch),), timestep, device=device))
                     total += losses.sum()
                     count += len(batch)
         finally:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.models.noise_schedule import NUM_TIMESTEPS, NoiseSchedule
-from library.rng import Draws
+from library.rng import SampleRng
 from library.training.options.objective import NoiseOptions
 
 
@@ -28,52 +28,52 @@ class Noisy(NamedTuple):
 
 
 def make_noisy(
-    scaled: Tensor, draws: Draws, schedule: NoiseSchedule, options: NoiseOptions, timesteps: Tensor | None = None
+    scaled: Tensor, rng: SampleRng, schedule: NoiseSchedule, options: NoiseOptions, timesteps: Tensor | None = None
 ) -> Noisy:
     """Add drawn noise to scaled latents [B, C, H, W] at the given timesteps [B], or at drawn ones."""
-    noise = draw_noise(scaled, draws, options)
+    noise = draw_noise(scaled, rng, options)
     if timesteps is None:
-        timesteps = draw_timesteps(draws, options)
+        timesteps = draw_timesteps(rng, options)
     added = noise
     if options.ip_noise_gamma:
-        gamma = _strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, "ip noise strength", draws)
-        added = noise + gamma * draws.normal("ip noise", scaled.shape[1:])
+        gamma = _strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, "ip noise strength", rng)
+        added = noise + gamma * rng.normal("ip noise", scaled.shape[1:])
     return Noisy(add_noise(scaled, added, schedule.at(timesteps)), scaled, noise, timesteps)
 
 
-def draw_noise(scaled: Tensor, draws: Draws, options: NoiseOptions) -> Tensor:
+def draw_noise(scaled: Tensor, rng: SampleRng, options: NoiseOptions) -> Tensor:
     """The noise of each sample, offset and pyramid included: shaped like the latents."""
-    noise = draws.normal("noise", scaled.shape[1:])
+    noise = rng.normal("noise", scaled.shape[1:])
     if options.noise_offset:
-        strength = _strength(options.noise_offset, options.noise_offset_random_strength, "offset strength", draws)
-        drawn = draws.normal("offset", (scaled.shape[1], 1, 1))
+        strength = _strength(options.noise_offset, options.noise_offset_random_strength, "offset strength", rng)
+        drawn = rng.normal("offset", (scaled.shape[1], 1, 1))
         noise = offset_noise(noise, drawn, strength, latents=scaled, adaptive=options.adaptive_noise_scale)
     if options.multires_noise_iterations:
-        pyramids = [_draw_pyramid(noise[i : i + 1], draws, i, options) for i in range(len(noise))]
+        pyramids = [_draw_pyramid(noise[i : i + 1], rng, i, options) for i in range(len(noise))]
         noise = torch.cat(pyramids)
     return noise
 
 
-def _strength(most: float, is_random: bool, purpose: str, draws: Draws) -> Tensor | float:
-    return most * draws.uniform(purpose, (1, 1, 1)) if is_random else most
+def _strength(most: float, is_random: bool, purpose: str, rng: SampleRng) -> Tensor | float:
+    return most * rng.uniform(purpose, (1, 1, 1)) if is_random else most
 
 
-def draw_timesteps(draws: Draws, options: NoiseOptions) -> Tensor:
+def draw_timesteps(rng: SampleRng, options: NoiseOptions) -> Tensor:
     """Timesteps in --min_timestep..--max_timestep, the upper one not included: [B], int64. All are it where that range is empty."""
     low, high = options.min_timestep or 0, NUM_TIMESTEPS if options.max_timestep is None else options.max_timestep
     if low >= high:
-        return torch.full((draws.count,), high, device=draws.device)
+        return torch.full((rng.count,), high, device=rng.device)
     if options.timestep_sampling == "uniform":
-        return draws.integers("timestep", low, high)
-    share = _noise_share(draws, options)
+        return rng.integers("timestep", low, high)
+    share = _noise_share(rng, options)
     return (low + share * (high - low)).long().clamp(low, high - 1)
 
 
-def _noise_share(draws: Draws, options: NoiseOptions) -> Tensor:
+def _noise_share(rng: SampleRng, options: NoiseOptions) -> Tensor:
     """How far into the range of timesteps each sample lies, 0 clean and 1 noise: [B]."""
     if options.timestep_sampling == "logit_normal":
-        return logit_normal(draws.normal("timestep", ()), mean=options.logit_mean, std=options.logit_std)
-    uniform = draws.uniform("timestep")
+        return logit_normal(rng.normal("timestep", ()), mean=options.logit_mean, std=options.logit_std)
+    uniform = rng.uniform("timestep")
     return mode(uniform, options.mode_scale) if options.timestep_sampling == "mode" else cosmap(uniform)
 
 
@@ -124,24 +124,24 @@ def pyramid_noise(noise: Tensor, levels: Sequence[Tensor], discount: float) -> T
     return noise / noise.std()
 
 
-def pyramid_sizes(height: int, width: int, iterations: int, draws: Sequence[float]) -> list[tuple[int, int]]:
+def pyramid_sizes(height: int, width: int, iterations: int, rng: Sequence[float]) -> list[tuple[int, int]]:
     """The size of each pyramid level: sides divided by r^i, r drawn in 2..4 anew for each; ends with a side of 1.
 
     Args: draws: numbers in 0..1, one per level.
     """
     sizes: list[tuple[int, int]] = []
     for i in range(iterations):
-        ratio = (2 + 2 * draws[i]) ** i
+        ratio = (2 + 2 * rng[i]) ** i
         sizes.append((max(1, int(height / ratio)), max(1, int(width / ratio))))
         if 1 in sizes[-1]:
             break
     return sizes
 
 
-def _draw_pyramid(noise: Tensor, draws: Draws, i: int, options: NoiseOptions) -> Tensor:
+def _draw_pyramid(noise: Tensor, rng: SampleRng, i: int, options: NoiseOptions) -> Tensor:
     """Pyramid noise of one sample, [1, C, H, W]."""
     assert options.multires_noise_iterations
-    own = replace(draws, first=draws.first + i, count=1)
+    own = replace(rng, first=rng.first + i, count=1)
     on_host = replace(own, device=torch.device("cpu"))  # sizes are the host's business
     uniform = on_host.uniform("pyramid sizes", (options.multires_noise_iterations,))[0].tolist()
     height, width = noise.shape[2:]

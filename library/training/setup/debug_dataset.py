@@ -19,7 +19,7 @@ from library.images import BadImage, normalised
 from library.models.options import ModelOptions
 from library.models.tokenizer import Tokenizer, load_tokenizers
 from library.options import Options
-from library.rng import python_draw
+from library.rng import python_rng
 from library.training.options.output import SavingOptions
 from library.training.options.run import RunOptions
 from library.training.setup.dataset_page import Shown, Table, dataset_page
@@ -110,7 +110,7 @@ def _shown(sample: Sample, tokenizer: Tokenizer, options: Options, *, augments: 
     if with_pixels:
         try:
             loaded = load_pixels(
-                sample, python_draw(options[RunOptions].seed or 0, "debug", sample.file) if augments else None
+                sample, python_rng(options[RunOptions].seed or 0, "debug", sample.file) if augments else None
             )
             pixels, mask = loaded.rgb, _mask(sample, loaded)
             if sample.conditioning is not None and not sample.subset.conditioning_is_mask:
@@ -138,7 +138,7 @@ def _captions(sample: Sample, seed: int) -> list[str]:
     """The processed caption; a few different ones where it is drawn."""
     settings = sample.subset.captions
     drawn = [
-        process_caption(sample.caption, settings, python_draw(seed, "debug", sample.file, i), epoch=1, step=0, max_train_steps=1)
+        process_caption(sample.caption, settings, python_rng(seed, "debug", sample.file, i), epoch=1, step=0, max_train_steps=1)
         for i in range(DRAWN_CAPTIONS if settings.random_parts() else 1)
     ]  # fmt: skip
     return list(dict.fromkeys(drawn))

@@ -33,7 +33,7 @@ from library.models.sdxl import SdxlModels
 from library.models.text_encoders import EncodedText
 from library.models.vae import PIXELS_PER_LATENT
 from library.options import Options
-from library.rng import Draws
+from library.rng import SampleRng
 from library.training.distributed.launch import start_processes
 from library.training.monitoring.trackers import read_tracker_config
 from library.training.optim.build import make_update
@@ -419,7 +419,7 @@ def measure(
         if number == 1:
             _wait(device)
             started = time.monotonic()
-        update.backward(update.step_module(batch, Draws(0, 0, 0, len(batch), device)), batch.place)
+        update.backward(update.step_module(batch, SampleRng(0, 0, 0, len(batch), device)), batch.place)
         update.step()
     _wait(device)
     seconds = (time.monotonic() - started) / _STEPS
