@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from library.data.batch_sampler import Order
+from library.data.batch_sampler import BatchSampler
 from library.data.buckets import Fit
 from library.data.cache.fill import _batches_by_bucket, fill_latents, fill_text
 from library.data.cache.latents import (
@@ -168,7 +168,9 @@ def reading(top: Path) -> list[Row]:
         latents.write(sample, Latents(torch.randn(shape), torch.randn(shape)), Origin("", (0, 0)))
         texts.write(sample, [hidden])
     batches = Batches(samples, latents, texts, seed=0, max_train_steps=1)
-    micro = [one for one, _ in zip(Order(group_samples(datasets, samples), 0).from_step(0, 0), samples, strict=False)]
+    micro = [
+        one for one, _ in zip(BatchSampler(group_samples(datasets, samples), 0).from_step(0, 0), samples, strict=False)
+    ]
     seconds = median_seconds(lambda: [batches[one] for one in micro])
     return [("samples read back, latents and text together", "1,000 / s", f"{len(micro) / seconds:,.0f} / s")]
 

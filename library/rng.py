@@ -41,7 +41,7 @@ class SampleRng:
 
     seed: int
     epoch: int
-    first: int
+    first_sample_index: int
     count: int
     device: torch.device = torch.device("cpu")
 
@@ -59,7 +59,7 @@ class SampleRng:
         return to_device(drawn, self.device)
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
-        return [generator(self.seed, purpose, self.epoch, self.first + i) for i in range(self.count)]
+        return [generator(self.seed, purpose, self.epoch, self.first_sample_index + i) for i in range(self.count)]
 
 
 def seed_global_rng(seed: int, epoch: int, micro: int, part: int = 0) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from library import images
 from library.data.batch import Batch
-from library.data.batch_sampler import Place
+from library.data.batch_sampler import BatchPosition
 from library.models.noise_schedule import NoiseSchedule
 from library.models.text_encoders import EncodedText
 from library.models.vae import LATENT_SCALE
@@ -45,7 +45,7 @@ class Golden:
             len(b["images"]) for b in self.facts["batches"][i - i % accumulation : i - i % accumulation + accumulation]
         )
         return Batch(
-            place=Place(0, i // accumulation, i, 0, window, closes, False),
+            place=BatchPosition(0, i // accumulation, i, 0, window, closes, False),
             paths=tuple(facts["images"]),
             captions=tuple(facts["captions"]),
             images=None,
@@ -130,7 +130,7 @@ def replay(
         torch.testing.assert_close(vector, golden.trace[f"step{i}.y"], rtol=0, atol=1e-5)
         torch.testing.assert_close(prediction, golden.trace[f"step{i}.unet_out"], rtol=0, atol=prediction_atol)
         assert abs(losses.mean().item() - expected) < 1e-5, f"loss of step {i}"
-        if batch.place.closes_window:
+        if batch.place.is_last_microbatch:
             number = i // accumulation
             rates = list(update.learning_rates().values())
             updated = update.step()

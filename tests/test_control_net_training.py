@@ -151,7 +151,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, pictu
 def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_models):
     """Trained for a few steps on four noises that the conditions show: the loss with another's condition is larger."""
     from library.data.batch import Batch
-    from library.data.batch_sampler import Place
+    from library.data.batch_sampler import BatchPosition
     from library.models.text_encoders import EncodedText
     from library.training.objective.noise import Noisy
 
@@ -166,7 +166,7 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
     with torch.no_grad():
         text = own_models.encode_texts(["a square"] * count, 75)
     batch = Batch(
-        Place(0, 0, 0, 0, count, True, False), ("",) * count, ("",) * count, None, None, EncodedText(*text),
+        BatchPosition(0, 0, 0, 0, count, True, False), ("",) * count, ("",) * count, None, None, EncodedText(*text),
         torch.full((count, 2), side * 8), torch.zeros(count, 2), torch.full((count, 2), side * 8), torch.ones(count), conditioning=shown,
     )  # fmt: skip
     conditioned = task.encode_text(batch)

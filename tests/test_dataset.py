@@ -8,7 +8,7 @@ import torch
 from scanning import samples_of, scanned, stub_text, stub_vae
 
 from library.data.augment import load_pixels
-from library.data.batch_sampler import MicroBatch, Order, Place
+from library.data.batch_sampler import BatchPosition, BatchSampler, MicroBatch
 from library.data.cache.fill import fill_latents, fill_text
 from library.data.cache.latents import LatentsInMemory, LatentsOnDisk, TextInMemory, TextPlan
 from library.data.loader import Batches, group_samples, load_batches
@@ -23,7 +23,7 @@ def set_up(folder, *argv: object, latents=None, text=None):
     if text is not None:
         fill_text(samples, text, stub_text)
     batches = Batches(samples, latents, text, seed=3, max_train_steps=100)
-    return batches, Order(group_samples(datasets, samples), seed=3)
+    return batches, BatchSampler(group_samples(datasets, samples), seed=3)
 
 
 def loaded(batches, order, count=12, **settings):
@@ -164,7 +164,7 @@ def test_regularisation_samples_have_their_weight_and_masks_their_shape(pictures
     datasets = scanned(pictures, "--reg_data_dir", tmp_path / "reg", "--alpha_mask")
     samples = samples_of(datasets)
     batches = Batches(samples, None, None, seed=3, max_train_steps=10, prior_loss_weight=0.5)
-    for batch in loaded(batches, Order(group_samples(datasets, samples), seed=3)):
+    for batch in loaded(batches, BatchSampler(group_samples(datasets, samples), seed=3)):
         is_reg = "1_thing" in batch.paths[0]
         assert batch.weights.tolist() == [0.5 if is_reg else 1.0]
         assert batch.masks.shape == (1, *batch.images.shape[2:]) and batch.masks.min() == 1.0
@@ -189,17 +189,17 @@ def test_conditioning_images_come_with_their_pictures(pictures, tmp_path):
     datasets = scan(read_datasets(options)[0])
     samples = samples_of(datasets)
     batches = Batches(samples, None, None, seed=3, max_train_steps=10)
-    for batch in loaded(batches, Order(group_samples(datasets, samples), seed=3), 8):
+    for batch in loaded(batches, BatchSampler(group_samples(datasets, samples), seed=3), 8):
         assert torch.equal(batch.conditioning, batch.images)  # here they are the pictures themselves
     without = [dataclasses.replace(sample, conditioning=None) if i % 2 else sample for i, sample in enumerate(samples)]
     mixed = Batches(without, None, None, seed=3, max_train_steps=10)
     for i, sample in enumerate(without):
-        batch = mixed[MicroBatch(Place(0, 0, 0, 0, 2, True, False), (i, i))]
+        batch = mixed[MicroBatch(BatchPosition(0, 0, 0, 0, 2, True, False), (i, i))]
         assert (batch.conditioning is None) == (sample.conditioning is None)
     whites = Batches(
         [without[0], dataclasses.replace(without[0], conditioning=None)], None, None, seed=3, max_train_steps=1
     )
-    batch = whites[MicroBatch(Place(0, 0, 0, 0, 2, True, False), (0, 1))]
+    batch = whites[MicroBatch(BatchPosition(0, 0, 0, 0, 2, True, False), (0, 1))]
     assert (batch.conditioning[1] == 1.0).all() and not (batch.conditioning[0] == 1.0).all()
 
 
@@ -216,7 +216,7 @@ def test_each_picture_for_inpainting_has_its_own_mask_or_a_drawn_one_whatever_it
         [masked, alone], cache, None, seed=3, max_train_steps=1, for_inpainting=True, reads_conditioning=False
     )
     fixed, drawn, mixed = (
-        batches[MicroBatch(Place(0, 0, 0, first, 2, True, False), numbers)]
+        batches[MicroBatch(BatchPosition(0, 0, 0, first, 2, True, False), numbers)]
         for first, numbers in ((0, (0,)), (1, (1,)), (0, (0, 1)))
     )
     assert fixed.images is None and fixed.conditioning is None and fixed.raw_beside.shape[:2] == (1, 5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.data.batch_sampler import Place
+from library.data.batch_sampler import BatchPosition
 from library.param_group import ParamGroup, split_groups
 from library.training.optim.backward_step import InBackward, bunches_of
 from library.training.optim.lr_schedules import make_scheduler
@@ -66,7 +66,7 @@ def train(update: Update, steps: int, first: int = 0) -> list[torch.Tensor]:
     norms, dtype = [], next(update.step_module.parameters()).dtype
     for step in range(first, steps):
         for i, part in enumerate(X.to(dtype).split([2, 4])):
-            place = Place(0, step, 2 * step + i, 6 * step + 2 * i, 6, i == 1, False)
+            place = BatchPosition(0, step, 2 * step + i, 6 * step + 2 * i, 6, i == 1, False)
             losses = update.step_module(part, rarely=i == 0)
             update.backward(losses.float(), place)
         norms.append(update.step().grad_norm)
@@ -97,7 +97,7 @@ def test_each_gradient_is_gone_before_the_next_one_comes():
         parameter.register_post_accumulate_grad_hook(
             lambda _: alive.append(sum(p.grad is not None for p in update.step_module.parameters()))
         )
-    update.backward(update.step_module(X, rarely=True), Place(0, 0, 0, 0, 6, True, False))
+    update.backward(update.step_module(X, rarely=True), BatchPosition(0, 0, 0, 0, 6, True, False))
     assert alive == [0] * 8 and update.is_partly_taken
     update.step()
     assert not update.is_partly_taken
@@ -140,7 +140,7 @@ def test_a_gradient_that_isnt_finite_steps_no_weight_to_where_it_isnt(name, clip
     update = make(name, fused=True, **clipping)
     bad = X.clone()
     bad[0, 0] = float("nan")
-    update.backward(update.step_module(bad, rarely=True), Place(0, 0, 0, 0, 6, True, False))
+    update.backward(update.step_module(bad, rarely=True), BatchPosition(0, 0, 0, 0, 6, True, False))
     assert not update.step().grad_norm.isfinite()
     train(update, 1)
     assert all(parameter.isfinite().all() for parameter in update.step_module.parameters())
@@ -166,7 +166,7 @@ def test_what_has_stopped_stays_though_it_waits_for_its_average():
     descent = InBackward(stepper, bunches_of(groups), max_grad_norm=0.0, clips_by_previous=False, shards=shards)
     stopped, goes_on = model.layers["last"].bias, model.layers["last"].weight
     before = stopped.detach().clone(), goes_on.detach().clone()
-    descent.begin(Place(0, 0, 0, 0, 6, True, False), {stopped})
+    descent.begin(BatchPosition(0, 0, 0, 0, 6, True, False), {stopped})
     for parameter in (stopped, goes_on):
         parameter.grad = torch.ones_like(parameter)
     descent.finish()

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.data.batch_sampler import Group, Order
+from library.data.batch_sampler import BatchSampler, BucketGroup
 
 groups = st.lists(st.tuples(st.integers(1, 23), st.integers(1, 5)), min_size=1, max_size=5)
 
 
-def make_order(shape, **settings) -> Order:
+def make_order(shape, **settings) -> BatchSampler:
     numbered, start = [], 0
     for count, batch_size in shape:
-        numbered.append(Group(tuple(range(start, start + count)), batch_size))
+        numbered.append(BucketGroup(tuple(range(start, start + count)), batch_size))
         start += count
-    return Order(tuple(numbered), 1, **settings)
+    return BatchSampler(tuple(numbered), 1, **settings)
 
 
 @given(shape=groups, processes=st.integers(1, 3), per_process=st.integers(1, 3))
@@ -47,13 +47,17 @@ def test_processes_see_together_what_one_with_accumulation_sees(shape, processes
     for micro in alone.from_step(0, 0):
         if micro.place.step >= steps:
             break
-        by_step.setdefault(micro.place.step, []).append((micro.place.micro, micro.place.first, micro.samples))
+        by_step.setdefault(micro.place.step, []).append(
+            (micro.place.microbatch_index, micro.place.first_sample_index, micro.samples)
+        )
     shares: dict[int, list] = {}
     for rank in range(processes):
         for micro in islice(together.from_step(0, rank), steps):
-            assert micro.place.closes_window
-            if not micro.place.is_idle:
-                shares.setdefault(micro.place.step, []).append((micro.place.micro, micro.place.first, micro.samples))
+            assert micro.place.is_last_microbatch
+            if not micro.place.is_padding:
+                shares.setdefault(micro.place.step, []).append(
+                    (micro.place.microbatch_index, micro.place.first_sample_index, micro.samples)
+                )
     assert {step: sorted(parts) for step, parts in shares.items()} == {
         step: sorted(parts) for step, parts in by_step.items()
     }
@@ -69,22 +73,23 @@ def test_starting_at_a_step_goes_on_as_if_it_had_run_from_the_first(shape, start
 def test_windows_end_with_the_epoch_and_count_their_pictures():
     order = make_order([(5, 2)], per_process=2)  # batches of 2, 2, 1 -> windows of 2 + 2 and of 1, in some order
     places = [micro.place for micro in islice(order.from_step(0, 0), 3)]
-    assert sorted({place.step: place.window_samples for place in places}.values()) in ([1, 4], [2, 3])
-    assert [place.closes_window for place in places].count(True) == 2
-    assert {place.first for place in places} == {0, *(place.first for place in places)} and max(
-        place.first for place in places
-    ) < 5
+    assert sorted({place.step: place.global_batch_size for place in places}.values()) in ([1, 4], [2, 3])
+    assert [place.is_last_microbatch for place in places].count(True) == 2
+    assert {place.first_sample_index for place in places} == {
+        0,
+        *(place.first_sample_index for place in places),
+    } and max(place.first_sample_index for place in places) < 5
 
 
 def test_a_process_without_work_computes_an_idle_batch():
     order = make_order([(3, 1)], processes=2)
-    idle = [micro.place.is_idle for micro in islice(order.from_step(0, 1), 2)]
+    idle = [micro.place.is_padding for micro in islice(order.from_step(0, 1), 2)]
     assert sorted(idle) == [False, True]
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"epoch": 1}])
 def test_seed_and_epoch_change_the_order(change):
     order = make_order([(50, 2)])
-    other = Order(order.groups, change.get("seed", 1))
+    other = BatchSampler(order.groups, change.get("seed", 1))
     assert order.epoch(0) == order.epoch(0)
     assert order.epoch(0) != other.epoch(change.get("epoch", 0))

@@ -8,7 +8,7 @@ from replay import Golden
 from test_in_backward import OPTIMIZERS, X, groups_of, make, numbers, train
 from torch import nn
 
-from library.data.batch_sampler import Place
+from library.data.batch_sampler import BatchPosition
 from library.device import Precision
 from library.models.checkpoint.reader import open_checkpoint
 from library.models.noise_schedule import NoiseSchedule
@@ -202,7 +202,7 @@ def test_gradients_add_up_without_losing_what_is_small():
     weights = nn.Parameter(torch.zeros(20_000, dtype=BF16))
     sums = StochasticSums([ParamGroup("all", {"w": weights}, 1.0)], seed=0)
     for i in range(201):
-        sums.begin(Place(0, 0, i, i, 201, False, False))
+        sums.begin(BatchPosition(0, 0, i, i, 201, False, False))
         (weights * (1.0 if i == 0 else 0.001)).sum().backward()
     assert weights.grad.dtype is BF16
     assert weights.grad.float().mean().item() == pytest.approx(1 + 200 * torch.tensor(0.001).to(BF16).item(), abs=0.01)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from library.data.batch_sampler import Place
+from library.data.batch_sampler import BatchPosition
 from library.errors import OptionError, RunError
 from library.log import log
 from library.param_group import ParamGroup
@@ -122,7 +122,15 @@ class Small(nn.Module):
         self.convolution.data = self.convolution.data.to(memory_format=torch.channels_last)
 
 
-PLACE = Place(epoch=0, step=0, micro=0, first=0, window_samples=2, closes_window=True, is_idle=False)
+PLACE = BatchPosition(
+    epoch=0,
+    step=0,
+    microbatch_index=0,
+    first_sample_index=0,
+    global_batch_size=2,
+    is_last_microbatch=True,
+    is_padding=False,
+)
 
 
 def make(name: str, arguments: dict, schedule: ScheduleOptions, seed: int) -> Update:

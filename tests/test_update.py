@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from library.data.batch_sampler import Place
+from library.data.batch_sampler import BatchPosition
 from library.errors import RunError
 from library.param_group import ParamGroup
 from library.training.optim.backward_step import InBackward, bunches_of
@@ -26,8 +26,8 @@ def make(optimizer="AdamW", max_grad_norm=1.0, scales_loss=False, lr=0.1, **argu
     return layer, Update(layer, groups, descent, schedule)
 
 
-def place(samples: int, *, closes: bool = True) -> Place:
-    return Place(0, 0, 0, 0, samples, closes, False)
+def place(samples: int, *, closes: bool = True) -> BatchPosition:
+    return BatchPosition(0, 0, 0, 0, samples, closes, False)
 
 
 def losses(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from running import QUICK, assert_bit_equal, losses_of, tensors_of, train_network, without
 
-from library.data.batch_sampler import Group
+from library.data.batch_sampler import BucketGroup
 from library.training.monitoring.validation import fixed_timesteps, validation_batches
 
 SPLIT = ["--validation_split", "0.5", "--validation_seed", "3", "--max_train_steps", "4"]
@@ -29,10 +29,10 @@ def test_timesteps_are_the_inner_points_of_the_trained_range():
 
 
 def test_held_out_samples_are_batched_once_each_up_to_a_limit():
-    groups = [Group((0, 1, 2), 2), Group((3,), 2)]
+    groups = [BucketGroup((0, 1, 2), 2), BucketGroup((3,), 2)]
     batches = validation_batches(groups, 100, None)
     assert [batch.samples for batch in batches] == [(0, 1), (2,), (3,)]
-    assert [batch.place.first for batch in batches] == [0, 2, 3] and batches[0].place.step == 100
+    assert [batch.place.first_sample_index for batch in batches] == [0, 2, 3] and batches[0].place.step == 100
     assert len(validation_batches(groups, 100, 2)) == 2
 
 

@@ -8,7 +8,7 @@ from running import QUICK, train_network, without
 from torch import nn
 
 from library.data.batch import Batch
-from library.data.batch_sampler import Place
+from library.data.batch_sampler import BatchPosition
 from library.errors import RunError
 from library.param_group import ParamGroup
 from library.training.monitoring import sanity_checks as watching
@@ -123,7 +123,7 @@ def batches(clock, waits):
     size = torch.zeros(1, 2, dtype=torch.int64)
     for wait in waits:
         clock.now += wait
-        yield Batch(Place(0, 0, 0, 0, 1, True, False), ("a",), ("",), None, torch.zeros(1, 4, 8, 8), None, size, size, size, torch.ones(1))  # fmt: skip
+        yield Batch(BatchPosition(0, 0, 0, 0, 1, True, False), ("a",), ("",), None, torch.zeros(1, 4, 8, 8), None, size, size, size, torch.ones(1))  # fmt: skip
 
 
 def run_pace(monkeypatch, steps, *, pause_at=None):

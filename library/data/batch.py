@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.data.batch_sampler import Place
+from library.data.batch_sampler import BatchPosition
 from library.models.text_encoders import EncodedText
 
 
@@ -37,7 +37,7 @@ class Batch:
         attributes: the custom attributes of each sample's subset.
     """
 
-    place: Place
+    place: BatchPosition
     paths: tuple[str, ...]
     captions: tuple[str, ...]
     images: Tensor | None
@@ -71,7 +71,9 @@ class Batch:
                 cut[field.name] = EncodedText(*(part[start:end] for part in value))
             elif isinstance(value, Tensor) or (isinstance(value, tuple) and field.name != "place"):
                 cut[field.name] = value[start:end]
-        return dataclasses.replace(self, place=self.place._replace(first=self.place.first + start), **cut)
+        return dataclasses.replace(
+            self, place=self.place._replace(first_sample_index=self.place.first_sample_index + start), **cut
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on `device`."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-class Place(NamedTuple):
+class BatchPosition(NamedTuple):
     """Where a micro-batch stands in the run; random draws are functions of it.
 
     Attributes:
@@ -26,39 +26,39 @@ class Place(NamedTuple):
 
     epoch: int
     step: int
-    micro: int
-    first: int
-    window_samples: int
-    closes_window: bool
-    is_idle: bool
+    microbatch_index: int
+    first_sample_index: int
+    global_batch_size: int
+    is_last_microbatch: bool
+    is_padding: bool
 
 
 class MicroBatch(NamedTuple):
     """The work of one forward: sample numbers, and their place."""
 
-    place: Place
+    place: BatchPosition
     samples: tuple[int, ...]
 
 
-class Group(NamedTuple):
+class BucketGroup(NamedTuple):
     """Sample numbers that may share a batch (one bucket of one dataset), repeats included."""
 
     samples: tuple[int, ...]
     batch_size: int
 
 
-Round = tuple[tuple[int, ...], ...]
+StepBatches = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Order:
+class BatchSampler:
     """The order of a whole run.
 
     Attributes:
         per_process: micro-batches of a round on each process (gradient accumulation).
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[BucketGroup, ...]
     seed: int
     processes: int = 1
     per_process: int = 1
@@ -75,10 +75,10 @@ class Order:
     def round_size(self) -> int:
         return self.processes * self.per_process
 
-    def epoch(self, number: int) -> list[Round]:
+    def epoch(self, number: int) -> list[StepBatches]:
         """The rounds of one epoch."""
         draw = random.Random(f"{self.seed} order {number}")
-        rounds: list[Round] = []
+        rounds: list[StepBatches] = []
         left_over: list[tuple[int, ...]] = []
         for group in self.groups:
             samples = list(group.samples)
@@ -96,25 +96,30 @@ class Order:
         """The micro-batches of one process from an optimizer step on, without end."""
         while True:
             epoch, skipped = divmod(step, self.steps_per_epoch)
-            micro = first = 0
+            microbatch_index = first_sample_index = 0
             for number, members in enumerate(self.epoch(epoch)):
                 if number >= skipped:
-                    yield from self._share(members, rank, epoch, step, micro, first)
+                    yield from self._share(members, rank, epoch, step, microbatch_index, first_sample_index)
                     step += 1
-                micro += len(members)
-                first += sum(map(len, members))
+                microbatch_index += len(members)
+                first_sample_index += sum(map(len, members))
 
-    def _share(self, members: Round, rank: int, epoch: int, step: int, micro: int, first: int) -> Iterator[MicroBatch]:
+    def _share(
+        self, members: StepBatches, rank: int, epoch: int, step: int, microbatch_index: int, first_sample_index: int
+    ) -> Iterator[MicroBatch]:
         """What one process computes of a round: every so many-th micro-batch."""
-        firsts = [first + sum(map(len, members[:i])) for i in range(len(members))]
+        firsts = [first_sample_index + sum(map(len, members[:i])) for i in range(len(members))]
         slots = -(-len(members) // self.processes)
         for slot in range(slots):
             i = slot * self.processes + rank
-            is_idle = i >= len(members)
-            i = len(members) - 1 if is_idle else i
+            is_padding = i >= len(members)
+            i = len(members) - 1 if is_padding else i
             window = sum(map(len, members))
-            yield MicroBatch(Place(epoch, step, micro + i, firsts[i], window, slot == slots - 1, is_idle), members[i])
+            yield MicroBatch(
+                BatchPosition(epoch, step, microbatch_index + i, firsts[i], window, slot == slots - 1, is_padding),
+                members[i],
+            )
 
 
-def _cut(batches: list[tuple[int, ...]], size: int) -> list[Round]:
+def _cut(batches: list[tuple[int, ...]], size: int) -> list[StepBatches]:
     return [tuple(batches[i : i + size]) for i in range(0, len(batches), size)]

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from library import images
 from library.data.augment import Pixels, load_conditioning, load_pixels
 from library.data.batch import Batch
-from library.data.batch_sampler import Group, MicroBatch, Place
+from library.data.batch_sampler import BatchPosition, BucketGroup, MicroBatch
 from library.data.cache.latents import LatentCache, TextCache
 from library.data.captions import is_dropped, process_caption
 from library.data.inpainting_masks import draw_masks
@@ -33,12 +33,14 @@ from library.signals import held_back, leave_to_parent
 FLIP_PROBABILITY = 0.5
 
 
-def group_samples(datasets: Sequence[Dataset], samples: Sequence[Sample]) -> tuple[Group, ...]:
+def group_samples(datasets: Sequence[Dataset], samples: Sequence[Sample]) -> tuple[BucketGroup, ...]:
     """The groups that may share a batch: samples (by number) of one bucket in one dataset, repeats included."""
     members: dict[tuple, list[int]] = {}
     for i, sample in enumerate(samples):
         members.setdefault((sample.dataset, sample.fit.bucket), []).extend([i] * sample.repeats)
-    return tuple(Group(tuple(numbers), datasets[key[0]].plan.batch_size) for key, numbers in sorted(members.items()))
+    return tuple(
+        BucketGroup(tuple(numbers), datasets[key[0]].plan.batch_size) for key, numbers in sorted(members.items())
+    )
 
 
 class _Picture(NamedTuple):
@@ -91,7 +93,7 @@ class Batches(TorchDataset):
         conditioning = self._conditioning(samples, flips) if self.reads_conditioning or shows else None
         texts = self.texts(micro)
         weights = [
-            0.0 if place.is_idle else self.prior_loss_weight if sample.subset.is_reg else 1.0 for sample in samples
+            0.0 if place.is_padding else self.prior_loss_weight if sample.subset.is_reg else 1.0 for sample in samples
         ]
         return Batch(
             place=place,
@@ -125,20 +127,20 @@ class Batches(TorchDataset):
             return Texts(tuple(self._caption(sample, place, i) for i, sample in enumerate(samples)), None)
         captions, encoded = [], []
         for i, sample in enumerate(samples):
-            draw = python_rng(self.seed, "caption", place.epoch, place.first + i)
+            draw = python_rng(self.seed, "caption", place.epoch, place.first_sample_index + i)
             dropped = is_dropped(sample.subset.captions, draw, epoch=place.epoch + 1)
             number, caption = self.text.texts.choose(sample, draw, dropped=dropped)
             captions.append(caption)
             encoded.append(self.text.read(sample, number))
         return Texts(tuple(captions), EncodedText(*(torch.stack(parts) for parts in zip(*encoded, strict=True))))
 
-    def _is_flipped(self, sample: Sample, place: Place, i: int) -> bool:
+    def _is_flipped(self, sample: Sample, place: BatchPosition, i: int) -> bool:
         if not sample.subset.pixels.flip_aug:
             return False
-        return python_rng(self.seed, "flip", place.epoch, place.first + i).random() < FLIP_PROBABILITY
+        return python_rng(self.seed, "flip", place.epoch, place.first_sample_index + i).random() < FLIP_PROBABILITY
 
-    def _caption(self, sample: Sample, place: Place, i: int) -> str:
-        draw = python_rng(self.seed, "caption", place.epoch, place.first + i)
+    def _caption(self, sample: Sample, place: BatchPosition, i: int) -> str:
+        draw = python_rng(self.seed, "caption", place.epoch, place.first_sample_index + i)
         return process_caption(
             sample.caption,
             sample.subset.captions,
@@ -148,23 +150,25 @@ class Batches(TorchDataset):
             max_train_steps=self.max_train_steps,
         )
 
-    def _picture(self, sample: Sample, place: Place, i: int, *, flipped: bool, with_image: bool) -> _Picture:
+    def _picture(self, sample: Sample, place: BatchPosition, i: int, *, flipped: bool, with_image: bool) -> _Picture:
         if self.latents is not None:
             cached = self.latents.read(sample, flipped=flipped)
             image = _image(_read_pixels(sample, None, flipped=flipped)) if with_image else None
             return _Picture(
                 cached.latents, image, cached.mask, sample.crop_top_left(flipped=flipped), cached.inpainting
             )
-        pixels = _read_pixels(sample, python_rng(self.seed, "pixels", place.epoch, place.first + i), flipped=flipped)
+        pixels = _read_pixels(
+            sample, python_rng(self.seed, "pixels", place.epoch, place.first_sample_index + i), flipped=flipped
+        )
         mask = None if pixels.alpha is None else torch.from_numpy(np.ascontiguousarray(pixels.alpha))
         return _Picture(None, _image(pixels), mask, pixels.crop_top_left)
 
     def _paint(
-        self, samples: Sequence[Sample], place: Place, masks: Tensor | None, conditioning: Tensor | None
+        self, samples: Sequence[Sample], place: BatchPosition, masks: Tensor | None, conditioning: Tensor | None
     ) -> Tensor:
         """What an inpainting model is to paint, [B, H, W] in 0..1: what the samples' own masks say, else a drawn one."""
         width, height = samples[0].fit.bucket
-        paint = draw_masks(SampleRng(self.seed, place.epoch, place.first, len(samples)), height, width)
+        paint = draw_masks(SampleRng(self.seed, place.epoch, place.first_sample_index, len(samples)), height, width)
         for i, sample in enumerate(samples):
             if sample.has_mask and sample.subset.pixels.alpha_mask:
                 assert masks is not None

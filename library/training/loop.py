@@ -95,7 +95,7 @@ def loop(run: Run, progress: Progress, signals: Signals) -> None:
         preview(run, progress)
     if is_at_epochs_end(run, progress):  # of a state that was saved between an epoch's last step and its end
         end_epoch(run, progress)
-    for window in () if is_done(run, progress) else run.windows_from(progress.step):
+    for window in () if is_done(run, progress) else run.accumulations_from(progress.step):
         rates = update.learning_rates()
         seen = gradients(run, progress, window)
         updated = step(run, progress, signals)
@@ -103,7 +103,7 @@ def loop(run: Run, progress: Progress, signals: Signals) -> None:
         for part in run.parts:
             part.after_step()
         progress.step += 1
-        progress.samples += window[0].place.window_samples
+        progress.samples += window[0].place.global_batch_size
         if run.ema is not None:
             run.ema.update(progress.step)
         report.step(progress.step, window[0].place.epoch, updated, seen, rates)
@@ -169,11 +169,13 @@ def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Se
         parts = batch.parts(progress.splits)
         for number, part in enumerate(parts):
             part = part.to(device)
-            place = part.place._replace(closes_window=part.place.closes_window and number == len(parts) - 1)
+            place = part.place._replace(is_last_microbatch=part.place.is_last_microbatch and number == len(parts) - 1)
             # For what draws inside modules: dropout.
-            seed_global_rng(run.seed, place.epoch, place.micro, number)
+            seed_global_rng(run.seed, place.epoch, place.microbatch_index, number)
             with update.window(place):
-                losses = update.step_module(part, SampleRng(run.seed, place.epoch, place.first, len(part), device))
+                losses = update.step_module(
+                    part, SampleRng(run.seed, place.epoch, place.first_sample_index, len(part), device)
+                )
                 update.backward(losses, place)
             seen.append(Seen(part.paths, losses.detach()))
     return seen

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from library.data.batch import Batch
-from library.data.batch_sampler import Order
+from library.data.batch_sampler import BatchSampler
 from library.data.loader import Batches, load_batches
 from library.errors import OptionError
 from library.log import log
@@ -56,7 +56,7 @@ class Run:
     best: Best
     keeps_best: bool
     preview: Preview
-    order: Order
+    order: BatchSampler
     batches: Batches
     report: Report
     saver: Saver
@@ -79,7 +79,7 @@ class Run:
         accelerator = self.accelerator
         return (0, 1) if self.shards is not None else (accelerator.process_index, accelerator.num_processes)
 
-    def windows_from(self, step: int) -> Iterator[list[Batch]]:
+    def accumulations_from(self, step: int) -> Iterator[list[Batch]]:
         """This process's batches of each optimizer step, from a step on, without end."""
         micro_batches = self.order.from_step(step, self.accelerator.process_index)
         batches = load_batches(
@@ -88,7 +88,7 @@ class Run:
         window: list[Batch] = []
         for batch in self.pace.batches(batches):
             window.append(batch)
-            if batch.place.closes_window:
+            if batch.place.is_last_microbatch:
                 yield window
                 window = []
 

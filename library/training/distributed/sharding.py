@@ -97,12 +97,12 @@ class Shards:
         """Those that are the same on all processes."""
         return {name: parameter for name, parameter in trained.items() if name not in self._sharded}
 
-    def begin(self, *, closes_window: bool) -> None:
+    def begin(self, *, is_last_microbatch: bool) -> None:
         """Before a micro-batch's forward."""
         unet = cast("FSDPModule", self._unet)
-        unet.set_requires_gradient_sync(closes_window or self._adds_up_parts)
+        unet.set_requires_gradient_sync(is_last_microbatch or self._adds_up_parts)
         # Where blocks may be whole at once, they stay so until the window's last backward.
-        unet.set_reshard_after_backward(closes_window or self._zero.stage == 3)
+        unet.set_reshard_after_backward(is_last_microbatch or self._zero.stage == 3)
 
     @contextmanager
     def exchanged(self) -> Iterator[None]:

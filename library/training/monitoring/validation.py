@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.data.batch_sampler import Group, MicroBatch, Place
+from library.data.batch_sampler import BatchPosition, BucketGroup, MicroBatch
 from library.data.loader import Batches
 from library.models.noise_schedule import NUM_TIMESTEPS
 from library.rng import SampleRng, seed_of
@@ -52,7 +52,7 @@ class Validation:
         try:
             for micro in self.micro_batches[rank::processes]:
                 batch = self.batches[micro].to(device)
-                rng = SampleRng(seed_of(self.seed, "validation"), 0, micro.place.first, len(batch), device)
+                rng = SampleRng(seed_of(self.seed, "validation"), 0, micro.place.first_sample_index, len(batch), device)
                 for timestep in self.timesteps:
                     losses: Tensor = step_module(batch, rng, torch.full((len(batch),), timestep, device=device))
                     total += losses.sum()
@@ -102,14 +102,16 @@ def fixed_timesteps(low: int | None, high: int | None) -> list[int]:
     return torch.linspace(low, high, _TIMESTEPS + 2)[1:-1].int().clamp(max=NUM_TIMESTEPS - 1).tolist()
 
 
-def validation_batches(groups: Sequence[Group], total_steps: int, most: int | None) -> list[MicroBatch]:
+def validation_batches(groups: Sequence[BucketGroup], total_steps: int, most: int | None) -> list[MicroBatch]:
     """The held-out samples in batches, at most so many. Args: total_steps: of the run, so that tag warm-up is over."""
     found: list[MicroBatch] = []
     first = 0
     for group in groups:
         for i in range(0, len(group.samples), group.batch_size):
             samples = group.samples[i : i + group.batch_size]
-            place = Place(0, total_steps, len(found), first, len(samples), closes_window=True, is_idle=False)
+            place = BatchPosition(
+                0, total_steps, len(found), first, len(samples), is_last_microbatch=True, is_padding=False
+            )
             found.append(MicroBatch(place, samples))
             first += len(samples)
     return found[:most] if most else found

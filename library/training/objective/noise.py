@@ -141,7 +141,7 @@ def pyramid_sizes(height: int, width: int, iterations: int, rng: Sequence[float]
 def _draw_pyramid(noise: Tensor, rng: SampleRng, i: int, options: NoiseOptions) -> Tensor:
     """Pyramid noise of one sample, [1, C, H, W]."""
     assert options.multires_noise_iterations
-    own = replace(rng, first=rng.first + i, count=1)
+    own = replace(rng, first_sample_index=rng.first_sample_index + i, count=1)
     on_host = replace(own, device=torch.device("cpu"))  # sizes are the host's business
     uniform = on_host.uniform("pyramid sizes", (options.multires_noise_iterations,))[0].tolist()
     height, width = noise.shape[2:]

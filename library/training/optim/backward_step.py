@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library import param_group
-from library.data.batch_sampler import Place
+from library.data.batch_sampler import BatchPosition
 from library.param_group import ParamGroup
 from library.training.distributed.sharding import Shards
 from library.training.optim.master_weights import Stepper
@@ -57,8 +57,8 @@ class InBackward(Descent):
     def scaled(self, loss: Tensor) -> Tensor:
         return loss
 
-    def begin(self, place: Place, stopped: Collection[nn.Parameter]) -> None:
-        self._closes, self._number, self._stopped = place.closes_window, place.step, stopped
+    def begin(self, place: BatchPosition, stopped: Collection[nn.Parameter]) -> None:
+        self._closes, self._number, self._stopped = place.is_last_microbatch, place.step, stopped
 
     def _await(self, parameter: nn.Parameter, number: int) -> None:
         source = parameter if self._shards is None else self._shards.source(parameter)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from library.data.batch_sampler import Place
+from library.data.batch_sampler import BatchPosition
 from library.errors import RunError
 from library.param_group import ParamGroup
 from library.training.distributed.sharding import Shards
@@ -60,7 +60,7 @@ class Descent(Protocol):
         """The loss that backward begins with."""
         ...
 
-    def begin(self, place: Place, stopped: Collection[nn.Parameter]) -> None:
+    def begin(self, place: BatchPosition, stopped: Collection[nn.Parameter]) -> None:
         """Before a micro-batch's backward. Args: stopped: what stays as it is from now on."""
         ...
 
@@ -114,23 +114,23 @@ class Update:
         return self._descent.is_partly_taken
 
     @contextmanager
-    def window(self, place: Place) -> Iterator[None]:
+    def window(self, place: BatchPosition) -> Iterator[None]:
         """Around forward and backward: processes exchange gradients only with the micro-batch that closes the window."""
         if self._processes == 1:  # several exchange the gradients of all that they started with
             # Before the forward, which checkpointing does again in backward: both must see the same.
             for parameter in self._stopped(place.step):
                 parameter.requires_grad_(False)
-        if isinstance(self.step_module, DistributedDataParallel) and not place.closes_window:
+        if isinstance(self.step_module, DistributedDataParallel) and not place.is_last_microbatch:
             with self.step_module.no_sync():
                 yield
         else:
             if self._shards is not None:
-                self._shards.begin(closes_window=place.closes_window)
+                self._shards.begin(is_last_microbatch=place.is_last_microbatch)
             yield
 
-    def backward(self, losses: Tensor, place: Place) -> None:
+    def backward(self, losses: Tensor, place: BatchPosition) -> None:
         """Add the gradient of the micro-batch's losses [B]."""
-        share = losses.sum() / place.window_samples
+        share = losses.sum() / place.global_batch_size
         self._loss += share.detach()
         self._descent.begin(place, self._stopped(place.step))
         if self._sums is not None:
@@ -229,7 +229,7 @@ class AtOnce(Descent):
     def scaled(self, loss: Tensor) -> Tensor:
         return loss * self.scale.value if self.scale.enabled else loss
 
-    def begin(self, place: Place, stopped: Collection[nn.Parameter]) -> None:
+    def begin(self, place: BatchPosition, stopped: Collection[nn.Parameter]) -> None:
         self._number, self._stopped = place.step, stopped
 
     def finish(self) -> Descended:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from library.data.batch_sampler import Place
+from library.data.batch_sampler import BatchPosition
 from library.param_group import ParamGroup
 from library.rng import seed_of
 
@@ -53,13 +53,13 @@ class StochasticSums:
 
     def __init__(self, groups: Sequence[ParamGroup], seed: int):
         self._seed = seed
-        self._place: Place | None = None
+        self._place: BatchPosition | None = None
         for group in groups:
             for name, parameter in group.parameters.items():
                 if parameter.dtype is torch.bfloat16:
                     parameter.register_hook(lambda new, name=name, own=parameter: self._sum(new, name, own))
 
-    def begin(self, place: Place) -> None:
+    def begin(self, place: BatchPosition) -> None:
         """Before a micro-batch's backward."""
         self._place = place
 
@@ -72,6 +72,6 @@ class StochasticSums:
         assert self._place is not None
         parameter.grad = None  # or autograd would add it again
         draw = torch.Generator(new.device).manual_seed(
-            seed_of(self._seed, "sums", self._place.epoch, self._place.first, name)
+            seed_of(self._seed, "sums", self._place.epoch, self._place.first_sample_index, name)
         )
         return round_stochastically(before.float().add_(new), draw)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from library.data.augment import Pixels, load_conditioning, load_pixels
-from library.data.batch_sampler import Order
+from library.data.batch_sampler import BatchSampler
 from library.data.captions import process_caption
 from library.data.loader import group_samples
 from library.data.options import CacheOptions
@@ -86,7 +86,7 @@ def _lost(sample: Sample) -> float:
 def _steps_table(datasets: Sequence[Dataset], run: RunOptions) -> Table:
     """From pictures and repeats to steps."""
     samples = [sample for dataset in datasets for sample in dataset.samples]
-    order = Order(group_samples(datasets, samples), 0, 1, run.gradient_accumulation_steps)
+    order = BatchSampler(group_samples(datasets, samples), 0, 1, run.gradient_accumulation_steps)
     steps = run.max_train_epochs * order.steps_per_epoch if run.max_train_epochs else run.max_train_steps
     subsets = {id(sample.subset): sample.subset for sample in samples}
     rows = []

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from library.data.batch import Batch
-from library.data.batch_sampler import Place
+from library.data.batch_sampler import BatchPosition
 from library.data.cache.fill import audit
 from library.data.cache.latents import LATENT_CHANNELS, TextPlan
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
@@ -439,7 +439,15 @@ def made_up(options: Options, models: SdxlModels, largest: Bucket, samples: Sequ
     is_inpainting = models.checkpoint.unet.is_inpainting
     has_images = encodes_pictures(models, cache, are_masked=largest.are_masked)
     return Batch(
-        place=Place(epoch=0, step=0, micro=0, first=0, window_samples=count, closes_window=True, is_idle=False),
+        place=BatchPosition(
+            epoch=0,
+            step=0,
+            microbatch_index=0,
+            first_sample_index=0,
+            global_batch_size=count,
+            is_last_microbatch=True,
+            is_padding=False,
+        ),
         paths=("made up",) * count,
         captions=tuple(samples[i % len(samples)].caption if samples else "" for i in range(count)),
         images=torch.rand(count, 3, height, width) * 2 - 1 if has_images else None,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from library.data.batch_sampler import Order
+from library.data.batch_sampler import BatchSampler
 from library.data.loader import group_samples
 from library.data.options import CacheOptions
 from library.data.samples import Sample
@@ -38,7 +38,7 @@ _SHOWN = 6  # names of saves
 class Plan(NamedTuple):
     """How much work there is."""
 
-    order: Order
+    order: BatchSampler
     total_steps: int
     num_epochs: int
 
@@ -59,7 +59,9 @@ class Bucket(NamedTuple):
 
 
 def make_plan(options: RunOptions, datasets: Sequence[Dataset], *, processes: int, seed: int) -> Plan:
-    order = Order(group_samples(datasets, samples_of(datasets)), seed, processes, options.gradient_accumulation_steps)
+    order = BatchSampler(
+        group_samples(datasets, samples_of(datasets)), seed, processes, options.gradient_accumulation_steps
+    )
     total = options.max_train_epochs * order.steps_per_epoch if options.max_train_epochs else options.max_train_steps
     return Plan(order, total, math.ceil(total / order.steps_per_epoch))
 
