@@ -15,8 +15,8 @@ from library.models.checkpoint.reference_shapes import stand_in
 from library.offload import Lane
 from library.rng import SampleRng
 from library.size import Size
-from library.training.optim.build import make_update
-from library.training.setup.build import make_step, open_models
+from library.training.optim.build import build_optimizer_step
+from library.training.setup.build import build_loss_module, open_models
 from library.training.setup.dry_run import made_up
 from library.training.setup.inputs import Preflight
 from library.training.setup.plan import Bucket, trained_groups
@@ -63,7 +63,9 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
             models = open_models(kind, options, found, torch.device("cpu"))
             task_ = kind.from_options(models, options)
             groups = trained_groups(task_, 10)
-            update = make_update(make_step(task_, models, options, found), groups, options, 10, seed=0, processes=1)
+            update = build_optimizer_step(
+                build_loss_module(task_, models, options, found), groups, options, 10, seed=0, processes=1
+            )
             loaded = live.now
             batch = made_up(options, models, Bucket(Size(1024, 1024), 1, 1, 1), [])
             for group in groups:  # the optimizer makes its state
@@ -71,6 +73,6 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
                     parameter.grad = torch.zeros_like(parameter)
             update.step()
             live.peak = live.now
-            update.backward(update.step_module(batch, SampleRng(0, 0, 0, 1, torch.device("cpu"))), batch.place)
+            update.backward(update.loss_module(batch, SampleRng(0, 0, 0, 1, torch.device("cpu"))), batch.place)
             update.step()
             return live.peak, loaded

@@ -16,11 +16,11 @@ from library.models.vae import LATENT_SCALE
 from library.rng import SampleRng
 from library.safetensors_io import load_tensors
 from library.size import Size
-from library.training.forward import Step
+from library.training.forward import DiffusionLoss
 from library.training.objective.prediction import Objective
 from library.training.optim.lr_schedules import make_scheduler
-from library.training.optim.master_weights import Stepper
-from library.training.optim.optimizer_step import AtOnce, Update
+from library.training.optim.master_weights import MasterWeightOptimizer
+from library.training.optim.optimizer_step import OptimizerStep, StandardStep
 from library.training.optim.optimizers import make_optimizer
 from library.training.options.objective import LossOptions, NoiseOptions
 from library.training.options.optimizer import ScheduleOptions
@@ -110,9 +110,9 @@ def replay(
     groups = task.parts[0].groups()
     optimizer = make_optimizer("AdamW", optimizer_args, groups, lr)
     total = len(golden.facts["lr_per_step"])
-    step = Step(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), loss, None).train()
-    descent = AtOnce(Stepper(optimizer, groups), max_grad_norm=1.0, scales_loss=False)
-    update = Update(step, groups, descent, make_scheduler(optimizer, schedule, total, lr))
+    step = DiffusionLoss(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), loss, None).train()
+    gradient_step = StandardStep(MasterWeightOptimizer(optimizer, groups), max_grad_norm=1.0, scales_loss=False)
+    update = OptimizerStep(step, groups, gradient_step, make_scheduler(optimizer, schedule, total, lr))
     seen = _watch(models.unet)
     for i, expected in enumerate(expected_losses or golden.facts["losses"]):
         text = None

@@ -56,14 +56,14 @@ def test_without_patience_the_best_is_saved_only_when_asked_for(golden_model, pi
 def test_fault_68_schedule_free_weights_are_saved_as_they_are_used(golden_model, pictures, tmp_path, monkeypatch):
     """In eval mode they are the average x; in train mode, where gradients are taken, y. Saves in between change nothing."""
     pytest.importorskip("schedulefree")
-    from library.training.optim.optimizer_step import Update
+    from library.training.optim.optimizer_step import OptimizerStep
 
     words = ["--optimizer_type", "AdamWScheduleFree", "--max_train_steps", "4", "--learning_rate", "0.01"]
     plain = train_network(golden_model, pictures, tmp_path / "plain", *words)
     often = train_network(golden_model, pictures, tmp_path / "often", *words, "--save_every_n_steps", "1")
     assert_bit_equal(tensors_of(plain), tensors_of(often))
     third = tensors_of(tmp_path / "often" / "lora-step00000003.safetensors")
-    monkeypatch.setattr(Update, "as_used", lambda update: nullcontext())
+    monkeypatch.setattr(OptimizerStep, "as_used", lambda update: nullcontext())
     train_network(golden_model, pictures, tmp_path / "wrong", *words, "--save_every_n_steps", "3")
     wrong = tensors_of(tmp_path / "wrong" / "lora-step00000003.safetensors")
     name = next(name for name in third if name.endswith("lora_up.weight"))

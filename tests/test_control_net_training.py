@@ -153,7 +153,7 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
     from library.data.batch import Batch
     from library.data.batch_sampler import BatchPosition
     from library.models.text_encoders import EncodedText
-    from library.training.objective.noise import Noisy
+    from library.training.objective.noise import NoisedLatents
 
     torch.manual_seed(0)
     task = LLLiteTask(own_models, LLLiteOptions(cond_emb_dim=8, network_dim=16), lr=1e-3, num_tokens=75, text_is_cached=True)  # fmt: skip
@@ -162,7 +162,7 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
     # The picture of the condition shows the noise that the U-Net should find.
     shown = torch.nn.functional.interpolate(noise[:, :3], scale_factor=8).clamp(-1, 1)
     timesteps = torch.full((count,), 999)
-    noisy = Noisy(latents=torch.randn_like(noise), noise=noise, clean=clean, timesteps=timesteps)
+    noisy = NoisedLatents(latents=torch.randn_like(noise), noise=noise, clean=clean, timesteps=timesteps)
     with torch.no_grad():
         text = own_models.encode_texts(["a square"] * count, 75)
     batch = Batch(

@@ -6,10 +6,10 @@ from torch import nn
 
 from library.data.batch_sampler import BatchPosition
 from library.param_group import ParamGroup, split_groups
-from library.training.optim.backward_step import InBackward, bunches_of
+from library.training.optim.backward_step import OptimizerInBackward, bunches_of
 from library.training.optim.lr_schedules import make_scheduler
-from library.training.optim.master_weights import Stepper, is_separable, stand_ins
-from library.training.optim.optimizer_step import AtOnce, Descent, Update
+from library.training.optim.master_weights import MasterWeightOptimizer, fp32_params, is_separable
+from library.training.optim.optimizer_step import GradientStep, OptimizerStep, StandardStep
 from library.training.optim.optimizers import make_optimizer, start_training
 from library.training.options.optimizer import ScheduleOptions
 
@@ -47,36 +47,40 @@ def groups_of(model: nn.Module) -> list[ParamGroup]:
     return [ParamGroup("a", first, 0.01), ParamGroup("b", named, 0.02)]
 
 
-def make(name: str, *, fused: bool, dtype=torch.float32, max_grad_norm=0.0, clips_by_previous=False, cut=0, **rounding) -> Update:  # fmt: skip
+def make(name: str, *, fused: bool, dtype=torch.float32, max_grad_norm=0.0, clips_by_previous=False, cut=0, **rounding) -> OptimizerStep:  # fmt: skip
     model = Small().to(dtype)
     groups = split_groups(groups_of(model), cut) if cut else groups_of(model)
-    optimizer = make_optimizer(name, OPTIMIZERS[name], stand_ins(groups), 0.01)
+    optimizer = make_optimizer(name, OPTIMIZERS[name], fp32_params(groups), 0.01)
     start_training(optimizer)
     scheduler = None if "ScheduleFree" in name else make_scheduler(optimizer, ScheduleOptions(lr_scheduler="linear"), 10, 0.01)  # fmt: skip
-    stepper = Stepper(optimizer, groups, **rounding)
-    bunches = [list(group.parameters.values()) for group in groups] if cut else [[p] for p in stepper.parameters]
-    descent: Descent = AtOnce(stepper, max_grad_norm=max_grad_norm, scales_loss=False)
+    stepper = MasterWeightOptimizer(optimizer, groups, **rounding)
+    buckets_of_params = (
+        [list(group.parameters.values()) for group in groups] if cut else [[p] for p in stepper.parameters]
+    )
+    gradient_step: GradientStep = StandardStep(stepper, max_grad_norm=max_grad_norm, scales_loss=False)
     if fused:
-        descent = InBackward(stepper, bunches, max_grad_norm=max_grad_norm, clips_by_previous=clips_by_previous)
-    return Update(model, groups, descent, scheduler)
+        gradient_step = OptimizerInBackward(
+            stepper, buckets_of_params, max_grad_norm=max_grad_norm, clips_by_previous=clips_by_previous
+        )
+    return OptimizerStep(model, groups, gradient_step, scheduler)
 
 
-def train(update: Update, steps: int, first: int = 0) -> list[torch.Tensor]:
+def train(update: OptimizerStep, steps: int, first: int = 0) -> list[torch.Tensor]:
     """Up to so many steps, with windows of two batches of 2 and 4 pictures. Returns the norms."""
-    norms, dtype = [], next(update.step_module.parameters()).dtype
+    norms, dtype = [], next(update.loss_module.parameters()).dtype
     for step in range(first, steps):
         for i, part in enumerate(X.to(dtype).split([2, 4])):
             place = BatchPosition(0, step, 2 * step + i, 6 * step + 2 * i, 6, i == 1, False)
-            losses = update.step_module(part, rarely=i == 0)
+            losses = update.loss_module(part, rarely=i == 0)
             update.backward(losses.float(), place)
         norms.append(update.step().grad_norm)
-        assert all(parameter.grad is None for parameter in update.step_module.parameters())
+        assert all(parameter.grad is None for parameter in update.loss_module.parameters())
     return norms
 
 
-def numbers(update: Update) -> torch.Tensor:
-    with update.as_used():
-        return torch.cat([parameter.detach().flatten() for parameter in update.step_module.parameters()]).clone()
+def numbers(update: OptimizerStep) -> torch.Tensor:
+    with update.eval_weights():
+        return torch.cat([parameter.detach().flatten() for parameter in update.loss_module.parameters()]).clone()
 
 
 @pytest.mark.parametrize("cut", [0, 3])
@@ -93,11 +97,11 @@ def test_steps_within_backward_are_those_behind_it(name, cut):
 
 def test_each_gradient_is_gone_before_the_next_one_comes():
     update, alive = make("AdamW", fused=True), []
-    for parameter in update.step_module.parameters():
+    for parameter in update.loss_module.parameters():
         parameter.register_post_accumulate_grad_hook(
-            lambda _: alive.append(sum(p.grad is not None for p in update.step_module.parameters()))
+            lambda _: alive.append(sum(p.grad is not None for p in update.loss_module.parameters()))
         )
-    update.backward(update.step_module(X, rarely=True), BatchPosition(0, 0, 0, 0, 6, True, False))
+    update.backward(update.loss_module(X, rarely=True), BatchPosition(0, 0, 0, 0, 6, True, False))
     assert alive == [0] * 8 and update.is_partly_taken
     update.step()
     assert not update.is_partly_taken
@@ -115,12 +119,12 @@ def test_tensors_are_clipped_alone_or_by_the_norm_of_the_step_before(name, by_pr
     torch.testing.assert_close(numbers(update), numbers(twin), rtol=0, atol=1e-6)
 
 
-def step_by_hand(update: Update, by_previous: bool, most: float) -> None:
+def step_by_hand(update: OptimizerStep, by_previous: bool, most: float) -> None:
     previous = None
     for _ in range(3):
         for i, part in enumerate(X.split([2, 4])):
-            (update.step_module(part, rarely=i == 0).sum() / 6).backward()
-        parameters = list(update.step_module.parameters())
+            (update.loss_module(part, rarely=i == 0).sum() / 6).backward()
+        parameters = list(update.loss_module.parameters())
         norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm().item()
         for parameter in parameters:
             if by_previous and previous is not None:
@@ -140,10 +144,10 @@ def test_a_gradient_that_isnt_finite_steps_no_weight_to_where_it_isnt(name, clip
     update = make(name, fused=True, **clipping)
     bad = X.clone()
     bad[0, 0] = float("nan")
-    update.backward(update.step_module(bad, rarely=True), BatchPosition(0, 0, 0, 0, 6, True, False))
+    update.backward(update.loss_module(bad, rarely=True), BatchPosition(0, 0, 0, 0, 6, True, False))
     assert not update.step().grad_norm.isfinite()
     train(update, 1)
-    assert all(parameter.isfinite().all() for parameter in update.step_module.parameters())
+    assert all(parameter.isfinite().all() for parameter in update.loss_module.parameters())
 
 
 class Parts:
@@ -160,16 +164,18 @@ class Parts:
 def test_what_has_stopped_stays_though_it_waits_for_its_average():
     model = Small()
     groups = groups_of(model)
-    stepper = Stepper(make_optimizer("SGD", {}, stand_ins(groups), 0.01), groups)
+    stepper = MasterWeightOptimizer(make_optimizer("SGD", {}, fp32_params(groups), 0.01), groups)
     shards = Parts(model)
     shards.norms, shards.give_back = lambda norms, _: norms, lambda _: None
-    descent = InBackward(stepper, bunches_of(groups), max_grad_norm=0.0, clips_by_previous=False, shards=shards)
+    gradient_step = OptimizerInBackward(
+        stepper, bunches_of(groups), max_grad_norm=0.0, clips_by_previous=False, shards=shards
+    )
     stopped, goes_on = model.layers["last"].bias, model.layers["last"].weight
     before = stopped.detach().clone(), goes_on.detach().clone()
-    descent.begin(BatchPosition(0, 0, 0, 0, 6, True, False), {stopped})
+    gradient_step.begin(BatchPosition(0, 0, 0, 0, 6, True, False), {stopped})
     for parameter in (stopped, goes_on):
         parameter.grad = torch.ones_like(parameter)
-    descent.finish()
+    gradient_step.finish()
     assert torch.equal(stopped, before[0]) and not torch.equal(goes_on, before[1]) and stopped.grad is None
 
 
@@ -179,8 +185,8 @@ def test_processes_agree_which_tensors_step_together(monkeypatch):
 
     monkeypatch.setattr(param_group, "SMALL", 10_000)
     model = Small()
-    assert [len(bunch) for bunch in bunches_of(groups_of(model))] == [2, 6]
-    assert [len(bunch) for bunch in bunches_of(groups_of(model), Parts(model))] == [1, 1, 6]
+    assert [len(param_bucket) for param_bucket in bunches_of(groups_of(model))] == [2, 6]
+    assert [len(param_bucket) for param_bucket in bunches_of(groups_of(model), Parts(model))] == [1, 1, 6]
 
 
 @pytest.mark.parametrize("name, expected", [*((name, True) for name in OPTIMIZERS), ("Prodigy", False), ("pytorch_optimizer.DAdaptAdam", False)])  # fmt: skip
@@ -193,7 +199,7 @@ def test_large_tensors_step_alone_and_small_ones_of_a_group_together(monkeypatch
 
     monkeypatch.setattr(param_group, "SMALL", 81)
     groups = groups_of(Small())
-    sizes = [sorted(parameter.numel() for parameter in bunch) for bunch in bunches_of(groups)]
+    sizes = [sorted(parameter.numel() for parameter in param_bucket) for param_bucket in bunches_of(groups)]
     assert sizes == [[6400], [80], [6400], [6400], [1, 80, 80, 80]]
 
 

@@ -136,11 +136,11 @@ def test_encoders_and_vae_leave_once_caches_are_filled_and_are_never_loaded_when
 ):
     words = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", "1"]
     loaded: list[set[str]] = []
-    make_step = start.make_step
+    build_loss_module = start.build_loss_module
     monkeypatch.setattr(
         start,
         "make_step",
-        lambda task, models, *rest: loaded.append(set(vars(models))) or make_step(task, models, *rest),
+        lambda task, models, *rest: loaded.append(set(vars(models))) or build_loss_module(task, models, *rest),
     )
     train_network(golden_model, pictures, tmp_path / "filling", *words)
     monkeypatch.setattr(SdxlModels, "_text_encoder", None)

@@ -10,7 +10,7 @@ from library.data.batch import Batch
 from library.errors import RunError
 from library.signals import Signals
 from library.training import loop
-from library.training.forward import Step
+from library.training.forward import DiffusionLoss
 from library.training.progress import Progress
 
 TWO = ["--train_batch_size", "2", "--max_train_steps", "4", "--gradient_accumulation_steps", "2"]
@@ -20,14 +20,14 @@ TWO = ["--train_batch_size", "2", "--max_train_steps", "4", "--gradient_accumula
 def small_memory(monkeypatch):
     """Batches larger than this find no memory, as long as gradients are taken."""
     limit = {"most": 1, "training": True}
-    forward = Step.forward
+    forward = DiffusionLoss.forward
 
     def limited(self, batch, *args):
         if len(batch) > limit["most"] and self.training == limit["training"]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
         return forward(self, batch, *args)
 
-    monkeypatch.setattr(Step, "forward", limited)
+    monkeypatch.setattr(DiffusionLoss, "forward", limited)
     return limit
 
 

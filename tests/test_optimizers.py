@@ -7,7 +7,7 @@ from library.errors import OptionError
 from library.imports import import_diffusers, import_transformers
 from library.param_group import ParamGroup
 from library.training.optim.lr_schedules import factor, make_scheduler, num_steps
-from library.training.optim.master_weights import Stepper
+from library.training.optim.master_weights import MasterWeightOptimizer
 from library.training.optim.optimizers import (
     current_rate,
     find_optimizer,
@@ -67,7 +67,7 @@ def test_every_family_steps_and_lowers_a_loss(name):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    with Stepper(optimizer, made).as_used():
+    with MasterWeightOptimizer(optimizer, made).eval_weights():
         assert sum((p**2).mean() for p in parameters).item() < first
 
 

@@ -61,7 +61,7 @@ def test_bf16_gradients_point_where_float32s_do(golden_model):
     from library.device import Precision
     from library.models.noise_schedule import NoiseSchedule
     from library.models.sdxl import SdxlModels
-    from library.training.forward import Step
+    from library.training.forward import DiffusionLoss
     from library.training.objective.prediction import Objective
     from library.training.options.objective import NoiseOptions
 
@@ -74,7 +74,7 @@ def test_bf16_gradients_point_where_float32s_do(golden_model):
         task = NetworkTask(models, options, lr=1e-3, num_tokens=150, text_is_cached=False)
         for lora in task._network.loras():
             torch.nn.init.normal_(lora.lora_up.weight, std=0.02)
-        step = Step(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), LossOptions(), None).train()
+        step = DiffusionLoss(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), LossOptions(), None).train()
         loss = step(golden.batch(0, accumulation=1, text=None), golden.rng(0)).mean()
         loss.backward()
         gradients = [p.grad.flatten() for p in task.parts[0].tensors().values() if p.grad is not None]

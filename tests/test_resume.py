@@ -16,7 +16,7 @@ from test_state import assert_same, tamper
 
 from library.errors import OptionError, RunError
 from library.safetensors_io import load_tensors, write_safetensors
-from library.training.optim.optimizer_step import Update
+from library.training.optim.optimizer_step import OptimizerStep
 from library.training.saving.state import read_facts, read_state
 
 EPOCHS_OF_4 = ["--gradient_accumulation_steps", "2", "--max_train_steps", "8"]  # 8 pictures an epoch: 4 steps
@@ -141,7 +141,7 @@ def test_fault_65_a_run_that_broke_in_an_accumulation_window_does_the_whole_wind
         "--save_every_n_steps",
         "1",
     ]
-    real, calls = Update.backward, []
+    real, calls = OptimizerStep.backward, []
 
     def backward(self, losses, place):
         calls.append(place)
@@ -149,7 +149,7 @@ def test_fault_65_a_run_that_broke_in_an_accumulation_window_does_the_whole_wind
             raise RuntimeError("power failure")
         real(self, losses, place)
 
-    monkeypatch.setattr(Update, "backward", backward)
+    monkeypatch.setattr(OptimizerStep, "backward", backward)
     with pytest.raises(RuntimeError, match="power failure"):
         train_network(golden_model, pictures, output, *words, "--auto_resume", quick=quick)
     steps = [place.step for place in calls]

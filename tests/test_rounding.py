@@ -14,10 +14,10 @@ from library.models.checkpoint.reader import open_checkpoint
 from library.models.noise_schedule import NoiseSchedule
 from library.models.sdxl import SdxlModels
 from library.param_group import ParamGroup
-from library.training.forward import Step
+from library.training.forward import DiffusionLoss
 from library.training.objective.prediction import Objective
-from library.training.optim.master_weights import Stepper, stand_ins
-from library.training.optim.optimizer_step import AtOnce, Update
+from library.training.optim.master_weights import MasterWeightOptimizer, fp32_params
+from library.training.optim.optimizer_step import OptimizerStep, StandardStep
 from library.training.optim.optimizers import make_optimizer, start_training
 from library.training.optim.rounding import StochasticSums, compensate, round_stochastically
 from library.training.options.objective import LossOptions, NoiseOptions
@@ -66,8 +66,8 @@ def moved(rounding: str, dtype: torch.dtype = BF16, steps: int = 20) -> torch.Te
     weights = nn.Parameter(WEIGHTS.to(dtype))
     start = weights.detach().float().clone()
     groups = [ParamGroup("all", {"w": weights}, 1e-6)]
-    optimizer = make_optimizer("AdamW", {"weight_decay": 0.0}, stand_ins(groups), 1e-6)
-    stepper = Stepper(optimizer, groups, rounding=rounding)
+    optimizer = make_optimizer("AdamW", {"weight_decay": 0.0}, fp32_params(groups), 1e-6)
+    stepper = MasterWeightOptimizer(optimizer, groups, rounding=rounding)
     for number in range(steps):
         weights.grad = torch.ones_like(weights)
         stepper.step_all(number, torch.ones(()))
@@ -100,7 +100,7 @@ def test_where_nearest_hardly_learns_the_others_learn_as_float32_does(rounding, 
         layer.to(dtype)
         inputs = torch.randn(256, 64, generator=draw(4))
         groups = [ParamGroup("all", {"w": layer.weight}, 1e-6)]
-        stepper = Stepper(make_optimizer("AdamW", {"weight_decay": 0.0}, stand_ins(groups), 1e-6), groups, rounding=rounding)  # fmt: skip
+        stepper = MasterWeightOptimizer(make_optimizer("AdamW", {"weight_decay": 0.0}, fp32_params(groups), 1e-6), groups, rounding=rounding)  # fmt: skip
 
         def loss() -> torch.Tensor:
             return ((inputs @ (layer.weight.float() - wanted).T) ** 2).mean()
@@ -128,9 +128,9 @@ def loss_falls(model: Path, rounding: str, *, full: bool) -> float:
     groups = task.parts[0].groups()
     with torch.no_grad():
         text = models.encode_texts(golden.facts["batches"][0]["captions"], 75)
-    step = Step(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), LossOptions(), None).train()
-    stepper = Stepper(make_optimizer("AdamW", {}, stand_ins(groups), lr), groups, rounding=rounding)
-    update = Update(step, groups, AtOnce(stepper, max_grad_norm=0, scales_loss=False), None)
+    step = DiffusionLoss(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), LossOptions(), None).train()
+    stepper = MasterWeightOptimizer(make_optimizer("AdamW", {}, fp32_params(groups), lr), groups, rounding=rounding)
+    update = OptimizerStep(step, groups, StandardStep(stepper, max_grad_norm=0, scales_loss=False), None)
     batch, found = golden.batch(0, accumulation=1, text=text), []
     for number in range(count):
         losses = step(batch, golden.rng(0))
@@ -161,15 +161,15 @@ def test_every_optimizer_moves_16_bit_weights_as_float32s_and_keeps_the_state_of
         }
         start = torch.cat([parameter.detach().flatten() for parameter in members.values()]).float()
         groups = [ParamGroup("all", members, lr)]
-        optimizer = make_optimizer(name, arguments, stand_ins(groups), lr)
+        optimizer = make_optimizer(name, arguments, fp32_params(groups), lr)
         start_training(optimizer)
-        stepper = Stepper(optimizer, groups, rounding=rounding, is_separable=name != "Prodigy")
+        stepper = MasterWeightOptimizer(optimizer, groups, rounding=rounding, is_separable=name != "Prodigy")
         gradients = draw(2)
         for number in range(10):
             for parameter in members.values():
                 parameter.grad = torch.randn(parameter.shape, generator=gradients).to(dtype)
             stepper.step_all(number, torch.ones(()))
-        with stepper.as_used():
+        with stepper.eval_weights():
             moves.append(torch.cat([parameter.detach().flatten() for parameter in members.values()]).float() - start)
         assert all(parameter.dtype is dtype for parameter in members.values())
         kept = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
@@ -181,10 +181,10 @@ def test_the_draws_depend_on_seed_step_and_name_alone():
     """Not on what was drawn before: whoever steps first, and in which run."""
 
     def stepped(seed: int, number: int, disturb: bool) -> torch.Tensor:
-        model = make("AdamW", fused=False, dtype=BF16).step_module
+        model = make("AdamW", fused=False, dtype=BF16).loss_module
         groups = groups_of(model)
-        optimizer = make_optimizer("AdamW", {}, stand_ins(groups), 0.01)
-        stepper = Stepper(optimizer, groups, rounding="stochastic", seed=seed)
+        optimizer = make_optimizer("AdamW", {}, fp32_params(groups), 0.01)
+        stepper = MasterWeightOptimizer(optimizer, groups, rounding="stochastic", seed=seed)
         for parameter in stepper.parameters:
             parameter.grad = torch.ones_like(parameter)
         if disturb:
@@ -215,7 +215,7 @@ def test_gradients_add_up_without_losing_what_is_small():
 def test_a_step_within_backward_rounds_by_the_same_draws():
     """Each tensor alone in both: the fused run of 16-bit weights ends where the other does, to the bit."""
     plain, fused = (make("SGDNesterov", fused=fused, dtype=BF16, rounding="stochastic", seed=3) for fused in (False, True))  # fmt: skip
-    plain._descent.stepper.step_all = lambda number, factor, is_finite=None: one_by_one(plain, number, factor)
+    plain._gradient_step.stepper.step_all = lambda number, factor, is_finite=None: one_by_one(plain, number, factor)
     for update in (plain, fused):
         train(update, 4)
     assert torch.equal(numbers(plain), numbers(fused)) and len(X)
@@ -226,23 +226,23 @@ def test_a_step_within_backward_rounds_by_the_same_draws():
 def test_a_state_goes_on_to_the_bit(rounding, fused, tmp_path):
     """Through a folder, after 3 of 6 steps; clipped by the norm of the step before, windows of two batches."""
 
-    def fresh() -> Update:
+    def fresh() -> OptimizerStep:
         return make("Lion", fused=fused, dtype=BF16, max_grad_norm=0.05, clips_by_previous=True, rounding=rounding, seed=1)  # fmt: skip
 
     whole, part, rest = fresh(), fresh(), fresh()
     train(whole, 6)
     train(part, 3)
-    names = {id(p): name for name, p in part.step_module.named_parameters()}
-    write_state(tmp_path / "s", State({"step": 3}, dict(part.step_module.named_parameters()), part.state(names)))
+    names = {id(p): name for name, p in part.loss_module.named_parameters()}
+    write_state(tmp_path / "s", State({"step": 3}, dict(part.loss_module.named_parameters()), part.state(names)))
     saved = read_state(tmp_path / "s")
-    rest.step_module.load_state_dict(saved.weights)
-    rest.restore(saved.optimizer, {id(p): name for name, p in rest.step_module.named_parameters()}, same_options=True)
+    rest.loss_module.load_state_dict(saved.weights)
+    rest.restore(saved.optimizer, {id(p): name for name, p in rest.loss_module.named_parameters()}, same_options=True)
     train(rest, 6, first=3)
     assert torch.equal(numbers(whole), numbers(rest)) and not torch.equal(numbers(whole), numbers(part))
 
 
 def one_by_one(update, number, factor):
-    stepper = update._descent.stepper
+    stepper = update._gradient_step.stepper
     for parameter in stepper.parameters:
         stepper.step([parameter], number, factor)
     stepper.commit()

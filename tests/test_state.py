@@ -19,9 +19,9 @@ from library.log import log
 from library.param_group import ParamGroup
 from library.safetensors_io import load_tensors, write_safetensors
 from library.training.optim.lr_schedules import make_scheduler
-from library.training.optim.master_weights import Stepper
+from library.training.optim.master_weights import MasterWeightOptimizer
 from library.training.optim.optimizer_state import restore_optimizer
-from library.training.optim.optimizer_step import AtOnce, Update
+from library.training.optim.optimizer_step import OptimizerStep, StandardStep
 from library.training.optim.optimizers import find_optimizer, make_optimizer, start_training
 from library.training.options.optimizer import SCHEDULERS, ScheduleOptions
 from library.training.saving.state import State, find_state, newest_state, read_state, write_state
@@ -133,7 +133,7 @@ PLACE = BatchPosition(
 )
 
 
-def make(name: str, arguments: dict, schedule: ScheduleOptions, seed: int) -> Update:
+def make(name: str, arguments: dict, schedule: ScheduleOptions, seed: int) -> OptimizerStep:
     model = Small(seed)
     lr = 1.0 if name.lower().startswith(("prodigy", "dadapt")) else 0.01
     names = dict(model.named_parameters())
@@ -142,26 +142,33 @@ def make(name: str, arguments: dict, schedule: ScheduleOptions, seed: int) -> Up
     optimizer = make_optimizer(name, arguments, groups, lr)
     start_training(optimizer)
     scheduler = make_scheduler(optimizer, schedule, 8, lr)
-    return Update(model, groups, AtOnce(Stepper(optimizer, groups), max_grad_norm=1, scales_loss=False), scheduler)
+    return OptimizerStep(
+        model,
+        groups,
+        StandardStep(MasterWeightOptimizer(optimizer, groups), max_grad_norm=1, scales_loss=False),
+        scheduler,
+    )
 
 
-def train(update: Update, first: int, last: int) -> None:
+def train(update: OptimizerStep, first: int, last: int) -> None:
     """Steps first..last; the gradients are a function of step and weights."""
     for step in range(first, last + 1):
         draw = torch.Generator().manual_seed(step)
         losses = 0
-        for parameter in update.step_module.parameters():
+        for parameter in update.loss_module.parameters():
             wanted = torch.randn(parameter.shape, generator=draw)
             losses = losses + ((parameter - wanted) ** 2).mean() * torch.ones(2)
         update.backward(losses, PLACE)
         update.step()
 
 
-def names_of(update: Update) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in update.step_module.named_parameters()}
+def names_of(update: OptimizerStep) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in update.loss_module.named_parameters()}
 
 
-def continued(name: str, arguments: dict, schedule: ScheduleOptions, folder: Path) -> tuple[Update, Update]:
+def continued(
+    name: str, arguments: dict, schedule: ScheduleOptions, folder: Path
+) -> tuple[OptimizerStep, OptimizerStep]:
     """One that did 8 steps, and one that took over after 3 and after 5 of them, each time through a folder."""
     whole = make(name, arguments, schedule, seed=1)
     train(whole, 1, 8)
@@ -172,12 +179,12 @@ def continued(name: str, arguments: dict, schedule: ScheduleOptions, folder: Pat
         done = stop
         if stop == 8:
             break
-        weights = {key: tensor.detach() for key, tensor in part.step_module.named_parameters()}
+        weights = {key: tensor.detach() for key, tensor in part.loss_module.named_parameters()}
         write_state(folder / str(stop), State({"step": stop}, weights, part.state(names_of(part))))
         found = read_state(folder / str(stop))
         part = make(name, arguments, schedule, seed=2)
         with torch.no_grad():
-            for key, tensor in part.step_module.named_parameters():
+            for key, tensor in part.loss_module.named_parameters():
                 tensor.copy_(found.weights[key])
         part.restore(found.optimizer, names_of(part), same_options=True)
     return whole, part
@@ -202,9 +209,9 @@ def test_fault_65_an_optimizer_goes_on_to_the_bit(name, arguments, tmp_path):
     schedule = ScheduleOptions(lr_scheduler="adafactor" if name == "Adafactor" and "relative_step" not in arguments else "constant")  # fmt: skip
     with contextlib.suppress(UserWarning):
         whole, part = continued(name, arguments, schedule, tmp_path)
-    assert_same(dict(whole.step_module.named_parameters()), dict(part.step_module.named_parameters()))
+    assert_same(dict(whole.loss_module.named_parameters()), dict(part.loss_module.named_parameters()))
     assert_same(whole.state(names_of(whole)), part.state(names_of(part)))
-    for parameter, other in zip(whole.step_module.parameters(), part.step_module.parameters(), strict=True):
+    for parameter, other in zip(whole.loss_module.parameters(), part.loss_module.parameters(), strict=True):
         for key, value in whole.optimizer.state[parameter].items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 assert value.stride() == part.optimizer.state[other][key].stride(), key
@@ -224,23 +231,23 @@ def test_fault_65_a_schedule_goes_on_to_the_bit(schedule, tmp_path):
     if schedule == "constant":
         options["lr_warmup_steps"] = 0
     whole, part = continued("AdamW", {}, ScheduleOptions(**options), tmp_path)
-    assert_same(dict(whole.step_module.named_parameters()), dict(part.step_module.named_parameters()))
+    assert_same(dict(whole.loss_module.named_parameters()), dict(part.loss_module.named_parameters()))
     assert whole.learning_rates() == part.learning_rates()
 
 
 def test_the_scale_of_float16_losses_goes_on(tmp_path):
-    def scaled() -> Update:
+    def scaled() -> OptimizerStep:
         model = Small(1)
         groups = [ParamGroup("a", dict(model.named_parameters()), 0.1)]
-        stepper = Stepper(make_optimizer("AdamW", {}, groups, 0.1), groups)
-        return Update(model, groups, AtOnce(stepper, max_grad_norm=1, scales_loss=True), None)
+        stepper = MasterWeightOptimizer(make_optimizer("AdamW", {}, groups, 0.1), groups)
+        return OptimizerStep(model, groups, StandardStep(stepper, max_grad_norm=1, scales_loss=True), None)
 
     one, two = scaled(), scaled()
     for overflowed in (False, False, True, True):
-        one._descent.scale.stepped(overflowed=overflowed)
+        one._gradient_step.scale.stepped(overflowed=overflowed)
     write_state(tmp_path / "s", State({"step": 1}, {}, one.state(names_of(one))))
     two.restore(read_state(tmp_path / "s").optimizer, names_of(two), same_options=True)
-    assert two._descent.scale.state() == {"value": 2.0**14, "good": 0, "overflows": 2}
+    assert two._gradient_step.scale.state() == {"value": 2.0**14, "good": 0, "overflows": 2}
 
 
 def test_with_other_options_learning_rate_and_schedule_are_the_new_ones_and_what_was_learnt_stays():
@@ -284,7 +291,7 @@ def test_paged_memory_is_paged_again():
 
     other.optimizer.get_state_buffer = buffer
     restore_optimizer(other.optimizer, state, names_of(other))
-    found = other.optimizer.state[other.step_module.large]
+    found = other.optimizer.state[other.loss_module.large]
     assert found["state1"] is paged[0] and found["state2"] is paged[1]
     assert_same(paged[0].detach(), state["state"]["large"]["state1"]["value"])
 

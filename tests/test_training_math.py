@@ -173,7 +173,7 @@ def test_golden_05_noise_functions(case):
         noise = noises.pyramid_noise(given["noise"], levels, options.multires_noise_discount)
         close(noise, f"noisefn.{i}.noise", atol=1e-6)
         return
-    noisy = noises.make_noisy(latents, Recorded(given), SCHEDULE, options)
+    noisy = noises.add_training_noise(latents, Recorded(given), SCHEDULE, options)
     close(noisy.noise, f"noisefn.{i}.noise", atol=1e-6)
     close(noisy.latents, f"noisefn.{i}.noisy", atol=1e-6)
     assert torch.equal(noisy.timesteps, T[f"noisefn.{i}.timesteps"])
@@ -185,11 +185,13 @@ def test_a_samples_draws_depend_on_its_place_alone():
         noise_offset=0.1, multires_noise_iterations=4, ip_noise_gamma=0.1, ip_noise_gamma_random_strength=True
     )
     latents = torch.randn(4, 4, 8, 12, generator=torch.Generator().manual_seed(0))
-    whole = noises.make_noisy(latents, SampleRng(7, 2, 10, 4), SCHEDULE, options)
-    halves = [noises.make_noisy(latents[k : k + 2], SampleRng(7, 2, 10 + k, 2), SCHEDULE, options) for k in (0, 2)]
+    whole = noises.add_training_noise(latents, SampleRng(7, 2, 10, 4), SCHEDULE, options)
+    halves = [
+        noises.add_training_noise(latents[k : k + 2], SampleRng(7, 2, 10 + k, 2), SCHEDULE, options) for k in (0, 2)
+    ]
     for one, *two in zip(whole, *halves, strict=True):
         assert torch.equal(one, torch.cat(two))
-    other = noises.make_noisy(latents, SampleRng(7, 3, 10, 4), SCHEDULE, options)
+    other = noises.add_training_noise(latents, SampleRng(7, 3, 10, 4), SCHEDULE, options)
     assert not torch.equal(whole.noise, other.noise)
 
 

@@ -8,22 +8,26 @@ from torch.utils.checkpoint import checkpoint
 from library.data.batch_sampler import BatchPosition
 from library.errors import RunError
 from library.param_group import ParamGroup
-from library.training.optim.backward_step import InBackward, bunches_of
+from library.training.optim.backward_step import OptimizerInBackward, bunches_of
 from library.training.optim.lr_schedules import make_scheduler
-from library.training.optim.master_weights import Stepper
-from library.training.optim.optimizer_step import AtOnce, Update
+from library.training.optim.master_weights import MasterWeightOptimizer
+from library.training.optim.optimizer_step import OptimizerStep, StandardStep
 from library.training.optim.optimizers import make_optimizer
 from library.training.options.optimizer import ScheduleOptions
 
 
-def make(optimizer="AdamW", max_grad_norm=1.0, scales_loss=False, lr=0.1, **arguments) -> tuple[nn.Linear, Update]:
+def make(
+    optimizer="AdamW", max_grad_norm=1.0, scales_loss=False, lr=0.1, **arguments
+) -> tuple[nn.Linear, OptimizerStep]:
     torch.manual_seed(0)
     layer = nn.Linear(3, 1)
     groups = [ParamGroup("all", dict(layer.named_parameters()), lr)]
     made = make_optimizer(optimizer, arguments, groups, lr)
     schedule = make_scheduler(made, ScheduleOptions(), 10, lr)
-    descent = AtOnce(Stepper(made, groups), max_grad_norm=max_grad_norm, scales_loss=scales_loss)
-    return layer, Update(layer, groups, descent, schedule)
+    gradient_step = StandardStep(
+        MasterWeightOptimizer(made, groups), max_grad_norm=max_grad_norm, scales_loss=scales_loss
+    )
+    return layer, OptimizerStep(layer, groups, gradient_step, schedule)
 
 
 def place(samples: int, *, closes: bool = True) -> BatchPosition:
@@ -88,11 +92,11 @@ def test_fault_60_a_gradient_that_isnt_finite_changes_no_weight(optimizer, poiso
 
 def test_float16_overflow_is_left_out_and_counted_and_the_scale_falls():
     layer, update = make(scales_loss=True)
-    before, scale = weights(layer), update._descent.scale.value
+    before, scale = weights(layer), update._gradient_step.scale.value
     bad = X.clone()
     bad[0, 0] = float("inf")
     update.backward(losses(layer, bad), place(5))
-    assert update.step().overflowed and update._descent.scale.value < scale
+    assert update.step().overflowed and update._gradient_step.scale.value < scale
     assert torch.equal(weights(layer), before)
     update.backward(losses(layer, X), place(5))
     updated = update.step()
@@ -118,11 +122,11 @@ def test_float16_that_overflows_at_every_scale_stops_the_run():
 def test_what_stops_is_frozen_before_the_forward_that_checkpointing_does_again(fused):
     layer, _ = make()
     groups = [ParamGroup("stops", {"weight": layer.weight}, 0.1, stops_at=1), ParamGroup("lasts", {"bias": layer.bias}, 0.1)]  # fmt: skip
-    stepper = Stepper(make_optimizer("SGD", {}, groups, 0.1), groups)
-    descent = AtOnce(stepper, max_grad_norm=0, scales_loss=False)
+    stepper = MasterWeightOptimizer(make_optimizer("SGD", {}, groups, 0.1), groups)
+    gradient_step = StandardStep(stepper, max_grad_norm=0, scales_loss=False)
     if fused:
-        descent = InBackward(stepper, bunches_of(groups), max_grad_norm=0, clips_by_previous=False)
-    update, before = Update(layer, groups, descent, None), []
+        gradient_step = OptimizerInBackward(stepper, bunches_of(groups), max_grad_norm=0, clips_by_previous=False)
+    update, before = OptimizerStep(layer, groups, gradient_step, None), []
     for step in range(2):
         before.append((layer.weight.detach().clone(), layer.bias.detach().clone()))
         with update.window(here := place(5)._replace(step=step)):
@@ -137,7 +141,12 @@ def test_gradients_are_forgotten_after_a_step_and_the_schedule_advances():
     groups = [ParamGroup("all", dict(layer.named_parameters()), 0.1)]
     optimizer = make_optimizer("AdamW", {}, groups, 0.1)
     schedule = make_scheduler(optimizer, ScheduleOptions(lr_scheduler="linear"), 4, 0.1)
-    update = Update(layer, groups, AtOnce(Stepper(optimizer, groups), max_grad_norm=1, scales_loss=False), schedule)
+    update = OptimizerStep(
+        layer,
+        groups,
+        StandardStep(MasterWeightOptimizer(optimizer, groups), max_grad_norm=1, scales_loss=False),
+        schedule,
+    )
     rates = []
     for _ in range(4):
         rates.append(update.learning_rates()["all"])

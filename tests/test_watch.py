@@ -13,17 +13,19 @@ from library.errors import RunError
 from library.param_group import ParamGroup
 from library.training.monitoring import sanity_checks as watching
 from library.training.monitoring import slowdown as pacing
-from library.training.monitoring.sanity_checks import Watch, check_equal, checksums
-from library.training.monitoring.slowdown import Pace
+from library.training.monitoring.sanity_checks import GradientFlowCheck, check_equal, checksums
+from library.training.monitoring.slowdown import SlowdownDetector
 from library.training.optim.optimizer_step import norms_of
 
 
-def trained(steps: int, *, lr: float, use_both: bool = True, dtype=torch.float32, stops_at=None, done=0) -> Watch:
+def trained(
+    steps: int, *, lr: float, use_both: bool = True, dtype=torch.float32, stops_at=None, done=0
+) -> GradientFlowCheck:
     torch.manual_seed(0)
     layers = nn.ModuleDict({"used": nn.Linear(2, 2), "other": nn.Linear(2, 2)}).to(dtype)
     groups = [ParamGroup("all", dict(layers.named_parameters()), lr, stops_at)]
     optimizer = torch.optim.SGD(layers.parameters(), lr=lr)
-    watch = Watch(groups, done)
+    watch = GradientFlowCheck(groups, done)
     for _ in range(steps):
         x = layers["used"](torch.ones(1, 2, dtype=dtype))
         (layers["other"](x) if use_both else x).sum().backward()
@@ -131,7 +133,7 @@ def run_pace(monkeypatch, steps, *, pause_at=None):
     clock, told = Clock(), []
     monkeypatch.setattr(pacing, "time", clock)
     monkeypatch.setattr(pacing.log, "warning", lambda text, *args: told.append(text % args))
-    pace = Pace(torch.device("cpu"))
+    pace = SlowdownDetector(torch.device("cpu"))
     for i, _ in enumerate(pace.batches(batches(clock, [wait for wait, _ in steps]))):
         clock.now += steps[i][1]
         pace.step()

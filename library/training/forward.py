@@ -12,7 +12,7 @@ from library.models.inpainting import inpainting_channels, with_scaled_latents
 from library.models.vae import PIXELS_PER_LATENT, scale_latents
 from library.rng import SampleRng
 from library.training.objective.loss import sample_losses
-from library.training.objective.noise import make_noisy
+from library.training.objective.noise import add_training_noise
 from library.training.objective.prediction import Objective
 from library.training.options.objective import LossOptions, NoiseOptions
 from library.training.tasks.base import Task
@@ -21,7 +21,7 @@ EncodeImages = Callable[[Tensor, Tensor], Tensor]
 """(images [B, 3, H, W] in -1..1, noise [B, 4, H/8, W/8]) -> raw latents"""
 
 
-class Step(nn.Module):
+class DiffusionLoss(nn.Module):
     """From a batch to the loss of each of its samples."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Step(nn.Module):
         if task.unet.config.is_inpainting:
             batch = dataclasses.replace(batch, beside=self._beside(batch, rng))
         text = task.encode_text(batch)
-        noisy = make_noisy(latents, rng, objective.schedule, self._noise, timesteps)
+        noisy = add_training_noise(latents, rng, objective.schedule, self._noise, timesteps)
         prediction = task.predict(noisy, text, batch)
         target = task.target(noisy, text, batch, objective)
         losses = sample_losses(

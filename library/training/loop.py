@@ -20,7 +20,7 @@ from library.signals import Signals, end_with_parent, exit_status
 from library.training.monitoring.metrics import Report, Seen, read_log
 from library.training.monitoring.report_page import write_report_page
 from library.training.monitoring.sanity_checks import check_equal
-from library.training.optim.optimizer_step import Updated
+from library.training.optim.optimizer_step import StepResult
 from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.run import Run, capture, place_to_start, restore
@@ -173,7 +173,7 @@ def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Se
             # For what draws inside modules: dropout.
             seed_global_rng(run.seed, place.epoch, place.microbatch_index, number)
             with update.window(place):
-                losses = update.step_module(
+                losses = update.loss_module(
                     part, SampleRng(run.seed, place.epoch, place.first_sample_index, len(part), device)
                 )
                 update.backward(losses, place)
@@ -181,7 +181,7 @@ def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Se
     return seen
 
 
-def step(run: Run, progress: Progress, signals: Signals) -> Updated:
+def step(run: Run, progress: Progress, signals: Signals) -> StepResult:
     """Step the weights. Memory may run out here too: many optimizers make their state in the first step."""
     try:
         return run.update.step(asked=signals.asked is not None)
@@ -230,8 +230,8 @@ def validate(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None
     """Take and tell the loss of the pictures that are held out; save if it is the best."""
     accelerator, update = run.accelerator, run.update
     try:
-        with update.as_used():
-            loss = run.validation.loss(update.step_module, accelerator.device, run.share)
+        with update.eval_weights():
+            loss = run.validation.loss(update.loss_module, accelerator.device, run.share)
     except torch.OutOfMemoryError:
         if accelerator.num_processes > 1:
             raise
@@ -246,12 +246,12 @@ def validate(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None
 
 def preview(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     """Draw the sample pictures."""
-    step_module = run.update.step_module
+    loss_module = run.update.loss_module
     label = f"e{progress.epoch:06d}" if epoch_ended or not progress.step else f"{progress.step:06d}"
-    step_module.eval()
-    with run.update.as_used():
+    loss_module.eval()
+    with run.update.eval_weights():
         pictures = run.preview.draw(label, run.share, gather_object, saves=run.accelerator.is_main_process)
-    step_module.train()
+    loss_module.train()
     run.report.sampled(pictures, progress.step)
     run.pace.paused()
 
@@ -266,7 +266,7 @@ def save(run: Run, progress: Progress, when: When, *, stopped: bool = False) -> 
     with ExitStack() as whole:
         for part in run.parts:
             whole.enter_context(part.whole())
-        with run.update.as_used():
+        with run.update.eval_weights():
             paths = run.saver.save(when, progress, run.total_steps)
         if paths:
             run.report.saved(paths, progress.step, run.session_id)

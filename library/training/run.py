@@ -15,11 +15,11 @@ from library.log import log
 from library.training.distributed.sharding import Shards, as_sharded, is_sharded
 from library.training.monitoring.metrics import Report
 from library.training.monitoring.preview import Preview
-from library.training.monitoring.sanity_checks import Watch
-from library.training.monitoring.slowdown import Pace
+from library.training.monitoring.sanity_checks import GradientFlowCheck
+from library.training.monitoring.slowdown import SlowdownDetector
 from library.training.monitoring.validation import Best, Validation
 from library.training.optim.ema import Ema
-from library.training.optim.optimizer_step import Update
+from library.training.optim.optimizer_step import OptimizerStep
 from library.training.options.output import (
     ResumeOptions,
 )
@@ -48,10 +48,10 @@ class Run:
     parts: Sequence[Part]
     shards: Shards | None
     trained: Mapping[str, nn.Parameter]
-    update: Update
+    update: OptimizerStep
     ema: Ema | None
-    watch: Watch
-    pace: Pace
+    watch: GradientFlowCheck
+    pace: SlowdownDetector
     validation: Validation
     best: Best
     keeps_best: bool

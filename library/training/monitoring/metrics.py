@@ -19,7 +19,7 @@ from library.device import Arriving
 from library.errors import RunError
 from library.log import log, progress_bar
 from library.training.monitoring.trackers import Trackers
-from library.training.optim.optimizer_step import Updated
+from library.training.optim.optimizer_step import StepResult
 
 
 class Seen(NamedTuple):
@@ -88,7 +88,9 @@ class Report:
         self.overflows = state["overflows"]
         self._bar.update(step)
 
-    def step(self, step: int, epoch: int, updated: Updated, seen: Sequence[Seen], rates: Mapping[str, float]) -> None:
+    def step(
+        self, step: int, epoch: int, updated: StepResult, seen: Sequence[Seen], rates: Mapping[str, float]
+    ) -> None:
         """Take note of a step (counted from 1); tell of the one before it."""
         self.settle()
         self._pending = _Pending(

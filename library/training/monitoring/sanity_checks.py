@@ -15,7 +15,7 @@ _SHOWN = 5
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Watch:
+class GradientFlowCheck:
     """Of the first steps that a run does: which parameters got a gradient, and which changed."""
 
     def __init__(self, groups: Sequence[ParamGroup], done: int = 0):

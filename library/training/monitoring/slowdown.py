@@ -16,7 +16,7 @@ _SLOW = 2.0  # times the median
 _WAITING, _FULL = 0.5, 0.95  # share of the step spent waiting for pictures; of the card's memory that is taken
 
 
-class Pace:
+class SlowdownDetector:
     """Seconds per latent cell, so that buckets of different sizes compare. Time is monotonic: clocks may jump."""
 
     def __init__(self, device: torch.device):

@@ -43,22 +43,22 @@ class Validation:
         return bool(self.micro_batches and every and number % every == 0)
 
     @torch.no_grad()
-    def loss(self, step_module: nn.Module, device: torch.device, share: tuple[int, int]) -> float:
+    def loss(self, loss_module: nn.Module, device: torch.device, share: tuple[int, int]) -> float:
         """The mean loss over pictures and timesteps, over all processes. Args: share: (rank, processes)."""
         rank, processes = share
         total, count = torch.zeros((), device=device), torch.zeros((), device=device)
-        was_training = step_module.training
-        step_module.eval()
+        was_training = loss_module.training
+        loss_module.eval()
         try:
             for micro in self.micro_batches[rank::processes]:
                 batch = self.batches[micro].to(device)
                 rng = SampleRng(seed_of(self.seed, "validation"), 0, micro.place.first_sample_index, len(batch), device)
                 for timestep in self.timesteps:
-                    losses: Tensor = step_module(batch, rng, torch.full((len(batch),), timestep, device=device))
+                    losses: Tensor = loss_module(batch, rng, torch.full((len(batch),), timestep, device=device))
                     total += losses.sum()
                     count += len(batch)
         finally:
-            step_module.train(was_training)
+            loss_module.train(was_training)
         if processes > 1:
             torch.distributed.all_reduce(total)
             torch.distributed.all_reduce(count)

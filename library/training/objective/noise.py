@@ -18,7 +18,7 @@ from library.rng import SampleRng
 from library.training.options.objective import NoiseOptions
 
 
-class Noisy(NamedTuple):
+class NoisedLatents(NamedTuple):
     """A training pair: noisy scaled latents and what they are made of, [B, C, H, W] each; timesteps [B]."""
 
     latents: Tensor
@@ -27,9 +27,9 @@ class Noisy(NamedTuple):
     timesteps: Tensor
 
 
-def make_noisy(
+def add_training_noise(
     scaled: Tensor, rng: SampleRng, schedule: NoiseSchedule, options: NoiseOptions, timesteps: Tensor | None = None
-) -> Noisy:
+) -> NoisedLatents:
     """Add drawn noise to scaled latents [B, C, H, W] at the given timesteps [B], or at drawn ones."""
     noise = draw_noise(scaled, rng, options)
     if timesteps is None:
@@ -38,7 +38,7 @@ def make_noisy(
     if options.ip_noise_gamma:
         gamma = _strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, "ip noise strength", rng)
         added = noise + gamma * rng.normal("ip noise", scaled.shape[1:])
-    return Noisy(add_noise(scaled, added, schedule.at(timesteps)), scaled, noise, timesteps)
+    return NoisedLatents(add_noise(scaled, added, schedule.at(timesteps)), scaled, noise, timesteps)
 
 
 def draw_noise(scaled: Tensor, rng: SampleRng, options: NoiseOptions) -> Tensor:

@@ -16,11 +16,11 @@ from library import param_group
 from library.data.batch_sampler import BatchPosition
 from library.param_group import ParamGroup
 from library.training.distributed.sharding import Shards
-from library.training.optim.master_weights import Stepper
-from library.training.optim.optimizer_step import Descended, Descent, clip_factor, norms_of
+from library.training.optim.master_weights import MasterWeightOptimizer
+from library.training.optim.optimizer_step import GradientStep, StepStats, clip_factor, norms_of
 
 
-class InBackward(Descent):
+class OptimizerInBackward(GradientStep):
     """Each gradient is used and freed as it comes, in the backward that closes the window; those before it add up.
 
     A gradient that isn't finite steps no weight by it; but others may have been stepped before it came.
@@ -28,8 +28,8 @@ class InBackward(Descent):
 
     def __init__(
         self,
-        stepper: Stepper,
-        bunches: Sequence[Sequence[nn.Parameter]],
+        stepper: MasterWeightOptimizer,
+        buckets_of_params: Sequence[Sequence[nn.Parameter]],
         *,
         max_grad_norm: float,
         clips_by_previous: bool,
@@ -44,14 +44,14 @@ class InBackward(Descent):
         self.stepper, self.is_partly_taken = stepper, False
         self._max_grad_norm, self._clips_by_previous, self._shards = max_grad_norm, clips_by_previous, shards
         self._previous: Tensor | None = None
-        self._bunches = [list(bunch) for bunch in bunches]
+        self._bunches = [list(param_bucket) for param_bucket in buckets_of_params]
         self._arrived = [0] * len(self._bunches)  # gradients of each that are there
         self._index = {parameter: i for i, parameter in enumerate(stepper.parameters)}
         self._norms = torch.zeros(len(self._index), device=stepper.device)
         self._closes, self._number = False, 0
         self._stopped: Collection[nn.Parameter] = ()
-        for number, bunch in enumerate(self._bunches):
-            for parameter in bunch:
+        for number, param_bucket in enumerate(self._bunches):
+            for parameter in param_bucket:
                 self._await(parameter, number)
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -95,12 +95,12 @@ class InBackward(Descent):
             if self._shards is not None:
                 self._shards.give_back(parameter)
 
-    def finish(self) -> Descended:
+    def finish(self) -> StepStats:
         """Step what waits for a gradient that doesn't come, and what is whole where others are parts."""
         for parameter in self._stopped:
             parameter.grad = None
-        for number, bunch in enumerate(self._bunches):
-            if any(parameter.grad is not None for parameter in bunch):
+        for number, param_bucket in enumerate(self._bunches):
+            if any(parameter.grad is not None for parameter in param_bucket):
                 self._step(number)
         self.stepper.commit()
         norms, self._norms = self._norms, torch.zeros_like(self._norms)
@@ -109,7 +109,7 @@ class InBackward(Descent):
             known = torch.zeros_like(norm) if self._previous is None else self._previous
             self._previous = norm.where(norm.isfinite(), known)
         self.is_partly_taken = False
-        return Descended(norms, norm, overflowed=False)
+        return StepStats(norms, norm, overflowed=False)
 
     def forget(self) -> None:
         for parameter in self.stepper.parameters:
@@ -135,9 +135,9 @@ def bunches_of(groups: Sequence[ParamGroup], shards: Shards | None = None) -> li
         whole = None if shards is None else shards.source(parameter)
         return (parameter if whole is None else whole).numel() < param_group.SMALL
 
-    bunches = []
+    buckets_of_params = []
     for group in groups:
         small = [parameter for parameter in group.parameters.values() if is_small(parameter)]
-        bunches += [[parameter] for parameter in group.parameters.values() if not is_small(parameter)]
-        bunches += [small] if small else []
-    return bunches
+        buckets_of_params += [[parameter] for parameter in group.parameters.values() if not is_small(parameter)]
+        buckets_of_params += [small] if small else []
+    return buckets_of_params

@@ -11,19 +11,19 @@ from library.offload import Lane
 from library.options import Options
 from library.param_group import ParamGroup, split_groups
 from library.training.distributed.sharding import Shards
-from library.training.optim.backward_step import InBackward, bunches_of
+from library.training.optim.backward_step import OptimizerInBackward, bunches_of
 from library.training.optim.lr_schedules import make_scheduler
-from library.training.optim.master_weights import Stepper, is_separable, stand_ins
-from library.training.optim.optimizer_step import AtOnce, Descent, Update
+from library.training.optim.master_weights import MasterWeightOptimizer, fp32_params, is_separable
+from library.training.optim.optimizer_step import GradientStep, OptimizerStep, StandardStep
 from library.training.optim.optimizers import make_optimizer, start_training
 from library.training.optim.rounding import StochasticSums
-from library.training.optim.state_offload import Lodging
+from library.training.optim.state_offload import OffloadedOptimizerState
 from library.training.options.distributed import keeps_state_in_ram
 from library.training.options.optimizer import OptimizerOptions, ScheduleOptions, UpdateOptions, read_arguments
 from library.training.options.run import RunOptions
 
 
-def make_update(
+def build_optimizer_step(
     step: nn.Module,
     groups: Sequence[ParamGroup],
     options: Options,
@@ -32,16 +32,16 @@ def make_update(
     seed: int,
     processes: int,
     shards: Shards | None = None,
-) -> Update:
+) -> OptimizerStep:
     """The update of these groups. Args: step: the wrapped Step. shards: whose groups they are, where weights are sharded."""
     chosen, most = options[UpdateOptions], options[OptimizerOptions].max_grad_norm
     if chosen.fused_optimizer_groups:
         groups = split_groups(groups, chosen.fused_optimizer_groups)
-    optimizer, scheduler = _make_optimizer(stand_ins(groups), options, total_steps)
+    optimizer, scheduler = _make_optimizer(fp32_params(groups), options, total_steps)
     start_training(optimizer)
     offloads = keeps_state_in_ram(options)
     alone = not (chosen.full_bf16 or chosen.full_fp16 or offloads) or _is_separable(options)
-    stepper = Stepper(
+    stepper = MasterWeightOptimizer(
         optimizer,
         groups,
         rounding=chosen.rounding_used,
@@ -50,22 +50,24 @@ def make_update(
         device=None if shards is None else shards.device,
     )
     if offloads:
-        stepper.lodging = Lodging(optimizer, Lane(torch.device("cpu"), stepper.device))
-    descent: Descent
+        stepper.lodging = OffloadedOptimizerState(optimizer, Lane(torch.device("cpu"), stepper.device))
+    gradient_step: GradientStep
     if chosen.is_fused:
         whole = [list(group.parameters.values()) for group in groups]
-        bunches = whole if chosen.fused_optimizer_groups else bunches_of(groups, shards)
+        buckets_of_params = whole if chosen.fused_optimizer_groups else bunches_of(groups, shards)
         by_previous = chosen.fused_clip == "previous_norm"
-        descent = InBackward(stepper, bunches, max_grad_norm=most, clips_by_previous=by_previous, shards=shards)
+        gradient_step = OptimizerInBackward(
+            stepper, buckets_of_params, max_grad_norm=most, clips_by_previous=by_previous, shards=shards
+        )
     else:
-        descent = AtOnce(
+        gradient_step = StandardStep(
             stepper,
             max_grad_norm=most,
             scales_loss=options[RunOptions].mixed_precision == "fp16",
             whole_norms=None if shards is None else shards.norms,
         )
     sums = None if chosen.rounding_used == "nearest" else StochasticSums(groups, seed)
-    return Update(step, groups, descent, scheduler, sums, processes=processes, shards=shards)
+    return OptimizerStep(step, groups, gradient_step, scheduler, sums, processes=processes, shards=shards)
 
 
 def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:

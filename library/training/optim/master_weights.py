@@ -17,26 +17,26 @@ from library.rng import seed_of
 from library.training.optim.optimizer_state import optimizer_state, restore_optimizer
 from library.training.optim.optimizers import start_training, takes_scaled_gradients
 from library.training.optim.rounding import compensate, round_stochastically
-from library.training.optim.state_offload import Lodging
+from library.training.optim.state_offload import OffloadedOptimizerState
 
 AT_ONCE = 1 << 24  # numbers that are in float32 at once: 64 MB of weights, and as much of gradients
 
 
-def stand_ins(groups: Sequence[ParamGroup]) -> list[ParamGroup]:
+def fp32_params(groups: Sequence[ParamGroup]) -> list[ParamGroup]:
     """The groups as an optimizer is to see them: 16-bit parameters are float32 ones, which take no memory."""
     return [
-        ParamGroup(group.name, {n: _stand_in(p) for n, p in group.parameters.items()}, group.lr, group.stops_at)
+        ParamGroup(group.name, {n: _fp32_param(p) for n, p in group.parameters.items()}, group.lr, group.stops_at)
         for group in groups
     ]
 
 
-def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
+def _fp32_param(parameter: nn.Parameter) -> nn.Parameter:
     if parameter.dtype is torch.float32:
         return parameter
     return nn.Parameter(torch.zeros((), device=parameter.device).expand(parameter.shape))
 
 
-class Stepper:
+class MasterWeightOptimizer:
     """Steps parameters by an optimizer, wherever they lie at that time.
 
     Attributes:
@@ -63,7 +63,7 @@ class Stepper:
         self.optimizer = optimizer
         self._rounding, self._seed, self._is_separable = rounding, seed, is_separable
         self._device = device
-        self.lodging: Lodging | None = None
+        self.lodging: OffloadedOptimizerState | None = None
         self._names: dict[nn.Parameter, str] = {}
         self._group_of: dict[nn.Parameter, int] = {}
         self._stand_ins: dict[nn.Parameter, nn.Parameter] = {}
@@ -73,7 +73,7 @@ class Stepper:
                 self._stand_ins[parameter] = own
         self.parameters = list(self._names)
         self._idle = {parameter: own.data for parameter, own in self._stand_ins.items()}
-        self._rests: dict[nn.Parameter, Tensor] = {}
+        self._compensation: dict[nn.Parameter, Tensor] = {}
         self._changed: dict[int, dict[str, Any]] = {}
         self.skips_on_device = takes_scaled_gradients(optimizer)
 
@@ -90,11 +90,11 @@ class Stepper:
     def step_all(self, number: int, factor: Tensor, is_finite: Tensor | None = None) -> None:
         """Step everything that has a gradient. Args: as of step."""
         members = [parameter for parameter in self.parameters if parameter.grad is not None]
-        if (not self._narrow(members) and self.lodging is None) or not self._is_separable:
+        if (not self._low_precision_params(members) and self.lodging is None) or not self._is_separable:
             self._step(members, number, factor, is_finite)
             return
-        for bunch in self._bunches_by_group(members):
-            self.step(bunch, number, factor, is_finite)
+        for param_bucket in self._bunches_by_group(members):
+            self.step(param_bucket, number, factor, is_finite)
         self.commit()
 
     def step(
@@ -120,10 +120,10 @@ class Stepper:
 
     @torch.no_grad()
     def _step(self, members: Sequence[nn.Parameter], number: int, factor: Tensor, is_finite: Tensor | None) -> None:
-        narrow = _bunches(self._narrow(members))
-        weights = [self._lend_weights(bunch) for bunch in narrow]
-        for bunch in narrow:
-            self._lend_gradients(bunch)
+        narrow = _bunches(self._low_precision_params(members))
+        weights = [self._load_master_weights(param_bucket) for param_bucket in narrow]
+        for param_bucket in narrow:
+            self._lend_gradients(param_bucket)
         gradients = _gradients([self._stand_ins[parameter] for parameter in members])
         if factor.ndim:
             torch._foreach_mul_(gradients, list(factor))
@@ -139,48 +139,48 @@ class Stepper:
         with nullcontext() if self.lodging is None else self.lodging.visit([self._stand_ins[p] for p in members]):
             self.optimizer.step()
         del gradients
-        for bunch, flat in zip(narrow, weights, strict=True):
-            self._take_back(bunch, flat, number)
+        for param_bucket, flat in zip(narrow, weights, strict=True):
+            self._store_rounded(param_bucket, flat, number)
 
-    def _narrow(self, members: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    def _low_precision_params(self, members: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """Those that are stepped in float32 through stand-ins."""
         return [parameter for parameter in members if self._stand_ins[parameter] is not parameter]
 
-    def _lend_weights(self, bunch: Sequence[nn.Parameter]) -> Tensor:
+    def _load_master_weights(self, param_bucket: Sequence[nn.Parameter]) -> Tensor:
         """Give stand-ins their weights in float32. Returns the memory behind all of them: [numbers]."""
-        flat, views = _flat(bunch)
-        torch._foreach_copy_(views, list(bunch))
-        for parameter, view in zip(bunch, views, strict=True):
-            if parameter in self._rests:
-                view += self._rests[parameter]
+        flat, views = _flat(param_bucket)
+        torch._foreach_copy_(views, list(param_bucket))
+        for parameter, view in zip(param_bucket, views, strict=True):
+            if parameter in self._compensation:
+                view += self._compensation[parameter]
             self._stand_ins[parameter].data = view
         return flat
 
-    def _lend_gradients(self, bunch: Sequence[nn.Parameter]) -> None:
-        _, views = _flat(bunch)
-        torch._foreach_copy_(views, _gradients(bunch))
-        for parameter, view in zip(bunch, views, strict=True):
+    def _lend_gradients(self, param_bucket: Sequence[nn.Parameter]) -> None:
+        _, views = _flat(param_bucket)
+        torch._foreach_copy_(views, _gradients(param_bucket))
+        for parameter, view in zip(param_bucket, views, strict=True):
             self._stand_ins[parameter].grad, parameter.grad = view, None
 
-    def _take_back(self, bunch: Sequence[nn.Parameter], flat: Tensor, number: int) -> None:
+    def _store_rounded(self, param_bucket: Sequence[nn.Parameter], flat: Tensor, number: int) -> None:
         """Round what the optimizer made of the weights."""
-        self._put_away(bunch)
+        self._put_away(param_bucket)
         if self._rounding == "kahan":
-            rounded, rests = compensate(flat, bunch[0].dtype)
-            for parameter, rest in zip(bunch, _views(rests, bunch), strict=True):
-                self._rests.setdefault(parameter, torch.empty_like(parameter)).copy_(rest)
+            rounded, rests = compensate(flat, param_bucket[0].dtype)
+            for parameter, rest in zip(param_bucket, _views(rests, param_bucket), strict=True):
+                self._compensation.setdefault(parameter, torch.empty_like(parameter)).copy_(rest)
         elif self._rounding == "stochastic":
             draw = torch.Generator(flat.device).manual_seed(
-                seed_of(self._seed, "rounding", number, self._names[bunch[0]])
+                seed_of(self._seed, "rounding", number, self._names[param_bucket[0]])
             )
             rounded = round_stochastically(flat, draw)
         else:
-            rounded = flat.to(bunch[0].dtype)
-        torch._foreach_copy_(list(bunch), _views(rounded, bunch))
+            rounded = flat.to(param_bucket[0].dtype)
+        torch._foreach_copy_(list(param_bucket), _views(rounded, param_bucket))
 
-    def _put_away(self, bunch: Sequence[nn.Parameter]) -> None:
+    def _put_away(self, param_bucket: Sequence[nn.Parameter]) -> None:
         """Leave the stand-ins without memory."""
-        for parameter in bunch:
+        for parameter in param_bucket:
             own = self._stand_ins[parameter]
             own.grad, own.data = None, self._idle[parameter]
 
@@ -203,7 +203,7 @@ class Stepper:
     # --------------------------------------------------------------------------------------------------- use and states
 
     @contextmanager
-    def as_used(self) -> Iterator[None]:
+    def eval_weights(self) -> Iterator[None]:
         """Schedule-free parameters are other ones when they are used than when they are trained: meanwhile the former.
 
         Switching there and back rounds, so the trained ones are kept: a run that saves often ends as one that doesn't.
@@ -223,13 +223,13 @@ class Stepper:
     @torch.no_grad()
     def _switch(self, mode: Callable[[], object]) -> None:
         """Put the optimizer into the mode, in float32 too, and round to nearest what becomes of the weights."""
-        if not self._narrow(self.parameters):
+        if not self._low_precision_params(self.parameters):
             mode()
             return
-        for bunch in self._bunches_by_group(self.parameters):
-            with self._alone(bunch):
-                narrow = self._narrow(bunch)
-                weights = [(some, self._lend_weights(some)) for some in _bunches(narrow)]
+        for param_bucket in self._bunches_by_group(self.parameters):
+            with self._alone(param_bucket):
+                narrow = self._low_precision_params(param_bucket)
+                weights = [(some, self._load_master_weights(some)) for some in _bunches(narrow)]
                 mode()
                 for some, flat in weights:
                     self._put_away(some)
@@ -242,7 +242,7 @@ class Stepper:
             self.lodging.wait()
         return {
             **optimizer_state(self.optimizer, self._with_stand_ins(names)),
-            "rests": {names[id(parameter)]: rest for parameter, rest in self._rests.items()},
+            "rests": {names[id(parameter)]: rest for parameter, rest in self._compensation.items()},
         }
 
     def restore(self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool) -> None:
@@ -252,9 +252,9 @@ class Stepper:
             self._state_of_visitors_to_device()
         saved = state.get("rests", {})
         if self._rounding == "kahan":
-            self._rests = {
+            self._compensation = {
                 parameter: torch.empty_like(parameter).copy_(saved[name])
-                for parameter, name in ((p, names[id(p)]) for p in self._narrow(self.parameters))
+                for parameter, name in ((p, names[id(p)]) for p in self._low_precision_params(self.parameters))
                 if name in saved
             }
 
@@ -278,16 +278,16 @@ def _gradients(members: Sequence[nn.Parameter]) -> list[Tensor]:
 
 def _bunches(members: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Neighbours that are stepped together: as many as fit into the memory that is lent at once, of one dtype and device."""
-    bunches: list[list[nn.Parameter]] = []
+    buckets_of_params: list[list[nn.Parameter]] = []
     room, kind = 0, None
     for parameter in members:
         own = (parameter.dtype, parameter.device)
         if parameter.numel() > room or own != kind:
-            bunches.append([])
+            buckets_of_params.append([])
             room, kind = AT_ONCE, own
-        bunches[-1].append(parameter)
+        buckets_of_params[-1].append(parameter)
         room -= parameter.numel()
-    return bunches
+    return buckets_of_params
 
 
 def _flat(members: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
@@ -312,7 +312,7 @@ def is_separable(make: Callable[[list[ParamGroup]], torch.optim.Optimizer]) -> b
     def after_steps(*, alone: bool) -> Tensor:
         members = {"a": nn.Parameter(torch.zeros(4, 3)), "b": nn.Parameter(torch.zeros(5))}
         group = ParamGroup("all", members, 1.0)
-        stepper, draw = Stepper(make([group]), [group]), torch.Generator().manual_seed(0)
+        stepper, draw = MasterWeightOptimizer(make([group]), [group]), torch.Generator().manual_seed(0)
         start_training(stepper.optimizer)
         for number in range(4):
             for parameter in members.values():

@@ -13,7 +13,7 @@ from library.data.batch_sampler import BatchPosition
 from library.errors import RunError
 from library.param_group import ParamGroup
 from library.training.distributed.sharding import Shards
-from library.training.optim.master_weights import Stepper
+from library.training.optim.master_weights import MasterWeightOptimizer
 from library.training.optim.optimizers import current_rate
 from library.training.optim.rounding import StochasticSums
 
@@ -23,7 +23,7 @@ WholeNorms = Callable[[Tensor, Sequence[nn.Parameter]], Tensor]
 """From the norms of gradients that lie here, [n], and their parameters to those of whole ones."""
 
 
-class Updated(NamedTuple):
+class StepResult(NamedTuple):
     """What one optimizer step did, still on the device: mean loss of its pictures, gradient norm before clipping; [] each.
 
     `norms`: of each parameter's gradient, 0 where it has none; [n].
@@ -38,7 +38,7 @@ class Updated(NamedTuple):
     overflowed: bool = False
 
 
-class Descended(NamedTuple):
+class StepStats(NamedTuple):
     """What became of a window's gradients: their norms [n] and the norm of all [], before clipping; whether they overflowed."""
 
     norms: Tensor
@@ -46,14 +46,14 @@ class Descended(NamedTuple):
     overflowed: bool
 
 
-class Descent(Protocol):
+class GradientStep(Protocol):
     """The way from gradients to weights.
 
     Attributes:
         is_partly_taken: some weights of the window have been stepped already, so it can't begin again.
     """
 
-    stepper: Stepper
+    stepper: MasterWeightOptimizer
     is_partly_taken: bool
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Descent(Protocol):
         """Before a micro-batch's backward. Args: stopped: what stays as it is from now on."""
         ...
 
-    def finish(self) -> Descended:
+    def finish(self) -> StepStats:
         """Behind the backward that closes a window: all weights are stepped, all gradients gone."""
         ...
 
@@ -77,7 +77,7 @@ class Descent(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
-class Update:
+class OptimizerStep:
     """Gradients over a window of micro-batches become one step of all weights.
 
     Every picture of a window counts the same, whatever the sizes of its micro-batches and the number of processes.
@@ -87,7 +87,7 @@ class Update:
         self,
         step: nn.Module,
         groups: Sequence[ParamGroup],
-        descent: Descent,
+        gradient_step: GradientStep,
         scheduler: LRScheduler | None,
         sums: StochasticSums | None = None,
         *,
@@ -99,19 +99,19 @@ class Update:
         sums: how 16-bit gradients add up; None: as autograd does.
         shards: which exchange gradients, where no wrapper does it.
         """
-        self.step_module, self._groups = step, groups
-        self._descent, self._scheduler, self._sums, self._processes = descent, scheduler, sums, processes
+        self.loss_module, self._groups = step, groups
+        self._gradient_step, self._scheduler, self._sums, self._processes = gradient_step, scheduler, sums, processes
         self._shards = shards
-        self._loss = torch.zeros((), device=descent.stepper.device)
+        self._loss = torch.zeros((), device=gradient_step.stepper.device)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        return self._descent.stepper.optimizer
+        return self._gradient_step.stepper.optimizer
 
     @property
     def is_partly_taken(self) -> bool:
         """Whether the step that is in work has changed weights already."""
-        return self._descent.is_partly_taken
+        return self._gradient_step.is_partly_taken
 
     @contextmanager
     def window(self, place: BatchPosition) -> Iterator[None]:
@@ -120,8 +120,8 @@ class Update:
             # Before the forward, which checkpointing does again in backward: both must see the same.
             for parameter in self._stopped(place.step):
                 parameter.requires_grad_(False)
-        if isinstance(self.step_module, DistributedDataParallel) and not place.is_last_microbatch:
-            with self.step_module.no_sync():
+        if isinstance(self.loss_module, DistributedDataParallel) and not place.is_last_microbatch:
+            with self.loss_module.no_sync():
                 yield
         else:
             if self._shards is not None:
@@ -132,22 +132,22 @@ class Update:
         """Add the gradient of the micro-batch's losses [B]."""
         share = losses.sum() / place.global_batch_size
         self._loss += share.detach()
-        self._descent.begin(place, self._stopped(place.step))
+        self._gradient_step.begin(place, self._stopped(place.step))
         if self._sums is not None:
             self._sums.begin(place)
         # Wrappers average gradients over processes, where a sum is wanted.
-        self._descent.scaled(share * self._processes).backward()
+        self._gradient_step.scaled(share * self._processes).backward()
 
-    def step(self, *, asked: bool = False) -> Updated:
+    def step(self, *, asked: bool = False) -> StepResult:
         """Finish the step, and advance the schedule. Args: asked: a signal asked this process to end, which the others learn with the loss."""
         sums = torch.stack([self._loss, torch.full_like(self._loss, float(asked))])
         loss, anywhere = self._sum_over_processes(sums)
         self._loss = torch.zeros_like(self._loss)
         with nullcontext() if self._shards is None else self._shards.exchanged():
-            descended = self._descent.finish()
+            descended = self._gradient_step.finish()
         if self._scheduler is not None and not descended.overflowed:
             self._scheduler.step()
-        return Updated(loss, descended.norm, descended.norms, anywhere, descended.overflowed)
+        return StepResult(loss, descended.norm, descended.norms, anywhere, descended.overflowed)
 
     def _stopped(self, done: int) -> set[nn.Parameter]:
         """The parameters of groups whose time is over. Args: done: optimizer steps."""
@@ -157,27 +157,27 @@ class Update:
                 stopped.update(group.parameters.values())
         return stopped
 
-    def as_used(self) -> AbstractContextManager[None]:
+    def eval_weights(self) -> AbstractContextManager[None]:
         """Meanwhile the weights are those that are used, saved and shown, where the optimizer trains other ones."""
-        return self._descent.stepper.as_used()
+        return self._gradient_step.stepper.eval_weights()
 
     def state(self, names: Mapping[int, str]) -> dict[str, Any]:
         """Optimizer, schedule and loss scale. Args: names: of the parameters, by their id."""
         return {
-            "optimizer": self._descent.stepper.state(names),
+            "optimizer": self._gradient_step.stepper.state(names),
             "schedule": None if self._scheduler is None else self._scheduler.state_dict(),
-            "descent": self._descent.state(),
+            "descent": self._gradient_step.state(),
         }
 
     def restore(self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool) -> None:
         """Go on with what state() gave. Without `same_options`, learning rates and schedule are those of the options now."""
-        self._descent.stepper.restore(state["optimizer"], names, same_options=same_options)
+        self._gradient_step.stepper.restore(state["optimizer"], names, same_options=same_options)
         if self._scheduler is not None and state["schedule"] is not None:
             if same_options:
                 self._scheduler.load_state_dict(state["schedule"])
             else:
                 self.skip(state["schedule"]["last_epoch"])
-        self._descent.restore(state["descent"])
+        self._gradient_step.restore(state["descent"])
 
     def skip(self, steps: int) -> None:
         """Advance the schedule as if so many steps had been done (--initial_step)."""
@@ -187,7 +187,7 @@ class Update:
 
     def forget(self) -> None:
         """Drop what a window that broke off has added up."""
-        self._descent.forget()
+        self._gradient_step.forget()
         self._loss = torch.zeros_like(self._loss)
 
     def _sum_over_processes(self, value: Tensor) -> Tensor:
@@ -206,14 +206,14 @@ class Update:
         return rates
 
 
-class AtOnce(Descent):
+class StandardStep(GradientStep):
     """Gradients add up in the parameters; at the end of the window they are clipped together, and all weights step."""
 
     is_partly_taken = False
 
     def __init__(
         self,
-        stepper: Stepper,
+        stepper: MasterWeightOptimizer,
         *,
         max_grad_norm: float,
         scales_loss: bool,
@@ -232,7 +232,7 @@ class AtOnce(Descent):
     def begin(self, place: BatchPosition, stopped: Collection[nn.Parameter]) -> None:
         self._number, self._stopped = place.step, stopped
 
-    def finish(self) -> Descended:
+    def finish(self) -> StepStats:
         """Step, unless gradients aren't finite."""
         for parameter in self._stopped:
             parameter.grad = None
@@ -250,7 +250,7 @@ class AtOnce(Descent):
             overflowed = self.scale.enabled
         self.scale.stepped(overflowed=overflowed)
         self.forget()
-        return Descended(norms, norm, overflowed)
+        return StepStats(norms, norm, overflowed)
 
     def forget(self) -> None:
         for parameter in self.stepper.parameters:

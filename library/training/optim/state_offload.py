@@ -11,7 +11,7 @@ from library.offload import Lane
 _LEAST = 4096  # numbers; smaller tensors stay where they are
 
 
-class Lodging:
+class OffloadedOptimizerState:
     """Where an optimizer's state is between steps."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, lane: Lane):

@@ -17,7 +17,7 @@ from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.options import Options
 from library.param_group import ParamGroup
-from library.training.forward import Step
+from library.training.forward import DiffusionLoss
 from library.training.objective.prediction import Objective
 from library.training.optim.build import try_optimizer
 from library.training.optim.ema import Ema
@@ -68,7 +68,7 @@ def checkpointing_of(options: MemoryOptions) -> Checkpointing:
     )
 
 
-def make_step(task: Task, models: SdxlModels, options: Options, found: Preflight) -> Step:
+def build_loss_module(task: Task, models: SdxlModels, options: Options, found: Preflight) -> DiffusionLoss:
     objective = Objective(
         NoiseSchedule.sdxl(zero_terminal_snr=found.zero_terminal_snr).to(models.device), found.v_prediction
     )
@@ -79,7 +79,7 @@ def make_step(task: Task, models: SdxlModels, options: Options, found: Preflight
             [models.encode_images(*part) for part in zip(images.split(at_once), noise.split(at_once), strict=True)]
         )
 
-    return Step(task, objective, options[NoiseOptions], options[LossOptions], encode_images).train()
+    return DiffusionLoss(task, objective, options[NoiseOptions], options[LossOptions], encode_images).train()
 
 
 def rehearse(kind: type[Task], models: SdxlModels, options: Options) -> Task | None:
@@ -94,11 +94,11 @@ def rehearse(kind: type[Task], models: SdxlModels, options: Options) -> Task | N
     groups = [group for part in task.parts for group in part.groups()]
     if not groups:
         raise OptionError("nothing is trained: every learning rate is 0")
-    stand_ins = [
+    fp32_params = [
         ParamGroup(group.name, {name: nn.Parameter(torch.zeros(1)) for name in group.parameters}, group.lr)
         for group in groups
     ]
-    try_optimizer(stand_ins, options)
+    try_optimizer(fp32_params, options)
     return task
 
 
@@ -119,7 +119,7 @@ def fit_memory(
     )  # fmt: skip
 
 
-def make_ema(task: Task, options: EmaOptions) -> Ema | None:
+def build_ema(task: Task, options: EmaOptions) -> Ema | None:
     if options.ema_decay is None:
         return None
     return Ema(task.parts, options.ema_decay, torch.device("cpu") if options.ema_device == "cpu" else None)

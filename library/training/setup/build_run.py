@@ -26,12 +26,12 @@ from library.training.distributed.launch import start_processes
 from library.training.distributed.sharding import Shards, shard
 from library.training.monitoring.metrics import Report, saved_files
 from library.training.monitoring.preview import Preview, encode_prompts
-from library.training.monitoring.sanity_checks import Watch
-from library.training.monitoring.slowdown import Pace
+from library.training.monitoring.sanity_checks import GradientFlowCheck
+from library.training.monitoring.slowdown import SlowdownDetector
 from library.training.monitoring.trackers import Trackers, logged_config, open_trackers
 from library.training.monitoring.validation import Best, Validation, fixed_timesteps, validation_batches
-from library.training.optim.build import make_update
-from library.training.optim.optimizer_step import Update
+from library.training.optim.build import build_optimizer_step
+from library.training.optim.optimizer_step import OptimizerStep
 from library.training.options.distributed import ShardingOptions, zero_of
 from library.training.options.memory import CompileOptions, MemoryOptions
 from library.training.options.objective import LossOptions, NoiseOptions
@@ -51,10 +51,10 @@ from library.training.saving.resume import Resumed, initial_step, run_facts
 from library.training.saving.run_file import write_run_file
 from library.training.saving.saver import Saver
 from library.training.saving.uploads import open_uploads
-from library.training.setup.build import fit_memory, make_ema, make_step, open_models, rehearse
+from library.training.setup.build import build_ema, build_loss_module, fit_memory, open_models, rehearse
+from library.training.setup.build_saver import build_saver
 from library.training.setup.caches import Prepared, all_samples, prepare
 from library.training.setup.inputs import Preflight
-from library.training.setup.make_saver import make_saver
 from library.training.setup.plan import (
     Plan,
     buckets_of,
@@ -78,7 +78,7 @@ class Learning(NamedTuple):
     groups: list[ParamGroup]
     stepped: list[ParamGroup]
     shards: Shards | None
-    update: Update
+    update: OptimizerStep
 
 
 def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed | None = None) -> Run:
@@ -101,9 +101,9 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     plan = make_plan(options[RunOptions], prepared.datasets, processes=processes, seed=seed)
     learning = _build(kind, models, options, found, plan, accelerator, seed)
     task = learning.task
-    ema = make_ema(task, options[EmaOptions])
+    ema = build_ema(task, options[EmaOptions])
     session_id = str(secrets.randbits(32)) if resumed is None else resumed.facts["session_id"]
-    saver = make_saver(
+    saver = build_saver(
         task, options, found, prepared, plan, learning.update, ema, open_uploads(options[UploadOptions]) if is_main else None,
         session_id=session_id, processes=processes, is_main=is_main,
     )  # fmt: skip
@@ -123,8 +123,8 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         trained={name: parameter for group in learning.stepped for name, parameter in group.parameters.items()},
         update=learning.update,
         ema=ema,
-        watch=Watch(learning.stepped, max(begins, done.step)),
-        pace=Pace(accelerator.device),
+        watch=GradientFlowCheck(learning.stepped, max(begins, done.step)),
+        pace=SlowdownDetector(accelerator.device),
         validation=_make_validation(prepared, batches, options, seed, plan.total_steps),
         best=Best(validating.early_stop_patience),
         keeps_best=validating.keeps_best,
@@ -237,11 +237,13 @@ def _build(
         # ZeRO-2 and 3, and steps within backward, are there to spare gradients: whole ones would be in their way.
         adds_up_parts = zero.stage > 1 or options[UpdateOptions].is_fused
         shards = Shards(models.unet, groups, device, processes, zero, adds_up_parts=adds_up_parts)
-    step: nn.Module = make_step(task, models, options, found)
+    step: nn.Module = build_loss_module(task, models, options, found)
     if shards is None and processes > 1:  # a launcher may start one alone
         step = _wrapped(step, accelerator)
     stepped = groups if shards is None else shards.groups
-    update = make_update(step, stepped, options, plan.total_steps, seed=seed, processes=processes, shards=shards)
+    update = build_optimizer_step(
+        step, stepped, options, plan.total_steps, seed=seed, processes=processes, shards=shards
+    )
     return Learning(task, groups, stepped, shards, update)
 
 

@@ -36,7 +36,7 @@ from library.options import Options
 from library.rng import SampleRng
 from library.training.distributed.launch import start_processes
 from library.training.monitoring.trackers import read_tracker_config
-from library.training.optim.build import make_update
+from library.training.optim.build import build_optimizer_step
 from library.training.options.memory import MemoryOptions
 from library.training.options.optimizer import EmaOptions, OptimizerOptions, ScheduleOptions
 from library.training.options.output import ResumeOptions, SavingOptions, TrackerOptions, UploadOptions
@@ -44,7 +44,7 @@ from library.training.options.run import RunOptions, ValidationOptions
 from library.training.progress import Progress
 from library.training.saving.resume import initial_step, look_for_state
 from library.training.saving.saver import Saver, size_in_words
-from library.training.setup.build import fit_memory, make_ema, make_step, open_models, rehearse
+from library.training.setup.build import build_ema, build_loss_module, fit_memory, open_models, rehearse
 from library.training.setup.build_run import sample_prompts
 from library.training.setup.caches import all_samples, latent_cache, text_cache, token_width, without_bad
 from library.training.setup.inputs import Preflight
@@ -285,7 +285,7 @@ def _done(options: Options, found: Preflight) -> Progress:
 def _output(page: _Page, options: Options, found: Preflight, task: Task, plan: Plan) -> Rows:
     saving = options[SavingOptions]
     assert saving.output_dir is not None
-    ema = make_ema(task, dataclasses.replace(options[EmaOptions], ema_device="accelerator"))  # the meta device here
+    ema = build_ema(task, dataclasses.replace(options[EmaOptions], ema_device="accelerator"))  # the meta device here
     dtype = Precision.decide("no", saving.save_precision, no_half_vae=True).save
     saver = Saver(
         saving, options[ResumeOptions], task.parts, lambda steps, epoch: {}, dtype, plan.num_epochs, session_id="", is_main=True, ema=ema,
@@ -409,8 +409,13 @@ def measure(
     """Load the model and do some steps on made-up pictures of the largest batch; what is trained is thrown away."""
     device, largest = models.device, largest_of(buckets)
     task = kind.from_options(models, options)
-    update = make_update(
-        make_step(task, models, options, found), trained_groups(task, _STEPS), options, _STEPS + 1, seed=0, processes=1
+    update = build_optimizer_step(
+        build_loss_module(task, models, options, found),
+        trained_groups(task, _STEPS),
+        options,
+        _STEPS + 1,
+        seed=0,
+        processes=1,
     )
     own = [sample for sample in samples if sample.fit.bucket == largest.size]
     batch = made_up(options, models, largest, own).to(device)
@@ -419,7 +424,7 @@ def measure(
         if number == 1:
             _wait(device)
             started = time.monotonic()
-        update.backward(update.step_module(batch, SampleRng(0, 0, 0, len(batch), device)), batch.place)
+        update.backward(update.loss_module(batch, SampleRng(0, 0, 0, len(batch), device)), batch.place)
         update.step()
     _wait(device)
     seconds = (time.monotonic() - started) / _STEPS

@@ -10,7 +10,7 @@ from library.log import log
 from library.models.options import ModelOptions
 from library.options import Options
 from library.training.optim.ema import Ema
-from library.training.optim.optimizer_step import Update
+from library.training.optim.optimizer_step import OptimizerStep
 from library.training.optim.optimizers import optimizer_in_words
 from library.training.options.optimizer import OptimizerOptions, read_arguments
 from library.training.options.output import ResumeOptions, SavingOptions, UploadOptions
@@ -24,13 +24,13 @@ from library.training.setup.plan import Plan, optimizer_in_state
 from library.training.tasks.base import Task
 
 
-def make_saver(
+def build_saver(
     task: Task,
     options: Options,
     found: Preflight,
     prepared: Prepared,
     plan: Plan,
-    update: Update,
+    update: OptimizerStep,
     ema: Ema | None,
     uploads: Uploads | None,
     *,

@@ -200,8 +200,10 @@ def _most_at_once(groups: Sequence[ParamGroup], options: Options) -> int:
     if not chosen.is_fused or options[RunOptions].gradient_accumulation_steps > 1:
         return 0
     count = sum(len(group.parameters) for group in groups)
-    bunches = split_groups(groups, chosen.fused_optimizer_groups or count)
-    return max(sum(parameter.numel() for parameter in bunch.parameters.values()) for bunch in bunches)
+    buckets_of_params = split_groups(groups, chosen.fused_optimizer_groups or count)
+    return max(
+        sum(parameter.numel() for parameter in param_bucket.parameters.values()) for param_bucket in buckets_of_params
+    )
 
 
 def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions, *, are_masked: bool) -> Iterator[tuple[str, int]]:

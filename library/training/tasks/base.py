@@ -10,7 +10,7 @@ from library.models.size_conditioning import conditioning_vector
 from library.models.text_encoders import EncodedText, TextConditioning
 from library.models.unet import UNet
 from library.options import Options
-from library.training.objective.noise import Noisy, velocity
+from library.training.objective.noise import NoisedLatents, velocity
 from library.training.objective.prediction import Objective
 from library.training.saving.metadata import RunFacts
 from library.training.trainable import Part
@@ -59,7 +59,7 @@ class Task:
     def encode_text(self, batch: Batch) -> TextConditioning:
         raise NotImplementedError
 
-    def predict(self, noisy: Noisy, text: TextConditioning, batch: Batch) -> Tensor:
+    def predict(self, noisy: NoisedLatents, text: TextConditioning, batch: Batch) -> Tensor:
         """What the U-Net makes of the noisy latents: [B, 4, H/8, W/8]."""
         seen, vector = self.model_input(noisy, batch), self.vector(text, batch)
         extra = None if batch.conditioning is None else self.steered_by(batch.conditioning)
@@ -69,7 +69,7 @@ class Task:
         """How conditions, [B, 3, H, W] in -1..1, steer the U-Net's blocks; None where nothing is trained for them."""
         return None
 
-    def model_input(self, noisy: Noisy, batch: Batch) -> Tensor:
+    def model_input(self, noisy: NoisedLatents, batch: Batch) -> Tensor:
         """What the U-Net sees, [B, 4, H/8, W/8]; of inpainting models [B, 9, H/8, W/8]."""
         seen = noisy.latents if batch.beside is None else torch.cat([noisy.latents, batch.beside], dim=1)
         return seen.to(self.compute_dtype)
@@ -82,7 +82,7 @@ class Task:
             target = batch.aesthetic_scores[:, None]
         return conditioning_vector(text.pooled, batch.original_sizes, batch.crop_top_lefts, target)
 
-    def target(self, noisy: Noisy, text: TextConditioning, batch: Batch, objective: Objective) -> Tensor:
+    def target(self, noisy: NoisedLatents, text: TextConditioning, batch: Batch, objective: Objective) -> Tensor:
         """What it should make of them."""
         if objective.v_prediction:
             return velocity(noisy.clean, noisy.noise, objective.schedule.at(noisy.timesteps))

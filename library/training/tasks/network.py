@@ -20,7 +20,7 @@ from library.models.text_encoders import TextConditioning
 from library.models.textual_inversion import NewToken
 from library.options import Options
 from library.param_group import ParamGroup
-from library.training.objective.noise import Noisy
+from library.training.objective.noise import NoisedLatents
 from library.training.objective.prediction import Objective
 from library.training.options.optimizer import OptimizerOptions
 from library.training.options.run import RunOptions
@@ -167,7 +167,7 @@ class NetworkTask(Task):
                 self._models.encode_texts(batch.captions, self._num_tokens, weighted=self._weighted)
             )
 
-    def target(self, noisy: Noisy, text: TextConditioning, batch: Batch, objective: Objective) -> Tensor:
+    def target(self, noisy: NoisedLatents, text: TextConditioning, batch: Batch, objective: Objective) -> Tensor:
         target = super().target(noisy, text, batch, objective)
         preserved = [bool(attributes.get(PRESERVE_OUTPUT)) for attributes in batch.attributes]
         if not any(preserved):
