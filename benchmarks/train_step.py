@@ -295,12 +295,12 @@ def build(setup: Setup, device: Any) -> tuple[Callable[[], Any], list[Any]]:
 
 
 def ours(config: Any, setup: Setup) -> Any:
-    from library.models.memory.activation_checkpointing import KEPT, Checkpointing
+    from library.models.memory.activation_checkpointing import KEPT, ActivationPolicy
     from library.models.unet import UNet
     from networks.lora import LoraNetwork, unet_targets
     from networks.options import LoraSettings
 
-    unet = UNet(config, checkpointing=Checkpointing("full") if setup.checkpointing else KEPT)
+    unet = UNet(config, checkpointing=ActivationPolicy("full") if setup.checkpointing else KEPT)
     if setup.train == "full":
         return unet
     unet.requires_grad_(False)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Lane:
+class OffloadStream:
     """Moves tensors between a home device (RAM) and a work device (the card).
 
     On a card copies run on a stream of their own, from and to pinned memory, so that neither host nor computation waits for
@@ -29,13 +29,13 @@ class Lane:
             place.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._stream)
 
-    def fetch(self, tensor: Tensor) -> "Fetched":
+    def fetch(self, tensor: Tensor) -> "PendingCopy":
         """Begin to copy a tensor from home to the work device, behind what was sent before."""
         if self._stream is None:
-            return Fetched(torch.empty_like(tensor, device=self.work, requires_grad=False).copy_(tensor))
+            return PendingCopy(torch.empty_like(tensor, device=self.work, requires_grad=False).copy_(tensor))
         with torch.cuda.stream(self._stream):
             arrived = torch.empty_like(tensor, device=self.work, requires_grad=False).copy_(tensor, non_blocking=True)
-            return Fetched(arrived, self._stream.record_event())
+            return PendingCopy(arrived, self._stream.record_event())
 
     def wait(self) -> None:
         """Make the host wait until everything that was sent is at home."""
@@ -43,7 +43,7 @@ class Lane:
             self._stream.synchronize()
 
 
-class Fetched:
+class PendingCopy:
     """A tensor on its way to the work device."""
 
     def __init__(self, tensor: Tensor, event: torch.cuda.Event | None = None):

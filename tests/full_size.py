@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import kind_of, options_of
 from library.models.checkpoint.reference_shapes import stand_in
-from library.offload import Lane
+from library.offload import OffloadStream
 from library.rng import SampleRng
 from library.size import Size
 from library.training.optim.build import build_optimizer_step
@@ -21,7 +21,7 @@ from library.training.setup.dry_run import made_up
 from library.training.setup.inputs import Preflight
 from library.training.setup.plan import Bucket, trained_groups
 
-at_home = Lane.at_home
+at_home = OffloadStream.at_home
 
 
 def converted(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -57,7 +57,7 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
         found = Preflight(checkpoint, False, False, (), None)  # type: ignore[arg-type]
         with (
             LiveBytes() as live,
-            patch.object(Lane, "at_home", lambda lane, tensor: uncounted(live, at_home(lane, tensor))),
+            patch.object(OffloadStream, "at_home", lambda lane, tensor: uncounted(live, at_home(lane, tensor))),
         ):
             live.leave_out(*(tensor for file in files for tensor in file._tensors.values()))
             models = open_models(kind, options, found, torch.device("cpu"))

@@ -7,12 +7,12 @@ from running import assert_bit_equal, tensors_of, train_network
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.models.memory import activation_checkpointing as checkpointing
-from library.models.memory.activation_checkpointing import KEPT, Checkpointing
+from library.models.memory.activation_checkpointing import KEPT, ActivationPolicy
 from library.models.unet import UNet
 from tools.tiny_models import TINY
 
 RAM = torch.device("cpu")
-FULL_AWAY, SELECTIVE_AWAY = Checkpointing("full", RAM), Checkpointing("selective", RAM)
+FULL_AWAY, SELECTIVE_AWAY = ActivationPolicy("full", RAM), ActivationPolicy("selective", RAM)
 
 
 def unet_and_inputs(how, dtype=torch.float32):
@@ -33,7 +33,7 @@ def output_and_gradients(how, dtype):
 def test_every_policy_and_offload_give_the_same_bits(dtype, monkeypatch):
     monkeypatch.setattr(checkpointing, "_LEAST_BYTES", 64)  # so that all kinds of tensors leave
     expected = output_and_gradients(KEPT, dtype)
-    for how in (Checkpointing("full"), Checkpointing("selective"), FULL_AWAY, SELECTIVE_AWAY):
+    for how in (ActivationPolicy("full"), ActivationPolicy("selective"), FULL_AWAY, SELECTIVE_AWAY):
         assert_bit_equal(expected, output_and_gradients(how, dtype))
 
 
@@ -49,14 +49,14 @@ def kept_bytes(how):
 
 @pytest.mark.long
 def test_selective_keeps_less_than_everything_and_full_less_than_that():
-    everything, selective, full = (kept_bytes(Checkpointing(policy)) for policy in (None, "selective", "full"))
+    everything, selective, full = (kept_bytes(ActivationPolicy(policy)) for policy in (None, "selective", "full"))
     assert full < 0.4 * everything and selective < 0.85 * everything
 
 
 def test_what_left_has_no_place_on_the_device(monkeypatch):
     """The meta device stands for RAM, so that what is there isn't counted."""
     monkeypatch.setattr(checkpointing, "_LEAST_BYTES", 1 << 10)
-    assert kept_bytes(Checkpointing("full", torch.device("meta"))) < 0.5 * kept_bytes(Checkpointing("full"))
+    assert kept_bytes(ActivationPolicy("full", torch.device("meta"))) < 0.5 * kept_bytes(ActivationPolicy("full"))
 
 
 @pytest.mark.parametrize("extra", [

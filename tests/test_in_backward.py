@@ -166,7 +166,7 @@ def test_what_has_stopped_stays_though_it_waits_for_its_average():
     groups = groups_of(model)
     stepper = MasterWeightOptimizer(make_optimizer("SGD", {}, fp32_params(groups), 0.01), groups)
     shards = Parts(model)
-    shards.norms, shards.give_back = lambda norms, _: norms, lambda _: None
+    shards.norms, shards.store_shard = lambda norms, _: norms, lambda _: None
     gradient_step = OptimizerInBackward(
         stepper, bunches_of(groups), max_grad_norm=0.0, clips_by_previous=False, shards=shards
     )

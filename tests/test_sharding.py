@@ -15,7 +15,13 @@ from library.errors import OptionError
 from library.options import read_options
 from library.training.options.common import COMMON_TRAINING
 from library.training.options.compatibility import check_pairs
-from library.training.options.distributed import ShardingOptions, Zero, check_sharding, sharding_notices, zero_of
+from library.training.options.distributed import (
+    ShardingConfig,
+    ShardingOptions,
+    check_sharding,
+    sharding_config,
+    sharding_notices,
+)
 from library.training.options.tasks import FineTuneOptions, check_fine_tune
 from tools.make_tiny_dataset import make_pictures
 
@@ -239,24 +245,27 @@ def asked(*words):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        ([], Zero(0)),
-        (["--deepspeed"], Zero(2)),
-        (["--deepspeed", "--zero_stage", "1", "--offload_optimizer_device", "cpu"], Zero(1, False, True)),
-        (["--deepspeed", "--zero_stage", "3", "--offload_param_device", "cpu"], Zero(3, True, False)),
-        (["--zero_stage", "3"], Zero(0)),
+        ([], ShardingConfig(0)),
+        (["--deepspeed"], ShardingConfig(2)),
+        (["--deepspeed", "--zero_stage", "1", "--offload_optimizer_device", "cpu"], ShardingConfig(1, False, True)),
+        (["--deepspeed", "--zero_stage", "3", "--offload_param_device", "cpu"], ShardingConfig(3, True, False)),
+        (["--zero_stage", "3"], ShardingConfig(0)),
     ],
 )
 def test_the_scripts_options_choose_a_stage(words, expected):
-    assert zero_of(asked(*words)[ShardingOptions]) == expected
+    assert sharding_config(asked(*words)[ShardingOptions]) == expected
 
 
 @pytest.mark.parametrize(
     "variables, expected",
     [
-        (FSDP, Zero(3)),
-        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_OFFLOAD_PARAMS": "true"}, Zero(2, True, False)),
-        (DEEPSPEED, Zero(2)),
-        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, Zero(0)),
+        (FSDP, ShardingConfig(3)),
+        (
+            {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_OFFLOAD_PARAMS": "true"},
+            ShardingConfig(2, True, False),
+        ),
+        (DEEPSPEED, ShardingConfig(2)),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, ShardingConfig(0)),
         (
             {
                 **DEEPSPEED,
@@ -264,14 +273,14 @@ def test_the_scripts_options_choose_a_stage(words, expected):
                 "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
                 "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
             },
-            Zero(3, True, True),
+            ShardingConfig(3, True, True),
         ),
     ],
 )
 def test_accelerates_configuration_chooses_a_stage(variables, expected, launched):
     launched(variables)
     options = asked()
-    assert zero_of(options[ShardingOptions]) == expected and not list(check_sharding(options[ShardingOptions]))
+    assert sharding_config(options[ShardingOptions]) == expected and not list(check_sharding(options[ShardingOptions]))
 
 
 @pytest.mark.parametrize(
@@ -324,7 +333,9 @@ def test_the_configurations_are_accelerates_and_ask_for_what_they_say(name, proc
     assert (filled.use_fsdp, filled.multi_gpu) == (processes_are == "FSDP", processes_are == "MULTI_GPU")
     launched(prepare_multi_gpu_env(filled))
     options = asked()
-    assert zero_of(options[ShardingOptions]) == Zero(stage) and not list(check_sharding(options[ShardingOptions]))
+    assert sharding_config(options[ShardingOptions]) == ShardingConfig(stage) and not list(
+        check_sharding(options[ShardingOptions])
+    )
 
 
 def test_what_cant_go_with_a_sharded_unet_is_refused_by_name(launched):

@@ -10,10 +10,10 @@ from torch import nn
 
 from library import param_group
 from library.errors import OptionError
-from library.models.memory.activation_checkpointing import Checkpointing
-from library.models.memory.block_swap import Streamer, largest_blocks
+from library.models.memory.activation_checkpointing import ActivationPolicy
+from library.models.memory.block_swap import BlockSwapper, largest_blocks
 from library.models.unet import UNet
-from library.offload import Lane
+from library.offload import OffloadStream
 from tools.tiny_models import TINY
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def small_tensors_are_streamed_too(monkeypatch):
     monkeypatch.setattr(param_group, "SMALL", 64)
 
 
-class Traced(Lane):
+class Traced(OffloadStream):
     """A lane that tells what is sent and fetched."""
 
     def send(self, tensor, place):
@@ -41,11 +41,11 @@ class Traced(Lane):
 
 def tiny_unet(count, *, trained=True):
     torch.manual_seed(0)
-    unet = UNet(TINY.unet, checkpointing=Checkpointing("full")).requires_grad_(trained)
+    unet = UNet(TINY.unet, checkpointing=ActivationPolicy("full")).requires_grad_(trained)
     if not trained:
         unet.input_blocks[0][0].weight.requires_grad_(True)
     if count:
-        unet.activations.streamer = Streamer(largest_blocks(unet.blocks, count), Traced(CPU, CPU))
+        unet.activations.streamer = BlockSwapper(largest_blocks(unet.blocks, count), Traced(CPU, CPU))
     return unet
 
 

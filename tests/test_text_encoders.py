@@ -8,7 +8,7 @@ import torch
 
 from library.models import text_encoders
 from library.models import tokenizer as tokens
-from library.models.memory.activation_checkpointing import Checkpointing
+from library.models.memory.activation_checkpointing import ActivationPolicy
 from library.models.tokenizer import BEGIN, END, load_tokenizers, parse_weights, save_tokenizer
 from library.safetensors_io import load_tensors
 from networks.lora import text_encoder_targets
@@ -96,7 +96,7 @@ def test_gradients_pass_through_long_and_checkpointed_prompts(golden_model):
 
     gradients = []
     for checkpointing in (False, True):
-        models = open_models(golden_model, checkpointing=Checkpointing("full" if checkpointing else None))
+        models = open_models(golden_model, checkpointing=ActivationPolicy("full" if checkpointing else None))
         for encoder in models.text_encoders:
             encoder.train()
         weight = text_encoders.body_of(models.text_encoders[0]).encoder.layers[0].mlp.fc1.weight.requires_grad_()

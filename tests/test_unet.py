@@ -9,7 +9,7 @@ import torch
 
 from library.models.attention import chunked, sdpa
 from library.models.control import AttentionExtra, BlockExtra, Steering
-from library.models.memory.activation_checkpointing import Checkpointing
+from library.models.memory.activation_checkpointing import ActivationPolicy
 from library.models.unet import UNet, block_of
 from library.models.unet_blocks import GEGLU
 from library.models.unet_config import UNetConfig
@@ -30,7 +30,7 @@ NOISE += ["output_blocks.8.0.out_layers.3.bias", "output_blocks.8.0.skip_connect
 def test_golden_02_output_and_every_gradient(case, gradient_checkpointing, attention, golden_models):
     golden, _ = load_tensors(GOLDEN / "02_unet.safetensors")
     expected = json.loads((GOLDEN / "02_unet.json").read_text())[case]
-    unet = UNet(golden_models.checkpoint.unet, attention, Checkpointing("full" if gradient_checkpointing else None))
+    unet = UNet(golden_models.checkpoint.unet, attention, ActivationPolicy("full" if gradient_checkpointing else None))
     unet.load_state_dict(golden_models.checkpoint.tensors("unet"))
     latents, context = (golden[f"{case}.{name}"].requires_grad_() for name in ("latents", "context"))
     output = unet(latents, golden[f"{case}.timesteps"], context, golden[f"{case}.y"])
@@ -105,7 +105,7 @@ def test_steering_changes_what_projections_see_and_its_tensors_get_equal_gradien
     extra = {"input_blocks.4": (BlockExtra(attn1=AttentionExtra(q=(Steering(*tensors),))),)}
     outputs, gradients = [], []
     for checkpointing in (False, True):
-        unet = UNet(golden_models.checkpoint.unet, checkpointing=Checkpointing("full" if checkpointing else None))
+        unet = UNet(golden_models.checkpoint.unet, checkpointing=ActivationPolicy("full" if checkpointing else None))
         unet.load_state_dict(golden_models.checkpoint.tensors("unet"))
         outputs.append(unet(*inputs, extra))
         gradients.append(torch.autograd.grad(outputs[-1].square().mean(), tensors))

@@ -16,11 +16,11 @@ from library.models.attention import AttentionFunction, sdpa
 from library.models.checkpoint import layouts as conversion
 from library.models.checkpoint.key_maps import FILE_PREFIXES, FOLDERS
 from library.models.checkpoint.reader import Checkpoint, locate_vae, open_checkpoint, open_tensors
-from library.models.memory.activation_checkpointing import KEPT, Checkpointing
-from library.models.memory.block_swap import Streamer, largest_blocks
+from library.models.memory.activation_checkpointing import KEPT, ActivationPolicy
+from library.models.memory.block_swap import BlockSwapper, largest_blocks
 from library.models.memory.quantization import quantize
 from library.models.unet import UNet
-from library.offload import Lane
+from library.offload import OffloadStream
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -67,7 +67,7 @@ class SdxlModels:
         vae: str | None = None,
         tokenizer_folder: Path | None = None,
         attention: AttentionFunction = sdpa,
-        checkpointing: Checkpointing = KEPT,
+        checkpointing: ActivationPolicy = KEPT,
     ):
         """Args: vae: a file, folder or hub id with another VAE. tokenizer_folder: --tokenizer_cache_dir."""
         self.checkpoint = checkpoint
@@ -95,7 +95,7 @@ class SdxlModels:
     def _stream(self, unet: UNet) -> None:
         """Give the largest blocks their places in RAM, and the device what is left."""
         streamed = largest_blocks(unet.blocks, self.swapped_blocks)
-        streamer = unet.activations.streamer = Streamer(streamed, Lane(torch.device("cpu"), self.device))
+        streamer = unet.activations.streamer = BlockSwapper(streamed, OffloadStream(torch.device("cpu"), self.device))
         away = streamer.tensors
         for tensor in (*unet.parameters(), *unet.buffers()):
             if id(tensor) not in away:

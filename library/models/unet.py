@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from library.models.attention import AttentionFunction, sdpa
 from library.models.control import Extra
-from library.models.memory.activation_checkpointing import KEPT, Activations, Checkpointing
+from library.models.memory.activation_checkpointing import KEPT, ActivationPolicy, ActivationStore
 from library.models.unet_blocks import (
     CHEAP,
     GROUPS,
@@ -50,7 +50,7 @@ class Shrink(NamedTuple):
 class UNet(nn.Module):
     """The U-Net of any SDXL. Weights are left as PyTorch makes them: checkpoint.py loads over them."""
 
-    def __init__(self, config: UNetConfig, attention: AttentionFunction = sdpa, checkpointing: Checkpointing = KEPT):
+    def __init__(self, config: UNetConfig, attention: AttentionFunction = sdpa, checkpointing: ActivationPolicy = KEPT):
         super().__init__()
         self.config = config
         emb = config.time_channels
@@ -81,7 +81,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             GroupNorm(GROUPS, last, eps=1e-5), nn.SiLU(), Conv2d(last, config.out_channels, 3, padding=1)
         )
-        self.activations = Activations(checkpointing, (m for m in self.modules() if isinstance(m, CHEAP)))
+        self.activations = ActivationStore(checkpointing, (m for m in self.modules() if isinstance(m, CHEAP)))
 
     @property
     def blocks(self) -> list[nn.Module]:

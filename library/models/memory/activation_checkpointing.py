@@ -23,38 +23,40 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from library.models.memory.block_swap import Streamer
-from library.offload import Fetched, Lane
+from library.models.memory.block_swap import BlockSwapper
+from library.offload import OffloadStream, PendingCopy
 
 _LEAST_BYTES = 1 << 20  # smaller ones stay: moving them costs more than it frees
 
 
 @dataclass(frozen=True)
-class Checkpointing:
+class ActivationPolicy:
     """What is done with activations. Args: policy: None, "selective" or "full". home: where they wait; None: on the device."""
 
     policy: str | None = None
     home: torch.device | None = None
 
 
-KEPT = Checkpointing()
+KEPT = ActivationPolicy()
 
 
-class Activations:
+class ActivationStore:
     """What autograd saves during a U-Net's forward goes through here; its blocks run through here.
 
     Attributes:
         streamer: of blocks that aren't on the device all the time.
     """
 
-    def __init__(self, how: Checkpointing, cheap: Iterable[nn.Module]):
+    def __init__(self, how: ActivationPolicy, cheap: Iterable[nn.Module]):
         """Args: cheap: modules whose results are rather computed again than kept, with "selective"."""
         self.how = how
-        self._again: MutableMapping[Any, _Again] = WeakKeyDictionary()  # by the storage that the result has
-        self._away: MutableMapping[Any, tuple[object, _Away]] = WeakKeyDictionary()  # by storage, with the layout in it
-        self.streamer: Streamer | None = None
-        self._lane: Lane | None = None
-        self._last: ref[_Away] | None = None
+        self._again: MutableMapping[Any, _Recomputed] = WeakKeyDictionary()  # by the storage that the result has
+        self._away: MutableMapping[Any, tuple[object, _Offloaded]] = (
+            WeakKeyDictionary()
+        )  # by storage, with the layout in it
+        self.streamer: BlockSwapper | None = None
+        self._lane: OffloadStream | None = None
+        self._last: ref[_Offloaded] | None = None
         for module in cheap if how.policy == "selective" else ():
             module.register_forward_hook(self._note)
 
@@ -74,7 +76,7 @@ class Activations:
             yield
             return
         if self.how.home is not None and (self._lane is None or self._lane.work != device):
-            self._lane = Lane(self.how.home, device)
+            self._lane = OffloadStream(self.how.home, device)
         self._last = None
         with saved_tensors_hooks(self._pack, _unpack):
             yield
@@ -82,7 +84,9 @@ class Activations:
     def _note(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """A cheap result has been computed: whoever saves it needn't keep it."""
         if torch.is_grad_enabled() and output.requires_grad:
-            self._again[output.untyped_storage()] = _Again(module.forward, [self._pack(tensor) for tensor in inputs])
+            self._again[output.untyped_storage()] = _Recomputed(
+                module.forward, [self._pack(tensor) for tensor in inputs]
+            )
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Saved":
         if isinstance(tensor, nn.Parameter):
@@ -95,7 +99,7 @@ class Activations:
             return tensor.detach()  # the tensor itself would keep the node alive whose result it is
         known, away = self._away.get(storage, (None, None))
         if away is None or known != layout:
-            away = _Away(self._lane, tensor, self._last)
+            away = _Offloaded(self._lane, tensor, self._last)
             self._away[storage], self._last = (layout, away), ref(away)
         return _Saved(away)
 
@@ -125,7 +129,7 @@ class _Absent:
         raise NotImplementedError
 
 
-class _Again(_Absent):
+class _Recomputed(_Absent):
     """A result that is computed again."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: "Sequence[Tensor | _Saved]"):
@@ -137,10 +141,10 @@ class _Again(_Absent):
         return self._function(*map(_unpack, self._inputs))
 
 
-class _Away(_Absent):
+class _Offloaded(_Absent):
     """A tensor that waits at home. When it is asked for, the one that left before it begins to come back too."""
 
-    def __init__(self, lane: Lane, tensor: Tensor, before: "ref[_Away] | None"):
+    def __init__(self, lane: OffloadStream, tensor: Tensor, before: "ref[_Offloaded] | None"):
         super().__init__()
         self._lane, self._before = lane, before
         # The stretch of memory that it lies in, so that it comes back in the same layout: kernels go by that.
@@ -149,9 +153,9 @@ class _Away(_Absent):
         stretch = tensor.detach().as_strided((reach,), (1,))
         self._place = lane.at_home(stretch)
         lane.send(stretch, self._place)
-        self._coming: Fetched | None = None
+        self._coming: PendingCopy | None = None
 
-    def come(self) -> Fetched:
+    def come(self) -> PendingCopy:
         if self._coming is None:
             self._coming = self._lane.fetch(self._place)
         return self._coming

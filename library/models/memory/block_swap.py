@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from library import param_group
-from library.offload import Fetched, Lane
+from library.offload import OffloadStream, PendingCopy
 
 
-class Streamer:
+class BlockSwapper:
     """Blocks that are on the work device only while they are in use. Between steps their weights are at home."""
 
-    def __init__(self, blocks: Sequence[nn.Module], lane: Lane):
+    def __init__(self, blocks: Sequence[nn.Module], lane: OffloadStream):
         """Send the blocks' large tensors home. Args: blocks: in the order in which a forward comes to them."""
         self._lane = lane
         self._numbers = {id(block): number for number, block in enumerate(blocks)}
@@ -27,8 +27,8 @@ class Streamer:
             [tensor for tensor in (*block.parameters(), *block.buffers()) if tensor.numel() >= param_group.SMALL]
             for block in blocks
         ]
-        self._coming: dict[int, list[_Guest]] = {}
-        self._here: dict[int, list[_Guest]] = {}
+        self._coming: dict[int, list[_SwappedTensor]] = {}
+        self._here: dict[int, list[_SwappedTensor]] = {}
         self._is_ending = False
         for tensors in self._tensors:
             for tensor in tensors:
@@ -70,8 +70,8 @@ class Streamer:
         if 0 <= then < len(self._tensors) and then not in self._here:
             self._coming[then] = self._fetch(then)
 
-    def _fetch(self, number: int) -> "list[_Guest]":
-        return [_Guest(tensor, tensor.data, self._lane.fetch(tensor.data)) for tensor in self._tensors[number]]
+    def _fetch(self, number: int) -> "list[_SwappedTensor]":
+        return [_SwappedTensor(tensor, tensor.data, self._lane.fetch(tensor.data)) for tensor in self._tensors[number]]
 
     def _leave(self, but: int | None = None) -> None:
         """Send home what is here: changed, if it is trained. Args: but: the block that stays."""
@@ -94,12 +94,12 @@ class Streamer:
         self._lane.wait()
 
 
-class _Guest(NamedTuple):
+class _SwappedTensor(NamedTuple):
     """A tensor of a visiting block, its memory at home, and the copy on the work device."""
 
     tensor: Tensor
     home: Tensor
-    copy: Fetched
+    copy: PendingCopy
 
 
 def largest_blocks(blocks: Sequence[nn.Module], count: int) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 
 from library.errors import OptionError
-from library.training.options.distributed import BY_ENVIRONMENT
+from library.training.options.distributed import ACCELERATE_VARS
 
 _LAUNCHES = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU")
 
@@ -29,7 +29,7 @@ def start_processes(
     ]
     if timeout:
         handlers.append(InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=timeout)))
-    with _not_told(BY_ENVIRONMENT):
+    with _not_told(ACCELERATE_VARS):
         return _accelerator(handlers)
 
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from library.models.unet_blocks import BasicTransformerBlock, ResnetBlock2D
 from library.param_group import ParamGroup
-from library.training.options.distributed import Zero
+from library.training.options.distributed import ShardingConfig
 
 if TYPE_CHECKING:  # imports that take their time, for runs that shard
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
-def shard(unet: nn.Module, device: torch.device, processes: int, zero: Zero) -> None:
+def shard(unet: nn.Module, device: torch.device, processes: int, zero: ShardingConfig) -> None:
     """Leave each process its part of the weights, as DTensors. All processes hold the same whole ones before.
 
     Args: device: the one that computes. zero: when blocks are whole, and where parts lie.
@@ -64,7 +64,7 @@ class Shards:
         groups: Sequence[ParamGroup],
         device: torch.device,
         processes: int,
-        zero: Zero,
+        zero: ShardingConfig,
         *,
         adds_up_parts: bool,
     ):
@@ -105,7 +105,7 @@ class Shards:
         unet.set_reshard_after_backward(is_last_microbatch or self._zero.stage == 3)
 
     @contextmanager
-    def exchanged(self) -> Iterator[None]:
+    def reduced_gradients(self) -> Iterator[None]:
         """Around the step, behind the backward that closes a window: every gradient goes, averaged, to what is stepped."""
         waiting = [own for own, sharded in self._parts.items() if sharded.grad is not None]
         for own in waiting:
@@ -116,7 +116,7 @@ class Shards:
                 parameter.grad /= self._processes
         yield
         for own in waiting:
-            self.give_back(own)
+            self.store_shard(own)
 
     def source(self, own: nn.Parameter) -> nn.Parameter | None:
         """Where the averaged gradient of a part arrives; None for what is whole, whose gradient isn't averaged yet."""
@@ -133,7 +133,7 @@ class Shards:
         return part.to(self.device, copy=True) if self._zero.weights_in_ram else part
 
     @torch.no_grad()
-    def give_back(self, own: nn.Parameter) -> None:
+    def store_shard(self, own: nn.Parameter) -> None:
         """Behind its step: what was visiting the device goes home."""
         if self._zero.weights_in_ram and own in self._parts:
             part = _here(self._parts[own])

@@ -93,7 +93,7 @@ class OptimizerInBackward(GradientStep):
         for parameter in members:
             parameter.grad = None
             if self._shards is not None:
-                self._shards.give_back(parameter)
+                self._shards.store_shard(parameter)
 
     def finish(self) -> StepStats:
         """Step what waits for a gradient that doesn't come, and what is whole where others are parts."""

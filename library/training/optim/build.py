@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import Mistake, OptionError
-from library.offload import Lane
+from library.offload import OffloadStream
 from library.options import Options
 from library.param_group import ParamGroup, split_groups
 from library.training.distributed.sharding import Shards
@@ -50,7 +50,7 @@ def build_optimizer_step(
         device=None if shards is None else shards.device,
     )
     if offloads:
-        stepper.lodging = OffloadedOptimizerState(optimizer, Lane(torch.device("cpu"), stepper.device))
+        stepper.lodging = OffloadedOptimizerState(optimizer, OffloadStream(torch.device("cpu"), stepper.device))
     gradient_step: GradientStep
     if chosen.is_fused:
         whole = [list(group.parameters.values()) for group in groups]

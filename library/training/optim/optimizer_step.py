@@ -143,7 +143,7 @@ class OptimizerStep:
         sums = torch.stack([self._loss, torch.full_like(self._loss, float(asked))])
         loss, anywhere = self._sum_over_processes(sums)
         self._loss = torch.zeros_like(self._loss)
-        with nullcontext() if self._shards is None else self._shards.exchanged():
+        with nullcontext() if self._shards is None else self._shards.reduced_gradients():
             descended = self._gradient_step.finish()
         if self._scheduler is not None and not descended.overflowed:
             self._scheduler.step()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from library.offload import Lane
+from library.offload import OffloadStream
 
 _LEAST = 4096  # numbers; smaller tensors stay where they are
 
@@ -14,7 +14,7 @@ _LEAST = 4096  # numbers; smaller tensors stay where they are
 class OffloadedOptimizerState:
     """Where an optimizer's state is between steps."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, lane: Lane):
+    def __init__(self, optimizer: torch.optim.Optimizer, lane: OffloadStream):
         self._optimizer, self._lane = optimizer, lane
         self._places: dict[tuple[nn.Parameter, str], Tensor] = {}
 

@@ -9,7 +9,7 @@ from library.errors import Mistake
 from library.options import OptionGroup, Options, option
 from library.training.options.memory import MemoryOptions
 
-BY_ENVIRONMENT = _FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+ACCELERATE_VARS = _FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 """Variables by which accelerate would cut the model itself."""
 
 
@@ -60,7 +60,7 @@ class ShardingOptions(OptionGroup):
                 yield Mistake(f"--{name} needs --zero_stage 1 or more; with 0 it is {other}", (name, "zero_stage"))
 
 
-class Zero(NamedTuple):
+class ShardingConfig(NamedTuple):
     """A ZeRO stage, and which of the parts lie in RAM.
 
     Attributes:
@@ -73,10 +73,10 @@ class Zero(NamedTuple):
     state_in_ram: bool = False
 
 
-def zero_of(chosen: ShardingOptions) -> Zero:
+def sharding_config(chosen: ShardingOptions) -> ShardingConfig:
     """What the options and accelerate's configuration ask for together."""
     asked = _asked(chosen).values()
-    return Zero(
+    return ShardingConfig(
         max((zero.stage for zero in asked), default=0),
         any(zero.weights_in_ram for zero in asked),
         any(zero.state_in_ram for zero in asked),
@@ -85,7 +85,7 @@ def zero_of(chosen: ShardingOptions) -> Zero:
 
 def is_sharded(options: Options) -> bool:
     """Whether the U-Net lies in parts."""
-    return zero_of(options[ShardingOptions]).stage > 0
+    return sharding_config(options[ShardingOptions]).stage > 0
 
 
 def sharding_asked_by(options: Options) -> str:
@@ -95,23 +95,23 @@ def sharding_asked_by(options: Options) -> str:
 
 def keeps_state_in_ram(options: Options) -> bool:
     """Whether the optimizer's state lies in RAM."""
-    return options[MemoryOptions].optimizer_offload or zero_of(options[ShardingOptions]).state_in_ram
+    return options[MemoryOptions].optimizer_offload or sharding_config(options[ShardingOptions]).state_in_ram
 
 
-def _asked(chosen: ShardingOptions) -> dict[str, Zero]:
+def _asked(chosen: ShardingOptions) -> dict[str, ShardingConfig]:
     """What is asked for, by who asks. The variables are those that `accelerate launch` sets (accelerate/utils/launch.py)."""
     asked = {}
     if chosen.deepspeed:
-        asked[f"--deepspeed --zero_stage {chosen.zero_stage}"] = Zero(
+        asked[f"--deepspeed --zero_stage {chosen.zero_stage}"] = ShardingConfig(
             chosen.zero_stage, chosen.offload_param_device == "cpu", chosen.offload_optimizer_device == "cpu"
         )
     if _is_set(_DEEPSPEED):
         stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
         in_ram = [stage > 0 and _deepspeed_device(name) == "cpu" for name in ("param", "optimizer")]
-        asked["DeepSpeed in accelerate's configuration"] = Zero(stage, *in_ram)
+        asked["DeepSpeed in accelerate's configuration"] = ShardingConfig(stage, *in_ram)
     if _is_set(_FSDP):
         stage = 2 if _reshards() == "false" else 3
-        asked["FSDP in accelerate's configuration"] = Zero(stage, _is_set("FSDP_OFFLOAD_PARAMS"))
+        asked["FSDP in accelerate's configuration"] = ShardingConfig(stage, _is_set("FSDP_OFFLOAD_PARAMS"))
     return asked
 
 

@@ -11,7 +11,7 @@ from library.device import Precision, lacks_bf16
 from library.errors import Mistake, OptionError
 from library.log import log
 from library.models.attention import choose_attention
-from library.models.memory.activation_checkpointing import Checkpointing
+from library.models.memory.activation_checkpointing import ActivationPolicy
 from library.models.noise_schedule import NoiseSchedule
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
@@ -49,7 +49,7 @@ def open_models(kind: type[Task], options: Options, found: Preflight, device: to
         vae=None if found.no_model else model.vae,
         tokenizer_folder=model.tokenizer_cache_dir,
         attention=choose_attention(mem_eff_attn=model.mem_eff_attn, use_xformers=model.xformers),
-        checkpointing=checkpointing_of(options[MemoryOptions]),
+        checkpointing=activation_policy(options[MemoryOptions]),
     )
     models.trained = kind.trained_parts(options)
     # Caches are filled by whole encoders: other runs read them too.
@@ -60,9 +60,9 @@ def open_models(kind: type[Task], options: Options, found: Preflight, device: to
     return models
 
 
-def checkpointing_of(options: MemoryOptions) -> Checkpointing:
+def activation_policy(options: MemoryOptions) -> ActivationPolicy:
     """What is done with the activations."""
-    return Checkpointing(
+    return ActivationPolicy(
         options.checkpoint_policy if options.gradient_checkpointing else None,
         torch.device("cpu") if options.cpu_offload_checkpointing else None,
     )

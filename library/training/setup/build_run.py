@@ -32,7 +32,7 @@ from library.training.monitoring.trackers import Trackers, logged_config, open_t
 from library.training.monitoring.validation import Best, Validation, fixed_timesteps, validation_batches
 from library.training.optim.build import build_optimizer_step
 from library.training.optim.optimizer_step import OptimizerStep
-from library.training.options.distributed import ShardingOptions, zero_of
+from library.training.options.distributed import ShardingOptions, sharding_config
 from library.training.options.memory import CompileOptions, MemoryOptions
 from library.training.options.objective import LossOptions, NoiseOptions
 from library.training.options.optimizer import EmaOptions, UpdateOptions
@@ -223,7 +223,7 @@ def _build(
     """Load what is trained, cut it or wrap it for several processes, and make its optimizer."""
     device, processes = accelerator.device, accelerator.num_processes
     torch.manual_seed(seed)
-    zero = zero_of(options[ShardingOptions])
+    zero = sharding_config(options[ShardingOptions])
     if zero.stage:
         shard(models.unet, device, processes, zero)
     task = kind.from_options(models, options)
