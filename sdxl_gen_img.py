@@ -8,7 +8,7 @@ import sys
 from library.errors import run
 from library.generation.generate import check_generation, generate
 from library.generation.metadata import with_stored_words
-from library.generation.options import GENERATION, SourceOptions
+from library.generation.options import GENERATION, InitImageOptions
 from library.log import LogOptions, start_logging
 from library.options import read_options
 from networks.inference.options import AppliedNetworkOptions
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     def open_networks(models):  # noqa: ANN001, ANN202 - their types would import torch
         from networks.inference.adapters import AppliedNetworks
 
-        return AppliedNetworks(networks, models, is_regional=options[SourceOptions].mask_path is not None)
+        return AppliedNetworks(networks, models, is_regional=options[InitImageOptions].mask_path is not None)
 
     generate(
         options,

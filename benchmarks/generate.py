@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.errors import RunError, run
-from library.generation.request import Drawing
+from library.generation.request import GenerationRequest
 from library.generation.sampler_options import SAMPLERS
 from library.options import OptionGroup, option, read_options
 
@@ -89,11 +89,11 @@ def tiny_model(folder: Path) -> Path:
 def ours(models: "SdxlModels", chosen: GenerateOptions) -> Callable[[], "torch.Tensor"]:
     """Draws a picture: [3, H, W] in 0..1."""
     from library.generation.adapters import NoChanges
-    from library.generation.pipeline import Painter
+    from library.generation.pipeline import SdxlPipeline
     from library.generation.prompt_encoder import PromptEncoder
     from library.models.vae import unscale_latents
 
-    drawing = Drawing(
+    drawing = GenerationRequest(
         prompt=PROMPT, negative=NEGATIVE, prompt2=None, negative2=None, raw_prompt=PROMPT, clip_prompt=None, width=chosen.width,
         height=chosen.height, original_width=None, original_height=None, original_width_negative=None,
         original_height_negative=None, crop_top=None, crop_left=None, steps=chosen.steps, seed=SEED, sampler=chosen.sampler,
@@ -102,7 +102,9 @@ def ours(models: "SdxlModels", chosen: GenerateOptions) -> Callable[[], "torch.T
     )  # fmt: skip
 
     def draw() -> "torch.Tensor":
-        painter = Painter(models, PromptEncoder(models, None), NoChanges(), v_prediction=False, zero_terminal_snr=False)
+        painter = SdxlPipeline(
+            models, PromptEncoder(models, None), NoChanges(), v_prediction=False, zero_terminal_snr=False
+        )
         pixels = models.decode_latents(unscale_latents(painter.latents([drawing])))[0]
         return (pixels / 2 + 0.5).clamp(0, 1)
 

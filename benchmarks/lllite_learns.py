@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from library.models.control import Extra
+    from library.models.control import ControlInputs
     from library.models.sdxl import SdxlModels
 
 SIDE, SQUARE, CAPTION = 64, 24, "a square"  # pixels
@@ -156,12 +156,12 @@ def as_tensor(chosen: Sequence[tuple[int, int]], *, outline: bool) -> "torch.Ten
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def drawn_places(models: "SdxlModels", extra: "Extra | None") -> "np.ndarray":
+def drawn_places(models: "SdxlModels", extra: "ControlInputs | None") -> "np.ndarray":
     """Where the squares are in pictures that are drawn: [64, 2], pixels. By the nearest latents of squares on a grid of 4 pixels."""
     import numpy as np
     import torch
 
-    from library.generation.denoise import Guidance, Told, denoise
+    from library.generation.denoise import Conditioning, Guidance, denoise
     from library.generation.samplers import make_sampler
     from library.models.text_encoders import TextConditioning
     from library.models.vae import scale_latents
@@ -175,10 +175,10 @@ def drawn_places(models: "SdxlModels", extra: "Extra | None") -> "np.ndarray":
     noise = (
         torch.randn(HELD_OUT, 4, SIDE // 8, SIDE // 8, generator=generator("lllite_learns")) * sampler.init_noise_sigma
     )
-    told = [Told.of(text, original=(SIDE, SIDE), target=(SIDE, SIDE))]
+    told = [Conditioning.of(text, original=(SIDE, SIDE), target=(SIDE, SIDE))]
     drawn = denoise(
         models.unet, sampler, noise, told, Guidance(1.0), timesteps=sampler.timesteps, generators=generator("steps"),
-        extra_at=lambda step, steps: extra,
+        control_at=lambda step, steps: extra,
     )  # fmt: skip
     grid = [(left, top) for left in range(0, SIDE - SQUARE + 1, 4) for top in range(0, SIDE - SQUARE + 1, 4)]
     nothing = torch.zeros(len(grid), 4, SIDE // 8, SIDE // 8)

@@ -101,7 +101,7 @@ def correlations(model: Path, paths: list[Path]) -> list[list[float]]:
     import torch
 
     from library.device import Precision
-    from library.generation.denoise import Guidance, Told, denoise
+    from library.generation.denoise import Conditioning, Guidance, denoise
     from library.generation.samplers import make_sampler
     from library.models.checkpoint.reader import open_checkpoint
     from library.models.sdxl import SdxlModels
@@ -124,7 +124,7 @@ def correlations(model: Path, paths: list[Path]) -> list[list[float]]:
             text = TextConditioning.of(models.encode_texts([caption] * SEEDS, 75))
         sampler = make_sampler("euler", v_prediction=True, zero_terminal_snr=True)
         sampler.set_timesteps(SAMPLING_STEPS)
-        told = [Told.of(text, original=(SIDE, SIDE), target=(SIDE, SIDE))]
+        told = [Conditioning.of(text, original=(SIDE, SIDE), target=(SIDE, SIDE))]
         noise = noise * sampler.init_noise_sigma
         latents = denoise(models.unet, sampler, noise, told, Guidance(1), timesteps=sampler.timesteps)
         drawn.append(latents.mean(dim=0).flatten())

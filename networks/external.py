@@ -19,7 +19,7 @@ from library.param_group import ParamGroup
 from networks.options import NetworkOptions
 
 
-class ForeignNetwork:
+class ExternalNetwork:
     """Another package's network, as training asks for it (networks/base.py)."""
 
     def __init__(
@@ -93,7 +93,7 @@ class _Named(nn.Module):
 
 def build_foreign(
     options: NetworkOptions, unet: UNet, encoders: Sequence[nn.Module], weights: Mapping[str, Tensor] | None, compute: torch.dtype
-) -> ForeignNetwork:  # fmt: skip
+) -> ExternalNetwork:  # fmt: skip
     """The network that --network_module makes over a U-Net and text encoders. Raises OptionError if it can't.
 
     Args: weights: of --network_weights, from which --dim_from_weights takes its shapes.
@@ -113,7 +113,7 @@ def build_foreign(
             made = module.create_network(
                 1.0, options.network_dim, options.network_alpha, None, named, unet, **arguments
             )
-        return ForeignNetwork(made, unet, named, compute, options)
+        return ExternalNetwork(made, unet, named, compute, options)
     except Exception as error:  # theirs may raise anything for arguments that don't fit
         if "meta" in str(error):  # a run is rehearsed without weights, and their code wants numbers
             raise NotImplementedError from error

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.models.control import AttentionExtra, BlockExtra, Extra, Steering
+from library.models.control import AttentionExtra, BlockControl, ControlInputs, LLLiteModulation
 from library.models.unet import UNet
 from library.models.unet_blocks import CrossAttention
 
@@ -108,11 +108,11 @@ class LLLiteModule(nn.Module):
         embedding_channels = self.shape[1]
         return weight[:, :embedding_channels], weight[:, embedding_channels:]
 
-    def steering(self, condition: Tensor, strength: float, dropout: float) -> Steering:
+    def steering(self, condition: Tensor, strength: float, dropout: float) -> LLLiteModulation:
         """Args: condition: of `conditions`."""
         dtype = condition.dtype
         down, up = self.part("down"), self.part("up")
-        return Steering(
+        return LLLiteModulation(
             condition,
             down.weight.to(dtype),
             down.bias.to(dtype),
@@ -136,13 +136,13 @@ class ControlNetLLLite(nn.Module):
         for place, (embedding_channels, channels) in shapes.items():
             self.add_module(place.name, LLLiteModule(place, embedding_channels, channels))
 
-    def forward(self, pictures: Tensor, strength: float = 1.0) -> list[tuple[Place, Steering]]:
+    def forward(self, pictures: Tensor, strength: float = 1.0) -> list[tuple[Place, LLLiteModulation]]:
         """How the pictures steer the U-Net: made once, for all denoising steps.
 
         Args: pictures: [B, 3, H, W] in -1..1, H and W multiples of 32; one picture for a batch of any size, or one for each sample.
         """
         dropout = self.dropout if self.training else 0.0
-        found: list[tuple[Place, Steering]] = []
+        found: list[tuple[Place, LLLiteModulation]] = []
         for places in self._alike():
             modules = [self.lllite(place) for place in places]
             for place, module, condition in zip(places, modules, conditions(modules, pictures), strict=True):
@@ -184,12 +184,12 @@ def _bias(layer: nn.Conv2d) -> Tensor:
     return layer.bias
 
 
-def by_block(steerings: Iterable[tuple[Place, Steering]]) -> Extra:
+def by_block(steerings: Iterable[tuple[Place, LLLiteModulation]]) -> ControlInputs:
     """The steerings of one or more control nets, as the U-Net's blocks take them."""
-    extra: dict[str, list[BlockExtra]] = {}
+    extra: dict[str, list[BlockControl]] = {}
     for place, steering in steerings:
         blocks = extra.setdefault(place.block, [])
-        blocks += [BlockExtra()] * (place.number + 1 - len(blocks))
+        blocks += [BlockControl()] * (place.number + 1 - len(blocks))
         attention: AttentionExtra = getattr(blocks[place.number], place.attention)
         steered = {place.projection: (*getattr(attention, place.projection), steering)}
         blocks[place.number] = blocks[place.number]._replace(**{place.attention: attention._replace(**steered)})

@@ -173,7 +173,7 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
     optimizer = torch.optim.AdamW(task.parts[0].tensors().values(), lr=5e-3)
 
     def loss(conditions):
-        extra = task.steered_by(conditions)
+        extra = task.control_inputs(conditions)
         predicted = own_models.unet(noisy.latents, timesteps, conditioned.context, task.vector(conditioned, batch), extra)  # fmt: skip
         return torch.nn.functional.mse_loss(predicted, noise)
 
@@ -262,5 +262,5 @@ def test_the_final_file_draws_as_the_network_that_was_trained(golden_model, pict
     task._net.eval()
     with torch.no_grad():
         loaded = own_models.unet(*inputs, by_block(net(condition)))
-        assert torch.equal(loaded, own_models.unet(*inputs, task.steered_by(condition)))
+        assert torch.equal(loaded, own_models.unet(*inputs, task.control_inputs(condition)))
         assert not torch.equal(loaded, own_models.unet(*inputs))

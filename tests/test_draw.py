@@ -15,10 +15,10 @@ from library.generation.gradual_latent import GradualLatent, GrowingEuler, _shar
 from library.generation.init_images import as_tensor, read_picture, resized
 from library.generation.options import OutputOptions
 from library.generation.output import Output
-from library.generation.pipeline import Painter, PictureNoise, Start, _noised
+from library.generation.pipeline import ImageNoise, InitImage, SdxlPipeline, _noised
 from library.generation.prompt_encoder import PromptEncoder
 from library.generation.prompt_options import read_line
-from library.generation.request import Drawing
+from library.generation.request import GenerationRequest
 from library.generation.samplers import make_sampler
 from library.models.unet import Shrink
 from library.models.vae import scale_latents
@@ -46,7 +46,7 @@ def cases(names):
 def drawing_of(case, **changes):
     line = read_line(case["prompt"], "prompt")
     options = case["options"]
-    return Drawing(
+    return GenerationRequest(
         prompt=line.prompt,
         negative=line.negative,
         prompt2=None,
@@ -80,7 +80,7 @@ def drawing_of(case, **changes):
 
 
 def painter_of(models, changes=None):
-    return Painter(
+    return SdxlPipeline(
         models, PromptEncoder(models, 3), changes or NoChanges(), v_prediction=False, zero_terminal_snr=False
     )
 
@@ -107,7 +107,7 @@ def test_a_picture_from_a_picture_starts_and_ends_as_the_references(golden_model
         return start, timesteps
 
     monkeypatch.setattr("library.generation.pipeline._noised", noised)
-    latents = painter_of(golden_models).latents([drawing_of(case)], Start(pixels=torch.zeros(1, 3, 128, 128)))
+    latents = painter_of(golden_models).latents([drawing_of(case)], InitImage(pixels=torch.zeros(1, 3, 128, 128)))
     assert seen == case["timesteps"]
     assert_golden(latents, "img2img")
 
@@ -118,13 +118,13 @@ def test_inpainting_keeps_the_latents_that_are_black_in_the_mask(golden_models):
     mask[..., 6:] = 1
     drawing = dataclasses.replace(drawing_of(CASES["ddim"]), strength=1.0, steps=3)
     painter = painter_of(golden_models)
-    painted, whole = (painter.latents([drawing], Start(pixels=pixels, mask=one)) for one in (mask, None))
-    noise = PictureNoise.drawn(drawing.seed, (1, 4, 16, 12), 3, CPU, torch.float32, for_source=True)
+    painted, whole = (painter.latents([drawing], InitImage(pixels=pixels, mask=one)) for one in (mask, None))
+    noise = ImageNoise.drawn(drawing.seed, (1, 4, 16, 12), 3, CPU, torch.float32, for_source=True)
     own = scale_latents(golden_models.encode_images(pixels, torch.randn((1, 4, 16, 12), generator=noise.generator)))
     assert torch.equal(painted[..., :6], own[..., :6])
     assert (painted - own)[..., 6:].abs().mean() > 0.1 and (whole - own)[..., :6].abs().mean() > 0.1
     # Highres fix draws from one picture, and what stays is another's.
-    above = painter.latents([drawing], Start(latents=torch.zeros(1, 4, 16, 12), mask=mask, stays=pixels))
+    above = painter.latents([drawing], InitImage(latents=torch.zeros(1, 4, 16, 12), mask=mask, stays=pixels))
     assert torch.equal(above[..., :6], own[..., :6]) and not torch.equal(above[..., 6:], painted[..., 6:])
 
 
@@ -246,7 +246,7 @@ def test_long_prompts_keep_their_markers_and_weights_keep_the_mean(golden_models
 
 def test_the_first_noise_and_the_vector_are_the_references(golden_models):
     recorded = golden()
-    noise = PictureNoise.drawn(1234, (1, 4, 16, 12), 6, CPU, torch.float32, for_source=False)
+    noise = ImageNoise.drawn(1234, (1, 4, 16, 12), 6, CPU, torch.float32, for_source=False)
     assert torch.equal(noise.start, recorded["euler_a.start_noise"])
     for name in ("options", "long"):
         drawing = drawing_of(CASES[name])

@@ -10,8 +10,8 @@ import torch
 from test_draw import CASES, assert_golden, drawing_of, painter_of
 
 from library import images
-from library.generation.generator import Studio
-from library.generation.options import PictureOptions
+from library.generation.generator import ImageGenerator
+from library.generation.options import ImageOptions
 from library.size import Size
 from networks.inference.adapters import AppliedNetworks
 from networks.inference.options import AppliedNetworkOptions
@@ -55,11 +55,11 @@ def test_a_batch_in_regions_holds_prompts_of_as_many_sub_prompts(own_models):
     lora = TRAINED / "lora_te.out.safetensors"
     networks = AppliedNetworks(AppliedNetworkOptions(network_weights=(lora, lora)), own_models, is_regional=True)
     studio = SimpleNamespace(
-        _painter=painter_of(own_models, networks), _options={PictureOptions: PictureOptions(batch_size=4)}
+        _painter=painter_of(own_models, networks), _options={ImageOptions: ImageOptions(batch_size=4)}
     )
     prompts = ["a AND b", "c AND d", "a AND b AND c", "e AND f"]
     drawings = [dataclasses.replace(drawing_of(CASES["lora"]), prompt=prompt) for prompt in prompts]
-    assert [[d.prompt for d in batch] for batch in Studio._batches(studio, drawings)] == [prompts[:2], prompts[2:3], prompts[3:]]  # fmt: skip
+    assert [[d.prompt for d in batch] for batch in ImageGenerator._batches(studio, drawings)] == [prompts[:2], prompts[2:3], prompts[3:]]  # fmt: skip
 
 
 def test_regions_draw_with_a_sub_prompt_for_each_network(own_models):

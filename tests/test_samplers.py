@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from library.generation.denoise import Guidance, Kept, Told, denoise
+from library.generation.denoise import Conditioning, Guidance, InpaintBlend, denoise
 from library.generation.pipeline import _noised
 from library.generation.sampler_options import SAMPLERS
 from library.generation.samplers import make_sampler, set_steps
@@ -13,7 +13,7 @@ from library.models.noise_schedule import NoiseSchedule
 LEAVE_NOISE = {"pndm", "dpmsolver"}
 # Those of more timesteps than steps.
 ASK_AGAIN = [name for name in SAMPLERS if name.split("_karras")[0] in ("pndm", "heun", "dpm_2", "dpm_2_a", "k_dpm_2", "k_dpm_2_a")]  # fmt: skip
-TOLD = [Told(torch.zeros(2, 1, 1), torch.zeros(2, 1))]
+TOLD = [Conditioning(torch.zeros(2, 1, 1), torch.zeros(2, 1))]
 
 
 def model_that_knows(picture, *, v_prediction, zero_terminal_snr):
@@ -77,7 +77,7 @@ def from_the_picture(name, strength, mask=None):
         found.append(knows(*inputs))
         return found[-1]
 
-    kept = None if mask is None else Kept(picture, noise, mask)
+    kept = None if mask is None else InpaintBlend(picture, noise, mask)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     drawn = denoise(model, sampler, latents, TOLD, Guidance(1.0), timesteps=timesteps, generators=generators, kept=kept)
     return drawn, picture, noise, found
@@ -135,7 +135,7 @@ def test_a_step_is_one_step_however_often_it_asks_the_model():
     denoise(
         model_that_knows(torch.zeros(2, 4, 8, 8), v_prediction=False, zero_terminal_snr=False), sampler,
         torch.randn(2, 4, 8, 8), TOLD, Guidance(1.0), timesteps=sampler.timesteps,
-        extra_at=lambda *place: asked.append(place), on_step=lambda: made.append(1),
+        control_at=lambda *place: asked.append(place), on_step=lambda: made.append(1),
     )  # fmt: skip
     assert asked == [(0, 3), (0, 3), (1, 3), (1, 3), (2, 3)] and len(made) == 3
 

@@ -32,12 +32,12 @@ _NOT_CROPPED_ALONG = "can't be used with conditioning_data_dir, whose pictures a
 _IMPLIED = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 
 
-Conditioning = Literal["masks", "conditions", "unused"]
+ConditioningKind = Literal["masks", "conditions", "unused"]
 """What the images of conditioning_data_dir are: of the loss, of what is drawn (then each picture needs one), or nothing here."""
 
 
 def read_datasets(
-    options: Options, conditioning: Conditioning = "masks", *, uses_masks: bool = True
+    options: Options, conditioning: ConditioningKind = "masks", *, uses_masks: bool = True
 ) -> tuple[list[DatasetPlan], list[str]]:
     """The datasets of a run, and what the user should know of them. Raises OptionError with every mistake in them.
 
@@ -61,7 +61,7 @@ def check_conditioned_datasets(options: Options) -> Iterator[Mistake]:
     return check_datasets(options, "conditions")
 
 
-def check_datasets(options: Options, conditioning: Conditioning = "masks") -> Iterator[Mistake]:
+def check_datasets(options: Options, conditioning: ConditioningKind = "masks") -> Iterator[Mistake]:
     """The mistakes in the datasets' definition, and what can't be encoded once and for all."""
     try:
         plans, _ = read_datasets(options, conditioning)
@@ -121,7 +121,7 @@ Tables = tuple[Mapping[str, Any], ...]
 class _Definition:
     """One definition being read: its tables, and the mistakes found in them."""
 
-    def __init__(self, name: str, tables: Any, options: Options, conditioning: Conditioning, *, uses_masks: bool):
+    def __init__(self, name: str, tables: Any, options: Options, conditioning: ConditioningKind, *, uses_masks: bool):
         self.name = name
         self.tables = tables
         self.mistakes: list[Mistake] = []

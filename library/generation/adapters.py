@@ -8,14 +8,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from library.models.control import Extra
+from library.models.control import ControlInputs
 from library.models.sdxl import SdxlModels
 
-ExtraAt = Callable[[int, int], Extra | None]
+ControlAt = Callable[[int, int], ControlInputs | None]
 """(step, steps) -> what else reaches the U-Net in that step."""
 
 
-class Changes(Protocol):
+class Adapters(Protocol):
     """Networks, LLLite models and new words on a model."""
 
     @property
@@ -37,7 +37,7 @@ class Changes(Protocol):
 
     def conditions(
         self, *, guides: Sequence[Tensor], sub_contexts: Sequence[Tensor], mask: Tensor | None, parts: int
-    ) -> ExtraAt:
+    ) -> ControlAt:
         """What else reaches the U-Net while one batch is drawn.
 
         Args:
@@ -49,7 +49,7 @@ class Changes(Protocol):
         ...
 
 
-OpenChanges = Callable[[SdxlModels], Changes]
+LoadAdapters = Callable[[SdxlModels], Adapters]
 """Puts the run's networks on a model."""
 
 
@@ -64,5 +64,5 @@ class NoChanges:
 
     def conditions(
         self, *, guides: Sequence[Tensor], sub_contexts: Sequence[Tensor], mask: Tensor | None, parts: int
-    ) -> ExtraAt:
+    ) -> ControlAt:
         return lambda step, steps: None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from library.generation.adapters import ExtraAt
+from library.generation.adapters import ControlAt
 from library.generation.deep_shrink import DeepShrink
 from library.models.size_conditioning import conditioning_vector
 from library.models.text_encoders import TextConditioning
@@ -21,7 +21,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 """Of the noise that samplers like euler_a add at each step: one, or one for each picture; None: the global one."""
 
 
-class Told(NamedTuple):
+class Conditioning(NamedTuple):
     """What the U-Net is told of each picture: context [B, T, 2048], vector [B, 2816]."""
 
     context: Tensor
@@ -36,7 +36,7 @@ class Told(NamedTuple):
         target: tuple[int, int],
         crop: tuple[int, int] = (0, 0),
         score: float | None = None,
-    ) -> "Told":
+    ) -> "Conditioning":
         """Args:
         original, target: (height, width) in pixels.
         crop: (top, left).
@@ -92,7 +92,7 @@ class Guidance(NamedTuple):
         return guided
 
 
-class Kept(NamedTuple):
+class InpaintBlend(NamedTuple):
     """What stays of a picture that is painted over in part.
 
     Attributes:
@@ -115,14 +115,14 @@ def denoise(
     unet: UNet,
     sampler: Any,
     latents: Tensor,
-    told: Sequence[Told],
+    told: Sequence[Conditioning],
     guidance: Guidance,
     *,
     timesteps: Tensor,
     generators: Generators = None,
-    extra_at: ExtraAt = lambda step, steps: None,
+    control_at: ControlAt = lambda step, steps: None,
     shrink: DeepShrink | None = None,
-    kept: Kept | None = None,
+    kept: InpaintBlend | None = None,
     beside: Tensor | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
@@ -153,7 +153,7 @@ def denoise(
             on_device[i].expand(len(many)),
             context,
             vector,
-            extra_at(i // sampler.order, steps),
+            control_at(i // sampler.order, steps),
             None if shrink is None or block is None else Shrink(block, shrink.ratio),
         )
         latents = sampler.step(guidance.applied(predicted), timestep, latents, return_dict=False, **rng)[0]

@@ -13,23 +13,23 @@ from library.generation.init_images import read_picture
 from library.generation.options import (
     GenerationModelOptions,
     HighresFixOptions,
+    InitImageOptions,
     OutputOptions,
     PromptOptions,
-    SourceOptions,
 )
-from library.generation.request import Drawing
-from library.generation.requests import Line, Planner, read_lines
+from library.generation.request import GenerationRequest
+from library.generation.requests import PromptSource, RequestBuilder, read_lines
 from library.log import log
 from library.models.checkpoint.reader import Checkpoint, check_vae, open_checkpoint
 from library.options import Options
 
 if TYPE_CHECKING:
-    from library.generation.adapters import OpenChanges
-    from library.generation.generator import Studio
+    from library.generation.adapters import LoadAdapters
+    from library.generation.generator import ImageGenerator
 
 
 def generate(
-    options: Options, open_changes: "OpenChanges", *, num_networks: int, num_beside: int, num_guides: int
+    options: Options, open_changes: "LoadAdapters", *, num_networks: int, num_beside: int, num_guides: int
 ) -> None:
     """Draw what the options ask for. Raises OptionError for the user's mistakes, RunError for pictures that failed.
 
@@ -37,7 +37,7 @@ def generate(
         num_networks, num_guides: networks with a multiplier, and control nets, that `open_changes` will put on the model.
         num_beside: networks that aren't merged into it, for which a mask has regions.
     """
-    sources = options[SourceOptions]
+    sources = options[InitImageOptions]
     if sources.mask_path is not None and sources.image_path is None and not num_beside:
         raise OptionError(
             "--mask_path needs --image_path, of which it says what is repainted, or --network_weights that aren't merged, of which it says where they work"
@@ -48,7 +48,7 @@ def generate(
             "--network_merge leaves the mask to --image_path"
         )
     lines = read_lines(options)
-    planner = Planner(
+    planner = RequestBuilder(
         options, len(lines), num_guides=num_guides, num_networks=num_networks, num_regions=num_beside if sources.mask_path else 0
     )  # fmt: skip
     rounds = 1 if options[PromptOptions].interactive else options[PromptOptions].n_iter
@@ -70,9 +70,9 @@ def generate(
         make_writable_folder(options[OutputOptions].outdir)
     except OSError as error:
         raise OptionError(f"--outdir {options[OutputOptions].outdir}: can't be written: {error.strerror}") from None
-    from library.generation.generator import Studio
+    from library.generation.generator import ImageGenerator
 
-    studio = Studio(options, checkpoint, open_changes)
+    studio = ImageGenerator(options, checkpoint, open_changes)
     if options[PromptOptions].interactive:
         for line in _asked_for():
             _draw_line(studio, planner, line, fits)
@@ -83,7 +83,7 @@ def generate(
 
 def check_generation(options: Options) -> Iterable[Mistake]:
     """Contradictions between the groups of options."""
-    sources, fix = options[SourceOptions], options[HighresFixOptions]
+    sources, fix = options[InitImageOptions], options[HighresFixOptions]
     if options.given("control_net_lllite_models") and sources.guide_image_path is None:
         yield Mistake("--control_net_lllite_models need --guide_image_path: what they follow", ("guide_image_path",))
     if sources.guide_image_path is not None and not options.given("control_net_lllite_models"):
@@ -110,7 +110,7 @@ def _open(options: GenerationModelOptions) -> Checkpoint:
     return checkpoint
 
 
-def _check_fits(checkpoint: Checkpoint, drawings: Sequence[Drawing]) -> None:
+def _check_fits(checkpoint: Checkpoint, drawings: Sequence[GenerationRequest]) -> None:
     """Raises OptionError for drawings that the model can't draw."""
     if checkpoint.unet.is_inpainting and any(drawing.growth is not None for drawing in drawings):
         raise OptionError(
@@ -119,7 +119,7 @@ def _check_fits(checkpoint: Checkpoint, drawings: Sequence[Drawing]) -> None:
         )
 
 
-def _look_at_files(drawings: Sequence[Drawing]) -> None:
+def _look_at_files(drawings: Sequence[GenerationRequest]) -> None:
     """Read every picture that is drawn from, so that a bad one is told before anything is drawn."""
     named: dict[tuple[Path, str], None] = {}
     for drawing in drawings:
@@ -136,7 +136,7 @@ def _look_at_files(drawings: Sequence[Drawing]) -> None:
         raise OptionError(*mistakes)
 
 
-def _tell(drawings: Sequence[Drawing], options: Options) -> None:
+def _tell(drawings: Sequence[GenerationRequest], options: Options) -> None:
     """--dry_run: what would be drawn."""
     for drawing in drawings:
         log.info(
@@ -146,7 +146,7 @@ def _tell(drawings: Sequence[Drawing], options: Options) -> None:
     log.info("%d pictures would go to %s (--dry_run)", len(drawings), options[OutputOptions].outdir)
 
 
-def _asked_for() -> Iterator[Line]:
+def _asked_for() -> Iterator[PromptSource]:
     """Lines from the keyboard, until it ends."""
     number = 0
     while True:
@@ -158,10 +158,15 @@ def _asked_for() -> Iterator[Line]:
                 return
             continue
         number += 1
-        yield Line(text.strip(), f"prompt {number}")
+        yield PromptSource(text.strip(), f"prompt {number}")
 
 
-def _draw_line(studio: "Studio", planner: Planner, line: Line, fits: Callable[[Sequence[Drawing]], None]) -> None:
+def _draw_line(
+    studio: "ImageGenerator",
+    planner: RequestBuilder,
+    line: PromptSource,
+    fits: Callable[[Sequence[GenerationRequest]], None],
+) -> None:
     """One line of --interactive: a mistake in it is told, and the next one is asked for. Args: fits: raises OptionError."""
     try:
         with planner.unless_refused():

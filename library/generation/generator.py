@@ -18,22 +18,22 @@ from torch import Tensor
 
 from library.device import Precision
 from library.errors import OptionError, RunError
-from library.generation.adapters import OpenChanges
+from library.generation.adapters import LoadAdapters
 from library.generation.image_grid import as_bytes, contact_sheet
 from library.generation.init_images import as_images, as_mask, as_tensor, read_picture, resized
 from library.generation.metadata import texts_of
 from library.generation.options import (
     GenerationModelOptions,
     HighresFixOptions,
+    ImageOptions,
+    InitImageOptions,
     OutputOptions,
-    PictureOptions,
     PromptOptions,
-    SourceOptions,
 )
 from library.generation.output import Output
-from library.generation.pipeline import Painter, Start
+from library.generation.pipeline import InitImage, SdxlPipeline
 from library.generation.prompt_encoder import PromptEncoder
-from library.generation.request import Drawing
+from library.generation.request import GenerationRequest
 from library.log import log, progress_bar
 from library.models.attention import choose_attention
 from library.models.checkpoint.reader import Checkpoint
@@ -46,10 +46,10 @@ _THUMBNAIL = 256  # pixels
 _WORST_BLACK = -1 + 2 / 255  # a picture that is nowhere brighter is black
 
 
-class Studio:
+class ImageGenerator:
     """Draws with one model, and writes."""
 
-    def __init__(self, options: Options, checkpoint: Checkpoint, open_changes: OpenChanges):
+    def __init__(self, options: Options, checkpoint: Checkpoint, open_changes: LoadAdapters):
         """Load the model and put the networks on it."""
         self._options = options
         chosen = options[GenerationModelOptions]
@@ -60,7 +60,7 @@ class Studio:
             checkpoint, precision, device, vae=chosen.vae, tokenizer_folder=chosen.tokenizer_cache_dir, attention=attention
         )  # fmt: skip
         self._changes = open_changes(self._models)
-        self._painter = Painter(
+        self._painter = SdxlPipeline(
             self._models,
             PromptEncoder(self._models, options[PromptOptions].max_embeddings_multiples),
             self._changes,
@@ -84,7 +84,7 @@ class Studio:
         self._failed = 0
         self._bar = progress_bar("drawing", 0)
 
-    def draw(self, drawings: Sequence[Drawing]) -> None:
+    def draw(self, drawings: Sequence[GenerationRequest]) -> None:
         """Draw all of them, in batches of those that have everything but prompts, seeds and files in common."""
         self._see_sources(drawings)
         batches = list(self._batches(drawings))
@@ -106,8 +106,8 @@ class Studio:
         if self._failed:
             raise RunError(f"{self._failed} pictures could not be drawn; see above")
 
-    def _batches(self, drawings: Sequence[Drawing]) -> Iterator[list[Drawing]]:
-        size = self._options[PictureOptions].batch_size
+    def _batches(self, drawings: Sequence[GenerationRequest]) -> Iterator[list[GenerationRequest]]:
+        size = self._options[ImageOptions].batch_size
         painter = self._painter
         for _, group in itertools.groupby(
             drawings, key=lambda d: (d.settings, painter.chunks(d), len(painter.sub_prompts(d)))
@@ -116,7 +116,7 @@ class Studio:
             for first in range(0, len(same), size):
                 yield same[first : first + size]
 
-    def _steps_of(self, drawing: Drawing) -> int:
+    def _steps_of(self, drawing: GenerationRequest) -> int:
         """About how many steps a batch takes, for the progress bar; pndm takes more."""
         fix = self._options[HighresFixOptions]
         if fix.highres_fix_scale is None:
@@ -127,7 +127,7 @@ class Studio:
 
     # ------------------------------------------------------------------------------------------------------ one batch
 
-    def _draw_batch(self, drawings: Sequence[Drawing]) -> None:
+    def _draw_batch(self, drawings: Sequence[GenerationRequest]) -> None:
         fix = self._options[HighresFixOptions]
         if fix.highres_fix_scale is None:
             latents = self._latents(drawings, self._start(drawings), with_guides=True)
@@ -146,7 +146,7 @@ class Studio:
         self._wait()
         self._writing = self._writer.submit(self._write, drawings, latents, 2)
 
-    def _latents(self, drawings: Sequence[Drawing], start: Start | None, *, with_guides: bool) -> Tensor:
+    def _latents(self, drawings: Sequence[GenerationRequest], start: InitImage | None, *, with_guides: bool) -> Tensor:
         first = drawings[0]
         count = self._changes.num_guides if with_guides else 0
         guides = [self._pixels([d.guides[i] for d in drawings], first, "--guide_image_path") for i in range(count)]
@@ -158,7 +158,7 @@ class Studio:
             drawings, start, guides, None if regions is None else torch.from_numpy(regions), self._pooled(drawings)
         )
 
-    def _start(self, drawings: Sequence[Drawing]) -> Start | None:
+    def _start(self, drawings: Sequence[GenerationRequest]) -> InitImage | None:
         """What the pictures are drawn from; None: noise alone."""
         first = drawings[0]
         if first.source is None:
@@ -166,17 +166,19 @@ class Studio:
         mask = None
         if not self._changes.is_regional and first.mask is not None:
             mask = as_mask(self._resized([d.mask for d in drawings if d.mask], first, "--mask_path"))
-        return Start(pixels=self._pixels([d.source for d in drawings if d.source], first, "--image_path"), mask=mask)
+        return InitImage(
+            pixels=self._pixels([d.source for d in drawings if d.source], first, "--image_path"), mask=mask
+        )
 
-    def _pixels(self, paths: Sequence[Any], first: Drawing, flag: str) -> Tensor:
+    def _pixels(self, paths: Sequence[Any], first: GenerationRequest, flag: str) -> Tensor:
         return as_tensor(self._resized(paths, first, flag))
 
-    def _resized(self, paths: Sequence[Any], first: Drawing, flag: str) -> list[Image]:
+    def _resized(self, paths: Sequence[Any], first: GenerationRequest, flag: str) -> list[Image]:
         return [resized(read_picture(path, flag), first.width, first.height) for path in paths]
 
-    def _see_sources(self, drawings: Sequence[Drawing]) -> None:
+    def _see_sources(self, drawings: Sequence[GenerationRequest]) -> None:
         """--clip_vision_strength: what CLIP sees in each source, before the first is drawn; its encoder's memory is free then."""
-        chosen = self._options[SourceOptions]
+        chosen = self._options[InitImageOptions]
         new = [
             path for path in dict.fromkeys(d.source for d in drawings) if path is not None and path not in self._seen
         ]
@@ -190,12 +192,12 @@ class Studio:
         )  # fmt: skip
         self._seen.update(zip(new, vectors, strict=True))
 
-    def _pooled(self, drawings: Sequence[Drawing]) -> Tensor | None:
+    def _pooled(self, drawings: Sequence[GenerationRequest]) -> Tensor | None:
         """What CLIP sees in the sources, in place of the pooled text."""
-        strength = self._options[SourceOptions].clip_vision_strength
+        strength = self._options[InitImageOptions].clip_vision_strength
         return None if strength is None else strength * torch.cat([self._seen[d.source] for d in drawings])
 
-    def _enlarged(self, latents: Tensor, width: int, height: int) -> Start:
+    def _enlarged(self, latents: Tensor, width: int, height: int) -> InitImage:
         """What the second stage of highres fix is drawn from."""
         fix = self._options[HighresFixOptions]
         if self._upscaler is not None:
@@ -205,15 +207,15 @@ class Studio:
             )
             is_latents = isinstance(made, Tensor) and made.shape[1] == 4
             return (
-                Start(latents=made)
+                InitImage(latents=made)
                 if is_latents
-                else Start(pixels=made if isinstance(made, Tensor) else as_tensor(made))
+                else InitImage(pixels=made if isinstance(made, Tensor) else as_tensor(made))
             )
         if fix.highres_fix_latents_upscaling:
             size = (height // 8, width // 8)
-            return Start(latents=torch.nn.functional.interpolate(latents.float(), size=size, mode="bilinear"))
+            return InitImage(latents=torch.nn.functional.interpolate(latents.float(), size=size, mode="bilinear"))
         images = as_images(as_bytes(self._decode(latents)))
-        return Start(pixels=as_tensor([resized(image, width, height) for image in images]))
+        return InitImage(pixels=as_tensor([resized(image, width, height) for image in images]))
 
     # ---------------------------------------------------------------------------------------------------- what comes out
 
@@ -234,7 +236,7 @@ class Studio:
             self._models.change_vae(decode_in_tiles)
             return self._models.decode_latents(raw, black=_WORST_BLACK)
 
-    def _write(self, drawings: Sequence[Drawing], latents: Tensor, stage: int) -> None:
+    def _write(self, drawings: Sequence[GenerationRequest], latents: Tensor, stage: int) -> None:
         """Decode and write a batch."""
         pixels = self._decode(latents)
         whole = finite_samples(pixels).tolist()

@@ -7,9 +7,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from library.generation.denoise import Guidance, Told, denoise, score_of
+from library.generation.denoise import Conditioning, Guidance, denoise, score_of
 from library.generation.samplers import make_sampler, set_steps
-from library.models.control import Extra
+from library.models.control import ControlInputs
 from library.models.text_encoders import TextConditioning
 from library.models.unet import UNet
 from library.models.vae import unscale_latents
@@ -32,7 +32,7 @@ def draw_picture(
     v_prediction: bool,
     zero_terminal_snr: bool,
     beside: Tensor | None = None,
-    extra: Extra | None = None,
+    extra: ControlInputs | None = None,
 ) -> np.ndarray:
     """One picture: [H, W, 3], uint8.
 
@@ -49,14 +49,14 @@ def draw_picture(
     chosen = make_sampler(sampler, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
     set_steps(chosen, steps)
     told = [
-        Told.of(
+        Conditioning.of(
             text, original=(height, width), target=(height, width), score=score_of(unet, is_negative=text is not prompt)
         )
         for text in ((negative, prompt) if scale > 1 else (prompt,))
     ]
     latents = denoise(
         unet, chosen, noise * chosen.init_noise_sigma, told, Guidance(scale), timesteps=chosen.timesteps, generators=generator,
-        beside=beside, extra_at=lambda step, steps: extra,
+        beside=beside, control_at=lambda step, steps: extra,
     )  # fmt: skip
     pixels = decode(unscale_latents(latents))
     if not pixels.isfinite().all():

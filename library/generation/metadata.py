@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import OptionError
-from library.generation.request import Drawing
+from library.generation.request import GenerationRequest
 from library.log import log
 from library.options import Options
 
@@ -28,7 +28,7 @@ _NOT_KEPT = {
 }  # fmt: skip
 
 
-def texts_of(drawing: Drawing, options: Options) -> dict[str, str]:
+def texts_of(drawing: GenerationRequest, options: Options) -> dict[str, str]:
     """What is stored with a picture."""
     kept = {name: value for name, value in options.changed().items() if name not in _NOT_KEPT}
     settings = {"drawing": drawing.as_json(), "options": kept}
@@ -88,7 +88,7 @@ def words_of(path: Path) -> list[str]:
     """The command line that draws a picture again. Raises OptionError."""
     settings = _settings_in(path)
     try:
-        drawing = Drawing.from_json(settings["drawing"])
+        drawing = GenerationRequest.from_json(settings["drawing"])
     except (KeyError, TypeError, ValueError) as error:
         raise OptionError(f"--from_png {path}: what is stored in it can't be read: {error}") from None
     words = []

@@ -105,7 +105,7 @@ class PromptOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
-class PictureOptions(OptionGroup):
+class ImageOptions(OptionGroup):
     """Picture"""
 
     W: int | None = option(None, f"width in pixels, a multiple of {SIDE}; {DEFAULT_SIDE} when unset", at_least=SIDE)
@@ -145,7 +145,7 @@ def side_problem(value: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class SourceOptions(OptionGroup):
+class InitImageOptions(OptionGroup):
     """Pictures that are drawn from"""
 
     image_path: Path | None = option(
@@ -273,6 +273,6 @@ class OutputOptions(OptionGroup):
 
 
 GENERATION = (
-    GenerationModelOptions, PromptOptions, PictureOptions, SourceOptions, HighresFixOptions, DeepShrinkOptions,
+    GenerationModelOptions, PromptOptions, ImageOptions, InitImageOptions, HighresFixOptions, DeepShrinkOptions,
     GradualLatentOptions, OutputOptions,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from library.files import write_atomically
 from library.generation.metadata import save_arguments
 from library.generation.options import OutputOptions
-from library.generation.request import Drawing
+from library.generation.request import GenerationRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +31,9 @@ class Output:
     with_stages: bool
     _taken: set[str] = field(default_factory=set)
 
-    def save(self, image: "Image", drawing: Drawing, texts: Mapping[str, str], *, place: int, stage: int) -> Path:
+    def save(
+        self, image: "Image", drawing: GenerationRequest, texts: Mapping[str, str], *, place: int, stage: int
+    ) -> Path:
         """Write a picture under the contract's name.
 
         Args:
@@ -50,7 +52,7 @@ class Output:
         write_atomically(path, lambda file: image.save(file, format="PNG"))
         return path
 
-    def _stem(self, drawing: Drawing, place: int, stage: int) -> str:
+    def _stem(self, drawing: GenerationRequest, place: int, stage: int) -> str:
         prefix = str(stage - 1) if self.with_stages else ""
         if self.options.use_original_file_name and drawing.source is not None:
             return f"{prefix}_{drawing.source.stem}" if stage == 1 and self.with_stages else drawing.source.stem

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from library.generation.adapters import Changes
-from library.generation.denoise import Guidance, Kept, Told, denoise, score_of
+from library.generation.adapters import Adapters
+from library.generation.denoise import Conditioning, Guidance, InpaintBlend, denoise, score_of
 from library.generation.gradual_latent import GrowingEuler
 from library.generation.prompt_encoder import PromptEncoder
 from library.generation.prompt_options import AND
-from library.generation.request import Drawing
+from library.generation.request import GenerationRequest
 from library.generation.samplers import begin_at, make_sampler, set_steps
 from library.log import log
 from library.models.inpainting import inpainting_channels
@@ -26,7 +26,7 @@ from library.models.vae import scale_latents
 _DRAWS_TWICE = ("dpm_2_a", "k_dpm_2_a")  # the reference draws two noises a step for these
 
 
-class Start(NamedTuple):
+class InitImage(NamedTuple):
     """What pictures are drawn from, where it isn't noise alone.
 
     Attributes:
@@ -42,7 +42,7 @@ class Start(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Painter:
+class SdxlPipeline:
     """Draws with one model.
 
     Attributes:
@@ -51,12 +51,12 @@ class Painter:
 
     models: SdxlModels
     encoder: PromptEncoder
-    changes: Changes
+    changes: Adapters
     v_prediction: bool
     zero_terminal_snr: bool
     on_step: Callable[[int], object] = lambda pictures: None
 
-    def chunks(self, drawing: Drawing) -> int:
+    def chunks(self, drawing: GenerationRequest) -> int:
         """Into how many chunks of 75 tokens its prompts fit."""
         texts = [*self.sub_prompts(drawing), drawing.prompt2]
         if drawing.is_guided:
@@ -65,8 +65,8 @@ class Painter:
 
     def latents(
         self,
-        drawings: Sequence[Drawing],
-        start: Start | None = None,
+        drawings: Sequence[GenerationRequest],
+        start: InitImage | None = None,
         guides: Sequence[Tensor] = (),
         regions: Tensor | None = None,
         pooled: Tensor | None = None,
@@ -108,20 +108,20 @@ class Painter:
             latents, timesteps = _noised(sampler, own, noise, first.steps, first.strength)
             if start.mask is not None:
                 stays = own if start.stays is None else self._scaled_latents(start.stays, generators)
-                kept = Kept(stays, noise, start.mask.to(own))
+                kept = InpaintBlend(stays, noise, start.mask.to(own))
         if first.growth is not None:
             latents = first.growth.shrunk(latents)
-        extra_at = self.changes.conditions(guides=guides, sub_contexts=subs, mask=regions, parts=guidance.parts)
+        control_at = self.changes.conditions(guides=guides, sub_contexts=subs, mask=regions, parts=guidance.parts)
         return denoise(
-            self.models.unet, sampler, latents, told, guidance, timesteps=timesteps, generators=generators, extra_at=extra_at,
+            self.models.unet, sampler, latents, told, guidance, timesteps=timesteps, generators=generators, control_at=control_at,
             shrink=first.shrink, kept=kept, beside=beside, on_step=lambda: self.on_step(len(drawings)),
         )  # fmt: skip
 
-    def sub_prompts(self, drawing: Drawing) -> list[str]:
+    def sub_prompts(self, drawing: GenerationRequest) -> list[str]:
         """One for each region; the whole prompt where there are none."""
         return AND.split(drawing.prompt) if self.changes.is_regional else [drawing.prompt]
 
-    def _prompts(self, drawings: Sequence[Drawing]) -> tuple[TextConditioning, list[Tensor]]:
+    def _prompts(self, drawings: Sequence[GenerationRequest]) -> tuple[TextConditioning, list[Tensor]]:
         """The prompts' conditioning, [B, ...]: of the last sub-prompts; and the contexts of all of them, where there are regions."""
         if not self.changes.is_regional:
             return _stacked([self._text(d.prompt, d, d.prompt2) for d in drawings]), []
@@ -135,10 +135,14 @@ class Painter:
         self.changes.set_multipliers(drawings[0].multipliers, sub_prompt=len(columns))
         return columns[-1], [column.context for column in columns]
 
-    def _text(self, text: str, drawing: Drawing, second: str | None, sub_prompt: int | None = None) -> TextConditioning:
+    def _text(
+        self, text: str, drawing: GenerationRequest, second: str | None, sub_prompt: int | None = None
+    ) -> TextConditioning:
         return self.encoder.encode(text, second, self.chunks(drawing), (drawing.multipliers, sub_prompt))
 
-    def _told(self, first: Drawing, prompts: TextConditioning, drawings: Sequence[Drawing]) -> list[Told]:
+    def _told(
+        self, first: GenerationRequest, prompts: TextConditioning, drawings: Sequence[GenerationRequest]
+    ) -> list[Conditioning]:
         """What each part of the guidance is told: [negative, [empty,] prompt]."""
         target, crop = (first.height, first.width), (first.crop_top or 0, first.crop_left or 0)
         original = (_or(first.original_height, first.height), _or(first.original_width, first.width))
@@ -153,17 +157,17 @@ class Painter:
             parts.insert(0, (_stacked([self._text(d.negative, d, d.negative2) for d in drawings]), negative_original))
         scores = [score_of(self.models.unet, is_negative=text is not prompts) for text, _ in parts]
         return [
-            Told.of(text, original=own, crop=crop, target=target, score=score)
+            Conditioning.of(text, original=own, crop=crop, target=target, score=score)
             for (text, own), score in zip(parts, scores, strict=True)
         ]
 
-    def _noise(self, drawing: Drawing, shape: tuple[int, ...], *, for_source: bool) -> "PictureNoise":
+    def _noise(self, drawing: GenerationRequest, shape: tuple[int, ...], *, for_source: bool) -> "ImageNoise":
         per_step = 2 if drawing.sampler in _DRAWS_TWICE else 1
-        return PictureNoise.drawn(
+        return ImageNoise.drawn(
             drawing.seed, shape, drawing.steps * per_step, self.models.device, self.models.precision.compute, for_source=for_source
         )  # fmt: skip
 
-    def _own_latents(self, start: Start, generators: Sequence[torch.Generator]) -> Tensor:
+    def _own_latents(self, start: InitImage, generators: Sequence[torch.Generator]) -> Tensor:
         """The scaled latents of what is drawn from, in the dtype in which is drawn."""
         if start.latents is not None:
             return start.latents.to(self.models.device, self.models.precision.compute)
@@ -182,7 +186,7 @@ class Painter:
         ]  # fmt: skip
         return self.models.encode_images(pixels.to(self.models.device), torch.cat(noise))
 
-    def _beside(self, first: Drawing, start: Start | None, noises: "Sequence[PictureNoise]") -> Tensor:
+    def _beside(self, first: GenerationRequest, start: InitImage | None, noises: "Sequence[ImageNoise]") -> Tensor:
         """What an inpainting model sees beside the latents: the picture without what is repainted; all is, where there is no mask."""
         shape = (len(noises), 3, first.height, first.width)
         shown = None if start is None else start.pixels if start.stays is None else start.stays
@@ -195,7 +199,7 @@ class Painter:
         return channels.to(self.models.device, self.models.precision.compute)
 
 
-class PictureNoise(NamedTuple):
+class ImageNoise(NamedTuple):
     """The random numbers of one picture, in the reference's order: start, one for each step (unused), for its source.
 
     The generator goes on from there, for the source's latents and then for samplers that add noise, so a picture doesn't
@@ -217,7 +221,7 @@ class PictureNoise(NamedTuple):
         dtype: torch.dtype,
         *,
         for_source: bool,
-    ) -> "PictureNoise":
+    ) -> "ImageNoise":
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal() -> Tensor:

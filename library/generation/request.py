@@ -11,7 +11,7 @@ from library.generation.gradual_latent import GradualLatent
 
 
 @dataclass(frozen=True)
-class Drawing:
+class GenerationRequest:
     """One picture to draw.
 
     Attributes:
@@ -60,7 +60,7 @@ class Drawing:
     def is_guided(self) -> bool:
         return self.scale > 1
 
-    def small_stage(self, *, scale: float, steps: int, strength: float | None) -> "Drawing":
+    def small_stage(self, *, scale: float, steps: int, strength: float | None) -> "GenerationRequest":
         """The first stage of highres fix: smaller, with its own steps; sides are multiples of 32."""
 
         def scaled(value: int | None) -> int | None:
@@ -134,7 +134,7 @@ class Drawing:
         }  # fmt: skip
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Drawing":
+    def from_json(cls, values: Mapping[str, Any]) -> "GenerationRequest":
         """Raises TypeError, KeyError or ValueError for what as_json didn't make."""
         made = dict(values)
         for name in ("source", "mask"):

@@ -21,12 +21,12 @@ from library.generation.options import (
     DeepShrinkOptions,
     GradualLatentOptions,
     HighresFixOptions,
-    PictureOptions,
+    ImageOptions,
+    InitImageOptions,
     PromptOptions,
-    SourceOptions,
 )
 from library.generation.prompt_options import AND, NO_NEGATIVE_SCALE, PromptLine, read_line
-from library.generation.request import Drawing
+from library.generation.request import GenerationRequest
 from library.options import Options
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ _MOST_SEED = 0x7FFFFFFF
 
 
 @dataclass(frozen=True)
-class Line:
+class PromptSource:
     """A line of prompts as it was written, and where.
 
     Attributes: source: which of the pictures of --image_path it was stored in, and is drawn from; None: the next one each time.
@@ -47,7 +47,7 @@ class Line:
     source: int | None = None
 
 
-def read_lines(options: Options) -> list[Line]:
+def read_lines(options: Options) -> list[PromptSource]:
     """The lines that the options name; none with --interactive. Raises OptionError."""
     chosen = options[PromptOptions]
     if chosen.interactive:
@@ -61,29 +61,31 @@ def read_lines(options: Options) -> list[Line]:
             raise OptionError(f"--from_file {chosen.from_file}: can't be read: {error.strerror}") from None
         numbered = enumerate(map(str.strip, text.splitlines()), 1)
         lines = [
-            Line(line, f"{chosen.from_file}, line {n}") for n, line in numbered if line and not line.startswith("#")
+            PromptSource(line, f"{chosen.from_file}, line {n}")
+            for n, line in numbered
+            if line and not line.startswith("#")
         ]
         if not lines:
             raise OptionError(f"--from_file {chosen.from_file}: no prompt in it")
         return lines
     if chosen.prompt is not None:
-        return [Line(chosen.prompt, "--prompt")]
-    source = options[SourceOptions].image_path
+        return [PromptSource(chosen.prompt, "--prompt")]
+    source = options[InitImageOptions].image_path
     if source is None:
         raise OptionError("nothing to draw: give --prompt, --from_file, --from_png or --interactive")
     return [_stored_line(path, i) for i, path in enumerate(list_pictures([source], "--image_path"))]
 
 
-def _stored_line(path: Path, number: int) -> Line:
+def _stored_line(path: Path, number: int) -> PromptSource:
     """The prompts that are stored in a picture."""
     texts = read_texts(path, "--image_path")
     if "prompt" not in texts:
         raise OptionError(f"--image_path {path}: no prompt is stored in it; give --prompt or --from_file")
     negative = texts.get("negative-prompt", "")
-    return Line(texts["prompt"] + (f" --n {negative}" if negative else ""), str(path), number)
+    return PromptSource(texts["prompt"] + (f" --n {negative}" if negative else ""), str(path), number)
 
 
-class Planner:
+class RequestBuilder:
     """Turns lines into drawings, one after another.
 
     It keeps what goes on from line to line: the seeds, the places in the lists of files, and, as in the reference, Deep
@@ -96,9 +98,9 @@ class Planner:
         num_guides, num_networks: control nets, and networks with a multiplier.
         num_regions: networks that work each in a region of the mask, and on a sub-prompt of its own.
         """
-        self._prompts, self._picture = options[PromptOptions], options[PictureOptions]
+        self._prompts, self._picture = options[PromptOptions], options[ImageOptions]
         self._fix = options[HighresFixOptions]
-        sources = options[SourceOptions]
+        sources = options[InitImageOptions]
         self._strength = _STRENGTH if sources.strength is None else sources.strength
         self._sources = [] if sources.image_path is None else list_pictures([sources.image_path], "--image_path")
         self._masks = [] if sources.mask_path is None else list_pictures([sources.mask_path], "--mask_path")
@@ -111,9 +113,9 @@ class Planner:
         self._seeds = _Seeds(self._prompts, num_lines)
         self._number = self._row = 0
 
-    def round_of(self, lines: Sequence[Line]) -> list[Drawing]:
+    def round_of(self, lines: Sequence[PromptSource]) -> list[GenerationRequest]:
         """The drawings of all lines, once. Raises OptionError with the mistakes of all of them."""
-        found: list[Drawing] = []
+        found: list[GenerationRequest] = []
         mistakes = []
         for line in lines:
             try:
@@ -136,7 +138,7 @@ class Planner:
             self._shrink, self._growth, self._number = before
             raise
 
-    def drawings_of(self, line: Line) -> list[Drawing]:
+    def drawings_of(self, line: PromptSource) -> list[GenerationRequest]:
         """The drawings of one line. Raises OptionError."""
         row, self._row = self._row, self._row + 1
         made = []
@@ -147,7 +149,7 @@ class Planner:
             self._number += 1
         return made
 
-    def _texts(self, line: Line) -> list[str]:
+    def _texts(self, line: PromptSource) -> list[str]:
         """The line's prompts, a picture each: its variants, as often as asked for."""
         try:
             found, enumerates = variants(line.text, self._seeds.rng)
@@ -176,7 +178,7 @@ class Planner:
                 f"{where}: control nets need feature maps of the picture's own size: no Deep Shrink, no Gradual Latent"
             )
 
-    def _drawing(self, read: PromptLine, line: Line, row: int, place: int) -> Drawing:
+    def _drawing(self, read: PromptLine, line: PromptSource, row: int, place: int) -> GenerationRequest:
         picture = self._picture
         self._check_regions(read.prompt, line.where)
         place_of_source = self._number if line.source is None else line.source
@@ -184,7 +186,7 @@ class Planner:
         width, height = self._size(read, source)
         if read.multipliers and not self._num_networks:
             raise OptionError(f"{line.where}: --am: no network is loaded whose multiplier it could be")
-        drawing = Drawing(
+        drawing = GenerationRequest(
             prompt=read.prompt, negative=read.negative or "", prompt2=_first(read.prompt2, self._prompts.prompt2),
             negative2=read.negative2, raw_prompt=line.text, clip_prompt=read.clip_prompt, width=width, height=height,
             original_width=_first(read.original_width, picture.original_width),
@@ -203,7 +205,7 @@ class Planner:
             raise OptionError(*(f"{line.where}: {problem}" for problem in problems))
         return drawing
 
-    def _problems(self, drawing: Drawing) -> Iterable[str]:
+    def _problems(self, drawing: GenerationRequest) -> Iterable[str]:
         """Settings of a picture that don't go together."""
         stages, scale = [drawing], self._fix.highres_fix_scale
         if scale is not None:

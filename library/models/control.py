@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Steering(NamedTuple):
+class LLLiteModulation(NamedTuple):
     """A small network that changes what a layer sees, by a condition (ControlNet-LLLite).
 
     x + up(dropout(relu(condition + mid(relu(down(x))))))
@@ -44,23 +44,23 @@ class Steering(NamedTuple):
 class AttentionExtra(NamedTuple):
     """How the inputs of an attention's projections are steered; several steerings of one input add up."""
 
-    q: Sequence[Steering] = ()
-    k: Sequence[Steering] = ()
-    v: Sequence[Steering] = ()
+    q: Sequence[LLLiteModulation] = ()
+    k: Sequence[LLLiteModulation] = ()
+    v: Sequence[LLLiteModulation] = ()
 
 
-class BlockExtra(NamedTuple):
+class BlockControl(NamedTuple):
     """What reaches one transformer block: of its self-attention, and of its attention to the text."""
 
     attn1: AttentionExtra = AttentionExtra()
     attn2: AttentionExtra = AttentionExtra()
 
 
-Extra = Mapping[str, Sequence[BlockExtra | None]]
+ControlInputs = Mapping[str, Sequence[BlockControl | None]]
 """By the name of a U-Net's block ("input_blocks.4"): one entry for each of its transformer blocks."""
 
 
-def steered(x: Tensor, steerings: Sequence[Steering]) -> Tensor:
+def steered(x: Tensor, steerings: Sequence[LLLiteModulation]) -> Tensor:
     """x [B, N, D] as the steered layer sees it."""
     for steering in steerings:
         x = x + steering.added(x)

@@ -34,7 +34,7 @@ _TOLD_CUT = 5
 _LOADED = ("unet", "vae", "text_encoders", "_outlines", "tokenizers")
 
 
-class Change(Protocol):
+class WeightPatch(Protocol):
     """What is done to weights when they are loaded."""
 
     def text_identity(self) -> str:
@@ -77,7 +77,7 @@ class SdxlModels:
         self._tokenizer_folder = tokenizer_folder
         self._attention = attention
         self._checkpointing = checkpointing
-        self.change: Change | None = None
+        self.change: WeightPatch | None = None
         self._vae_changes: list[Callable[[AutoencoderKL], None]] = []
         self.trained: frozenset[str] = frozenset()
         self.quantized: Mapping[str, str] = {}

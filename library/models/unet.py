@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.models.attention import AttentionFunction, sdpa
-from library.models.control import Extra
+from library.models.control import ControlInputs
 from library.models.memory.activation_checkpointing import KEPT, ActivationPolicy, ActivationStore
 from library.models.unet_blocks import (
     CHEAP,
@@ -94,7 +94,7 @@ class UNet(nn.Module):
         timesteps: Tensor,
         context: Tensor,
         vector: Tensor,
-        extra: Extra | None = None,
+        extra: ControlInputs | None = None,
         shrink: Shrink | None = None,
     ) -> Tensor:
         """Predict the noise in `x`.
@@ -114,7 +114,7 @@ class UNet(nn.Module):
             return self._forward(x, timesteps, context, vector, extra or {}, shrink)
 
     def _forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor, extra: Extra, shrink: Shrink | None
+        self, x: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor, extra: ControlInputs, shrink: Shrink | None
     ) -> Tensor:
         dtype, run = x.dtype, self.activations.run
         time = sinusoidal_embedding(timesteps, self.config.model_channels).to(dtype)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from library.models.attention import AttentionFunction
-from library.models.control import AttentionExtra, BlockExtra, steered
+from library.models.control import AttentionExtra, BlockControl, steered
 from library.models.products import conv2d, linear
 from library.models.unet_config import HEAD_CHANNELS
 
@@ -178,7 +178,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = LayerNorm(channels)
         self.norm3 = LayerNorm(channels)
 
-    def forward(self, x: Tensor, context: Tensor, extra: BlockExtra | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, extra: BlockControl | None = None) -> Tensor:
         """x [B, N, C], context [B, T, C_context] -> [B, N, C]."""
         of_self, of_text = (None, None) if extra is None else extra
         h = self.norm1(x)
@@ -199,7 +199,9 @@ class Transformer2DModel(nn.Module):
         )
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor, run: Run, extra: Sequence[BlockExtra | None] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, run: Run, extra: Sequence[BlockControl | None] | None = None
+    ) -> Tensor:
         """x [B, C, H, W], context [B, T, C_context], extra: of each transformer block -> [B, C, H, W]."""
         h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, N, C]: a view of channels_last memory
         h = self.proj_in(h)
@@ -235,7 +237,7 @@ class Stage(nn.ModuleList):
     """One numbered block of the U-Net: residual block, transformer, resampling; whichever of them it has."""
 
     def forward(
-        self, x: Tensor, emb: Tensor, context: Tensor, run: Run, extra: Sequence[BlockExtra | None] | None = None
+        self, x: Tensor, emb: Tensor, context: Tensor, run: Run, extra: Sequence[BlockControl | None] | None = None
     ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResnetBlock2D):

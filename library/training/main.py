@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from library.data.dataset_config import Conditioning
+from library.data.dataset_config import ConditioningKind
 from library.data.options import DatasetOptions
 from library.options import Options
 from library.training.options.run import RunOptions
@@ -18,7 +18,7 @@ def begin(
     options: Options,
     with_datasets: "Callable[[Sequence[Dataset]], Sequence[Dataset]]" = lambda found: found,
     *,
-    conditioning: Conditioning = "masks",
+    conditioning: ConditioningKind = "masks",
 ) -> None:
     """Look at the files, then show the data, tell what would happen, or train: what the options ask for.
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from library.log import log
-from library.models.control import Extra, Steering
+from library.models.control import ControlInputs, LLLiteModulation
 from library.models.sdxl import SdxlModels
 from library.safetensors_io import read_header
 from networks.embedding_file import add_bundled_words, add_embeddings
-from networks.inference.apply import FoldedIn, matched_modules, merge_into, put_beside, summed
+from networks.inference.apply import FusedAdapters, attach_adapters, matched_modules, merge_into, summed
 from networks.inference.deltas import Parts
 from networks.inference.key_formats import every_layer
 from networks.inference.options import AppliedNetworkOptions
@@ -35,7 +35,7 @@ class AppliedNetworks:
         self._own_strengths = options.strengths()
         self._num_merged = options.num_merged
         self._strengths = self._own_strengths[self._num_merged :]  # of those beside the model
-        self._folded: FoldedIn | None = None
+        self._folded: FusedAdapters | None = None
         self._regional: Regional | None = None
         add_embeddings(models, options.textual_inversion_embeddings or ())
         if options.network_weights:
@@ -69,13 +69,13 @@ class AppliedNetworks:
                 ", merged" if i < options.num_merged else "",
             )
         if options.network_pre_calc:
-            self._folded = FoldedIn(layers, beside)
+            self._folded = FusedAdapters(layers, beside)
             self._folded.fold(self._strengths)
         elif is_regional and beside:
             self._regional = Regional(self._strengths, options.network_regional_mask_max_color_codes)
-            put_beside(layers, beside, self._regional.forward_of)
+            attach_adapters(layers, beside, self._regional.forward_of)
         else:
-            put_beside(layers, beside, lambda one: summed(self._strengths, one))
+            attach_adapters(layers, beside, lambda one: summed(self._strengths, one))
 
     @property
     def num_guides(self) -> int:
@@ -99,7 +99,7 @@ class AppliedNetworks:
 
     def conditions(
         self, *, guides: Sequence[Tensor], sub_contexts: Sequence[Tensor], mask: Tensor | None, parts: int
-    ) -> Callable[[int, int], Extra | None]:
+    ) -> Callable[[int, int], ControlInputs | None]:
         """What else reaches the U-Net while one batch is drawn, by (step, steps).
 
         Args:
@@ -120,9 +120,9 @@ class AppliedNetworks:
                 net.steerings(guide.to(self._device, self._dtype), parts)
                 for net, guide in zip(self._nets, guides, strict=True)
             ]
-        made: dict[tuple[bool, ...], Extra] = {}
+        made: dict[tuple[bool, ...], ControlInputs] = {}
 
-        def at(step: int, steps: int) -> Extra | None:
+        def at(step: int, steps: int) -> ControlInputs | None:
             works = tuple(net.share >= step / steps for net in self._nets)
             if works not in made:
                 active = [own for own, on in zip(steered, works, strict=True) if on]
@@ -138,7 +138,7 @@ class ControlNet:
     def __init__(self, net: ControlNetLLLite, strength: float, share: float):
         self.net, self.strength, self.share = net, strength, share
 
-    def steerings(self, guide: Tensor, parts: int) -> list[tuple[Place, Steering]]:
+    def steerings(self, guide: Tensor, parts: int) -> list[tuple[Place, LLLiteModulation]]:
         """Of one guide image for all pictures of a batch, or one for each, repeated for each part of the guidance."""
         found = self.net(guide, self.strength)
         if len(guide) == 1:

@@ -20,7 +20,7 @@ from networks.inference.key_formats import fits, modules_in_file
 from networks.lora import Target
 from networks.lora_file import some
 
-Change = Callable[[Tensor], Tensor]
+WeightPatch = Callable[[Tensor], Tensor]
 """A layer's input -> what a network adds to its output at strength 1."""
 
 
@@ -55,21 +55,21 @@ def matched_modules(
     return {name: parts for name, parts in modules.items() if name not in bad}
 
 
-class Beside(NamedTuple):
+class AdaptedLayer(NamedTuple):
     """A layer with networks beside it, and its own forward.
 
     Attributes: changes: by the number of the network.
     """
 
     target: Target
-    base: Change
-    changes: Mapping[int, Change]
+    base: WeightPatch
+    changes: Mapping[int, WeightPatch]
 
 
-def put_beside(
+def attach_adapters(
     layers: Sequence[Target],
     networks: Mapping[int, Mapping[str, Parts]],
-    forward_of: Callable[[Beside], Change | None],
+    forward_of: Callable[[AdaptedLayer], WeightPatch | None],
 ) -> None:
     """Let networks change what layers give.
 
@@ -78,12 +78,12 @@ def put_beside(
     for target in layers:
         layer: Any = target.layer
         changes = {i: make_change(own[target.name], layer) for i, own in networks.items() if target.name in own}
-        forward = forward_of(Beside(target, layer.forward, changes))
+        forward = forward_of(AdaptedLayer(target, layer.forward, changes))
         if forward is not None:
             layer.forward = forward
 
 
-def summed(strengths: Sequence[float], beside: Beside) -> Change | None:
+def summed(strengths: Sequence[float], beside: AdaptedLayer) -> WeightPatch | None:
     """The forward of a layer that networks work on everywhere. A strength of 0 leaves every bit as it is.
 
     Args: strengths: of each network; read at each call.
@@ -102,7 +102,7 @@ def summed(strengths: Sequence[float], beside: Beside) -> Change | None:
 
 
 @torch.no_grad()
-def make_change(parts: Parts, layer: Any) -> Change:
+def make_change(parts: Parts, layer: Any) -> WeightPatch:
     """A module ready to be called, on the device and in the dtype of its layer's weight.
 
     Down and up projections stay apart; of everything else the whole change is made, which takes as much memory as the layer.
@@ -125,7 +125,7 @@ def make_change(parts: Parts, layer: Any) -> Change:
     return lambda x: F.linear(x, whole)
 
 
-class FoldedIn:
+class FusedAdapters:
     """Networks in the weights of their layers (--network_pre_calc): no cost for each step, some for each new set of strengths."""
 
     def __init__(self, layers: Sequence[Target], networks: Mapping[int, Mapping[str, Parts]]):

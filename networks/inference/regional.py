@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import OptionError
-from networks.inference.apply import Beside, Change, summed
+from networks.inference.apply import AdaptedLayer, WeightPatch, summed
 from networks.lora import UNET
 
 _MOST_WITHOUT_CODES = 3
@@ -71,7 +71,7 @@ class Regional:
         self._places = Places(contexts, masks_of(mask.to(contexts[0].device), len(contexts), self._max_color_codes))
         self._by_size = {}
 
-    def forward_of(self, beside: Beside) -> Change | None:
+    def forward_of(self, beside: AdaptedLayer) -> WeightPatch | None:
         name = beside.target.name
         if beside.target.part != UNET:  # which network works is what the strengths say while a sub-prompt is encoded
             return summed(self._strengths, beside)
@@ -84,7 +84,7 @@ class Regional:
         # Attention sees positions in one row; the convolutions before it tell the height and width.
         return self._everywhere(beside) if beside.changes or isinstance(beside.target.layer, nn.Conv2d) else None
 
-    def _everywhere(self, beside: Beside) -> Change:
+    def _everywhere(self, beside: AdaptedLayer) -> WeightPatch:
         def forward(x: Tensor) -> Tensor:
             y = beside.base(x)
             if y.ndim == 4:
@@ -95,7 +95,7 @@ class Regional:
 
         return forward
 
-    def _query(self, beside: Beside) -> Change:
+    def _query(self, beside: AdaptedLayer) -> WeightPatch:
         """[P * B, N, D] -> [(P - 1 + S) * B, N, D]: the prompt's queries for every sub-prompt."""
         forward = self._everywhere(beside)
 
@@ -106,7 +106,7 @@ class Regional:
 
         return repeated
 
-    def _of_text(self, beside: Beside) -> Change:
+    def _of_text(self, beside: AdaptedLayer) -> WeightPatch:
         """[P * B, T, C] -> [(P - 1 + S) * B, T, D]."""
 
         def forward(context: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Regional:
 
         return forward
 
-    def _out(self, beside: Beside) -> Change:
+    def _out(self, beside: AdaptedLayer) -> WeightPatch:
         """[(P - 1 + S) * B, N, D] -> [P * B, N, D]: the sub-prompts' regions put together."""
 
         def forward(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from library.files import write_atomically
 from library.generation.image_grid import contact_sheet, draw_picture, thumbnail
 from library.generation.sample_prompts import SamplePrompt
 from library.log import log
-from library.models.control import Extra
+from library.models.control import ControlInputs
 from library.models.inpainting import inpainting_channels
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import TextConditioning
@@ -61,7 +61,7 @@ class Preview:
     every_epochs: int | None
     at_first: bool
     keeps_vae: bool
-    steered_by: Callable[[Tensor], Extra | None]
+    control_inputs: Callable[[Tensor], ControlInputs | None]
     _rows: list[tuple[str, Sequence[Image.Image | None]]] = field(default_factory=list)
 
     def is_due(self, *, step: int = 0, epoch: int = 0) -> bool:
@@ -144,10 +144,10 @@ class Preview:
         )  # fmt: skip
 
     @torch.no_grad()
-    def _steered(self, file: Path, size: Size) -> Extra | None:
+    def _steered(self, file: Path, size: Size) -> ControlInputs | None:
         """How a condition steers the U-Net, stretched to the picture's size."""
         pixels = images.normalised(images.resize(images.load(file), size, None))
-        return self.steered_by(torch.from_numpy(pixels)[None].to(self.models.device))
+        return self.control_inputs(torch.from_numpy(pixels)[None].to(self.models.device))
 
     @torch.no_grad()
     def _all_hidden(self, width: int, height: int) -> Tensor:

@@ -205,7 +205,7 @@ def _prepare(
             folder=folder / "sample", name=options[SavingOptions].output_name, sampler=sampling.sample_sampler, seed=seed, keeps_vae=keeps_vae,
             v_prediction=found.v_prediction, zero_terminal_snr=found.zero_terminal_snr,
             every_steps=sampling.sample_every_n_steps, every_epochs=sampling.sample_every_n_epochs, at_first=sampling.sample_at_first,
-            steered_by=task.steered_by,
+            control_inputs=task.control_inputs,
         )  # fmt: skip
 
     return prepared, make_preview

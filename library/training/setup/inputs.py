@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.data.dataset_config import Conditioning, read_datasets
+from library.data.dataset_config import ConditioningKind, read_datasets
 from library.data.file_index import KnownFiles
 from library.data.options import CacheOptions, DatasetOptions
 from library.data.scan import Dataset, scan
@@ -39,7 +39,7 @@ class Preflight:
     no_model: tuple[Mistake, ...] = ()
 
 
-def look_before(options: Options, conditioning: Conditioning = "masks") -> Preflight:
+def look_before(options: Options, conditioning: ConditioningKind = "masks") -> Preflight:
     """Open the model and scan the datasets. Raises OptionError with what can't be used.
 
     With --dry_run a model that can't be opened is only remembered, so that all else is looked at too.
@@ -74,7 +74,7 @@ def look_before(options: Options, conditioning: Conditioning = "masks") -> Prefl
 
 
 def look_at_data(
-    options: Options, seed: int | None, conditioning: Conditioning = "masks", *, uses_masks: bool = True
+    options: Options, seed: int | None, conditioning: ConditioningKind = "masks", *, uses_masks: bool = True
 ) -> tuple[list[Dataset], KnownFiles]:
     """Scan the datasets. Raises OptionError with what can't be used.
 

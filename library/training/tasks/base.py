@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from library.data.batch import Batch
-from library.models.control import Extra
-from library.models.sdxl import Change, SdxlModels
+from library.models.control import ControlInputs
+from library.models.sdxl import SdxlModels, WeightPatch
 from library.models.size_conditioning import conditioning_vector
 from library.models.text_encoders import EncodedText, TextConditioning
 from library.models.unet import UNet
@@ -44,7 +44,7 @@ class Task:
         return frozenset()
 
     @classmethod
-    def change(cls, models: SdxlModels, options: Options) -> Change | None:
+    def change(cls, models: SdxlModels, options: Options) -> WeightPatch | None:
         """What is done to the base model when it is loaded. Args: models: without weights."""
         return None
 
@@ -62,10 +62,10 @@ class Task:
     def predict(self, noisy: NoisedLatents, text: TextConditioning, batch: Batch) -> Tensor:
         """What the U-Net makes of the noisy latents: [B, 4, H/8, W/8]."""
         seen, vector = self.model_input(noisy, batch), self.vector(text, batch)
-        extra = None if batch.conditioning is None else self.steered_by(batch.conditioning)
+        extra = None if batch.conditioning is None else self.control_inputs(batch.conditioning)
         return self.unet(seen, noisy.timesteps, text.context, vector, extra)
 
-    def steered_by(self, conditions: Tensor) -> Extra | None:
+    def control_inputs(self, conditions: Tensor) -> ControlInputs | None:
         """How conditions, [B, 3, H, W] in -1..1, steer the U-Net's blocks; None where nothing is trained for them."""
         return None
 

@@ -11,7 +11,7 @@ from library.data.batch import Batch
 from library.data.options import CacheOptions, CaptionOptions
 from library.errors import OptionError
 from library.log import log
-from library.models.control import Extra
+from library.models.control import ControlInputs
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import TextConditioning
@@ -98,7 +98,7 @@ class LLLiteTask(Task):
             return cached_text(batch.text, self.compute_dtype)
         return TextConditioning.of(self._models.encode_texts(batch.captions, self._num_tokens, weighted=self._weighted))
 
-    def steered_by(self, conditions: Tensor) -> Extra:
+    def control_inputs(self, conditions: Tensor) -> ControlInputs:
         return by_block(self._net(conditions.to(self.compute_dtype)))
 
     def metadata(self, options: Options, facts: RunFacts) -> dict[str, str]:

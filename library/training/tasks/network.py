@@ -15,7 +15,7 @@ from library.data.options import CacheOptions, CaptionOptions
 from library.data.samples import PRESERVE_OUTPUT
 from library.log import log
 from library.models.options import ModelOptions
-from library.models.sdxl import Change, SdxlModels
+from library.models.sdxl import SdxlModels, WeightPatch
 from library.models.text_encoders import TextConditioning
 from library.models.textual_inversion import NewToken
 from library.options import Options
@@ -36,7 +36,7 @@ from networks.lora_file import write_lora
 from networks.options import NetworkOptions
 
 
-class NetworkPart(Part):
+class TrainableNetwork(Part):
     """The modules of one network."""
 
     def __init__(
@@ -133,7 +133,7 @@ class NetworkTask(Task):
                 TokenPart(added, token.token_lr or lr, options.save_model_as, suffix=suffix, stops_at=stops_at)
             )
             self._trains_text = True
-        network = NetworkPart(self._network, groups, options.save_model_as, options.scale_weight_norms, bundled)
+        network = TrainableNetwork(self._network, groups, options.save_model_as, options.scale_weight_norms, bundled)
         self.parts.insert(0, network)
 
     @classmethod
@@ -150,7 +150,7 @@ class NetworkTask(Task):
         )
 
     @classmethod
-    def change(cls, models: SdxlModels, options: Options) -> Change | None:
+    def change(cls, models: SdxlModels, options: Options) -> WeightPatch | None:
         chosen = options[NetworkOptions]
         if not chosen.base_weights:
             return None
