@@ -114,7 +114,7 @@ def _samples(keyed: dict[str, Path], plan: Any, given: argparse.Namespace) -> di
     from library.data.buckets import Buckets
     from library.data.captions import CaptionSettings
     from library.data.samples import PixelSettings, Sample, Subset
-    from library.images import BadImage, look_at
+    from library.images import BadImage, read_image_info
 
     buckets = Buckets(plan)
     pixels = PixelSettings(flip_aug=given.flip_aug, alpha_mask=bool(given.alpha_mask))
@@ -122,7 +122,7 @@ def _samples(keyed: dict[str, Path], plan: Any, given: argparse.Namespace) -> di
     samples, mistakes = {}, []
     for key, path in keyed.items():
         try:
-            size = look_at(path).size
+            size = read_image_info(path).size
             fit = buckets.fit(size)
             if 0 in fit.bucket:
                 raise BadImage(f"its size {size} is below one bucket step of {plan.step} pixels")

@@ -7,7 +7,7 @@ from library.data.dataset_config import check_datasets
 from library.errors import run
 from library.log import start_logging
 from library.options import read_options
-from library.training.main import begin
+from library.training.main import run_training
 from library.training.options.common import COMMON_TRAINING, check_training
 from library.training.options.compatibility import check_pairs
 from library.training.options.tasks import FineTuneOptions, check_fine_tune
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         unused=UNUSED,
     )
     start_logging(options)
-    begin("fine_tune.FineTune", options)
+    run_training("fine_tune.FineTune", options)
 
 
 if __name__ == "__main__":

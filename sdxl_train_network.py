@@ -7,7 +7,7 @@ from library.data.dataset_config import check_datasets
 from library.errors import run
 from library.log import start_logging
 from library.options import read_options
-from library.training.main import begin
+from library.training.main import run_training
 from library.training.options.common import COMMON_TRAINING, check_training
 from library.training.options.compatibility import check_pairs
 from library.training.options.tasks import PivotalOptions, check_network
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     start_logging(options)
     word = options[PivotalOptions].train_token
-    begin(
+    run_training(
         "network.NetworkTask",
         options,
         lambda datasets: datasets if word is None else with_token(datasets, word),

@@ -9,7 +9,7 @@ from library.data.dataset_config import check_datasets
 from library.errors import OptionError, run
 from library.log import start_logging
 from library.options import read_options
-from library.training.main import begin
+from library.training.main import run_training
 from library.training.options.common import COMMON_TRAINING, check_training
 from library.training.options.compatibility import check_pairs
 from library.training.options.output import SavingOptions, is_plain_name
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         if not is_plain_name(word):
             raise OptionError(f"--token_string {word} can't be a file's name; give --output_name")
         options = options.replaced(dataclasses.replace(saving, output_name=word))
-    begin(
+    run_training(
         "embedding.EmbeddingTask",
         options,
         lambda datasets: with_token(

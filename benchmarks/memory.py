@@ -90,16 +90,16 @@ def measure_bar(name: str, model: Path) -> None:
 
     from library.models.checkpoint.reader import open_checkpoint
     from library.size import Size
-    from library.training.setup.build import open_models, rehearse
+    from library.training.setup.build import build_on_meta, open_models
     from library.training.setup.dry_run import measure
-    from library.training.setup.inputs import Preflight
+    from library.training.setup.inputs import RunInputs
     from library.training.setup.plan import Bucket, estimate_memory, trained_groups
 
     most, task, words = BARS[name]
     kind, options = kind_of(task), options_of(task, words)
-    found = Preflight(open_checkpoint(str(model)), False, False, (), None)  # type: ignore[arg-type]
+    found = RunInputs(open_checkpoint(str(model)), False, False, (), None)  # type: ignore[arg-type]
     models, buckets = open_models(kind, options, found, torch.device("cuda")), [Bucket(Size(1024, 1024), 1, 1, 1)]
-    skeleton = rehearse(kind, models, options)
+    skeleton = build_on_meta(kind, models, options)
     assert skeleton is not None
     estimated = estimate_memory(skeleton, models, trained_groups(skeleton, 10), buckets, options).total
     measured = measure(kind, options, found, models, buckets, []).peak

@@ -49,7 +49,7 @@ def _register_plugin(path: str) -> None:
         importlib.import_module("pillow_heif").register_heif_opener()
 
 
-class Look(NamedTuple):
+class ImageInfo(NamedTuple):
     """A picture by its header: size upright, whether EXIF says to turn it, whether it has several frames."""
 
     size: Size
@@ -57,13 +57,13 @@ class Look(NamedTuple):
     is_animated: bool
 
 
-def look_at(path: str | Path) -> Look:
+def read_image_info(path: str | Path) -> ImageInfo:
     """What the picture's header alone tells. Raises BadImage."""
     (width, height), orientation, is_animated = _header(str(path))
     if width * height > MAX_PIXELS:
         raise BadImage(f"too large: {width}x{height} is more than {MAX_PIXELS:,} pixels; make it smaller")
     size = Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
-    return Look(size, orientation in _TURNS, is_animated)
+    return ImageInfo(size, orientation in _TURNS, is_animated)
 
 
 def is_large(size: Size) -> bool:

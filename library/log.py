@@ -61,7 +61,7 @@ def start_logging(options: Options) -> None:
 
 
 @contextmanager
-def muted() -> Iterator[None]:
+def silence_logging() -> Iterator[None]:
     """Nothing is told meanwhile: for what is done twice."""
     was_disabled, log.disabled = log.disabled, True
     try:

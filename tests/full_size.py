@@ -18,7 +18,7 @@ from library.size import Size
 from library.training.optim.build import build_optimizer_step
 from library.training.setup.build import build_loss_module, open_models
 from library.training.setup.dry_run import made_up
-from library.training.setup.inputs import Preflight
+from library.training.setup.inputs import RunInputs
 from library.training.setup.plan import Bucket, trained_groups
 
 at_home = OffloadStream.at_home
@@ -54,7 +54,7 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
         files: Any = {id(file): file for part in checkpoint._stored.values() for file, _ in part.values()}.values()
         for file in files:
             file._tensors = {key: torch.empty(shape, dtype=torch.float16) for key, shape in file.shapes.items()}
-        found = Preflight(checkpoint, False, False, (), None)  # type: ignore[arg-type]
+        found = RunInputs(checkpoint, False, False, (), None)  # type: ignore[arg-type]
         with (
             LiveBytes() as live,
             patch.object(OffloadStream, "at_home", lambda lane, tensor: uncounted(live, at_home(lane, tensor))),

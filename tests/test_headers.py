@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from library.data.headers import read_header
-from library.images import load, look_at
+from library.images import load, read_image_info
 from library.size import Size
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
@@ -46,14 +46,14 @@ def test_exif_is_read_as_pillow_reads_it(orientation, ending, tmp_path):
     with Image.open(path) as image:
         assert header is not None and header.size == image.size
         assert header.orientation == image.getexif()[0x0112] == orientation
-    assert look_at(path).is_turned == (orientation > 1)
+    assert read_image_info(path).is_turned == (orientation > 1)
 
 
 def test_big_endian_exif_and_xmp_count_too(tmp_path):
     (tmp_path / "exif.png").write_bytes(png(chunk(b"eXIf", EXIF)))
-    assert look_at(tmp_path / "exif.png").size == Size(40, 80)
+    assert read_image_info(tmp_path / "exif.png").size == Size(40, 80)
     (tmp_path / "xmp.png").write_bytes(png(XMP_CHUNK))
-    assert look_at(tmp_path / "xmp.png").size == Size(40, 80)
+    assert read_image_info(tmp_path / "xmp.png").size == Size(40, 80)
     with Image.open(tmp_path / "xmp.png") as image:
         image.load()
         assert image.getexif()[0x0112] == 6
@@ -74,7 +74,7 @@ def test_orientation_in_text_chunks_turns_size_and_pixels(text, is_behind_pixels
     raw, path = png(), tmp_path / "x.png"
     at = raw.rindex(b"IEND") - 4 if is_behind_pixels else 33
     path.write_bytes(raw[:at] + text + raw[at:])
-    assert look_at(path) == (Size(40, 80), True, False)
+    assert read_image_info(path) == (Size(40, 80), True, False)
     assert load(path).shape == (80, 40, 3)
 
 
@@ -98,7 +98,7 @@ def test_broken_exif_counts_as_none(broken, ending, xmp, size, tmp_path):
         path.write_bytes(png(chunk(b"eXIf", broken), *([XMP_CHUNK] if xmp else [])))
     else:
         Image.fromarray(NOISE).save(path, exif=b"Exif\0\0" + broken, xmp=xmp)
-    assert look_at(path).size == size
+    assert read_image_info(path).size == size
     assert load(path).shape == (size.height, size.width, 3)
 
 
@@ -107,7 +107,7 @@ def test_letters_in_the_pixels_are_no_exif(tmp_path):
     at = raw.rindex(b"IEND") - 4
     fake = chunk(b"zzZz", b"....eXIf" + b"MM\0*" * 4)  # a private chunk; its content's checksum isn't one of an eXIf
     (tmp_path / "x.png").write_bytes(raw[:at] + fake + raw[at:])
-    assert look_at(tmp_path / "x.png") == (Size(80, 40), False, False)
+    assert read_image_info(tmp_path / "x.png") == (Size(80, 40), False, False)
 
 
 @pytest.mark.parametrize("settings", [{"progressive": True}, {"quality": 30}, {"comment": b"y" * 6000}])
@@ -128,4 +128,4 @@ def test_what_is_cut_or_something_else_is_left_to_pillow(raw, tmp_path):
 def test_fault_30_animated_pictures_are_seen_by_their_header(ending, tmp_path):
     frames = [Image.new("RGB", (32, 16), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / f"x.{ending}", save_all=True, append_images=frames[1:], **({"lossless": True} if ending == "webp" else {}))  # fmt: skip
-    assert look_at(tmp_path / f"x.{ending}") == (Size(32, 16), False, True)
+    assert read_image_info(tmp_path / f"x.{ending}") == (Size(32, 16), False, True)

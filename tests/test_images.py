@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from library.data.augment import crop
-from library.images import BadImage, load, look_at, normalised, resize
+from library.images import BadImage, load, normalised, read_image_info, resize
 from library.size import Size
 
 
@@ -23,7 +23,7 @@ def noise() -> np.ndarray:
 def test_every_format_gives_its_size_and_pixels(noise, ending, tmp_path):
     path = tmp_path / f"x{ending}"
     Image.fromarray(noise).save(path, **({"lossless": True} if ending == ".webp" else {}))
-    assert look_at(path).size == Size(80, 40)
+    assert read_image_info(path).size == Size(80, 40)
     pixels = load(path)
     assert pixels.shape == (40, 80, 3)
     if ending in (".png", ".bmp", ".webp"):
@@ -36,7 +36,7 @@ def test_fault_29_exif_orientation_is_applied_to_size_and_pixels(noise, orientat
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(noise).save(tmp_path / f"x{ending}", exif=exif)
-    size = look_at(tmp_path / f"x{ending}").size
+    size = read_image_info(tmp_path / f"x{ending}").size
     assert size == (Size(40, 80) if orientation >= 5 else Size(80, 40))
     assert load(tmp_path / f"x{ending}").shape == (size.height, size.width, 3)
     if ending == ".png":
@@ -56,7 +56,7 @@ def test_exif_behind_the_pixels_of_a_png_is_found_without_decoding_it(noise, tmp
     (tmp_path / "x.png").write_bytes(buffer.getvalue()[:end] + chunk + buffer.getvalue()[end:])
     assert load(tmp_path / "x.png").shape == (80, 40, 3)
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
-    assert look_at(tmp_path / "x.png").size == Size(40, 80)
+    assert read_image_info(tmp_path / "x.png").size == Size(40, 80)
 
 
 def test_fault_27_sixteen_bit_pictures_are_scaled_not_clipped(tmp_path):
@@ -138,4 +138,4 @@ def test_crop_and_normalise(noise):
 
 
 def test_conditioning_pictures_of_the_golden_run_are_read(golden_data: Path):
-    assert look_at(golden_data / "data" / "img1.png").size == Size(192, 256)
+    assert read_image_info(golden_data / "data" / "img1.png").size == Size(192, 256)

@@ -13,14 +13,14 @@ from running import ROOT, train_network
 
 from benchmarks.memory import BARS, FULL, LORA, kind_of, options_of
 from library.errors import OptionError
-from library.log import muted
+from library.log import silence_logging
 from library.models.checkpoint.reference_shapes import stand_in
 from library.models.sdxl import SdxlModels
 from library.size import Size
 from library.training.options.memory import MemoryOptions
 from library.training.setup import build_run as start
-from library.training.setup.build import open_models, rehearse
-from library.training.setup.inputs import Preflight
+from library.training.setup.build import build_on_meta, open_models
+from library.training.setup.inputs import RunInputs
 from library.training.setup.memory_estimate import GIB, fit
 from library.training.setup.plan import Bucket, estimate_memory, trained_groups
 from library.training.tasks.base import Task
@@ -34,14 +34,14 @@ def skeleton(task: str) -> Task:
     """The task without weights. What these tests vary changes nothing of it."""
     kind = kind_of(task)
     options = options_of(task, FULL if kind.__name__ == "FineTune" else LORA)
-    made = rehearse(kind, open_models(kind, options, found(), torch.device("cpu")), options)
+    made = build_on_meta(kind, open_models(kind, options, found(), torch.device("cpu")), options)
     assert made is not None
     return made
 
 
 @functools.cache
-def found() -> Preflight:
-    return Preflight(stand_in(Path("sdxl.safetensors")), False, False, (), None)  # type: ignore[arg-type]
+def found() -> RunInputs:
+    return RunInputs(stand_in(Path("sdxl.safetensors")), False, False, (), None)  # type: ignore[arg-type]
 
 
 def rehearsed(task: str, words: list[str]):
@@ -106,7 +106,7 @@ def plan(name: str, card: str, *extra: str) -> MemoryOptions:
     _, task, words = BARS[name]
     words = [word for word in words if word != "--gradient_checkpointing"]
     options, estimate = rehearsed(task, [*words, "--memory_plan", card, *extra])
-    with muted():
+    with silence_logging():
         return fit(options, torch.device("cpu"), estimate, 87, trains_base=name == "full")[MemoryOptions]
 
 

@@ -101,7 +101,7 @@ def test_keys_are_absolute_or_inside_the_folder_with_their_ending_or_without(fol
 
 
 def test_a_size_in_the_metadata_spares_looking_at_the_picture(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("library.data.scan.look_at", lambda file: pytest.fail(f"looked at {file}"))
+    monkeypatch.setattr("library.data.scan.read_image_info", lambda file: pytest.fail(f"looked at {file}"))
     path = write(tmp_path / "m.json", {"a.png": {"caption": "one", "image_size": [128, 96]}})
     (sample,) = samples_of(scanned(path, folder))
     assert sample.size == Size(128, 96)

@@ -24,7 +24,7 @@ from library.errors import run as run_script
 from library.files import host_name, remove_left_over, temporary_name, write_atomically
 from library.output_lock import OutputLock
 from library.safetensors_io import read_header, write_safetensors
-from library.training.monitoring.metrics import Report, saved_files
+from library.training.monitoring.metrics import MetricsLogger, saved_files
 from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.saving.saver import Saver
@@ -422,7 +422,7 @@ def test_fault_9_the_log_knows_what_a_run_saved_however_often_it_is_broken_off_a
     log_file = tmp_path / "n-log.jsonl"
 
     def save(session: str, step: int, done: int) -> None:
-        report = Report(9, 9, is_main=True, trackers=None, log_file=log_file, done=done)
+        report = MetricsLogger(9, 9, is_main=True, trackers=None, log_file=log_file, done=done)
         saver = saver_of(tmp_path, Part(), session)
         saver.own = saved_files(log_file, session)
         report.saved(saver.save("step", Progress(step=step)), step, session)

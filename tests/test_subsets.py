@@ -384,7 +384,7 @@ def test_the_scan_takes_sizes_and_captions_from_the_index_while_files_are_as_the
         os.utime(file, (1_000_000_000, 1_000_000_000))
     known = KnownFiles(tmp_path / "index")
     first = scanned(tmp_path, known=known)
-    monkeypatch.setattr("library.data.scan.look_at", lambda file: pytest.fail(f"looked at {file}"))
+    monkeypatch.setattr("library.data.scan.read_image_info", lambda file: pytest.fail(f"looked at {file}"))
     monkeypatch.setattr("library.data.scan.read_caption", lambda file, **how: pytest.fail(f"read {file}"))
     assert captions_of(scanned(tmp_path, known=known)) == captions_of(first)
     monkeypatch.undo()

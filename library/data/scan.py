@@ -25,7 +25,7 @@ from library.data.metadata_file import BadMetadata, read_metadata
 from library.data.samples import DatasetPlan, Sample, Subset
 from library.data.sidecars import CacheInfo, CaptionFolder, ConditioningFolder, Stems, some
 from library.errors import OptionError
-from library.images import PLUGINS, BadImage, is_large, look_at, readable_extensions
+from library.images import PLUGINS, BadImage, is_large, read_image_info, readable_extensions
 from library.log import log
 from library.size import Size
 
@@ -172,7 +172,7 @@ class _Scanner:
     def _size(self, folder: str, name: str, stamp: Stamp | None, file: str) -> Size:
         kept = self.known.get(folder, name, stamp).get("look") if stamp else None
         if kept is None:
-            look = look_at(file)
+            look = read_image_info(file)
             kept = [*look.size, look.is_turned, look.is_animated]
             if stamp:
                 self.known.learn(folder, name, stamp, look=kept)

@@ -10,7 +10,7 @@ from library.data.file_index import Stamp, stamp_of
 from library.data.samples import Subset
 from library.errors import RunError
 from library.files import write_atomically
-from library.images import BadImage, look_at
+from library.images import BadImage, read_image_info
 from library.log import log
 from library.size import Size
 
@@ -86,7 +86,7 @@ class ConditioningFolder:
             raise BadImage(f"{len(names) or 'no'} conditioning images of its name in {self.folder}: {', '.join(names) or 'one is needed'}")  # fmt: skip
         path = os.path.join(self.folder, names[0])
         try:
-            own = look_at(path).size
+            own = read_image_info(path).size
         except BadImage as error:
             raise BadImage(f"its conditioning image {path}: {error}") from None
         if abs(own.width * size.height / own.height - size.width) > max(1, size.width / own.width):

@@ -17,30 +17,30 @@ from library.options import Options
 from library.output_lock import OutputLock
 from library.rng import SampleRng, seed_global_rng
 from library.signals import Signals, end_with_parent, exit_status
-from library.training.monitoring.metrics import Report, Seen, read_log
+from library.training.monitoring.metrics import MetricsLogger, MicrobatchLoss, read_log
 from library.training.monitoring.report_page import write_report_page
 from library.training.monitoring.sanity_checks import check_equal
 from library.training.optim.optimizer_step import StepResult
 from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.run import Run, capture, place_to_start, restore
-from library.training.saving.resume import Resumed, look_for_state
+from library.training.saving.resume import ResumePoint, find_resume_point
 from library.training.saving.saver import When, make_output_folder
-from library.training.setup.build_run import start
-from library.training.setup.inputs import Preflight
+from library.training.setup.build_run import build_run
+from library.training.setup.inputs import RunInputs
 from library.training.tasks.base import Task
 
 _HELP_WITH_MEMORY = "--gradient_checkpointing, --cache_latents, --cache_text_encoder_outputs, --mixed_precision bf16 or a smaller --resolution"
 _NOT_SAVED = "nothing is saved; the last saved state is whole"
 
 
-def train(kind: type[Task], options: Options, found: Preflight) -> list[Path]:
+def train(kind: type[Task], options: Options, found: RunInputs) -> list[Path]:
     """Train what the task says, by the options, on what the preflight found. Returns the final files (main process).
 
     Raises SystemExit with a signal's status once the run is saved, if one asked for it.
     """
     end_with_parent()
-    resumed = look_for_state(options, found.datasets)
+    resumed = find_resume_point(options, found.datasets)
     if resumed is not None and resumed.is_finished and not options[ResumeOptions].verify_resume:
         steps = resumed.facts["step"]
         log.info("%s: this run is finished, after %d steps; there is nothing left to do", resumed.folder, steps)
@@ -56,9 +56,9 @@ def train(kind: type[Task], options: Options, found: Preflight) -> list[Path]:
             lock.release()
 
 
-def _train(kind: type[Task], options: Options, found: Preflight, resumed: Resumed | None) -> list[Path]:
+def _train(kind: type[Task], options: Options, found: RunInputs, resumed: ResumePoint | None) -> list[Path]:
     started = time.monotonic()
-    run = start(kind, options, found, resumed)
+    run = build_run(kind, options, found, resumed)
     paths: list[Path] = []
     try:
         with Signals() as signals:
@@ -67,7 +67,7 @@ def _train(kind: type[Task], options: Options, found: Preflight, resumed: Resume
                 verify(run, progress, options[ResumeOptions].verify_resume or 1, loop)
                 return []
             loop(run, progress, signals)
-            run.report.settle()
+            run.report.flush()
             is_broken_off = progress.step < run.total_steps and is_asked_to_end(run, signals)
             if is_broken_off:
                 save(run, progress, "step", stopped=True)
@@ -132,7 +132,7 @@ def is_at_epochs_end(run: Run, progress: Progress) -> bool:
     return progress.step == (progress.epoch + 1) * run.order.steps_per_epoch
 
 
-def gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Seen]:
+def gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[MicrobatchLoss]:
     """Add up the gradients of an optimizer step's batches. If memory runs out, all again in smaller parts."""
     while True:
         try:
@@ -162,7 +162,7 @@ def gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[See
         )
 
 
-def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Seen]:
+def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[MicrobatchLoss]:
     update, device = run.update, run.accelerator.device
     seen = []
     for batch in window:
@@ -177,7 +177,7 @@ def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Se
                     part, SampleRng(run.seed, place.epoch, place.first_sample_index, len(part), device)
                 )
                 update.backward(losses, place)
-            seen.append(Seen(part.paths, losses.detach()))
+            seen.append(MicrobatchLoss(part.paths, losses.detach()))
     return seen
 
 
@@ -252,7 +252,7 @@ def preview(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     with run.update.eval_weights():
         pictures = run.preview.draw(label, run.share, gather_object, saves=run.accelerator.is_main_process)
     loss_module.train()
-    run.report.sampled(pictures, progress.step)
+    run.report.log_samples(pictures, progress.step)
     run.pace.paused()
 
 
@@ -261,7 +261,7 @@ def save(run: Run, progress: Progress, when: When, *, stopped: bool = False) -> 
 
     Args: stopped: the run ends before its time, and needs a state to be resumed from.
     """
-    run.report.settle()
+    run.report.flush()
     check_equal(run.replicated, run.accelerator.num_processes, progress.step)
     with ExitStack() as whole:
         for part in run.parts:
@@ -334,7 +334,7 @@ def verify(run: Run, progress: Progress, steps: int, loop: Callable[[Run, Progre
 
 def _replay(run: Run, progress: Progress, last: int, loop: Callable[[Run, Progress, Signals], None]) -> dict[int, dict]:
     temporary = run.saver.log_file.with_name(f".{run.saver.log_file.name}.replay")
-    report = Report(
+    report = MetricsLogger(
         last, run.order.steps_per_epoch, is_main=run.accelerator.is_main_process, trackers=None, log_file=temporary
     )
     nothing = dataclasses.replace(run.validation, every_steps=None, every_epochs=None)
@@ -344,7 +344,7 @@ def _replay(run: Run, progress: Progress, last: int, loop: Callable[[Run, Progre
     run.saver.stop()
     try:
         loop(replay, progress, Signals())
-        report.settle()
+        report.flush()
         return {line["step"]: line for line in read_log(Path(temporary)) if "loss/current" in line}
     finally:
         report.close()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from library.data.scan import Dataset  # which imports numpy: --help needs none
 
 
-def begin(
+def run_training(
     task: str,
     options: Options,
     with_datasets: "Callable[[Sequence[Dataset]], Sequence[Dataset]]" = lambda found: found,
@@ -31,9 +31,9 @@ def begin(
     """
     import dataclasses
 
-    from library.training.setup.inputs import look_before
+    from library.training.setup.inputs import inspect_inputs
 
-    found = look_before(options, conditioning)
+    found = inspect_inputs(options, conditioning)
     found = dataclasses.replace(found, datasets=with_datasets(found.datasets))
     if options[DatasetOptions].debug_dataset:
         from library.training.setup.debug_dataset import show_dataset

@@ -13,7 +13,7 @@ from library.data.loader import Batches, load_batches
 from library.errors import OptionError
 from library.log import log
 from library.training.distributed.sharding import Shards, as_sharded, is_sharded
-from library.training.monitoring.metrics import Report
+from library.training.monitoring.metrics import MetricsLogger
 from library.training.monitoring.preview import Preview
 from library.training.monitoring.sanity_checks import GradientFlowCheck
 from library.training.monitoring.slowdown import SlowdownDetector
@@ -24,7 +24,7 @@ from library.training.options.output import (
     ResumeOptions,
 )
 from library.training.progress import Progress
-from library.training.saving.resume import Resumed, _damage_told, initial_step
+from library.training.saving.resume import ResumePoint, _damage_told, initial_step
 from library.training.saving.saver import Saver
 from library.training.saving.state import State, read_state
 from library.training.trainable import Part
@@ -58,7 +58,7 @@ class Run:
     preview: Preview
     order: BatchSampler
     batches: Batches
-    report: Report
+    report: MetricsLogger
     saver: Saver
     states: ResumeOptions
     facts: Mapping[str, str]
@@ -130,7 +130,7 @@ def capture(run: Run, progress: Progress, *, finished: bool) -> State:
     return State(facts, weights, update, {} if run.ema is None else run.ema.averages)
 
 
-def restore(run: Run, resumed: Resumed) -> Progress:
+def restore(run: Run, resumed: ResumePoint) -> Progress:
     """Bring the run to where the state was saved. Raises OptionError if it doesn't fit, RunError if it is damaged."""
     state, facts = read_state(resumed.folder), resumed.facts
     copy_weights(state.weights, {name: tensor for part in run.parts for name, tensor in part.tensors().items()})

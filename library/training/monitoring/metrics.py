@@ -22,7 +22,7 @@ from library.training.monitoring.trackers import Trackers
 from library.training.optim.optimizer_step import StepResult
 
 
-class Seen(NamedTuple):
+class MicrobatchLoss(NamedTuple):
     """A micro-batch of the step: its pictures' files and their losses [B]."""
 
     paths: Sequence[str]
@@ -34,12 +34,12 @@ class _Pending(NamedTuple):
     epoch: int
     numbers: Arriving
     overflowed: bool
-    seen: Sequence[Seen]
+    seen: Sequence[MicrobatchLoss]
     rates: Mapping[str, float]
     seconds: float  # since the run started, when the step was done
 
 
-class Report:
+class MetricsLogger:
     """Speaks on the main process; on every process it stops the run when a number isn't finite."""
 
     def __init__(
@@ -89,16 +89,16 @@ class Report:
         self._bar.update(step)
 
     def step(
-        self, step: int, epoch: int, updated: StepResult, seen: Sequence[Seen], rates: Mapping[str, float]
+        self, step: int, epoch: int, updated: StepResult, seen: Sequence[MicrobatchLoss], rates: Mapping[str, float]
     ) -> None:
         """Take note of a step (counted from 1); tell of the one before it."""
-        self.settle()
+        self.flush()
         self._pending = _Pending(
             step, epoch, Arriving(updated.loss, updated.grad_norm, updated.asked), updated.overflowed, seen, rates,
             time.monotonic() - self._started,
         )  # fmt: skip
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Read what is pending. Raises RunError, naming step and pictures, if the loss or the gradient isn't finite."""
         if self._pending is None:
             return
@@ -167,7 +167,7 @@ class Report:
 
     def epoch_ended(self, epoch: int, step: int) -> None:
         """Tell the epoch's mean loss; `epoch` is counted from 1, `step` is its last."""
-        self.settle()
+        self.flush()
         if self._trackers is not None and self._epoch_losses:
             mean = sum(self._epoch_losses) / len(self._epoch_losses)
             self._trackers.log({"loss/epoch_average": mean}, step, epoch=epoch)
@@ -175,7 +175,7 @@ class Report:
 
     def validated(self, loss: float, step: int, epoch: int | None) -> None:
         """Tell a validation loss, and how far it is above the training loss. Args: epoch: counted from 1, at its end."""
-        self.settle()
+        self.flush()
         kind, number = ("step", step) if epoch is None else ("epoch", epoch)
         values = {
             f"loss/validation/{kind}_average": loss,
@@ -190,7 +190,7 @@ class Report:
         """Note in the log what a run has saved: not every file says whose it is."""
         self._write({"step": step, "session": session_id, "saved": [path.name for path in paths]})
 
-    def sampled(self, pictures: Sequence[tuple[str, np.ndarray]], step: int) -> None:
+    def log_samples(self, pictures: Sequence[tuple[str, np.ndarray]], step: int) -> None:
         """Send sample pictures to the trackers."""
         if self._trackers is not None and pictures:
             self._trackers.pictures(pictures, step)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.log import muted
+from library.log import silence_logging
 from library.param_group import ParamGroup
 from library.rng import seed_of
 from library.training.optim.optimizer_state import optimizer_state, restore_optimizer
@@ -322,5 +322,5 @@ def is_separable(make: Callable[[list[ParamGroup]], torch.optim.Optimizer]) -> b
             stepper.commit()
         return torch.cat([parameter.detach().flatten() for parameter in members.values()])
 
-    with muted():
+    with silence_logging():
         return torch.allclose(after_steps(alone=True), after_steps(alone=False), rtol=1e-4, atol=0)

@@ -85,7 +85,7 @@ _FREE_NAMES = frozenset(
 )
 
 
-class Resumed(NamedTuple):
+class ResumePoint(NamedTuple):
     """A state that the run goes on from: its folder, and what its state.json says.
 
     `is_same`: no option that decides what is learnt, and no picture, differs from those of the state.
@@ -98,7 +98,7 @@ class Resumed(NamedTuple):
     is_finished: bool
 
 
-def look_for_state(options: Options, datasets: Sequence[Dataset]) -> Resumed | None:
+def find_resume_point(options: Options, datasets: Sequence[Dataset]) -> ResumePoint | None:
     """The state that --resume or --auto_resume means, if any. Raises OptionError if it isn't this run's."""
     chosen, saving = options[ResumeOptions], options[SavingOptions]
     assert saving.output_dir is not None
@@ -117,9 +117,9 @@ def look_for_state(options: Options, datasets: Sequence[Dataset]) -> Resumed | N
         _check_facts(facts)
         is_over = _is_over(facts, options[ValidationOptions].early_stop_patience)
     seed = options[RunOptions].seed
-    now = run_facts(options, datasets, seed=int(facts["run"]["seed"]) if seed is None else seed)
+    now = run_signature(options, datasets, seed=int(facts["run"]["seed"]) if seed is None else seed)
     is_same = check_same(facts["run"], now, anyway=chosen.resume_anyway)
-    return Resumed(folder, facts, is_same, is_finished=is_over and is_same)
+    return ResumePoint(folder, facts, is_same, is_finished=is_over and is_same)
 
 
 def _is_over(facts: Mapping[str, Any], patience: int | None) -> bool:
@@ -159,7 +159,7 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
         raise ValueError("run holds no text, or no seed")
 
 
-def run_facts(options: Options, datasets: Sequence[Dataset], *, seed: int) -> dict[str, str]:
+def run_signature(options: Options, datasets: Sequence[Dataset], *, seed: int) -> dict[str, str]:
     """What must be the same when the run is resumed, as text by name."""
     free = {name for group in _FREE if group in options for name in vars(options[group])}
     facts = {name: str(value) for name, value in options.items() if name not in free | _FREE_NAMES}

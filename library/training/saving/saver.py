@@ -144,9 +144,9 @@ class Saver:
         space, free = self.space(total_steps, done), free_space(self._folder)
         if space.needed > free:
             raise OptionError(
-                f"--output_dir {self._folder}: {size_in_words(free)} are free, but {space.models} models of "
-                f"{size_in_words(space.model_bytes)} and {space.states} states of {size_in_words(space.state_bytes)} need "
-                f"{size_in_words(space.needed)}; save less often, or keep fewer with --save_last_n_steps or --save_last_n_epochs"
+                f"--output_dir {self._folder}: {format_bytes(free)} are free, but {space.models} models of "
+                f"{format_bytes(space.model_bytes)} and {space.states} states of {format_bytes(space.state_bytes)} need "
+                f"{format_bytes(space.needed)}; save less often, or keep fewer with --save_last_n_steps or --save_last_n_epochs"
             )
 
     def model_bytes(self) -> int:
@@ -341,8 +341,8 @@ def _check_space(folder: Path, needed: int) -> None:
     """Raises RunError if that many bytes can't be free there."""
     free = free_space(folder)
     if needed > free:
-        raise RunError(f"{folder}: {size_in_words(needed)} are needed, {size_in_words(free)} are free")
+        raise RunError(f"{folder}: {format_bytes(needed)} are needed, {format_bytes(free)} are free")
 
 
-def size_in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -26,13 +26,13 @@ from library.training.options.objective import LossOptions, NoiseOptions
 from library.training.options.optimizer import EmaOptions, UpdateOptions
 from library.training.options.output import SavingOptions
 from library.training.options.run import RunOptions
-from library.training.setup.inputs import Preflight
+from library.training.setup.inputs import RunInputs
 from library.training.setup.memory_estimate import fit
 from library.training.setup.plan import buckets_of, estimate_memory, make_plan, trained_groups
 from library.training.tasks.base import Task
 
 
-def open_models(kind: type[Task], options: Options, found: Preflight, device: torch.device) -> SdxlModels:
+def open_models(kind: type[Task], options: Options, found: RunInputs, device: torch.device) -> SdxlModels:
     """The base model as the task wants it; nothing is loaded yet."""
     model, run, update = options[ModelOptions], options[RunOptions], options[UpdateOptions]
     if run.mixed_precision == "bf16" and (sentence := lacks_bf16(device)):
@@ -68,7 +68,7 @@ def activation_policy(options: MemoryOptions) -> ActivationPolicy:
     )
 
 
-def build_loss_module(task: Task, models: SdxlModels, options: Options, found: Preflight) -> DiffusionLoss:
+def build_loss_module(task: Task, models: SdxlModels, options: Options, found: RunInputs) -> DiffusionLoss:
     objective = Objective(
         NoiseSchedule.sdxl(zero_terminal_snr=found.zero_terminal_snr).to(models.device), found.v_prediction
     )
@@ -82,7 +82,7 @@ def build_loss_module(task: Task, models: SdxlModels, options: Options, found: P
     return DiffusionLoss(task, objective, options[NoiseOptions], options[LossOptions], encode_images).train()
 
 
-def rehearse(kind: type[Task], models: SdxlModels, options: Options) -> Task | None:
+def build_on_meta(kind: type[Task], models: SdxlModels, options: Options) -> Task | None:
     """Build network, optimizer and schedule without weights: what can't work is told before hours of caching.
 
     Returns the task, on the meta device; None if it can't be built there.

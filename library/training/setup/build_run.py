@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from library.data.loader import Batches, group_samples
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.generation.sample_prompts import SamplePrompt, at_size, read_sample_prompts
-from library.log import log, muted
+from library.log import log, silence_logging
 from library.models.compile import compile_blocks
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
@@ -24,7 +24,7 @@ from library.options import Options
 from library.param_group import ParamGroup
 from library.training.distributed.launch import start_processes
 from library.training.distributed.sharding import Shards, shard
-from library.training.monitoring.metrics import Report, saved_files
+from library.training.monitoring.metrics import MetricsLogger, saved_files
 from library.training.monitoring.preview import Preview, encode_prompts
 from library.training.monitoring.sanity_checks import GradientFlowCheck
 from library.training.monitoring.slowdown import SlowdownDetector
@@ -47,31 +47,31 @@ from library.training.options.run import RunOptions, ValidationOptions
 from library.training.options.tasks import LLLiteOptions
 from library.training.progress import Progress
 from library.training.run import Run
-from library.training.saving.resume import Resumed, initial_step, run_facts
+from library.training.saving.resume import ResumePoint, initial_step, run_signature
 from library.training.saving.run_file import write_run_file
 from library.training.saving.saver import Saver
 from library.training.saving.uploads import open_uploads
-from library.training.setup.build import build_ema, build_loss_module, fit_memory, open_models, rehearse
+from library.training.setup.build import build_ema, build_loss_module, build_on_meta, fit_memory, open_models
 from library.training.setup.build_saver import build_saver
-from library.training.setup.caches import Prepared, all_samples, prepare
-from library.training.setup.inputs import Preflight
+from library.training.setup.caches import CachedData, all_samples, fill_caches
+from library.training.setup.inputs import RunInputs
 from library.training.setup.plan import (
     Plan,
     buckets_of,
     check_lasting,
     encodes_pictures,
     estimate_memory,
-    groups_in_words,
+    format_groups,
+    format_memory,
+    format_saves,
+    format_steps,
     make_plan,
-    memory_in_words,
-    saves_in_words,
-    steps_in_words,
     trained_groups,
 )
 from library.training.tasks.base import Task
 
 
-class Learning(NamedTuple):
+class TrainingState(NamedTuple):
     """What is trained, and how. Attributes: stepped: the groups as this process steps them."""
 
     task: Task
@@ -81,7 +81,7 @@ class Learning(NamedTuple):
     update: OptimizerStep
 
 
-def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed | None = None) -> Run:
+def build_run(kind: type[Task], options: Options, found: RunInputs, resumed: ResumePoint | None = None) -> Run:
     """Set a run up: fill its caches, load its models, build what it trains. Tells what is going to happen.
 
     Args: resumed: the state that it will go on from; here only its seed and session count.
@@ -96,8 +96,8 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     trackers = _open_trackers(kind, options) if is_main else None
     seed = _shared_seed(run.seed if resumed is None else int(resumed.facts["run"]["seed"]))
     states, validating = options[ResumeOptions], options[ValidationOptions]
-    models, options, begins = _look_ahead(kind, options, found, accelerator, seed)
-    prepared, make_preview = _prepare(models, options, found, accelerator, seed)
+    models, options, begins = check_before_caching(kind, options, found, accelerator, seed)
+    prepared, make_preview = fill_caches_and_encode_prompts(models, options, found, accelerator, seed)
     plan = make_plan(options[RunOptions], prepared.datasets, processes=processes, seed=seed)
     learning = _build(kind, models, options, found, plan, accelerator, seed)
     task = learning.task
@@ -131,7 +131,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         preview=make_preview(task),
         order=plan.order,
         batches=batches,
-        report=Report(
+        report=MetricsLogger(
             plan.total_steps,
             plan.order.steps_per_epoch,
             is_main=is_main,
@@ -141,7 +141,7 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
         ),
         saver=saver,
         states=states,
-        facts=run_facts(options, found.datasets, seed=seed) if states.saves_states else {},
+        facts=run_signature(options, found.datasets, seed=seed) if states.saves_states else {},
         session_id=session_id,
         shown=options.changed(),
         seed=seed,
@@ -150,8 +150,8 @@ def start(kind: type[Task], options: Options, found: Preflight, resumed: Resumed
     )
 
 
-def _look_ahead(
-    kind: type[Task], options: Options, found: Preflight, accelerator: Accelerator, seed: int
+def check_before_caching(
+    kind: type[Task], options: Options, found: RunInputs, accelerator: Accelerator, seed: int
 ) -> tuple[SdxlModels, Options, int]:
     """See, before caches take their time, what can't be trained.
 
@@ -164,8 +164,8 @@ def _look_ahead(
         options[ResumeOptions], steps_per_epoch=plan.order.steps_per_epoch, total_steps=plan.total_steps
     )
     models = open_models(kind, options, found, accelerator.device)
-    with muted():
-        rehearsed = rehearse(kind, models, options)
+    with silence_logging():
+        rehearsed = build_on_meta(kind, models, options)
     if rehearsed is not None:
         check_lasting(trained_groups(rehearsed, plan.total_steps), plan.total_steps)
     if options[MemoryOptions].memory_plan is not None:
@@ -174,16 +174,16 @@ def _look_ahead(
     return models, options, begins
 
 
-def _prepare(
-    models: SdxlModels, options: Options, found: Preflight, accelerator: Accelerator, seed: int
-) -> tuple[Prepared, Callable[[Task], Preview]]:
+def fill_caches_and_encode_prompts(
+    models: SdxlModels, options: Options, found: RunInputs, accelerator: Accelerator, seed: int
+) -> tuple[CachedData, Callable[[Task], Preview]]:
     """Fill the caches, encode the samples' prompts, and let go of models that the run doesn't need.
 
     Returns what is trained on, and how a task's samples are made.
     """
     model, sampling = options[ModelOptions], options[PreviewOptions]
     prompts = sample_prompts(options, found)
-    prepared = prepare(
+    prepared = fill_caches(
         found.datasets, models, options[CacheOptions], accelerator, found.known,
         num_tokens=model.num_tokens, weighted_captions=options[CaptionOptions].weighted_captions, skip_bad_images=options[DatasetOptions].skip_bad_images,
     )  # fmt: skip
@@ -215,11 +215,11 @@ def _build(
     kind: type[Task],
     models: SdxlModels,
     options: Options,
-    found: Preflight,
+    found: RunInputs,
     plan: Plan,
     accelerator: Accelerator,
     seed: int,
-) -> Learning:
+) -> TrainingState:
     """Load what is trained, cut it or wrap it for several processes, and make its optimizer."""
     device, processes = accelerator.device, accelerator.num_processes
     torch.manual_seed(seed)
@@ -244,25 +244,25 @@ def _build(
     update = build_optimizer_step(
         step, stepped, options, plan.total_steps, seed=seed, processes=processes, shards=shards
     )
-    return Learning(task, groups, stepped, shards, update)
+    return TrainingState(task, groups, stepped, shards, update)
 
 
 def _tell(
-    plan: Plan, prepared: Prepared, learning: Learning, saver: Saver, models: SdxlModels, options: Options
+    plan: Plan, prepared: CachedData, learning: TrainingState, saver: Saver, models: SdxlModels, options: Options
 ) -> None:
     """What is going to happen, in a few lines."""
     buckets = buckets_of(plan, prepared.datasets)
     for line in (
-        *steps_in_words(plan, prepared.datasets),
-        *groups_in_words(learning.groups),
-        *saves_in_words(saver, plan),
-        memory_in_words(estimate_memory(learning.task, models, learning.groups, buckets, options))
+        *format_steps(plan, prepared.datasets),
+        *format_groups(learning.groups),
+        *format_saves(saver, plan),
+        format_memory(estimate_memory(learning.task, models, learning.groups, buckets, options))
         + ("" if learning.shards is None else "; of the U-Net each process has its part"),
     ):
         log.info(line)
 
 
-def _make_batches(prepared: Prepared, options: Options, found: Preflight, seed: int, total_steps: int) -> Batches:
+def _make_batches(prepared: CachedData, options: Options, found: RunInputs, seed: int, total_steps: int) -> Batches:
     return Batches(
         prepared.samples,
         prepared.latents,
@@ -276,7 +276,7 @@ def _make_batches(prepared: Prepared, options: Options, found: Preflight, seed: 
     )
 
 
-def sample_prompts(options: Options, found: Preflight) -> list[SamplePrompt]:
+def sample_prompts(options: Options, found: RunInputs) -> list[SamplePrompt]:
     """The prompts of samples during training, with sizes. What is wrong with some is told, and they are drawn without it."""
     chosen = options[PreviewOptions]
     if not chosen.is_on or chosen.sample_prompts is None:
@@ -319,7 +319,9 @@ def _wrapped(step: nn.Module, accelerator: Accelerator) -> nn.Module:
     return accelerator.prepare(step, device_placement=[False])  # all is where it belongs
 
 
-def _make_validation(prepared: Prepared, batches: Batches, options: Options, seed: int, total_steps: int) -> Validation:
+def _make_validation(
+    prepared: CachedData, batches: Batches, options: Options, seed: int, total_steps: int
+) -> Validation:
     chosen, noise = options[ValidationOptions], options[NoiseOptions]
     own_seed = options[DatasetOptions].validation_seed
     samples = prepared.validation

@@ -78,17 +78,17 @@ def _check_tool(options: Options) -> Iterator[Mistake]:
 
 def fill(options: Options) -> None:
     """Fill the caches that the options ask for, on all processes. Raises RunError for pictures that can't be used."""
-    from library.training.setup.inputs import look_at_data, open_model
+    from library.training.setup.inputs import inspect_datasets, open_model
 
     chosen, cache, data = options[ToolOptions], options[CacheOptions], options[DatasetOptions]
     checkpoint = open_model(options[ModelOptions], prefer_fp16=chosen.mixed_precision == "fp16")
-    datasets, known = look_at_data(options, chosen.seed, "unused")
+    datasets, known = inspect_datasets(options, chosen.seed, "unused")
 
     from library.device import Precision
     from library.log import log
     from library.models.sdxl import SdxlModels
     from library.training.distributed.launch import start_processes
-    from library.training.setup.caches import prepare
+    from library.training.setup.caches import fill_caches
 
     accelerator = start_processes()
     model = options[ModelOptions]
@@ -99,7 +99,7 @@ def fill(options: Options) -> None:
         vae=model.vae,
         tokenizer_folder=model.tokenizer_cache_dir,
     )
-    prepared = prepare(
+    prepared = fill_caches(
         datasets, models, cache, accelerator, known,
         num_tokens=model.num_tokens, weighted_captions=options[CaptionOptions].weighted_captions, skip_bad_images=data.skip_bad_images, audits=False,
     )  # fmt: skip

@@ -29,7 +29,7 @@ from library.models.sdxl import SdxlModels
 from library.models.text_encoders import EncodedText
 
 
-class Prepared(NamedTuple):
+class CachedData(NamedTuple):
     """What training reads: the samples that can be used, by dataset, and the caches, complete."""
 
     datasets: list[Dataset]
@@ -45,7 +45,7 @@ class Prepared(NamedTuple):
         return [sample for dataset in self.datasets for sample in dataset.validation]
 
 
-def prepare(
+def fill_caches(
     datasets: Sequence[Dataset],
     models: SdxlModels,
     options: CacheOptions,
@@ -56,7 +56,7 @@ def prepare(
     weighted_captions: bool,
     skip_bad_images: bool,
     audits: bool = True,
-) -> Prepared:
+) -> CachedData:
     """Fill the caches that the options ask for, on all processes, and see that they are complete.
 
     Args:
@@ -80,7 +80,7 @@ def prepare(
             all_samples(kept), models, options, known, share, num_tokens=num_tokens, weighted=weighted_captions
         )
     finish_caches(all_samples(kept), (latents, text), accelerator, known)
-    return Prepared(kept, latents, text)
+    return CachedData(kept, latents, text)
 
 
 def all_samples(datasets: Sequence[Dataset]) -> list[Sample]:

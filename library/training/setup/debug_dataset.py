@@ -23,13 +23,13 @@ from library.rng import python_rng
 from library.training.options.output import SavingOptions
 from library.training.options.run import RunOptions
 from library.training.setup.dataset_page import Shown, Table, dataset_page
-from library.training.setup.inputs import Preflight
+from library.training.setup.inputs import RunInputs
 
 PICTURES_ON_PAGE = 300
 DRAWN_CAPTIONS = 3  # shown of a caption that is drawn anew for every sample
 
 
-def show_dataset(options: Options, found: Preflight) -> Path:
+def show_dataset(options: Options, found: RunInputs) -> Path:
     """Print tables and captions; write them with thumbnails to NAME-dataset.html in the output folder. Returns its path."""
     model, saving = options[ModelOptions], options[SavingOptions]
     folder = found.checkpoint.path if found.checkpoint.is_folder else None

@@ -27,7 +27,7 @@ from library.data.scan import Dataset
 from library.device import Precision
 from library.errors import Mistake, OptionError, RunError, first_line
 from library.files import free_space
-from library.log import is_main_process, muted
+from library.log import is_main_process, silence_logging
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import EncodedText
@@ -42,12 +42,12 @@ from library.training.options.optimizer import EmaOptions, OptimizerOptions, Sch
 from library.training.options.output import ResumeOptions, SavingOptions, TrackerOptions, UploadOptions
 from library.training.options.run import RunOptions, ValidationOptions
 from library.training.progress import Progress
-from library.training.saving.resume import initial_step, look_for_state
-from library.training.saving.saver import Saver, size_in_words
-from library.training.setup.build import build_ema, build_loss_module, fit_memory, open_models, rehearse
+from library.training.saving.resume import find_resume_point, initial_step
+from library.training.saving.saver import Saver, format_bytes
+from library.training.setup.build import build_ema, build_loss_module, build_on_meta, fit_memory, open_models
 from library.training.setup.build_run import sample_prompts
 from library.training.setup.caches import all_samples, latent_cache, text_cache, token_width, without_bad
-from library.training.setup.inputs import Preflight
+from library.training.setup.inputs import RunInputs
 from library.training.setup.memory_estimate import in_words
 from library.training.setup.plan import (
     Bucket,
@@ -57,15 +57,15 @@ from library.training.setup.plan import (
     dtype_of,
     encodes_pictures,
     estimate_memory,
+    format_groups,
+    format_memory,
+    format_saves,
+    format_steps,
     frozen_parts,
-    groups_in_words,
     largest_of,
     make_plan,
-    memory_in_words,
     optimizer_in_state,
     samples_of,
-    saves_in_words,
-    steps_in_words,
     trained_groups,
 )
 from library.training.tasks.base import Task
@@ -81,7 +81,7 @@ Problem = Callable[[Sample], str | None]
 """Why a cache holds nothing valid for a sample; None if it does"""
 
 
-def dry_run(kind: type[Task], options: Options, found: Preflight) -> None:
+def dry_run(kind: type[Task], options: Options, found: RunInputs) -> None:
     """Print the page. Of several processes the first one does.
 
     Raises OptionError, behind the page, with everything that keeps the run from starting.
@@ -94,7 +94,7 @@ def dry_run(kind: type[Task], options: Options, found: Preflight) -> None:
     models = open_models(kind, options, found, accelerator.device)
     task: Task | None = None
     with page.checked():
-        task = rehearse(kind, models, options)
+        task = build_on_meta(kind, models, options)
     looked = _look_at_pictures(page, options, found, models)
     plan = make_plan(
         options[RunOptions], looked.datasets, processes=accelerator.num_processes, seed=options[RunOptions].seed or 0
@@ -109,14 +109,14 @@ def dry_run(kind: type[Task], options: Options, found: Preflight) -> None:
             models = open_models(kind, options, found, accelerator.device)
 
     page.section("Model", _model(options, found, models, task))
-    trained = groups_in_words(groups) if groups else ["can't be told before the weights are loaded"]
+    trained = format_groups(groups) if groups else ["can't be told before the weights are loaded"]
     page.section("Trained", [*(("", line) for line in trained), *_optimizer(options)])
     page.section("Pictures", looked.pictures)
     page.section("Caches", looked.caches or [("", "none: pictures and captions are encoded in every step")])
     page.section("Steps", [*_steps(looked.datasets, plan, buckets), *_beginning(page, options, found, plan)])
     if task is not None:
         page.section("Output", _output(page, options, found, task, plan))
-        memory = memory_in_words(estimate_memory(task, models, groups, buckets, options))
+        memory = format_memory(estimate_memory(task, models, groups, buckets, options))
         planned = [("plan", in_words(options[MemoryOptions]))] if options[MemoryOptions].memory_plan else []
         page.section("Memory", [*planned, ("estimated", memory.partition(": ")[2])])
     samples = samples_of(looked.datasets)
@@ -163,7 +163,7 @@ class _Page:
 # ------------------------------------------------------------------------------------------------------------ sections
 
 
-def _model(options: Options, found: Preflight, models: SdxlModels, task: Task | None) -> Rows:
+def _model(options: Options, found: RunInputs, models: SdxlModels, task: Task | None) -> Rows:
     checkpoint = found.checkpoint
     if found.no_model:
         told = "; ".join(mistake.text for mistake in found.no_model)
@@ -201,7 +201,7 @@ class _Looked(NamedTuple):
     caches: Rows
 
 
-def _look_at_pictures(page: _Page, options: Options, found: Preflight, models: SdxlModels) -> _Looked:
+def _look_at_pictures(page: _Page, options: Options, found: RunInputs, models: SdxlModels) -> _Looked:
     """Decode the pictures that no valid cache stands for, and look at every cache file; nothing is made."""
     cache, samples = options[CacheOptions], all_samples(found.datasets)
     datasets, caches, to_decode = list(found.datasets), Rows(), samples
@@ -230,14 +230,14 @@ def _look_at_pictures(page: _Page, options: Options, found: Preflight, models: S
 
 def _steps(datasets: Sequence[Dataset], plan: Plan, buckets: Sequence[Bucket]) -> Rows:
     shown = sorted(buckets, key=lambda bucket: -bucket.shown)[:_MOST_BUCKETS]
-    lines = [*steps_in_words(plan, datasets), f"{'bucket':>9}  pictures  with repeats  batches  of at most"]
+    lines = [*format_steps(plan, datasets), f"{'bucket':>9}  pictures  with repeats  batches  of at most"]
     for size, pictures, repeated, batch_size, _ in shown:
         lines.append(f"{size!s:>9}  {pictures:8,}  {repeated:12,}  {-(-repeated // batch_size):7,}  {batch_size:10,}")
     lines += [f"and {len(buckets) - len(shown)} more"] if len(buckets) > len(shown) else []
     return [("", line) for line in lines]
 
 
-def _beginning(page: _Page, options: Options, found: Preflight, plan: Plan) -> Rows:
+def _beginning(page: _Page, options: Options, found: RunInputs, plan: Plan) -> Rows:
     """Where the run begins: at its start, or at a state's step. And what it draws and sends."""
     chosen, upload, trackers = options[ResumeOptions], options[UploadOptions], options[TrackerOptions]
     rows: Rows = []
@@ -259,11 +259,11 @@ def _beginning(page: _Page, options: Options, found: Preflight, plan: Plan) -> R
     return rows
 
 
-def _first_step(options: Options, found: Preflight, plan: Plan) -> str:
+def _first_step(options: Options, found: RunInputs, plan: Plan) -> str:
     chosen = options[ResumeOptions]
     if chosen.resume and options[UploadOptions].resume_from_huggingface:
         return f"at the state {chosen.resume} on the hub, which isn't downloaded for this page"
-    resumed = look_for_state(options, found.datasets)
+    resumed = find_resume_point(options, found.datasets)
     if resumed is None:
         first = initial_step(chosen, steps_per_epoch=plan.order.steps_per_epoch, total_steps=plan.total_steps)
         return f"at step {first}"
@@ -273,16 +273,16 @@ def _first_step(options: Options, found: Preflight, plan: Plan) -> str:
     return f"at step {step}, from {resumed.folder}; {plan.total_steps - step} steps are left"
 
 
-def _done(options: Options, found: Preflight) -> Progress:
+def _done(options: Options, found: RunInputs) -> Progress:
     """How far the state is that the run goes on from. What is wrong with it is told where the run begins."""
     if not (options[ResumeOptions].resume and options[UploadOptions].resume_from_huggingface):
-        with muted(), suppress(OptionError, RunError):
-            if (resumed := look_for_state(options, found.datasets)) is not None:
+        with silence_logging(), suppress(OptionError, RunError):
+            if (resumed := find_resume_point(options, found.datasets)) is not None:
                 return Progress(resumed.facts["epoch"], resumed.facts["step"])
     return Progress()
 
 
-def _output(page: _Page, options: Options, found: Preflight, task: Task, plan: Plan) -> Rows:
+def _output(page: _Page, options: Options, found: RunInputs, task: Task, plan: Plan) -> Rows:
     saving = options[SavingOptions]
     assert saving.output_dir is not None
     ema = build_ema(task, dataclasses.replace(options[EmaOptions], ema_device="accelerator"))  # the meta device here
@@ -295,8 +295,8 @@ def _output(page: _Page, options: Options, found: Preflight, task: Task, plan: P
         _see_writable(saving.output_dir)
         saver.check_space(plan.total_steps, _done(options, found))
     made = "" if saving.output_dir.is_dir() else ", which will be made"
-    saves, disk = (line.partition(": ")[2] for line in saves_in_words(saver, plan))
-    free = size_in_words(free_space(saving.output_dir))
+    saves, disk = (line.partition(": ")[2] for line in format_saves(saver, plan))
+    free = format_bytes(free_space(saving.output_dir))
     return [("folder", f"{saving.output_dir}{made}"), ("saves", saves), ("at once", f"{disk}; {free} are free")]
 
 
@@ -322,12 +322,12 @@ def _cached(
     if missing:
         reasons = Counter(reason for _, reason in found).most_common()
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
-        told += f"; to encode: {counts}; {size_in_words(sum(map(size, missing)))}"
+        told += f"; to encode: {counts}; {format_bytes(sum(map(size, missing)))}"
     rows.append((what, told))
     return missing
 
 
-def _latent_problem(options: Options, found: Preflight, models: SdxlModels) -> Problem:
+def _latent_problem(options: Options, found: RunInputs, models: SdxlModels) -> Problem:
     cache = _looked_at(options, found)
     # Without files there is nothing to compare with the model, whose hash takes its time.
     files = (file for s in all_samples(found.datasets) for file in (s.latents_file, s.old_latents_file))
@@ -336,7 +336,7 @@ def _latent_problem(options: Options, found: Preflight, models: SdxlModels) -> P
     return latent_cache(models, cache, found.known).problem
 
 
-def _text_problem(options: Options, found: Preflight, models: SdxlModels) -> Problem:
+def _text_problem(options: Options, found: RunInputs, models: SdxlModels) -> Problem:
     cache = _looked_at(options, found)
     if cache.cache_text_encoder_outputs_to_disk and not any(s.text_file.exists() for s in all_samples(found.datasets)):
         return lambda sample: "not there"
@@ -344,7 +344,7 @@ def _text_problem(options: Options, found: Preflight, models: SdxlModels) -> Pro
     return text_cache(models, cache, found.known, num_tokens=num_tokens, weighted=weighted).problem
 
 
-def _looked_at(options: Options, found: Preflight) -> CacheOptions:
+def _looked_at(options: Options, found: RunInputs) -> CacheOptions:
     """Without a model, files that are there can't be compared with it."""
     cache = options[CacheOptions]
     return dataclasses.replace(cache, skip_cache_check=cache.skip_cache_check or bool(found.no_model))
@@ -393,7 +393,7 @@ def _time(page: _Page, plan: Plan, buckets: Sequence[Bucket], device: torch.devi
     whole = epoch * plan.total_steps / plan.order.steps_per_epoch
     batch = f"batches of {largest.largest} at {largest.size}"
     return [
-        ("measured", f"{batch}: {seconds:.2f} s each, {size_in_words(peak)} at the peak"),
+        ("measured", f"{batch}: {seconds:.2f} s each, {format_bytes(peak)} at the peak"),
         ("expected", f"{_duration(whole)}, without caching, samples, validation and saving"),
     ]
 
@@ -401,7 +401,7 @@ def _time(page: _Page, plan: Plan, buckets: Sequence[Bucket], device: torch.devi
 def measure(
     kind: type[Task],
     options: Options,
-    found: Preflight,
+    found: RunInputs,
     models: SdxlModels,
     buckets: Sequence[Bucket],
     samples: Sequence[Sample],

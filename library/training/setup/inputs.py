@@ -24,7 +24,7 @@ from library.training.options.run import RunOptions
 
 
 @dataclass(frozen=True)
-class Preflight:
+class RunInputs:
     """What was found: the base model, opened; what it predicts and with which schedule; the pictures.
 
     Attributes:
@@ -39,7 +39,7 @@ class Preflight:
     no_model: tuple[Mistake, ...] = ()
 
 
-def look_before(options: Options, conditioning: ConditioningKind = "masks") -> Preflight:
+def inspect_inputs(options: Options, conditioning: ConditioningKind = "masks") -> RunInputs:
     """Open the model and scan the datasets. Raises OptionError with what can't be used.
 
     With --dry_run a model that can't be opened is only remembered, so that all else is looked at too.
@@ -67,13 +67,13 @@ def look_before(options: Options, conditioning: ConditioningKind = "masks") -> P
         raise OptionError(*no_model, *mistakes)
     try:
         sees_masks = options[LossOptions].masked_loss or checkpoint.unet.is_inpainting or bool(no_model)
-        datasets, known = look_at_data(options, options[RunOptions].seed, conditioning, uses_masks=sees_masks)
+        datasets, known = inspect_datasets(options, options[RunOptions].seed, conditioning, uses_masks=sees_masks)
     except OptionError as error:
         raise OptionError(*no_model, *error.mistakes) from None
-    return Preflight(checkpoint, v_prediction, zero_terminal_snr, datasets, known, no_model)
+    return RunInputs(checkpoint, v_prediction, zero_terminal_snr, datasets, known, no_model)
 
 
-def look_at_data(
+def inspect_datasets(
     options: Options, seed: int | None, conditioning: ConditioningKind = "masks", *, uses_masks: bool = True
 ) -> tuple[list[Dataset], KnownFiles]:
     """Scan the datasets. Raises OptionError with what can't be used.

@@ -18,8 +18,8 @@ from library.training.options.run import ValidationOptions
 from library.training.saving.metadata import RunFacts, at_save, model_metadata, modelspec
 from library.training.saving.saver import Saver
 from library.training.saving.uploads import Uploads
-from library.training.setup.caches import Prepared
-from library.training.setup.inputs import Preflight
+from library.training.setup.caches import CachedData
+from library.training.setup.inputs import RunInputs
 from library.training.setup.plan import Plan, optimizer_in_state
 from library.training.tasks.base import Task
 
@@ -27,8 +27,8 @@ from library.training.tasks.base import Task
 def build_saver(
     task: Task,
     options: Options,
-    found: Preflight,
-    prepared: Prepared,
+    found: RunInputs,
+    prepared: CachedData,
     plan: Plan,
     update: OptimizerStep,
     ema: Ema | None,

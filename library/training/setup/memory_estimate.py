@@ -27,7 +27,7 @@ from library.models.vae import PIXELS_PER_LATENT
 from library.options import Options
 from library.training.options.memory import MemoryOptions
 from library.training.options.optimizer import UpdateOptions
-from library.training.saving.saver import size_in_words
+from library.training.saving.saver import format_bytes
 
 # Numbers kept for backward, per channel and position of a block's output.
 _RESIDUAL, _TRANSFORMER = 10.1, 24.17
@@ -227,12 +227,12 @@ def fit(
     if needed.total > budget:
         raise OptionError(
             Mistake(
-                f"--memory_plan {chosen.memory_plan}: a step takes at least {size_in_words(needed.total)}, with {in_words(found)}; "
-                f"there are {size_in_words(round(budget))}. What would help: {_what_would_help(options, trains_base=trains_base)}",
+                f"--memory_plan {chosen.memory_plan}: a step takes at least {format_bytes(needed.total)}, with {in_words(found)}; "
+                f"there are {format_bytes(round(budget))}. What would help: {_what_would_help(options, trains_base=trains_base)}",
                 ("memory_plan",),
             )
         )
-    log.info("memory plan: %s, for about %s", in_words(found), size_in_words(needed.total))
+    log.info("memory plan: %s, for about %s", in_words(found), format_bytes(needed.total))
     return options.replaced(found)
 
 

@@ -28,7 +28,7 @@ from library.training.options.distributed import keeps_state_in_ram
 from library.training.options.memory import MemoryOptions
 from library.training.options.optimizer import EmaOptions, OptimizerOptions, UpdateOptions
 from library.training.options.run import RunOptions
-from library.training.saving.saver import Saver, size_in_words
+from library.training.saving.saver import Saver, format_bytes
 from library.training.setup.memory_estimate import Estimate, Frozen, Work, estimate, optimizer_bytes, state_bytes
 from library.training.tasks.base import Task
 
@@ -247,7 +247,7 @@ def _text_channels(models: SdxlModels) -> int:
 # ------------------------------------------------------------------------------------------------------------- in words
 
 
-def steps_in_words(plan: Plan, datasets: Sequence[Dataset]) -> list[str]:
+def format_steps(plan: Plan, datasets: Sequence[Dataset]) -> list[str]:
     """The arithmetic from pictures to steps."""
     order = plan.order
     shown = sum(dataset.num_samples for dataset in datasets)
@@ -259,7 +259,7 @@ def steps_in_words(plan: Plan, datasets: Sequence[Dataset]) -> list[str]:
     ]
 
 
-def groups_in_words(groups: Sequence[ParamGroup]) -> list[str]:
+def format_groups(groups: Sequence[ParamGroup]) -> list[str]:
     """A table of what is trained at which learning rate."""
     width = max(len("trained"), *(len(group.name) for group in groups))
     lines = [f"{'trained'.ljust(width)}  tensors        numbers  learning rate"]
@@ -270,22 +270,22 @@ def groups_in_words(groups: Sequence[ParamGroup]) -> list[str]:
     return lines
 
 
-def saves_in_words(saver: Saver, plan: Plan) -> list[str]:
+def format_saves(saver: Saver, plan: Plan) -> list[str]:
     """How often a whole run saves, and under which names; what lies on the disk at once."""
     names, space = saver.planned(plan.total_steps, plan.order.steps_per_epoch), saver.space(plan.total_steps)
     shown = names if len(names) <= _SHOWN else [*names[: _SHOWN - 2], "…", *names[-2:]]
-    states = f" and {space.states} states of about {size_in_words(space.state_bytes)}" if space.states else ""
+    states = f" and {space.states} states of about {format_bytes(space.state_bytes)}" if space.states else ""
     return [
-        f"saves: {len(names)} of {size_in_words(space.model_bytes)}: {', '.join(shown)}",
-        f"on the disk at once: at most {space.models} saves{states}, {size_in_words(space.needed)}",
+        f"saves: {len(names)} of {format_bytes(space.model_bytes)}: {', '.join(shown)}",
+        f"on the disk at once: at most {space.models} saves{states}, {format_bytes(space.needed)}",
     ]
 
 
-def memory_in_words(found: Estimate) -> str:
+def format_memory(found: Estimate) -> str:
     """The terms of the estimate that aren't 0."""
     words = {
         "frozen": "frozen weights", "trained": "trained weights", "gradients": "gradients", "optimizer": "optimizer",
         "average": "moving average", "activations": "activations",
     }  # fmt: skip
-    terms = [f"{words[name]} {size_in_words(size)}" for name, size in found._asdict().items() if size]
-    return f"memory: about {size_in_words(found.total)} on the device: {', '.join(terms)}"
+    terms = [f"{words[name]} {format_bytes(size)}" for name, size in found._asdict().items() if size]
+    return f"memory: about {format_bytes(found.total)} on the device: {', '.join(terms)}"
