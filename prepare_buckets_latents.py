@@ -114,7 +114,7 @@ def _samples(keyed: dict[str, Path], plan: Any, given: argparse.Namespace) -> di
     from library.data.buckets import Buckets
     from library.data.captions import CaptionSettings
     from library.data.samples import PixelSettings, Sample, Subset
-    from library.images import BadImage, read_image_info
+    from library.images import ImageError, read_image_info
 
     buckets = Buckets(plan)
     pixels = PixelSettings(flip_aug=given.flip_aug, alpha_mask=bool(given.alpha_mask))
@@ -125,8 +125,8 @@ def _samples(keyed: dict[str, Path], plan: Any, given: argparse.Namespace) -> di
             size = read_image_info(path).size
             fit = buckets.fit(size)
             if 0 in fit.bucket:
-                raise BadImage(f"its size {size} is below one bucket step of {plan.step} pixels")
-        except BadImage as error:
+                raise ImageError(f"its size {size} is below one bucket step of {plan.step} pixels")
+        except ImageError as error:
             mistakes.append(f"{path}: {error}")
             continue
         samples[key] = Sample(str(path), "", "", subset, 0, size, fit, str(path.with_suffix("")), 1)
@@ -141,7 +141,7 @@ def _fill(samples: Sequence[Any], given: argparse.Namespace) -> None:
 
     from library.data.cache.fill import fill_latents
     from library.data.cache.latents import LatentsOnDisk
-    from library.data.file_index import KnownFiles
+    from library.data.file_index import FileIndex
     from library.device import DTYPES
     from library.models.checkpoint.weights_hash import weights_hash
     from library.models.sdxl import load_vae, vae_tensors
@@ -151,7 +151,7 @@ def _fill(samples: Sequence[Any], given: argparse.Namespace) -> None:
     tensors = vae_tensors(given.model_name_or_path)
     dtype = DTYPES[given.mixed_precision]
     vae = load_vae(tensors, dtype, device, what=given.model_name_or_path)
-    known = KnownFiles()
+    known = FileIndex()
     cache = LatentsOnDisk(f"{weights_hash(tensors)} in {str(dtype).removeprefix('torch.')}", known, old_names=True)
 
     def encode_images(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -30,17 +30,17 @@ from library.data.batch_sampler import BatchSampler
 from library.data.buckets import Fit
 from library.data.cache.fill import _batches_by_bucket, fill_latents, fill_text
 from library.data.cache.latents import (
+    CaptionVariants,
     Latents,
     LatentsInMemory,
     LatentsOnDisk,
-    Origin,
+    SourceStamp,
     TextInMemory,
     TextOnDisk,
-    TextPlan,
 )
 from library.data.captions import CaptionSettings
 from library.data.dataset_config import read_datasets
-from library.data.file_index import KnownFiles
+from library.data.file_index import FileIndex
 from library.data.loader import Batches, group_samples
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.samples import PixelSettings, Sample, Subset
@@ -79,7 +79,7 @@ def median_seconds(function: Callable[[], object], times: int = 5) -> float:
     return statistics.median(found)
 
 
-def scanned(folder: Path, known: KnownFiles, *words: object, resolution: int = 1024) -> list[Dataset]:
+def scanned(folder: Path, known: FileIndex, *words: object, resolution: int = 1024) -> list[Dataset]:
     argv = [
         "--train_data_dir",
         folder,
@@ -114,12 +114,12 @@ def scanning(top: Path) -> list[Row]:
     make_pictures(top / "many" / "1_x", PICTURES, np.random.default_rng(0))
     time.sleep(2.1)  # the index doesn't trust files that are younger
     homes = iter(top / f"index{i}" for i in range(100))
-    fresh = median_seconds(lambda: scanned(top / "many", KnownFiles(next(homes))))
-    known = KnownFiles()
+    fresh = median_seconds(lambda: scanned(top / "many", FileIndex(next(homes))))
+    known = FileIndex()
     scanned(top / "many", known)
     known.save()
-    from_index = median_seconds(lambda: scanned(top / "many", KnownFiles()))
-    samples = samples_of(scanned(top / "many", KnownFiles()))
+    from_index = median_seconds(lambda: scanned(top / "many", FileIndex()))
+    samples = samples_of(scanned(top / "many", FileIndex()))
     common = [sample for sample in samples if sample.fit.bucket in _most_common_buckets(samples, 25)]
     repeated = (common * (PICTURES // len(common) + 1))[:PICTURES]
     return [
@@ -139,7 +139,7 @@ def samples_of(datasets: Sequence[Dataset]) -> list[Sample]:
 
 def caching(top: Path) -> list[Row]:
     make_pictures(top / "large" / "1_x", MEGAPIXEL_PICTURES, np.random.default_rng(1), side=1024)
-    samples = samples_of(scanned(top / "large", KnownFiles()))
+    samples = samples_of(scanned(top / "large", FileIndex()))
 
     def stub(images: Tensor, noise: Tensor) -> Tensor:
         return noise
@@ -152,20 +152,20 @@ class LatentsOnDiskAnew(LatentsOnDisk):
     """A cache that takes nothing for valid, so that everything is made again."""
 
     def __init__(self, top: Path):
-        super().__init__("stub", KnownFiles(top / "anew"))
+        super().__init__("stub", FileIndex(top / "anew"))
 
     def problem(self, sample: Sample) -> str | None:
         return "not there"
 
 
 def reading(top: Path) -> list[Row]:
-    datasets = scanned(top / "large", KnownFiles(), "--flip_aug")
+    datasets = scanned(top / "large", FileIndex(), "--flip_aug")
     samples = samples_of(datasets)
     latents, texts = LatentsOnDisk("stub"), TextOnDisk(77, (768, 1280), "stub")
     hidden = EncodedText(torch.randn(77, 768), torch.randn(77, 1280), torch.randn(1280))
     for sample in samples:
         shape = (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
-        latents.write(sample, Latents(torch.randn(shape), torch.randn(shape)), Origin("", (0, 0)))
+        latents.write(sample, Latents(torch.randn(shape), torch.randn(shape)), SourceStamp("", (0, 0)))
         texts.write(sample, [hidden])
     batches = Batches(samples, latents, texts, seed=0, max_train_steps=1)
     micro = [
@@ -191,9 +191,9 @@ def text() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         samples = [replace(one, caption=f"caption {i}", cache_stem=f"{folder}/{i}") for i in range(512)]
         start = time.perf_counter()
-        fill_text(samples, TextOnDisk(77, known=KnownFiles(Path(folder) / "index")), encode)
+        fill_text(samples, TextOnDisk(77, known=FileIndex(Path(folder) / "index")), encode)
         share = inside[0] / (time.perf_counter() - start)
-        fill_text(samples, TextInMemory(TextPlan()), encode)
+        fill_text(samples, TextInMemory(CaptionVariants()), encode)
     return [("time inside the text encoders while caching their outputs to disk", "95 %", f"{share:.0%}")]
 
 
@@ -206,7 +206,7 @@ def real_vae(top: Path) -> list[Row]:
         block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=4,
     ).eval().to(memory_format=torch.channels_last)  # fmt: skip
-    samples = samples_of(scanned(top / "large", KnownFiles(), resolution=256))[:12]
+    samples = samples_of(scanned(top / "large", FileIndex(), resolution=256))[:12]
     spent = [0.0]
 
     def encode(images: Tensor, noise: Tensor) -> Tensor:

@@ -57,14 +57,14 @@ def places(count: int, name: str) -> list[tuple[int, int]]:
     return [(draw.randint(0, SIDE - SQUARE), draw.randint(0, SIDE - SQUARE)) for _ in range(count)]
 
 
-def picture(place: tuple[int, int], *, outline: bool) -> "np.ndarray":
+def picture(place: tuple[int, int], *, text_encoder_skeleton: bool) -> "np.ndarray":
     """A bright square on dark, or its outline: [H, W, 3], uint8."""
     import numpy as np
 
     left, top = place
     pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
     pixels[top : top + SQUARE, left : left + SQUARE] = 255
-    if outline:
+    if text_encoder_skeleton:
         pixels[top + 2 : top + SQUARE - 2, left + 2 : left + SQUARE - 2] = 0
     return pixels
 
@@ -79,8 +79,10 @@ def make_pictures(folder: Path) -> None:
     for name in ("pictures/1_square", "conditions"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number, place in enumerate(places(PICTURES, "trained")):
-        Image.fromarray(picture(place, outline=False)).save(folder / "pictures" / "1_square" / f"{number:03d}.png")
-        Image.fromarray(picture(place, outline=True)).save(folder / "conditions" / f"{number:03d}.png")
+        Image.fromarray(picture(place, text_encoder_skeleton=False)).save(
+            folder / "pictures" / "1_square" / f"{number:03d}.png"
+        )
+        Image.fromarray(picture(place, text_encoder_skeleton=True)).save(folder / "conditions" / f"{number:03d}.png")
         (folder / "pictures" / "1_square" / f"{number:03d}.txt").write_text(CAPTION, encoding="utf-8")
     tensors = random_checkpoint(SMALLEST, 0)
     keep_places(tensors)
@@ -132,7 +134,7 @@ def compare(folder: Path) -> tuple[float, list[float], float]:
     held_out = places(HELD_OUT, "held out")
     net = lllite_from_file(folder / "out" / "lllite.safetensors", net_places(models.unet), flag="--control_net_lllite_models")  # fmt: skip
     with torch.no_grad():
-        extra = by_block(net(as_tensor(held_out, outline=True)))
+        extra = by_block(net(as_tensor(held_out, text_encoder_skeleton=True)))
     controlled, free = (drawn_places(models, own) for own in (extra, None))
     wanted, random = np.array(held_out, float), np.random.default_rng(0)
     shuffled = [correlation(controlled, wanted[random.permutation(HELD_OUT)]) for _ in range(SHUFFLES)]
@@ -147,12 +149,12 @@ def correlation(found: "np.ndarray", wanted: "np.ndarray") -> float:
     return float(np.mean(own))
 
 
-def as_tensor(chosen: Sequence[tuple[int, int]], *, outline: bool) -> "torch.Tensor":
+def as_tensor(chosen: Sequence[tuple[int, int]], *, text_encoder_skeleton: bool) -> "torch.Tensor":
     """The pictures of squares at these places, or their outlines: [B, 3, H, W] in -1..1."""
     import numpy as np
     import torch
 
-    pixels = np.stack([picture(place, outline=outline) for place in chosen])
+    pixels = np.stack([picture(place, text_encoder_skeleton=text_encoder_skeleton) for place in chosen])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -183,7 +185,7 @@ def drawn_places(models: "SdxlModels", extra: "ControlInputs | None") -> "np.nda
     grid = [(left, top) for left in range(0, SIDE - SQUARE + 1, 4) for top in range(0, SIDE - SQUARE + 1, 4)]
     nothing = torch.zeros(len(grid), 4, SIDE // 8, SIDE // 8)
     with torch.no_grad():
-        looks = scale_latents(models.encode_images(as_tensor(grid, outline=False), nothing))
+        looks = scale_latents(models.encode_images(as_tensor(grid, text_encoder_skeleton=False), nothing))
     nearest = (drawn.flatten(1)[:, None] - looks.flatten(1)[None]).square().sum(-1).argmin(1)
     return np.array([grid[i] for i in nearest.tolist()], float)
 

@@ -61,12 +61,12 @@ def losses_of(model: Path, picture: Path, rows: dict, words: int) -> tuple[float
     from library.models.vae import scale_latents
     from library.rng import generator
     from library.training.objective.noise import add_noise
-    from library.training.tasks.embedding import add_token
+    from library.training.tasks.embedding import add_placeholder_token
 
     models = SdxlModels(
         open_checkpoint(str(model)), Precision.decide("no", None, no_half_vae=True), torch.device("cpu")
     )
-    token = add_token(models, "zyx", "thing", 1)
+    token = add_placeholder_token(models, "zyx", "thing", 1)
     pixels = torch.from_numpy(images.normalised(images.load(picture)))[None]
     pixels = torch.nn.functional.interpolate(pixels, size=(64, 64), mode="area")
     noise = torch.randn(NOISES * len(TIMESTEPS), 4, 8, 8, generator=generator("token_learns"))

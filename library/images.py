@@ -32,7 +32,7 @@ _LARGE_PIXELS = MAX_PIXELS // 2
 _ORIENTATION = 0x0112
 
 
-class BadImage(RunError):
+class ImageError(RunError):
     """A picture that can't be read; the text says why, without the path."""
 
 
@@ -61,7 +61,7 @@ def read_image_info(path: str | Path) -> ImageInfo:
     """What the picture's header alone tells. Raises BadImage."""
     (width, height), orientation, is_animated = _header(str(path))
     if width * height > MAX_PIXELS:
-        raise BadImage(f"too large: {width}x{height} is more than {MAX_PIXELS:,} pixels; make it smaller")
+        raise ImageError(f"too large: {width}x{height} is more than {MAX_PIXELS:,} pixels; make it smaller")
     size = Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
     return ImageInfo(size, orientation in _TURNS, is_animated)
 
@@ -155,18 +155,18 @@ def _image_errors() -> Iterator[None]:
     """Turns what Pillow raises for damaged files into BadImage."""
     try:
         yield
-    except BadImage:
+    except ImageError:
         raise
     except FileNotFoundError:
-        raise BadImage("there is no such file") from None
+        raise ImageError("there is no such file") from None
     except Image.UnidentifiedImageError:
-        raise BadImage("no picture: its content is of no known format") from None
+        raise ImageError("no picture: its content is of no known format") from None
     except Image.DecompressionBombError as error:
-        raise BadImage(f"too large: {error}") from None
+        raise ImageError(f"too large: {error}") from None
     except MemoryError:
-        raise BadImage("too large for this machine's memory") from None
+        raise ImageError("too large for this machine's memory") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error) as error:
-        raise BadImage(f"damaged: {str(error) or type(error).__name__}") from None
+        raise ImageError(f"damaged: {str(error) or type(error).__name__}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ resizing

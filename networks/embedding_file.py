@@ -14,8 +14,8 @@ from library.errors import OptionError, RunError
 from library.log import log
 from library.models.checkpoint.reader import identify, open_tensors
 from library.models.sdxl import SdxlModels
-from library.models.text_encoders import body_of
-from library.models.textual_inversion import KnownWord, NewToken, first_rows
+from library.models.text_encoders import clip_body
+from library.models.textual_inversion import PlaceholderToken, TokenExistsError, first_rows
 from networks.lora_file import read_bundled_words
 
 _FLAG = "--textual_inversion_embeddings"
@@ -27,7 +27,7 @@ def add_embeddings(models: SdxlModels, files: tuple[Path, ...]) -> None:
     for path in files:
         try:
             _add(models, path.stem, _read(path), f"{_FLAG} {path}")
-        except KnownWord as error:
+        except TokenExistsError as error:
             raise OptionError(f"{_FLAG} {path}: {error}; give the file another name") from None
 
 
@@ -36,7 +36,7 @@ def add_bundled_words(models: SdxlModels, path: Path, *, flag: str) -> None:
     for word, tensors in read_bundled_words(path).items():
         try:
             _add(models, word, tensors, f"{flag} {path}")
-        except KnownWord:
+        except TokenExistsError:
             log.warning("%s %s: its word %s is known already, and stays as it is", flag, path, word)
 
 
@@ -46,7 +46,7 @@ def _add(models: SdxlModels, word: str, tensors: Mapping[str, Tensor], where: st
             f"{where}: a new word needs both text encoders, and the refiner has one; draw with the model it was made for"
         )
     rows = _rows(tensors, models, where)
-    token = NewToken(models.tokenizers, models.text_layers, word, [own.to(models.device) for own in rows])
+    token = PlaceholderToken(models.tokenizers, models.text_layers, word, [own.to(models.device) for own in rows])
     for table in token.tables:
         table.requires_grad_(False)
     log.info("%s: the word %s, %d vectors", where, word, len(rows[0]))
@@ -54,7 +54,7 @@ def _add(models: SdxlModels, word: str, tensors: Mapping[str, Tensor], where: st
 
 def _rows(tensors: Mapping[str, Tensor], models: SdxlModels, where: str) -> list[Tensor]:
     """The vectors of both encoders, [n, C] each, float32."""
-    widths = [body_of(encoder).embeddings.token_embedding.weight.shape[1] for encoder in models.text_encoders]
+    widths = [clip_body(encoder).embeddings.token_embedding.weight.shape[1] for encoder in models.text_encoders]
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         rows = tensor.float() if tensor.ndim == 2 else tensor.float()[None]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import OptionError, first_line
-from library.models.text_encoders import body_of
+from library.models.text_encoders import clip_body
 from library.models.unet import UNet
 from library.param_group import ParamGroup
 from networks.options import NetworkOptions
@@ -54,7 +54,7 @@ class ExternalNetwork:
         """Those of the first text encoder's last layer, whose output isn't used."""
         if not self._encoders:
             return []
-        last = len(body_of(self._encoders[0]).encoder.layers) - 1
+        last = len(clip_body(self._encoders[0]).encoder.layers) - 1
         start = f"lora_te1_text_model_encoder_layers_{last}_"
         return sorted({name.partition(".")[0] for name in self.tensors() if name.startswith(start)})
 

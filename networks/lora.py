@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.models.products import is_emulated
-from library.models.text_encoders import body_of
+from library.models.text_encoders import clip_body
 from library.models.unet import UNet, block_of
 from library.models.unet_blocks import Conv2d, Linear
 from library.param_group import ParamGroup
@@ -61,7 +61,7 @@ def unet_targets(unet: UNet) -> Iterator[Target]:
 def text_encoder_targets(encoder: Any, number: int) -> Iterator[Target]:
     """Every layer of text encoder 1 or 2 that a LoRA may cover."""
     part = TEXT_ENCODERS[number - 1]
-    layers = body_of(encoder).encoder.layers
+    layers = clip_body(encoder).encoder.layers
     for i, layer in enumerate(layers):
         is_used = number == 2 or i < len(layers) - 1
         for path in _TEXT_LAYERS:

@@ -12,15 +12,15 @@ from scanning import samples_of, scanned, stub_text, stub_vae
 from library.data.augment import load_pixels
 from library.data.cache.fill import audit, fill_latents, fill_text, refuse_or_skip
 from library.data.cache.latents import (
+    CaptionVariants,
     Latents,
     LatentsInMemory,
     LatentsOnDisk,
     TextInMemory,
     TextOnDisk,
-    TextPlan,
-    origin_of,
+    source_stamp,
 )
-from library.data.file_index import KnownFiles
+from library.data.file_index import FileIndex
 from library.errors import RunError
 from library.models import vae
 from library.models.text_encoders import EncodedText
@@ -87,7 +87,7 @@ def test_what_was_written_is_read_back(samples):
     cache = LatentsOnDisk()
     latents = torch.randn(4, samples[0].fit.bucket.height // 8, samples[0].fit.bucket.width // 8)
     assert cache.problem(samples[0]) == "not there"
-    cache.write(samples[0], Latents(latents), origin_of(samples[0].path)[1])
+    cache.write(samples[0], Latents(latents), source_stamp(samples[0].path)[1])
     assert cache.problem(samples[0]) is None and torch.equal(cache.read(samples[0])[0], latents)
     text = EncodedText(torch.randn(77, 8).bfloat16(), torch.randn(77, 16).bfloat16(), torch.randn(16).bfloat16())
     TextOnDisk(77).write(samples[0], [text])
@@ -177,13 +177,13 @@ def test_equal_captions_are_encoded_once(samples):
         seen.extend(captions)
         return stub_text(captions)
 
-    fill_text(samples + samples, TextInMemory(TextPlan()), encode)
+    fill_text(samples + samples, TextInMemory(CaptionVariants()), encode)
     assert sorted(seen) == sorted({sample.caption for sample in samples})
 
 
 def test_prefix_and_suffix_are_part_of_a_cached_caption(pictures):
     (sample, *_) = samples_in(pictures, "--caption_prefix", "photo:", "--caption_suffix", "end")
-    assert TextPlan().of(sample) == (f"photo: {sample.caption} end",)
+    assert CaptionVariants().of(sample) == (f"photo: {sample.caption} end",)
 
 
 def test_fault_33_latents_that_arent_finite_are_never_cached_and_the_picture_is_named(samples):
@@ -204,7 +204,7 @@ def test_fault_25_every_picture_that_cant_be_decoded_is_told_before_training(sam
     for sample in samples[:2]:
         raw = sample.path.read_bytes()
         sample.path.write_bytes(raw[:60] + b"\0" * (len(raw) - 60))
-    for bad in (audit(samples, KnownFiles()), fill_latents(samples, LatentsInMemory(), stub_vae, 4)):
+    for bad in (audit(samples, FileIndex()), fill_latents(samples, LatentsInMemory(), stub_vae, 4)):
         assert {one.sample.file for one in bad} == {sample.file for sample in samples[:2]}
     with pytest.raises(RunError) as error:
         refuse_or_skip(bad, skip=False)
@@ -217,7 +217,7 @@ def test_fault_25_every_picture_that_cant_be_decoded_is_told_before_training(sam
 
 def test_a_picture_replaced_since_the_scan_is_told(samples):
     Image.new("RGB", (33, 44)).save(samples[0].path)
-    (bad,) = audit(samples[:1], KnownFiles())
+    (bad,) = audit(samples[:1], FileIndex())
     assert "when the dataset was read, and is 33x44 now" in bad.reason
 
 

@@ -10,7 +10,7 @@ from scanning import samples_of, scanned, stub_text, stub_vae
 from library.data.augment import load_pixels
 from library.data.batch_sampler import BatchPosition, BatchSampler, MicroBatch
 from library.data.cache.fill import fill_latents, fill_text
-from library.data.cache.latents import LatentsInMemory, LatentsOnDisk, TextInMemory, TextPlan
+from library.data.cache.latents import CaptionVariants, LatentsInMemory, LatentsOnDisk, TextInMemory
 from library.data.loader import Batches, group_samples, load_batches
 from library.errors import RunError
 
@@ -98,7 +98,7 @@ def test_cached_latents_are_mirrored_when_the_picture_would_be(pictures, cache):
 
 
 def test_cached_text_comes_with_its_picture(pictures):
-    batches, order = set_up(pictures, latents=LatentsInMemory(), text=TextInMemory(TextPlan()))
+    batches, order = set_up(pictures, latents=LatentsInMemory(), text=TextInMemory(CaptionVariants()))
     for batch in loaded(batches, order, 8):
         assert batch.text.pooled[0, 0] == len(batch.captions[0])
 
@@ -128,7 +128,7 @@ def test_skipped_steps_decode_nothing(pictures, monkeypatch):
 def test_cached_variants_are_drawn_and_captions_dropped_as_often_as_asked(pictures):
     """--text_cache_variants: of each picture's drawn captions one per sample, the empty one by the dropout rate."""
     words = ["--shuffle_caption", "--caption_dropout_rate", 0.25, "--caption_dropout_every_n_epochs", 4]
-    plan = TextPlan(3)
+    plan = CaptionVariants(3)
     batches, order = set_up(pictures, *words, latents=LatentsInMemory(), text=TextInMemory(plan))
     per_epoch = len(order.epoch(0))
     seen = loaded(batches, order, 100 * per_epoch)
@@ -142,7 +142,7 @@ def test_cached_variants_are_drawn_and_captions_dropped_as_often_as_asked(pictur
 
 
 def test_text_kept_in_memory_stays_in_this_process_while_workers_decode(pictures):
-    batches, order = set_up(pictures, "--flip_aug", text=TextInMemory(TextPlan()))
+    batches, order = set_up(pictures, "--flip_aug", text=TextInMemory(CaptionVariants()))
     for one, two in zip(loaded(batches, order, 8), loaded(batches, order, 8, num_workers=2, start_method="fork"), strict=True):  # fmt: skip
         assert_same(one, two)
         assert torch.equal(one.text.pooled, two.text.pooled)

@@ -17,8 +17,8 @@ from running import ROOT
 from scanning import samples_of, scanned, stub_text, stub_vae
 
 from library.data.cache.fill import audit, fill_latents, fill_text
-from library.data.cache.latents import LatentsOnDisk, TextOnDisk, TextPlan
-from library.data.file_index import KnownFiles, stamp_of
+from library.data.cache.latents import CaptionVariants, LatentsOnDisk, TextOnDisk
+from library.data.file_index import FileIndex, file_stamp
 from library.errors import RunError
 
 
@@ -26,7 +26,7 @@ def samples_in(folder: Path, *argv: object):
     return samples_of(scanned(folder, *argv))
 
 
-def filled(samples, vae: str = "vae", known: KnownFiles | None = None) -> LatentsOnDisk:
+def filled(samples, vae: str = "vae", known: FileIndex | None = None) -> LatentsOnDisk:
     cache = LatentsOnDisk(vae, known)
     assert fill_latents(samples, cache, stub_vae, 2) == []
     return cache
@@ -235,12 +235,12 @@ def test_what_was_verified_is_remembered_and_not_read_again(pictures, tmp_path, 
     filled(samples)
     for file in pictures.rglob("*.npz"):
         os.utime(file, (time.time() - 60, time.time() - 60))
-    known = KnownFiles(tmp_path / "index")
+    known = FileIndex(tmp_path / "index")
     assert problems(LatentsOnDisk("vae", known), samples) == [None] * 4
     known.save()
     monkeypatch.setattr("library.data.cache.npz.verify", lambda path: pytest.fail(f"read {path}"))
-    assert problems(LatentsOnDisk("vae", KnownFiles(tmp_path / "index")), samples) == [None] * 4
-    assert set(problems(LatentsOnDisk("other", KnownFiles(tmp_path / "index")), samples)) == {"of another VAE or dtype"}
+    assert problems(LatentsOnDisk("vae", FileIndex(tmp_path / "index")), samples) == [None] * 4
+    assert set(problems(LatentsOnDisk("other", FileIndex(tmp_path / "index")), samples)) == {"of another VAE or dtype"}
 
 
 def test_a_mask_is_cached_with_the_latents_and_mirrored(pictures):
@@ -409,17 +409,17 @@ def test_a_hole_in_a_cache_stops_the_run_before_the_first_step(pictures):
 
     samples = samples_in(pictures)
     cache = filled(samples)
-    finish_caches(samples, (cache, None), OneProcess(), KnownFiles())
+    finish_caches(samples, (cache, None), OneProcess(), FileIndex())
     samples[1].latents_file.unlink()
     with pytest.raises(RunError, match=r"1 pictures have no cache after caching: .*picture1.png"):
-        finish_caches(samples, (cache, None), OneProcess(), KnownFiles())
+        finish_caches(samples, (cache, None), OneProcess(), FileIndex())
 
 
 # ------------------------------------------------------------------------------------------------- drawn captions, cached
 
 
 def test_the_index_is_json_that_names_its_folder(pictures, tmp_path):
-    known = KnownFiles(tmp_path / "index")
+    known = FileIndex(tmp_path / "index")
     scanned(pictures, known=known)
     known.save()
     for file in (tmp_path / "index").glob("*.json"):
@@ -428,9 +428,9 @@ def test_the_index_is_json_that_names_its_folder(pictures, tmp_path):
 
 def test_text_plan_keeps_one_text_where_nothing_is_drawn_and_the_empty_one_where_captions_are_dropped(pictures):
     (sample, *_) = samples_in(pictures)
-    assert TextPlan(5).of(sample) == (sample.caption,)
+    assert CaptionVariants(5).of(sample) == (sample.caption,)
     (dropped, *_) = samples_in(pictures, "--caption_dropout_rate", 0.5)
-    assert TextPlan(5).of(dropped) == (sample.caption, "")
+    assert CaptionVariants(5).of(dropped) == (sample.caption, "")
 
 
 def test_fault_26_damage_that_no_decoder_sees_is_seen_by_the_recorded_content(pictures, tmp_path):
@@ -438,16 +438,16 @@ def test_fault_26_damage_that_no_decoder_sees_is_seen_by_the_recorded_content(pi
     file = pictures / "2_shapes" / "photo.jpg"
     Image.effect_noise((128, 128), 60).convert("RGB").save(file, quality=90)
     os.utime(file, (1_500_000_000, 1_500_000_000))
-    known = KnownFiles(tmp_path / "index")
+    known = FileIndex(tmp_path / "index")
     samples = samples_in(pictures)
     assert audit(samples, known) == []
-    recorded = known.get(str(file.parent), file.name, stamp_of(file))
+    recorded = known.get(str(file.parent), file.name, file_stamp(file))
     assert recorded["decoded"] and len(recorded["content"]) == 32
     cache = filled(samples)
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 0x10
     file.write_bytes(raw)
-    assert known.get(str(file.parent), file.name, stamp_of(file)) == {}
+    assert known.get(str(file.parent), file.name, file_stamp(file)) == {}
     (sample,) = (sample for sample in samples if sample.path == file)
     assert cache.problem(sample) == "the picture has changed"
 
@@ -455,7 +455,7 @@ def test_fault_26_damage_that_no_decoder_sees_is_seen_by_the_recorded_content(pi
 def test_the_audit_decodes_each_picture_once_in_its_life(pictures, tmp_path, monkeypatch):
     for file in pictures.rglob("*.png"):
         os.utime(file, (1_500_000_000, 1_500_000_000))
-    known = KnownFiles(tmp_path / "index")
+    known = FileIndex(tmp_path / "index")
     samples = samples_in(pictures)
     audit(samples, known)
     monkeypatch.setattr("library.images.decode", lambda *_, **__: pytest.fail("decoded again"))

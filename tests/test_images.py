@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from library.data.augment import crop
-from library.images import BadImage, load, normalised, read_image_info, resize
+from library.images import ImageError, load, normalised, read_image_info, resize
 from library.size import Size
 
 
@@ -98,7 +98,7 @@ def damaged() -> dict[str, bytes]:
 def test_fault_25_a_damaged_picture_is_told_with_a_reason(kind, tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(damaged()[kind])
-    with pytest.raises(BadImage, match=r"damaged|no picture"):
+    with pytest.raises(ImageError, match=r"damaged|no picture"):
         load(path)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.file_index import KnownFiles, stamp_of
+from library.data.file_index import FileIndex, file_stamp
 
 OLD = time.time() - 100
 
@@ -21,13 +21,13 @@ def file(tmp_path) -> Path:
 
 
 def learn(home: Path, file: Path, **facts) -> None:
-    known = KnownFiles(home)
-    known.learn(str(file.parent), file.name, stamp_of(file), **facts)
+    known = FileIndex(home)
+    known.learn(str(file.parent), file.name, file_stamp(file), **facts)
     known.save()
 
 
 def facts_of(home: Path, file: Path) -> dict:
-    return KnownFiles(home).get(str(file.parent), file.name, stamp_of(file))
+    return FileIndex(home).get(str(file.parent), file.name, file_stamp(file))
 
 
 def test_what_was_learnt_is_known_in_another_process(file, tmp_path):

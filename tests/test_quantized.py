@@ -10,7 +10,7 @@ from torch import nn
 
 from library.errors import OptionError
 from library.models.memory.quantization import QuantizedLinear, pack, unpack
-from library.models.text_encoders import body_of
+from library.models.text_encoders import clip_body
 from library.safetensors_io import load_tensors, read_header
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -94,10 +94,10 @@ def test_the_encoders_embeddings_stay_as_they_are(golden_model):
     models = quantized(golden_model, "fp8", ("text_encoder_1", "text_encoder_2"))
     plain = open_models(golden_model)
     for one, two in zip(models.text_encoders, plain.text_encoders, strict=True):
-        layer = body_of(one).encoder.layers[0]
+        layer = clip_body(one).encoder.layers[0]
         assert isinstance(layer.mlp.fc1, QuantizedLinear)
         name = "token_embedding.weight"
-        assert torch.equal(body_of(one).embeddings.get_parameter(name), body_of(two).embeddings.get_parameter(name))
+        assert torch.equal(clip_body(one).embeddings.get_parameter(name), clip_body(two).embeddings.get_parameter(name))
     found, expected = (m.encode_texts(["a red cat"], 75) for m in (models, plain))
     for one, two in zip(found, expected, strict=True):
         assert 0 < (one - two).norm() / two.norm() < 0.1

@@ -11,7 +11,7 @@ import scanning
 from PIL import Image
 
 from library.data.dataset_config import read_datasets
-from library.data.file_index import KnownFiles
+from library.data.file_index import FileIndex
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.scan import scan
 from library.errors import OptionError
@@ -382,7 +382,7 @@ def test_the_scan_takes_sizes_and_captions_from_the_index_while_files_are_as_the
     (folder / "a.caption").write_text("first")
     for file in folder.iterdir():
         os.utime(file, (1_000_000_000, 1_000_000_000))
-    known = KnownFiles(tmp_path / "index")
+    known = FileIndex(tmp_path / "index")
     first = scanned(tmp_path, known=known)
     monkeypatch.setattr("library.data.scan.read_image_info", lambda file: pytest.fail(f"looked at {file}"))
     monkeypatch.setattr("library.data.scan.read_caption", lambda file, **how: pytest.fail(f"read {file}"))

@@ -99,7 +99,7 @@ def test_gradients_pass_through_long_and_checkpointed_prompts(golden_model):
         models = open_models(golden_model, checkpointing=ActivationPolicy("full" if checkpointing else None))
         for encoder in models.text_encoders:
             encoder.train()
-        weight = text_encoders.body_of(models.text_encoders[0]).encoder.layers[0].mlp.fc1.weight.requires_grad_()
+        weight = text_encoders.clip_body(models.text_encoders[0]).encoder.layers[0].mlp.fc1.weight.requires_grad_()
         encoded = models.encode_texts([TEXT["prompts"][5]], 150)
         sum(part.square().sum() for part in encoded).backward()
         gradients.append(weight.grad)
@@ -120,7 +120,7 @@ def test_fault_22_encoder_names_keep_text_model_whatever_transformers_calls_them
 def test_an_outline_has_the_names_shapes_and_layers_of_its_encoder(golden_models):
     """So what is counted, rehearsed and refused by it is what a run does."""
     for number, encoder in enumerate(golden_models.text_encoders, 1):
-        drawn = text_encoders.outline(golden_models.checkpoint.tensors(f"text_encoder_{number}"))
+        drawn = text_encoders.text_encoder_skeleton(golden_models.checkpoint.tensors(f"text_encoder_{number}"))
         whole = {text_encoders.module_name(encoder, name): tensor for name, tensor in encoder.named_parameters()}
         shapes = [
             {name: tensor.shape for name, tensor in one.items()} for one in (dict(drawn.named_parameters()), whole)

@@ -10,13 +10,13 @@ from replay import Golden, replay
 from running import ROOT, assert_bit_equal, losses_of, tensors_of, without
 
 from library.errors import OptionError
-from library.models.text_encoders import TextConditioning, body_of
-from library.models.textual_inversion import NewToken, first_rows
+from library.models.text_encoders import TextConditioning, clip_body
+from library.models.textual_inversion import PlaceholderToken, first_rows
 from library.safetensors_io import read_header
 from library.training.options.objective import LossOptions
 from library.training.options.optimizer import ScheduleOptions
 from library.training.options.tasks import EmbeddingOptions
-from library.training.tasks.embedding import EmbeddingTask, add_token
+from library.training.tasks.embedding import EmbeddingTask, add_placeholder_token
 
 QUICK = [
     "--token_string", "mytoken", "--init_word", "red cat", "--num_vectors_per_token", "3", "--resolution", "64", "--enable_bucket", "--min_bucket_reso", "32",
@@ -52,13 +52,13 @@ def test_golden_10_ti(own_models):
 
 def test_rows_lie_behind_frozen_tables_and_only_they_get_gradients(own_models):
     tables = [
-        body_of(encoder).embeddings.token_embedding.weight.detach().clone() for encoder in own_models.text_encoders
+        clip_body(encoder).embeddings.token_embedding.weight.detach().clone() for encoder in own_models.text_encoders
     ]
-    token = add_token(own_models, "zyx", "red", 2)
+    token = add_placeholder_token(own_models, "zyx", "red", 2)
     encoded = own_models.encode_texts(["a zyx here", "nothing"], 75)
     (encoded.hidden_1[0].sum() + encoded.pooled.sum()).backward()
     for table, encoder, rows in zip(tables, own_models.text_encoders, token.rows.values(), strict=True):
-        embedding = body_of(encoder).embeddings.token_embedding
+        embedding = clip_body(encoder).embeddings.token_embedding
         assert torch.equal(embedding.weight, table) and embedding.weight.grad is None
         assert rows.grad.abs().sum() > 0 and rows.dtype is torch.float32
     assert [p for encoder in own_models.text_encoders for p in encoder.parameters() if p.requires_grad] == list(token.rows.values())  # fmt: skip
@@ -76,8 +76,8 @@ def test_captions_have_weights_where_they_are_asked_for(weighted, own_models):
 def test_a_new_word_is_all_of_its_vectors_wherever_the_tokenizer_finds_it(own_models):
     """In capitals, at the start of another word, more than once; a second word that begins as it does is its own."""
     tokenizer, first = own_models.tokenizers[1], len(own_models.tokenizers[1].clip)
-    add_token(own_models, "zyx", "red", 3)
-    add_token(own_models, "Zyxw", "red", 2)
+    add_placeholder_token(own_models, "zyx", "red", 3)
+    add_placeholder_token(own_models, "Zyxw", "red", 2)
     one, two = [first, first + 1, first + 2], [first + 3, first + 4]
     of = {word: tokenizer.ids(word) for word in ("a", ",", "s")}
     assert tokenizer.ids("Zyx a zyx, a zyxw") == one + of["a"] + one + of[","] + of["a"] + two
@@ -85,7 +85,7 @@ def test_a_new_word_is_all_of_its_vectors_wherever_the_tokenizer_finds_it(own_mo
 
 
 def test_without_gradient_a_new_word_that_starts_as_another_reads_like_it(own_models):
-    add_token(own_models, "zyx", "cat", 1)
+    add_placeholder_token(own_models, "zyx", "cat", 1)
     new, old = (own_models.encode_texts([text], 75) for text in ("a zyx sits", "a cat sits"))
     for one, two in zip(new, old, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
@@ -93,7 +93,7 @@ def test_without_gradient_a_new_word_that_starts_as_another_reads_like_it(own_mo
 
 def test_first_values_are_the_init_words_in_turn_or_the_mean(own_models):
     one, _ = first_rows(own_models.tokenizers, own_models.text_layers, "red cat", 3)
-    table = body_of(own_models.text_encoders[0]).embeddings.token_embedding.weight
+    table = clip_body(own_models.text_encoders[0]).embeddings.token_embedding.weight
     red, cat = own_models.tokenizers[0].ids("red cat")
     assert torch.equal(one, table[[red, cat, red]])
     torch.testing.assert_close(
@@ -103,7 +103,7 @@ def test_first_values_are_the_init_words_in_turn_or_the_mean(own_models):
 
 def test_known_words_are_refused(own_models):
     with pytest.raises(OptionError, match="'cat' is a word that the tokenizers know already"):
-        NewToken(
+        PlaceholderToken(
             own_models.tokenizers,
             own_models.text_layers,
             "cat",

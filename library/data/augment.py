@@ -11,7 +11,7 @@ import numpy as np
 
 from library import images
 from library.data.samples import Face, Sample
-from library.images import BadImage
+from library.images import ImageError
 from library.size import Size
 
 
@@ -43,7 +43,7 @@ def load_pixels(
     pixels = images.decode(content, sample.file, keep_alpha=settings.alpha_mask)
     found = Size(pixels.shape[1], pixels.shape[0])
     if found != sample.size:
-        raise BadImage(f"it was {sample.size} when the dataset was read, and is {found} now")
+        raise ImageError(f"it was {sample.size} when the dataset was read, and is {found} now")
     bucket, resized, corner, told = sample.fit.bucket, sample.fit.resized, None, None
     if draw is not None and settings.face_crop_aug_range and (face := sample.face):
         resized, corner = face_crop(sample.size, bucket, face, settings.face_crop_aug_range, draw, wide=settings.random_crop)  # fmt: skip

@@ -17,7 +17,7 @@ from library.data.captions import CaptionSettings
 from library.data.class_folders import implied_tables
 from library.data.dataset_keys import ALLOWED, FOLDER_KEYS, LEVELS, SPECS, default_of
 from library.data.options import CacheOptions, DatasetOptions, parse_range, parse_resolution
-from library.data.samples import PRESERVE_OUTPUT, DatasetPlan, PixelSettings, Subset
+from library.data.samples import PRESERVE_OUTPUT, DatasetConfig, PixelSettings, Subset
 from library.errors import Mistake, OptionError
 from library.option_types import UNSET, did_you_mean, read_value
 from library.options import Options
@@ -38,7 +38,7 @@ ConditioningKind = Literal["masks", "conditions", "unused"]
 
 def read_datasets(
     options: Options, conditioning: ConditioningKind = "masks", *, uses_masks: bool = True
-) -> tuple[list[DatasetPlan], list[str]]:
+) -> tuple[list[DatasetConfig], list[str]]:
     """The datasets of a run, and what the user should know of them. Raises OptionError with every mistake in them.
 
     Args: uses_masks: masks in conditioning_data_dir have a use in the run: for its loss, or for an inpainting model.
@@ -136,7 +136,7 @@ class _Definition:
         if self.command_line["face_crop_aug_range"]:
             self.command_line["face_crop_aug_range"] = parse_range(self.command_line["face_crop_aug_range"])
 
-    def plans(self) -> list[DatasetPlan]:
+    def plans(self) -> list[DatasetConfig]:
         tables = self.tables if isinstance(self.tables, dict) else {}
         for key in tables.keys() - {"general", "datasets"}:
             self._mistake("top level", f"{key!r} is unknown{did_you_mean(key, ('general', 'datasets'))}")
@@ -149,7 +149,7 @@ class _Definition:
             raise OptionError(*self.mistakes)
         return [plan for plan in plans if plan is not None]
 
-    def _dataset(self, general: Mapping[str, Any], table: dict, number: int) -> DatasetPlan | None:
+    def _dataset(self, general: Mapping[str, Any], table: dict, number: int) -> DatasetConfig | None:
         where = f"[[datasets]] {number}"
         subset_tables = self._list(table.get("subsets", []), f"{where}: subsets")
         own = self._read("dataset", where, {key: value for key, value in table.items() if key != "subsets"})
@@ -173,7 +173,7 @@ class _Definition:
             self._mistake(where, f"face_crop_aug_range {_NOT_CROPPED_ALONG}")
         if self._value("network_multiplier", (own, general)) != 1.0:
             self.notices.append(f"{self.name}, {where}: network_multiplier changes nothing in SDXL training")
-        return DatasetPlan(
+        return DatasetConfig(
             self._value("batch_size", (own, general)),
             buckets,
             kept,

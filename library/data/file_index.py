@@ -23,11 +23,11 @@ _SETTLED = (
     2_000_000_000  # nanoseconds; a file changed later than this before now may change again within its time stamp
 )
 
-Stamp = tuple[int, int]
+FileStamp = tuple[int, int]
 """Size in bytes and time of the last change in nanoseconds: while both stay, a file is taken to be the same."""
 
 
-def stamp_of(path: str | Path | os.DirEntry) -> Stamp:
+def file_stamp(path: str | Path | os.DirEntry) -> FileStamp:
     """The file's stamp. Raises OSError."""
     found = os.stat(path) if isinstance(path, str | Path) else path.stat()
     return found.st_size, found.st_mtime_ns
@@ -48,7 +48,7 @@ def _write(file: BinaryIO, *, content: str) -> None:
     file.write(content.encode("utf-8", "surrogatepass"))
 
 
-class KnownFiles:
+class FileIndex:
     """Facts by file."""
 
     def __init__(self, home: Path | None = None):
@@ -58,12 +58,12 @@ class KnownFiles:
         self._changed: set[str] = set()
         self._youngest = 0  # time before which a file that is as it was has settled
 
-    def get(self, folder: str, name: str, stamp: Stamp) -> dict[str, Any]:
+    def get(self, folder: str, name: str, stamp: FileStamp) -> dict[str, Any]:
         """What is known of a file; nothing if it has changed since."""
         row = (self._folders.get(folder) or self._folder(folder)).get(name)
         return row[2] if row is not None and row[0] == stamp[0] and row[1] == stamp[1] else {}
 
-    def learn(self, folder: str, name: str, stamp: Stamp, **facts: Any) -> None:
+    def learn(self, folder: str, name: str, stamp: FileStamp, **facts: Any) -> None:
         """Add to what is known of a file, as it is at `stamp`."""
         if stamp[1] > self._youngest:
             self._youngest = time.time_ns() - _SETTLED

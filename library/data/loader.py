@@ -24,7 +24,7 @@ from library.data.inpainting_masks import draw_masks
 from library.data.samples import Sample
 from library.data.scan import Dataset
 from library.errors import RunError
-from library.images import BadImage
+from library.images import ImageError
 from library.models.text_encoders import EncodedText
 from library.models.unet_config import AESTHETIC_SCORE
 from library.rng import SampleRng, python_rng
@@ -190,7 +190,7 @@ class Batches(TorchDataset):
                 continue
             try:
                 loaded.append(torch.from_numpy(images.normalised(load_conditioning(sample, flipped=flipped))))
-            except (OSError, BadImage) as error:
+            except (OSError, ImageError) as error:
                 raise RunError(f"{sample.conditioning}: can't be read any more: {error}") from None
         return torch.stack(loaded)
 
@@ -206,7 +206,7 @@ def _read_pixels(sample: Sample, draw: random.Random | None, *, flipped: bool) -
     """Args: draw: None: as for the cache. Raises RunError."""
     try:
         return load_pixels(sample, draw, flipped=flipped)
-    except (OSError, BadImage) as error:
+    except (OSError, ImageError) as error:
         raise RunError(f"{sample.file}: can't be read any more: {error}") from None
 
 

@@ -63,7 +63,7 @@ class Subset:
 
 
 @dataclass(frozen=True)
-class DatasetPlan:
+class DatasetConfig:
     """Subsets that share buckets and batch size. Batches never mix datasets.
 
     Attributes:

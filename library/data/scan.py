@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 from library.data.buckets import Buckets
 from library.data.captions import BadCaption, read_caption
-from library.data.file_index import KnownFiles, Stamp, stamp_of
+from library.data.file_index import FileIndex, FileStamp, file_stamp
 from library.data.metadata_file import BadMetadata, read_metadata
-from library.data.samples import DatasetPlan, Sample, Subset
-from library.data.sidecars import CacheInfo, CaptionFolder, ConditioningFolder, Stems, some
+from library.data.samples import DatasetConfig, Sample, Subset
+from library.data.sidecars import CaptionFolder, ConditioningFolder, MetadataCache, MetadataKeyResolver, some
 from library.errors import OptionError
-from library.images import PLUGINS, BadImage, is_large, read_image_info, readable_extensions
+from library.images import PLUGINS, ImageError, is_large, read_image_info, readable_extensions
 from library.log import log
 from library.size import Size
 
@@ -38,7 +38,7 @@ class Dataset:
         validation: samples that are held out, each once.
     """
 
-    plan: DatasetPlan
+    plan: DatasetConfig
     samples: tuple[Sample, ...]
     validation: tuple[Sample, ...] = ()
 
@@ -57,8 +57,8 @@ class Dataset:
 
 
 def scan(
-    plans: Sequence[DatasetPlan],
-    known: KnownFiles | None = None,
+    plans: Sequence[DatasetConfig],
+    known: FileIndex | None = None,
     *,
     skip_bad_images: bool = False,
     allow_missing_captions: bool = False,
@@ -74,7 +74,7 @@ def scan(
 
     Raises OptionError with all folders, captions and picture headers that can't be used, or if nothing is left.
     """
-    scanner = _Scanner(known or KnownFiles(), cache_dir, allow_missing_captions=allow_missing_captions)
+    scanner = _Scanner(known or FileIndex(), cache_dir, allow_missing_captions=allow_missing_captions)
     with _without_garbage_collection():
         datasets = [scanner.dataset(number, plan, seed) for number, plan in enumerate(plans)]
     scanner.tell(skip_bad_images=skip_bad_images)
@@ -103,7 +103,7 @@ class _Found(NamedTuple):
 
     folder: str
     name: str
-    stamp: Stamp | None
+    stamp: FileStamp | None
     caption: str
     tags: str
     size: Size | None = None
@@ -111,7 +111,7 @@ class _Found(NamedTuple):
 
 
 class _Scanner:
-    def __init__(self, known: KnownFiles, cache_dir: Path | None, *, allow_missing_captions: bool):
+    def __init__(self, known: FileIndex, cache_dir: Path | None, *, allow_missing_captions: bool):
         self.known = known
         self.cache_dir = cache_dir
         self.allow_missing_captions = allow_missing_captions
@@ -126,7 +126,7 @@ class _Scanner:
 
     # ------------------------------------------------------------------------------------------------------- datasets
 
-    def dataset(self, number: int, plan: DatasetPlan, seed: int) -> Dataset:
+    def dataset(self, number: int, plan: DatasetConfig, seed: int) -> Dataset:
         buckets = Buckets(plan.buckets)
         training: list[Sample] = []
         validation: list[Sample] = []
@@ -159,9 +159,9 @@ class _Scanner:
                 size = size or self._size(folder, name, stamp, file)
                 fit = buckets.fit(size)
                 if 0 in fit.bucket:
-                    raise BadImage(f"its size {size} is below one bucket step of {smallest} pixels")
+                    raise ImageError(f"its size {size} is below one bucket step of {smallest} pixels")
                 partner = conditioning.of(name, size) if conditioning else None
-            except BadImage as error:
+            except ImageError as error:
                 self.bad_images.append(f"{file}: {error}")
                 continue
             stem = self._cache_stem(subset, folder, name, number, fit.bucket)
@@ -169,7 +169,7 @@ class _Scanner:
         if conditioning:
             conditioning.tell()
 
-    def _size(self, folder: str, name: str, stamp: Stamp | None, file: str) -> Size:
+    def _size(self, folder: str, name: str, stamp: FileStamp | None, file: str) -> Size:
         kept = self.known.get(folder, name, stamp).get("look") if stamp else None
         if kept is None:
             look = read_image_info(file)
@@ -242,18 +242,18 @@ class _Scanner:
         captions = CaptionFolder(subset, folder, [entry.name for entry in pictures], entries)
         if captions.problem and not self.allow_missing_captions:
             self.mistakes.append(captions.problem)
-        info = CacheInfo(folder) if subset.cache_info else None
+        info = MetadataCache(folder) if subset.cache_info else None
         for entry in pictures:
             own = self._caption(subset, captions, entry.name, info)
             caption = (subset.class_tokens or "") if own is None else own
             try:
-                stamp = stamp_of(entry)
+                stamp = file_stamp(entry)
             except OSError:
                 self.bad_images.append(f"{entry.path}: the link leads nowhere")
                 continue
             size = None
             if info:
-                with suppress(BadImage):  # _samples tells
+                with suppress(ImageError):  # _samples tells
                     size = self._size(folder, entry.name, stamp, entry.path)
             yield _Found(folder, entry.name, stamp, caption, caption, size)
             if info and size:
@@ -261,7 +261,9 @@ class _Scanner:
         if info:
             info.save()
 
-    def _caption(self, subset: Subset, captions: "CaptionFolder", name: str, info: "CacheInfo | None") -> str | None:
+    def _caption(
+        self, subset: Subset, captions: "CaptionFolder", name: str, info: "MetadataCache | None"
+    ) -> str | None:
         """The picture's own caption; None if it has none."""
         file = captions.file_of(name.rpartition(".")[0])
         if file is None:
@@ -282,7 +284,7 @@ class _Scanner:
 
     def _lines(self, folder: str, entry: os.DirEntry) -> str:
         """All lines of a caption file. Raises OSError, BadCaption."""
-        stamp = stamp_of(entry)
+        stamp = file_stamp(entry)
         lines = self.known.get(folder, entry.name, stamp).get("lines")
         if lines is None:
             lines = read_caption(entry.path, all_lines=True)
@@ -303,7 +305,7 @@ class _Scanner:
         assert subset.metadata_file is not None
         relative: list[str] = []
         missing: list[str] = []
-        stems = Stems(self.extensions)
+        stems = MetadataKeyResolver(self.extensions)
         try:
             for entry in read_metadata(subset.metadata_file, subset.captions):
                 if os.path.isabs(entry.key):

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from library.data.file_index import Stamp, stamp_of
+from library.data.file_index import FileStamp, file_stamp
 from library.data.samples import Subset
 from library.errors import RunError
 from library.files import write_atomically
-from library.images import BadImage, read_image_info
+from library.images import ImageError, read_image_info
 from library.log import log
 from library.size import Size
 
@@ -83,14 +83,14 @@ class ConditioningFolder:
         self.unused.discard(stem)
         names = self.by_stem.get(stem, [])
         if len(names) != 1:
-            raise BadImage(f"{len(names) or 'no'} conditioning images of its name in {self.folder}: {', '.join(names) or 'one is needed'}")  # fmt: skip
+            raise ImageError(f"{len(names) or 'no'} conditioning images of its name in {self.folder}: {', '.join(names) or 'one is needed'}")  # fmt: skip
         path = os.path.join(self.folder, names[0])
         try:
             own = read_image_info(path).size
-        except BadImage as error:
-            raise BadImage(f"its conditioning image {path}: {error}") from None
+        except ImageError as error:
+            raise ImageError(f"its conditioning image {path}: {error}") from None
         if abs(own.width * size.height / own.height - size.width) > max(1, size.width / own.width):
-            raise BadImage(f"its conditioning image {path} is {own}, of another shape than the picture's {size}")
+            raise ImageError(f"its conditioning image {path} is {own}, of another shape than the picture's {size}")
         return path
 
     def tell(self) -> None:
@@ -98,7 +98,7 @@ class ConditioningFolder:
             log.info("%s: %d conditioning images have no picture: %s", self.folder, len(self.unused), some(sorted(self.unused)))  # fmt: skip
 
 
-class Stems:
+class MetadataKeyResolver:
     """The picture that a metadata key means: keys of sd-scripts' tools may lack the ending."""
 
     def __init__(self, extensions: Sequence[str]):
@@ -116,12 +116,12 @@ class Stems:
         endings = (*sorted(self.extensions), *sorted(map(str.upper, self.extensions)))
         return next((path + ending for ending in endings if name + ending in names), None)
 
-    def stamp(self, path: str) -> Stamp | None:
+    def stamp(self, path: str) -> FileStamp | None:
         """The picture's size and time, where its folder was looked at; None if not."""
         folder, name = os.path.split(path)
         entry = self._listed.get(folder, {}).get(name)
         try:
-            return stamp_of(entry) if entry else None
+            return file_stamp(entry) if entry else None
         except OSError:
             return None
 
@@ -135,7 +135,7 @@ class Stems:
         return self._listed[folder]
 
 
-class CacheInfo:
+class MetadataCache:
     """A folder's metadata_cache.json (cache_info): captions and sizes by picture.
 
     Its sizes are written for sd-scripts, and never believed: those that sd-scripts wrote are from before the EXIF orientation.

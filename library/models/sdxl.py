@@ -114,18 +114,18 @@ class SdxlModels:
 
     @cached_property
     def _outlines(self) -> tuple[Any, Any]:
-        from library.models.text_encoders import AbsentEncoder, outline
+        from library.models.text_encoders import NullTextEncoder, text_encoder_skeleton
 
         stored = (self.checkpoint.tensors(f"text_encoder_{number}") for number in (1, 2))
-        one, two = (outline(tensors) if tensors else AbsentEncoder() for tensors in stored)
+        one, two = (text_encoder_skeleton(tensors) if tensors else NullTextEncoder() for tensors in stored)
         return one, two
 
     def _text_encoder(self, number: int) -> Any:
-        from library.models.text_encoders import AbsentEncoder, build_text_encoder, module_name
+        from library.models.text_encoders import NullTextEncoder, build_text_encoder, module_name
 
         tensors = self.checkpoint.tensors(f"text_encoder_{number}")
         if not tensors:
-            return AbsentEncoder()
+            return NullTextEncoder()
         encoder: Any = build_text_encoder(tensors, number)
         what = f"{self.checkpoint.path}: text encoder {number}"
         part = f"text_encoder_{number}"

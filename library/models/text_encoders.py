@@ -43,7 +43,7 @@ class TextConditioning(NamedTuple):
         return cls(torch.cat([text.hidden_1, text.hidden_2], dim=-1), text.pooled)
 
 
-class AbsentEncoder(nn.Module):
+class NullTextEncoder(nn.Module):
     """The first text encoder of a model that has none (the refiner): no layers, no parameters, states of width 0."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ def build_text_encoder(tensors: Mapping[str, Tensor], number: int) -> nn.Module:
         return kind(transformers.CLIPTextConfig(**text_encoder_config(tensors, number)))
 
 
-def outline(tensors: Mapping[str, Tensor]) -> nn.Module:
+def text_encoder_skeleton(tensors: Mapping[str, Tensor]) -> nn.Module:
     """The layers and parameters of a text encoder (module names) on the meta device: all that a network or an optimizer asks for.
 
     It can't encode, and needs no transformers, whose import takes longer than all else that a dry run does.
@@ -111,7 +111,7 @@ def module_name(encoder: nn.Module, name: str) -> str:
     transformers 5 dropped `text_model.` from CLIPTextModel, and kept it in CLIPTextModelWithProjection; files and network
     modules have it for both.
     """
-    return f"text_model.{name}" if body_of(encoder) is encoder else name
+    return f"text_model.{name}" if clip_body(encoder) is encoder else name
 
 
 def encode(
@@ -129,9 +129,9 @@ def encode(
         keep_markers: T = 77 n: each chunk keeps its begin and end marker, as when pictures are drawn from prompts.
     """
     chunks = ids_1.shape[1]
-    states_2, last = _run(body_of(encoder_2), ids_2.flatten(0, 1))
-    is_absent = isinstance(encoder_1, AbsentEncoder)
-    states_1 = states_2[..., :0] if is_absent else _run(body_of(encoder_1), ids_1.flatten(0, 1))[0]
+    states_2, last = _run(clip_body(encoder_2), ids_2.flatten(0, 1))
+    is_absent = isinstance(encoder_1, NullTextEncoder)
+    states_1 = states_2[..., :0] if is_absent else _run(clip_body(encoder_1), ids_1.flatten(0, 1))[0]
     last = last.unflatten(0, (-1, chunks))[:, 0]  # [B, 77, 1280]: the first chunk's
     first_end = (ids_2[:, 0] == END_OF_TEXT).int().argmax(dim=-1)  # 0 if there is none
     pooled = encoder_2.text_projection(last[torch.arange(len(last), device=last.device), first_end])
@@ -139,7 +139,7 @@ def encode(
     return EncodedText(join(states_1, chunks), join(states_2, chunks), pooled)
 
 
-def body_of(encoder: Any) -> Any:
+def clip_body(encoder: Any) -> Any:
     """The module that holds embeddings, layers and final norm, which versions of transformers keep in different places."""
     return getattr(encoder, "text_model", encoder)
 

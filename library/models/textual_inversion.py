@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.errors import OptionError
-from library.models.text_encoders import body_of
+from library.models.text_encoders import clip_body
 from library.models.tokenizer import Tokenizer
 
 
@@ -40,11 +40,11 @@ class ExtendedEmbedding(nn.Module):
         return torch.where(is_new[..., None], new, known)
 
 
-class KnownWord(OptionError):
+class TokenExistsError(OptionError):
     """The tokenizers have a token for it already."""
 
 
-class NewToken:
+class PlaceholderToken:
     """One new word of n vectors, known to both tokenizers and encoders of a model: where it stands in a text, all of them do."""
 
     def __init__(self, tokenizers: Sequence[Tokenizer], encoders: Sequence[Any], word: str, rows: Sequence[Tensor]):
@@ -54,7 +54,7 @@ class NewToken:
         words = [word, *(f"{word}{i}" for i in range(1, count))]
         for tokenizer in tokenizers:  # before any of them is changed
             if len(tokenizer.ids(word)) == 1 or not tokenizer.clip.get_vocab().keys().isdisjoint(words):
-                raise KnownWord(
+                raise TokenExistsError(
                     f"{word!r} is a word that the tokenizers know already; take one that they don't, such as {word}_1x"
                 )
         self.tables: list[ExtendedEmbedding] = []
@@ -62,7 +62,7 @@ class NewToken:
             first = len(tokenizer.clip)
             tokenizer.clip.add_tokens(words)
             tokenizer.expansions[first] = list(range(first, first + count))
-            embeddings: Any = body_of(encoder).embeddings
+            embeddings: Any = clip_body(encoder).embeddings
             table = ExtendedEmbedding(embeddings.token_embedding, own, first)
             embeddings.token_embedding = table
             self.tables.append(table)
@@ -80,7 +80,7 @@ def first_rows(
     """The first values of `count` vectors for both encoders, float32: those of the init word's tokens in turn, or the tables' means."""
     rows = []
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
-        table: Tensor = body_of(encoder).embeddings.token_embedding.weight.detach()
+        table: Tensor = clip_body(encoder).embeddings.token_embedding.weight.detach()
         ids = tokenizer.ids(init_word) if init_word else []
         if init_word and not ids:
             raise OptionError(f"--init_word {init_word!r}: it has no tokens")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import OptionError
-from library.models.text_encoders import body_of
+from library.models.text_encoders import clip_body
 from library.models.unet import UNet
 from library.safetensors_io import read_header
 from networks.inference.deltas import Parts, unscaled_change
@@ -38,7 +38,7 @@ def every_layer(unet: UNet, encoders: Iterable[nn.Module]) -> list[Target]:
         if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
     for part, encoder in zip(TEXT_ENCODERS, encoders, strict=True):
-        layers: dict[str, Any] = {f"text_model.{path}": layer for path, layer in body_of(encoder).named_modules()}
+        layers: dict[str, Any] = {f"text_model.{path}": layer for path, layer in clip_body(encoder).named_modules()}
         layers["text_projection"] = getattr(encoder, "text_projection", None)
         found += [
             Target(part, module_key(part, path), layer)

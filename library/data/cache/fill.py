@@ -20,12 +20,12 @@ from torch import Tensor
 
 from library import images
 from library.data.augment import Pixels, load_conditioning, load_pixels
-from library.data.cache.latents import LatentCache, Latents, Origin, TextCache, origin_of
-from library.data.file_index import KnownFiles, stamp_of
+from library.data.cache.latents import LatentCache, Latents, SourceStamp, TextCache, source_stamp
+from library.data.file_index import FileIndex, file_stamp
 from library.data.samples import Sample
 from library.errors import RunError
 from library.files import make_writable_folder, remove_left_over
-from library.images import BadImage
+from library.images import ImageError
 from library.log import log, progress_bar
 from library.models.inpainting import shown_and_hidden
 from library.models.text_encoders import EncodedText
@@ -47,7 +47,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Bad(NamedTuple):
+class RejectedSample(NamedTuple):
     """A sample that can't be trained on, and why."""
 
     sample: Sample
@@ -64,7 +64,7 @@ class _Loaded(NamedTuple):
 
     sample: Sample
     pixels: Pixels
-    origin: Origin
+    origin: SourceStamp
     inputs: dict[str, tuple[Tensor, Tensor]]
     cells: dict[str, Tensor]
 
@@ -80,7 +80,7 @@ def fill_latents(
     *,
     share: tuple[int, int] = (0, 1),
     anew: bool = False,
-) -> list[Bad]:
+) -> list[RejectedSample]:
     """Encode the samples whose latents the cache lacks; returns those that can't be.
 
     Args:
@@ -95,13 +95,13 @@ def fill_latents(
     if not missing:
         return []
     _try_folders(sample.latents_file.parent for sample in missing if not cache.in_memory)
-    bad: list[Bad] = []
+    bad: list[RejectedSample] = []
     with progress_bar("caching latents", len(missing), unit="pictures") as bar, _background_writer() as write:
         load = functools.partial(_load, for_inpainting=cache.for_inpainting)
         batches = _batches_by_bucket(missing, batch_size, for_inpainting=cache.for_inpainting)
         for batch, loaded in _ahead_in_batches(load, batches):
             good = [one for one in loaded if isinstance(one, _Loaded)]
-            bad += [one for one in loaded if isinstance(one, Bad)]
+            bad += [one for one in loaded if isinstance(one, RejectedSample)]
             if good:
                 found, encoded = _encode(good, encode, batch_size)
                 bad += found
@@ -110,17 +110,19 @@ def fill_latents(
     return bad
 
 
-def _load(sample: Sample, *, for_inpainting: bool) -> _Loaded | Bad:
+def _load(sample: Sample, *, for_inpainting: bool) -> _Loaded | RejectedSample:
     mask = None
     try:
-        raw, origin = origin_of(sample.path)
+        raw, origin = source_stamp(sample.path)
         pixels = load_pixels(sample, content=raw)
         if for_inpainting and sample.has_mask:
             mask = pixels.alpha
             if mask is None:
                 origin, mask = _with_mask(sample, origin)
-    except (OSError, BadImage) as error:
-        return Bad(sample, str(error) if isinstance(error, BadImage) else f"can't be read: {error.strerror}")
+    except (OSError, ImageError) as error:
+        return RejectedSample(
+            sample, str(error) if isinstance(error, ImageError) else f"can't be read: {error.strerror}"
+        )
     inputs, cells = {}, {}
     for name, how, turned in (("plain", "", slice(None)), ("flipped", " mirrored", slice(None, None, -1))):
         if name == "flipped" and not sample.subset.pixels.flip_aug:
@@ -135,15 +137,15 @@ def _load(sample: Sample, *, for_inpainting: bool) -> _Loaded | Bad:
     return _Loaded(sample, pixels, origin, inputs, cells)
 
 
-def _with_mask(sample: Sample, origin: Origin) -> tuple[Origin, np.ndarray]:
+def _with_mask(sample: Sample, origin: SourceStamp) -> tuple[SourceStamp, np.ndarray]:
     """The mask of the sample's conditioning image, and what to remember of both files. Raises OSError, BadImage."""
     assert sample.conditioning is not None
     try:
-        raw, own = origin_of(Path(sample.conditioning))
+        raw, own = source_stamp(Path(sample.conditioning))
         mask = load_conditioning(sample, flipped=False, content=raw)[..., 0].astype(np.float32) / 255
-    except (OSError, BadImage) as error:
+    except (OSError, ImageError) as error:
         reason = f"can't be read: {error.strerror}" if isinstance(error, OSError) else str(error)
-        raise BadImage(f"its conditioning image {sample.conditioning}: {reason}") from None
+        raise ImageError(f"its conditioning image {sample.conditioning}: {reason}") from None
     return origin._replace(mask=own), mask
 
 
@@ -153,7 +155,7 @@ def _noise(image: Tensor, content: str) -> Tensor:
     return torch.randn(4, height, width, generator=generator("posterior", content, width, height))
 
 
-def _encode(loaded: Sequence[_Loaded], encode: EncodeImages, batch_size: int) -> tuple[list[Bad], list[tuple[Sample, Latents, Origin]]]:  # fmt: skip
+def _encode(loaded: Sequence[_Loaded], encode: EncodeImages, batch_size: int) -> tuple[list[RejectedSample], list[tuple[Sample, Latents, SourceStamp]]]:  # fmt: skip
     jobs = [(one, name) for name in Latents._fields for one in loaded if name in one.inputs]
     inputs = [one.inputs[name] for one, name in jobs]
     encoded = [
@@ -173,11 +175,11 @@ def _encode(loaded: Sequence[_Loaded], encode: EncodeImages, batch_size: int) ->
             mask = None if one.pixels.alpha is None else torch.from_numpy(one.pixels.alpha.copy())
             good.append((one.sample, Latents(**found[id(one)], mask=mask), one.origin))
         else:
-            bad.append(Bad(one.sample, "the VAE gives latents that aren't finite, in float32 too"))
+            bad.append(RejectedSample(one.sample, "the VAE gives latents that aren't finite, in float32 too"))
     return bad, good
 
 
-def _write_latents(cache: LatentCache, encoded: Iterable[tuple[Sample, Latents, Origin]]) -> None:
+def _write_latents(cache: LatentCache, encoded: Iterable[tuple[Sample, Latents, SourceStamp]]) -> None:
     for sample, latents, origin in encoded:
         cache.write(sample, latents, origin)
 
@@ -198,7 +200,7 @@ def _batches_by_bucket(samples: Iterable[Sample], batch_size: int, *, for_inpain
 # --------------------------------------------------------------------------------------------------------------- audit
 
 
-def audit(samples: Sequence[Sample], known: KnownFiles, *, share: tuple[int, int] = (0, 1)) -> list[Bad]:
+def audit(samples: Sequence[Sample], known: FileIndex, *, share: tuple[int, int] = (0, 1)) -> list[RejectedSample]:
     """Decode every picture once, to find those that can't be used before training starts.
 
     What was decoded whole before, and hasn't changed since, isn't decoded again.
@@ -213,39 +215,41 @@ def audit(samples: Sequence[Sample], known: KnownFiles, *, share: tuple[int, int
     reasons: dict[str, str] = {}
     with progress_bar("checking pictures", len(unseen), unit="pictures") as bar:
         for (file, _), found in _ahead(_decode_once, unseen):
-            if isinstance(found, Origin):
+            if isinstance(found, SourceStamp):
                 known.learn(*os.path.split(file), found.stamp, decoded=True, content=found.content)
             else:
                 reasons[file] = found
             bar.update()
     return [
-        Bad(sample, reasons[file] if file == sample.file else f"its conditioning image {file}: {reasons[file]}")
+        RejectedSample(
+            sample, reasons[file] if file == sample.file else f"its conditioning image {file}: {reasons[file]}"
+        )
         for sample in samples
         for file in (sample.file, sample.conditioning)
         if file in reasons
     ]
 
 
-def _was_decoded(file: str, known: KnownFiles) -> bool:
+def _was_decoded(file: str, known: FileIndex) -> bool:
     try:
-        return "decoded" in known.get(*os.path.split(file), stamp_of(file))
+        return "decoded" in known.get(*os.path.split(file), file_stamp(file))
     except OSError:
         return False
 
 
-def _decode_once(wanted: tuple[str, Size | None]) -> Origin | str:
+def _decode_once(wanted: tuple[str, Size | None]) -> SourceStamp | str:
     """What to remember of the file, or why it can't be used."""
     file, size = wanted
     try:
-        raw, origin = origin_of(Path(file))
+        raw, origin = source_stamp(Path(file))
         pixels = images.decode(raw, file)
-    except (OSError, BadImage) as error:
-        return str(error) if isinstance(error, BadImage) else f"can't be read: {error.strerror}"
+    except (OSError, ImageError) as error:
+        return str(error) if isinstance(error, ImageError) else f"can't be read: {error.strerror}"
     found = Size(pixels.shape[1], pixels.shape[0])
     return origin if size in (None, found) else f"it was {size} when the dataset was read, and is {found} now"
 
 
-def refuse_or_skip(bad: Sequence[Bad], *, skip: bool) -> None:
+def refuse_or_skip(bad: Sequence[RejectedSample], *, skip: bool) -> None:
     """Tell all pictures that can't be used; raises RunError unless they may be left out."""
     told = "\n  ".join(f"{sample.path}: {reason}" for sample, reason in bad)
     if bad and not skip:

@@ -20,7 +20,7 @@ from torch import Tensor
 from library.data.cache import npz
 from library.data.cache.npz import BadFile, Contents
 from library.data.captions import caption_variants
-from library.data.file_index import KnownFiles, Stamp, stamp_of
+from library.data.file_index import FileIndex, FileStamp, file_stamp
 from library.data.samples import Sample
 from library.errors import RunError
 from library.models.text_encoders import EncodedText
@@ -63,19 +63,19 @@ class Cached(NamedTuple):
     inpainting: Tensor | None
 
 
-class Origin(NamedTuple):
+class SourceStamp(NamedTuple):
     """The picture file that latents were made of: a hash of its content, and what it looked like then; the same of its mask's."""
 
     content: str
-    stamp: Stamp
-    mask: "Origin | None" = None
+    stamp: FileStamp
+    mask: "SourceStamp | None" = None
 
 
-def origin_of(path: Path) -> tuple[bytes, Origin]:
+def source_stamp(path: Path) -> tuple[bytes, SourceStamp]:
     """A picture file's bytes, and what to remember of them."""
-    stamp = stamp_of(path)
+    stamp = file_stamp(path)
     raw = path.read_bytes()
-    return raw, Origin(content_hash(raw), stamp)
+    return raw, SourceStamp(content_hash(raw), stamp)
 
 
 def content_hash(raw: bytes) -> str:
@@ -102,7 +102,7 @@ class LatentCache(Protocol):
 
     def read(self, sample: Sample, *, flipped: bool = False) -> Cached: ...
 
-    def write(self, sample: Sample, latents: Latents, origin: Origin) -> None: ...
+    def write(self, sample: Sample, latents: Latents, origin: SourceStamp) -> None: ...
 
 
 class TextCache(Protocol):
@@ -111,7 +111,7 @@ class TextCache(Protocol):
     in_memory: bool
 
     @property
-    def texts(self) -> "TextPlan": ...
+    def texts(self) -> "CaptionVariants": ...
     def problem(self, sample: Sample) -> str | None: ...
     def has(self, sample: Sample) -> bool: ...
     def read(self, sample: Sample, number: int) -> EncodedText: ...
@@ -137,7 +137,7 @@ class LatentsInMemory:
     def read(self, sample: Sample, *, flipped: bool = False) -> Cached:
         return self._kept[sample.cache_stem].seen(flipped=flipped)
 
-    def write(self, sample: Sample, latents: Latents, origin: Origin) -> None:
+    def write(self, sample: Sample, latents: Latents, origin: SourceStamp) -> None:
         self._kept[sample.cache_stem] = latents
 
 
@@ -146,7 +146,7 @@ class TextInMemory:
 
     in_memory = True
 
-    def __init__(self, texts: "TextPlan"):
+    def __init__(self, texts: "CaptionVariants"):
         self.texts = texts
         self._kept: dict[str, EncodedText] = {}
 
@@ -166,7 +166,7 @@ class TextInMemory:
 # ------------------------------------------------------------------------------------------------------- which texts
 
 
-class TextPlan(NamedTuple):
+class CaptionVariants(NamedTuple):
     """Which texts are encoded of each caption.
 
     Attributes:
@@ -204,21 +204,21 @@ class _OnDisk:
 
     in_memory = False
 
-    def __init__(self, known: KnownFiles | None = None, *, trusted: bool = False):
+    def __init__(self, known: FileIndex | None = None, *, trusted: bool = False):
         """Args: known: what was found in files before. trusted: a file that is there is valid (--skip_cache_check)."""
-        self._known = known or KnownFiles()
+        self._known = known or FileIndex()
         self._trusted = trusted
         self._written: dict[Path, Contents] = {}
 
     def settle(self) -> None:
         """Remember the files that were written, so that the next run needn't read them to know them."""
         for path, contents in self._written.items():
-            self._learn(path, stamp_of(path), contents)
+            self._learn(path, file_stamp(path), contents)
         self._written.clear()
 
-    def _contents(self, path: Path) -> tuple[Contents, Stamp]:
+    def _contents(self, path: Path) -> tuple[Contents, FileStamp]:
         """Raises FileNotFoundError; BadFile."""
-        stamp = stamp_of(path)
+        stamp = file_stamp(path)
         folder, name = os.path.split(path)
         facts = self._known.get(folder, name, stamp)
         if "npz" in facts:
@@ -227,19 +227,19 @@ class _OnDisk:
         self._learn(path, stamp, contents)
         return contents, stamp
 
-    def _learn(self, path: Path, stamp: Stamp, contents: Contents) -> None:
+    def _learn(self, path: Path, stamp: FileStamp, contents: Contents) -> None:
         folder, name = os.path.split(path)
         self._known.learn(folder, name, stamp, npz=contents.as_json())
 
-    def _write(self, path: Path, arrays: Mapping[str, np.ndarray], made_of: Mapping[str, Any]) -> None:
-        self._written[path] = npz.write(path, arrays, made_of)
+    def _write(self, path: Path, arrays: Mapping[str, np.ndarray], fingerprint: Mapping[str, Any]) -> None:
+        self._written[path] = npz.write(path, arrays, fingerprint)
 
 
 class LatentsOnDisk(_OnDisk):
     def __init__(
         self,
         vae: str = "",
-        known: KnownFiles | None = None,
+        known: FileIndex | None = None,
         *,
         trusted: bool = False,
         old_names: bool = False,
@@ -309,9 +309,11 @@ class LatentsOnDisk(_OnDisk):
             shapes |= {"inpainting": seen, **({"inpainting_flipped": seen} if pixels.flip_aug else {})}
         return shapes
 
-    def _problem_without_fingerprint(self, path: Path, stamp: Stamp, contents: Contents, sample: Sample) -> str | None:
+    def _problem_without_fingerprint(
+        self, path: Path, stamp: FileStamp, contents: Contents, sample: Sample
+    ) -> str | None:
         """Files of sd-scripts: accepted when they are newer than the picture and were made of one of its size."""
-        if stamp[1] < stamp_of(sample.file)[1]:
+        if stamp[1] < file_stamp(sample.file)[1]:
             return "older than its picture"
         if "original_size" in contents.arrays:
             size = npz.read(path, ["original_size"])["original_size"].ravel().tolist()
@@ -320,7 +322,7 @@ class LatentsOnDisk(_OnDisk):
         return None
 
     def _file_problem(self, origin: Mapping[str, Any], file: str, what: str) -> str | None:
-        stamp = stamp_of(file)
+        stamp = file_stamp(file)
         if (origin.get("size"), origin.get("time")) == stamp:
             return None
         folder, name = os.path.split(file)
@@ -331,7 +333,7 @@ class LatentsOnDisk(_OnDisk):
         return None if content == origin.get("content") else f"the {what} has changed"
 
     def _made_of(self, sample: Sample) -> dict[str, Any]:
-        made_of: dict[str, Any] = {
+        fingerprint: dict[str, Any] = {
             "version": _VERSION,
             "bucket": list(sample.fit.bucket),
             "resized": list(sample.fit.resized),
@@ -341,8 +343,8 @@ class LatentsOnDisk(_OnDisk):
             "vae": self._vae,
         }
         if self.for_inpainting and sample.has_mask:
-            made_of["inpainting"] = _ALPHA if sample.subset.pixels.alpha_mask else _FOLDER
-        return made_of
+            fingerprint["inpainting"] = _ALPHA if sample.subset.pixels.alpha_mask else _FOLDER
+        return fingerprint
 
     def read(self, sample: Sample, *, flipped: bool = False) -> Cached:
         path = self._file(sample)
@@ -357,7 +359,7 @@ class LatentsOnDisk(_OnDisk):
     def _file(self, sample: Sample) -> Path | None:
         return next((path for path in (sample.latents_file, sample.old_latents_file) if path.exists()), None)
 
-    def write(self, sample: Sample, latents: Latents, origin: Origin) -> None:
+    def write(self, sample: Sample, latents: Latents, origin: SourceStamp) -> None:
         arrays = {
             "latents": latents.plain.numpy(),
             "original_size": np.array(sample.size, dtype=np.int64),
@@ -374,7 +376,7 @@ class LatentsOnDisk(_OnDisk):
         self._write(path, arrays, {**self._made_of(sample), **files})
 
 
-def _remembered(origin: Origin) -> dict[str, Any]:
+def _remembered(origin: SourceStamp) -> dict[str, Any]:
     """A file as a fingerprint has it. One that changed just now may change again without another time: then contents are compared."""
     settled = time.time_ns() - origin.stamp[1] > 2_000_000_000
     return {"content": origin.content, "size": origin.stamp[0], "time": origin.stamp[1] if settled else 0}
@@ -397,8 +399,8 @@ class TextOnDisk(_OnDisk):
         num_tokens: int,
         widths: tuple[int, int] | None = None,
         encoders: str = "",
-        texts: TextPlan | None = None,
-        known: KnownFiles | None = None,
+        texts: CaptionVariants | None = None,
+        known: FileIndex | None = None,
         *,
         trusted: bool = False,
     ):
@@ -409,7 +411,7 @@ class TextOnDisk(_OnDisk):
             encoders: what tells these encoders and their dtype from others.
         """
         super().__init__(known, trusted=trusted)
-        self.texts = texts or TextPlan()
+        self.texts = texts or CaptionVariants()
         self._num_tokens, self._widths, self._encoders = num_tokens, widths or (None, None), encoders
 
     def problem(self, sample: Sample) -> str | None:

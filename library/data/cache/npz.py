@@ -49,11 +49,11 @@ class Contents:
         return cls({name: (kind, tuple(shape)) for name, (kind, shape) in arrays.items()}, fingerprint)
 
 
-def write(path: Path, arrays: Mapping[str, np.ndarray], made_of: Mapping[str, Any]) -> Contents:
+def write(path: Path, arrays: Mapping[str, np.ndarray], fingerprint: Mapping[str, Any]) -> Contents:
     """Write the arrays and the fingerprint; returns what the file says then. Raises RunError."""
     members = {name: _as_npy(array) for name, array in arrays.items()}
     checksums = {name: zlib.crc32(member) for name, member in members.items()}
-    text = json.dumps({**made_of, "arrays": checksums}, sort_keys=True)
+    text = json.dumps({**fingerprint, "arrays": checksums}, sort_keys=True)
     members[FINGERPRINT] = _as_npy(np.array(text))
 
     def write_zip(file: Any) -> None:

@@ -9,17 +9,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from library.data.cache.fill import Bad, audit, fill_latents, fill_text, refuse_or_skip
+from library.data.cache.fill import RejectedSample, audit, fill_latents, fill_text, refuse_or_skip
 from library.data.cache.latents import (
+    CaptionVariants,
     LatentCache,
     LatentsInMemory,
     LatentsOnDisk,
     TextCache,
     TextInMemory,
     TextOnDisk,
-    TextPlan,
 )
-from library.data.file_index import KnownFiles
+from library.data.file_index import FileIndex
 from library.data.options import CacheOptions
 from library.data.samples import Sample
 from library.data.scan import Dataset
@@ -50,7 +50,7 @@ def fill_caches(
     models: SdxlModels,
     options: CacheOptions,
     accelerator: Accelerator,
-    known: KnownFiles,
+    known: FileIndex,
     *,
     num_tokens: int,
     weighted_captions: bool,
@@ -69,7 +69,7 @@ def fill_caches(
     samples = all_samples(kept)
     latents: LatentCache | None = None
     text: TextCache | None = None
-    found: list[Bad] = []
+    found: list[RejectedSample] = []
     if options.latents:
         latents, found = cache_latents(samples, models, options, known, share)
     elif audits:
@@ -88,7 +88,7 @@ def all_samples(datasets: Sequence[Dataset]) -> list[Sample]:
     return [sample for dataset in datasets for sample in (*dataset.samples, *dataset.validation)]
 
 
-def without_bad(datasets: Sequence[Dataset], bad: Sequence[Bad], *, skip: bool) -> list[Dataset]:
+def without_bad(datasets: Sequence[Dataset], bad: Sequence[RejectedSample], *, skip: bool) -> list[Dataset]:
     """The datasets without their bad samples, if those may be left out. Raises RunError if not, or if nothing is left."""
     refuse_or_skip(bad, skip=skip)
     kept = [dataset.kept([one.sample for one in bad]) for dataset in datasets]
@@ -98,8 +98,8 @@ def without_bad(datasets: Sequence[Dataset], bad: Sequence[Bad], *, skip: bool) 
 
 
 def cache_latents(
-    samples: Sequence[Sample], models: SdxlModels, options: CacheOptions, known: KnownFiles, share: tuple[int, int]
-) -> tuple[LatentCache, list[Bad]]:
+    samples: Sequence[Sample], models: SdxlModels, options: CacheOptions, known: FileIndex, share: tuple[int, int]
+) -> tuple[LatentCache, list[RejectedSample]]:
     """The filled cache, and the samples that can't be in it. Args: share: (rank, processes)."""
     cache = latent_cache(models, options, known)
     return cache, fill_latents(
@@ -111,7 +111,7 @@ def cache_latents(
     )
 
 
-def latent_cache(models: SdxlModels, options: CacheOptions, known: KnownFiles) -> LatentCache:
+def latent_cache(models: SdxlModels, options: CacheOptions, known: FileIndex) -> LatentCache:
     """The cache that the options mean, as it is."""
     for_inpainting = models.checkpoint.unet.is_inpainting
     if not options.cache_latents_to_disk:
@@ -124,7 +124,7 @@ def cache_text(
     samples: Sequence[Sample],
     models: SdxlModels,
     options: CacheOptions,
-    known: KnownFiles,
+    known: FileIndex,
     share: tuple[int, int],
     *,
     num_tokens: int,
@@ -142,10 +142,10 @@ def cache_text(
 
 
 def text_cache(
-    models: SdxlModels, options: CacheOptions, known: KnownFiles, *, num_tokens: int, weighted: bool
+    models: SdxlModels, options: CacheOptions, known: FileIndex, *, num_tokens: int, weighted: bool
 ) -> TextCache:
     """The cache that the options mean, as it is."""
-    texts = TextPlan(options.text_cache_variants)
+    texts = CaptionVariants(options.text_cache_variants)
     if not options.cache_text_encoder_outputs_to_disk:
         return TextInMemory(texts)
     parts = [part for part in models.checkpoint.parts if part.startswith("text_encoder")]
@@ -161,7 +161,7 @@ def finish_caches(
     samples: Sequence[Sample],
     caches: Sequence[LatentCache | TextCache | None],
     accelerator: Accelerator,
-    known: KnownFiles,
+    known: FileIndex,
 ) -> None:
     """Wait for all processes; see that nothing is missing, and keep what was learnt. Raises RunError for holes."""
     accelerator.wait_for_everyone()
@@ -176,7 +176,7 @@ def finish_caches(
     known.forget()
 
 
-def _identity(models: SdxlModels, parts: Sequence[str], dtype: torch.dtype, known: KnownFiles) -> str:
+def _identity(models: SdxlModels, parts: Sequence[str], dtype: torch.dtype, known: FileIndex) -> str:
     """What tells these parts and their dtype from others: a hash of the weights, remembered by file."""
     hashes = []
     for part in parts:
@@ -210,8 +210,8 @@ def _share(share: tuple[int, int], cache: LatentCache | TextCache) -> tuple[int,
     return (0, 1) if cache.in_memory else share
 
 
-def _of_all_processes(found: Sequence[Bad], samples: Sequence[Sample]) -> list[Bad]:
+def _of_all_processes(found: Sequence[RejectedSample], samples: Sequence[Sample]) -> list[RejectedSample]:
     """The bad samples that any process found, once each."""
     number = {id(sample): i for i, sample in enumerate(samples)}
     reasons = dict(gather_object([(number[id(bad.sample)], bad.reason) for bad in found]))
-    return [Bad(samples[i], reason) for i, reason in sorted(reasons.items())]
+    return [RejectedSample(samples[i], reason) for i, reason in sorted(reasons.items())]

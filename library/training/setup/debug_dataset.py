@@ -15,7 +15,7 @@ from library.data.options import CacheOptions
 from library.data.samples import Sample
 from library.data.scan import Dataset
 from library.files import write_atomically
-from library.images import BadImage, normalised
+from library.images import ImageError, normalised
 from library.models.options import ModelOptions
 from library.models.tokenizer import Tokenizer, load_tokenizers
 from library.options import Options
@@ -115,7 +115,7 @@ def _shown(sample: Sample, tokenizer: Tokenizer, options: Options, *, augments: 
             pixels, mask = loaded.rgb, _mask(sample, loaded)
             if sample.conditioning is not None and not sample.subset.conditioning_is_mask:
                 condition = load_conditioning(sample, flipped=False)
-        except (OSError, BadImage) as error:
+        except (OSError, ImageError) as error:
             note = f"can't be read: {error}"
     return Shown(
         file=sample.file,

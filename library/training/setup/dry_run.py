@@ -20,7 +20,7 @@ import torch
 from library.data.batch import Batch
 from library.data.batch_sampler import BatchPosition
 from library.data.cache.fill import audit
-from library.data.cache.latents import LATENT_CHANNELS, TextPlan
+from library.data.cache.latents import LATENT_CHANNELS, CaptionVariants
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.samples import Sample
 from library.data.scan import Dataset
@@ -361,7 +361,7 @@ def _latent_bytes(*, for_inpainting: bool) -> Callable[[Sample], int]:
 
 
 def _text_bytes(options: Options, models: SdxlModels) -> Callable[[Sample], int]:
-    texts, tokens = TextPlan(options[CacheOptions].text_cache_variants), options[ModelOptions].num_tokens + 2
+    texts, tokens = CaptionVariants(options[CacheOptions].text_cache_variants), options[ModelOptions].num_tokens + 2
     one, two = (token_width(models, f"text_encoder_{number}") for number in (1, 2))
     return lambda sample: 4 * len(texts.of(sample)) * (tokens * (one + two) + two)
 

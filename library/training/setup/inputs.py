@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.data.dataset_config import ConditioningKind, read_datasets
-from library.data.file_index import KnownFiles
+from library.data.file_index import FileIndex
 from library.data.options import CacheOptions, DatasetOptions
 from library.data.scan import Dataset, scan
 from library.errors import Mistake, OptionError, RunError
@@ -35,7 +35,7 @@ class RunInputs:
     v_prediction: bool
     zero_terminal_snr: bool
     datasets: Sequence[Dataset]
-    known: KnownFiles
+    known: FileIndex
     no_model: tuple[Mistake, ...] = ()
 
 
@@ -75,7 +75,7 @@ def inspect_inputs(options: Options, conditioning: ConditioningKind = "masks") -
 
 def inspect_datasets(
     options: Options, seed: int | None, conditioning: ConditioningKind = "masks", *, uses_masks: bool = True
-) -> tuple[list[Dataset], KnownFiles]:
+) -> tuple[list[Dataset], FileIndex]:
     """Scan the datasets. Raises OptionError with what can't be used.
 
     Args:
@@ -86,7 +86,7 @@ def inspect_datasets(
     plans, notices = read_datasets(options, conditioning, uses_masks=uses_masks)
     for notice in notices:
         log.warning(notice)
-    known = KnownFiles(None if cache_dir is None else cache_dir / "index")
+    known = FileIndex(None if cache_dir is None else cache_dir / "index")
     datasets = scan(
         plans,
         known,

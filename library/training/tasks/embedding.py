@@ -14,7 +14,7 @@ from library.models.checkpoint.reader import open_tensors
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import TextConditioning
-from library.models.textual_inversion import NewToken, first_rows
+from library.models.textual_inversion import PlaceholderToken, first_rows
 from library.options import Options
 from library.param_group import ParamGroup
 from library.training.options.optimizer import OptimizerOptions
@@ -27,7 +27,9 @@ from library.training.trainable import Part, write_part
 class TokenPart(Part):
     """The vectors of one new word."""
 
-    def __init__(self, token: NewToken, lr: float, extension: str, *, suffix: str = "", stops_at: float | None = None):
+    def __init__(
+        self, token: PlaceholderToken, lr: float, extension: str, *, suffix: str = "", stops_at: float | None = None
+    ):
         """Args: suffix: what its files' names have behind those of the run."""
         self._token, self._lr, self._extension, self._suffix, self._stops_at = token, lr, extension, suffix, stops_at
 
@@ -49,14 +51,14 @@ class TokenPart(Part):
         return path
 
 
-def embedding_tensors(token: NewToken, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def embedding_tensors(token: PlaceholderToken, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """What an embedding file holds: clip_l [n, 768] and clip_g [n, 1280]. Args: dtype: float32 if None."""
     return {name: rows.detach().to("cpu", dtype or torch.float32) for name, rows in token.rows.items()}
 
 
-def add_token(
+def add_placeholder_token(
     models: SdxlModels, word: str, init_word: str | None, count: int, weights: Path | None = None
-) -> NewToken:
+) -> PlaceholderToken:
     """Add a new word to the models' tokenizers and encoders. Raises OptionError if it can't be, or the file doesn't fit."""
     if models.checkpoint.unet.takes_score:
         raise OptionError(f"{models.checkpoint.path}: a new word needs both text encoders, and the refiner has one")
@@ -66,7 +68,7 @@ def add_token(
     if weights is not None:
         rows = _read_rows(weights, rows)
     own = [vectors.to(models.device, models.precision.trained) for vectors in rows]
-    return NewToken(models.tokenizers, models.text_layers, word, own)
+    return PlaceholderToken(models.tokenizers, models.text_layers, word, own)
 
 
 def _read_rows(path: Path, like: list[Tensor]) -> list[Tensor]:
@@ -110,7 +112,7 @@ class EmbeddingTask(Task):
         self._models, self._num_tokens, self._weighted = models, num_tokens, weighted_captions
         self.unet = models.unet
         self.compute_dtype = models.precision.compute
-        token = add_token(
+        token = add_placeholder_token(
             models, options.token_string, options.init_word, options.num_vectors_per_token, options.weights
         )
         self.parts = [TokenPart(token, lr, options.save_model_as)]

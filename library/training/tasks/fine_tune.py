@@ -16,7 +16,7 @@ from library.models.checkpoint.key_maps import FILE_PREFIXES, PARTS
 from library.models.checkpoint.writer import ModuleTensors, save_diffusers, save_single_file
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
-from library.models.text_encoders import EncodedText, TextConditioning, body_of, module_name
+from library.models.text_encoders import EncodedText, TextConditioning, clip_body, module_name
 from library.models.unet import block_of
 from library.options import Options
 from library.param_group import ParamGroup
@@ -215,7 +215,7 @@ def _unet_groups(unet: nn.Module, block_lrs: Sequence[float] | None, lr: float) 
 
 def _encoder_parameters(encoder: nn.Module, number: int) -> dict[str, nn.Parameter]:
     """All that the result depends on: the first encoder's last layer and final norm don't reach it."""
-    last = len(body_of(encoder).encoder.layers) - 1
+    last = len(clip_body(encoder).encoder.layers) - 1
     unused = (f"text_model.encoder.layers.{last}.", "text_model.final_layer_norm.") if number == 1 else ()
     names = {name: module_name(encoder, name) for name, _ in encoder.named_parameters()}
     return {

@@ -17,7 +17,7 @@ from library.log import log
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels, WeightPatch
 from library.models.text_encoders import TextConditioning
-from library.models.textual_inversion import NewToken
+from library.models.textual_inversion import PlaceholderToken
 from library.options import Options
 from library.param_group import ParamGroup
 from library.training.objective.noise import NoisedLatents
@@ -27,7 +27,7 @@ from library.training.options.run import RunOptions
 from library.training.options.tasks import PivotalOptions
 from library.training.saving.metadata import BASE_MODEL_VERSION, RunFacts, training_metadata
 from library.training.tasks.base import Task, cached_text
-from library.training.tasks.embedding import TokenPart, add_token, embedding_tensors
+from library.training.tasks.embedding import TokenPart, add_placeholder_token, embedding_tensors
 from library.training.trainable import Part
 from networks.base import Network
 from networks.base_weights import BaseWeights
@@ -45,7 +45,7 @@ class TrainableNetwork(Part):
         groups: list[ParamGroup],
         extension: str,
         largest_norm: float | None,
-        bundled: NewToken | None = None,
+        bundled: PlaceholderToken | None = None,
     ):
         """Args:
         largest_norm: of each module's change (--scale_weight_norms).
@@ -123,10 +123,10 @@ class NetworkTask(Task):
         self._trains_text = any(name.startswith("lora_te") for name in trained)
         if text_stops_at is not None and not self._trains_text:
             log.warning("--stop_text_encoder_training changes nothing: the text encoders aren't trained")
-        bundled: NewToken | None = None
+        bundled: PlaceholderToken | None = None
         self.parts: list[Part] = []
         if token is not None and token.train_token is not None:
-            added = add_token(models, token.train_token, token.token_init_word, token.token_vectors)
+            added = add_placeholder_token(models, token.train_token, token.token_init_word, token.token_vectors)
             bundled = added if token.bundle_token else None
             suffix, stops_at = f"-{token.train_token}", token.ti_stop_ratio
             self.parts.append(
