@@ -280,7 +280,7 @@ def test_fault_4_a_run_over_its_quota_trains_on_and_ends_with_status_1(golden_mo
 # ------------------------------------------------------------------------------------------------- retention and permissions
 
 
-class Part:
+class Trainable:
     """Saves what it is told to, or fails."""
 
     def __init__(self):
@@ -308,7 +308,7 @@ class Part:
         return path
 
 
-def saver_of(folder: Path, part: Part, session: str = "1", **options) -> Saver:
+def saver_of(folder: Path, part: Trainable, session: str = "1", **options) -> Saver:
     saving = SavingOptions(output_dir=folder, output_name="n", **options)
     states = ResumeOptions(save_state=True)
     return Saver(saving, states, [part], lambda s, e: {}, None, 9, session_id=session, is_main=True)
@@ -318,7 +318,7 @@ def saver_of(folder: Path, part: Part, session: str = "1", **options) -> Saver:
     "error", [OSError(28, "No space left on device"), RunError("no"), torch.OutOfMemoryError("CUDA out of memory.")]
 )
 def test_fault_6_what_is_old_goes_only_when_the_new_one_is_whole(error, tmp_path, told):
-    part = Part()
+    part = Trainable()
     saver = saver_of(tmp_path, part, save_every_n_steps=1, save_last_n_steps=1)
 
     def save(step: int) -> None:
@@ -343,7 +343,7 @@ def test_fault_6_what_is_old_goes_only_when_the_new_one_is_whole(error, tmp_path
 
 def test_fault_6_a_state_is_saved_if_it_fits_whatever_was_expected_of_its_size(tmp_path, told, monkeypatch):
     """Nine float32 numbers."""
-    saver, progress = saver_of(tmp_path, Part()), Progress(step=1)
+    saver, progress = saver_of(tmp_path, Trainable()), Progress(step=1)
     for expected, free in ((0, 35), (10**9, 36)):
         monkeypatch.setattr(Saver, "state_bytes", lambda self, size=expected: size)
         monkeypatch.setattr("library.training.saving.saver.free_space", lambda folder, size=free: size)
@@ -423,7 +423,7 @@ def test_fault_9_the_log_knows_what_a_run_saved_however_often_it_is_broken_off_a
 
     def save(session: str, step: int, done: int) -> None:
         report = MetricsLogger(9, 9, is_main=True, trackers=None, log_file=log_file, done=done)
-        saver = saver_of(tmp_path, Part(), session)
+        saver = saver_of(tmp_path, Trainable(), session)
         saver.own = saved_files(log_file, session)
         report.saved(saver.save("step", Progress(step=step)), step, session)
         report.close()
@@ -447,7 +447,7 @@ def test_fault_9_what_a_strange_file_says_of_its_run_leads_nowhere(session, tmp_
     output.mkdir()
     write_safetensors(output / "n.safetensors", {"a": torch.zeros(1)}, {"ss_session_id": session})
     os.utime(output / "n.safetensors", (1000, 1000))
-    assert saver_of(output, Part()).save("final", Progress(step=1))
+    assert saver_of(output, Trainable()).save("final", Progress(step=1))
     assert sorted(path.name for path in output.iterdir()) == ["n.1000.safetensors", "n.safetensors"]
     assert os.listdir(tmp_path) == ["output"]
 
@@ -455,7 +455,7 @@ def test_fault_9_what_a_strange_file_says_of_its_run_leads_nowhere(session, tmp_
 def test_fault_9_a_folder_and_a_file_with_more_behind_its_name_are_moved_aside_too(tmp_path, told):
     """A Diffusers model of another run; a new word beside a network."""
 
-    class Folder(Part):
+    class Folder(Trainable):
         def path(self, stem):
             return stem
 
@@ -463,7 +463,7 @@ def test_fault_9_a_folder_and_a_file_with_more_behind_its_name_are_moved_aside_t
             stem.mkdir()
             return stem
 
-    class Word(Part):
+    class Word(Trainable):
         def path(self, stem):
             return stem.with_name(f"{stem.name}-zyx.safetensors")
 
@@ -478,7 +478,7 @@ def test_fault_9_a_folder_and_a_file_with_more_behind_its_name_are_moved_aside_t
 
 def test_fault_9_another_runs_model_stays_if_the_new_one_cant_be_written(tmp_path, told):
     write_safetensors(tmp_path / "n.safetensors", {"a": torch.zeros(1)}, {"ss_session_id": "5"})
-    part = Part()
+    part = Trainable()
     part.error = OSError(28, "No space left on device")
     assert not saver_of(tmp_path, part).save("final", Progress(step=1))
     (kept,) = tmp_path.glob("*.safetensors")

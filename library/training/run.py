@@ -27,7 +27,7 @@ from library.training.progress import Progress
 from library.training.saving.resume import ResumePoint, _damage_told, initial_step
 from library.training.saving.saver import Saver
 from library.training.saving.state import State, read_state
-from library.training.trainable import Part
+from library.training.trainable import Trainable
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Run:
     """
 
     accelerator: Accelerator
-    parts: Sequence[Part]
+    parts: Sequence[Trainable]
     shards: Shards | None
     trained: Mapping[str, nn.Parameter]
     update: OptimizerStep

@@ -33,7 +33,7 @@ def write_part(
         write_atomically(path, lambda file: torch.save(stored, file))
 
 
-class Part(Protocol):
+class Trainable(Protocol):
     """Something that is trained. Saves, states and checks go by the names that `tensors` gives."""
 
     def tensors(self) -> Mapping[str, nn.Parameter]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from library.training.trainable import Part
+from library.training.trainable import Trainable
 
 
 class Ema:
@@ -16,7 +16,7 @@ class Ema:
     start isn't worth remembering. Source: Polyak & Juditsky 1992; the warm-up is TensorFlow's ExponentialMovingAverage's.
     """
 
-    def __init__(self, parts: Sequence[Part], decay: float, device: torch.device | None):
+    def __init__(self, parts: Sequence[Trainable], decay: float, device: torch.device | None):
         """Args: device: where it lies; None: beside the weights."""
         self._decay = decay
         self._weights = {

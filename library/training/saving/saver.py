@@ -23,7 +23,7 @@ from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.saving.state import State, write_state
 from library.training.saving.uploads import Uploads
-from library.training.trainable import Part
+from library.training.trainable import Trainable
 
 MakeMetadata = Callable[[int, int], Mapping[str, str]]
 """(steps done, epoch to record) -> the file's metadata"""
@@ -68,7 +68,7 @@ class Saver:
         self,
         options: SavingOptions,
         states: ResumeOptions,
-        parts: list[Part],
+        parts: list[Trainable],
         metadata: MakeMetadata,
         dtype: torch.dtype | None,
         num_epochs: int,

@@ -13,7 +13,7 @@ from library.options import Options
 from library.training.objective.noise import NoisedLatents, velocity
 from library.training.objective.prediction import Objective
 from library.training.saving.metadata import RunFacts
-from library.training.trainable import Part
+from library.training.trainable import Trainable
 
 
 class Task:
@@ -30,7 +30,7 @@ class Task:
     default_title: str
     is_terse: bool = False  # --no_metadata
 
-    parts: list[Part]
+    parts: list[Trainable]
     unet: UNet
     compute_dtype: torch.dtype
 

@@ -21,10 +21,10 @@ from library.training.options.optimizer import OptimizerOptions
 from library.training.options.tasks import EmbeddingOptions
 from library.training.saving.metadata import RunFacts
 from library.training.tasks.base import Task
-from library.training.trainable import Part, write_part
+from library.training.trainable import Trainable, write_part
 
 
-class TokenPart(Part):
+class TokenPart(Trainable):
     """The vectors of one new word."""
 
     def __init__(

@@ -26,12 +26,12 @@ from library.training.options.run import RunOptions
 from library.training.options.tasks import FineTuneOptions
 from library.training.saving.metadata import RunFacts
 from library.training.tasks.base import Task, cached_text
-from library.training.trainable import Part
+from library.training.trainable import Trainable
 
 _ENCODERS = ("text_encoder_1", "text_encoder_2")
 
 
-class ModelPart(Part):
+class ModelPart(Trainable):
     """The model's weights, as far as they are trained; saved as a whole checkpoint."""
 
     def __init__(

@@ -22,13 +22,13 @@ from library.training.options.optimizer import OptimizerOptions
 from library.training.options.tasks import DEFAULT_DIM, DEFAULT_EMBEDDING, LLLiteOptions
 from library.training.saving.metadata import RunFacts
 from library.training.tasks.base import Task, cached_text
-from library.training.trainable import Part, write_part
+from library.training.trainable import Trainable, write_part
 from networks.lllite import ControlNetLLLite, by_block, places, trained_places
 from networks.lllite_file import read_lllite, shapes_in_file
 from networks.lora_file import copy_fitting
 
 
-class LLLitePart(Part):
+class LLLitePart(Trainable):
     """The modules of one control net."""
 
     def __init__(self, net: ControlNetLLLite, lr: float, extension: str):

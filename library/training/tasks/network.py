@@ -28,7 +28,7 @@ from library.training.options.tasks import PivotalOptions
 from library.training.saving.metadata import BASE_MODEL_VERSION, RunFacts, training_metadata
 from library.training.tasks.base import Task, cached_text
 from library.training.tasks.embedding import TokenPart, add_placeholder_token, embedding_tensors
-from library.training.trainable import Part
+from library.training.trainable import Trainable
 from networks.base import Network
 from networks.base_weights import BaseWeights
 from networks.kinds import build_network
@@ -36,7 +36,7 @@ from networks.lora_file import write_lora
 from networks.options import NetworkOptions
 
 
-class TrainableNetwork(Part):
+class TrainableNetwork(Trainable):
     """The modules of one network."""
 
     def __init__(
@@ -124,7 +124,7 @@ class NetworkTask(Task):
         if text_stops_at is not None and not self._trains_text:
             log.warning("--stop_text_encoder_training changes nothing: the text encoders aren't trained")
         bundled: PlaceholderToken | None = None
-        self.parts: list[Part] = []
+        self.parts: list[Trainable] = []
         if token is not None and token.train_token is not None:
             added = add_placeholder_token(models, token.train_token, token.token_init_word, token.token_vectors)
             bundled = added if token.bundle_token else None
