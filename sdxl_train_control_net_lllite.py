@@ -11,7 +11,7 @@ from library.training.main import run_training
 from library.training.options.common import COMMON_TRAINING, check_training
 from library.training.options.compatibility import check_pairs
 from library.training.options.tasks import LLLiteOptions, check_lllite
-from library.training.options.unsupported import REFUSED, UNUSED
+from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,8 +20,8 @@ def main(argv: list[str] | None = None) -> None:
         [LLLiteOptions, *COMMON_TRAINING],
         argv,
         checks=[check_training, check_pairs, check_conditioned_datasets, check_lllite],
-        refused=REFUSED,
-        unused=UNUSED,
+        refused=UNSUPPORTED,
+        unused=NO_EFFECT,
     )
     start_logging(options)
     run_training("lllite.LLLiteTask", options, conditioning="conditions")

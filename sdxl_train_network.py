@@ -11,7 +11,7 @@ from library.training.main import run_training
 from library.training.options.common import COMMON_TRAINING, check_training
 from library.training.options.compatibility import check_pairs
 from library.training.options.tasks import PivotalOptions, check_network
-from library.training.options.unsupported import REFUSED, UNUSED
+from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 from library.training.tasks.token_captions import with_token
 from networks.options import NetworkOptions
 
@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> None:
         [NetworkOptions, PivotalOptions, *COMMON_TRAINING],
         argv,
         checks=[check_training, check_pairs, check_datasets, check_network],
-        refused=REFUSED,
-        unused=UNUSED,
+        refused=UNSUPPORTED,
+        unused=NO_EFFECT,
     )
     start_logging(options)
     word = options[PivotalOptions].train_token

@@ -14,7 +14,7 @@ from library.training.options.common import COMMON_TRAINING, check_training
 from library.training.options.compatibility import check_pairs
 from library.training.options.output import SavingOptions, is_plain_name
 from library.training.options.tasks import EmbeddingOptions, check_embedding
-from library.training.options.unsupported import REFUSED, UNUSED
+from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 from library.training.tasks.token_captions import with_token
 
 
@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> None:
         [EmbeddingOptions, *COMMON_TRAINING],
         argv,
         checks=[check_training, check_pairs, check_datasets, check_embedding],
-        refused=REFUSED,
-        unused=UNUSED,
+        refused=UNSUPPORTED,
+        unused=NO_EFFECT,
     )
     start_logging(options)
     chosen, saving = options[EmbeddingOptions], options[SavingOptions]

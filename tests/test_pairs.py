@@ -11,7 +11,7 @@ from test_fine_tune import QUICK, train
 
 from library import param_group
 from library.errors import OptionError
-from library.training.options.compatibility import REFUSED, TECHNIQUES
+from library.training.options.compatibility import FEATURES, INCOMPATIBLE
 
 WORDS = {
     "fused steps": ["--fused_backward_pass"],
@@ -25,8 +25,8 @@ WORDS = {
 }
 ALONE = [
     pair
-    for pair in itertools.combinations(TECHNIQUES, 2)
-    if pair not in REFUSED and not {"processes", "FSDP2"} & set(pair)
+    for pair in itertools.combinations(FEATURES, 2)
+    if pair not in INCOMPATIBLE and not {"processes", "FSDP2"} & set(pair)
 ]
 CHANGES_NOTHING = {"swapped blocks", "state in RAM", "activations in RAM"}
 
@@ -39,13 +39,13 @@ def test_the_page_shows_the_table():
     columns, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in table[0].strip().splitlines()
     ]
-    assert columns[1:] == list(TECHNIQUES)
+    assert columns[1:] == list(FEATURES)
     shown = {(row[0], column): cell for row in rows for column, cell in zip(columns[1:], row[1:], strict=True)}
-    for one, two in itertools.combinations(TECHNIQUES, 2):
-        assert shown[two, one] == ("no" if (one, two) in REFUSED else "yes"), (one, two)
+    for one, two in itertools.combinations(FEATURES, 2):
+        assert shown[two, one] == ("no" if (one, two) in INCOMPATIBLE else "yes"), (one, two)
 
 
-@pytest.mark.parametrize("pair", REFUSED, ids=" and ".join)
+@pytest.mark.parametrize("pair", INCOMPATIBLE, ids=" and ".join)
 def test_a_refused_pair_is_told_with_its_reason(pair, golden_model, pictures, tmp_path, monkeypatch):
     if "processes" in pair:
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -53,7 +53,7 @@ def test_a_refused_pair_is_told_with_its_reason(pair, golden_model, pictures, tm
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         monkeypatch.setenv("FSDP_VERSION", "2")
     words = [word for one in pair for word in WORDS.get(one, [])]
-    with pytest.raises(OptionError, match=re.escape(REFUSED[pair])):
+    with pytest.raises(OptionError, match=re.escape(INCOMPATIBLE[pair])):
         train_network(golden_model, pictures, tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
 

@@ -15,7 +15,7 @@ from library.option_types import Spec, specs_of
 from library.options import ConfigOptions
 from library.training.options.common import COMMON_TRAINING
 from library.training.options.tasks import EmbeddingOptions, FineTuneOptions, LLLiteOptions, PivotalOptions
-from library.training.options.unsupported import REFUSED, UNUSED
+from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 from library.training.setup import cache_tool as caching
 from networks.inference.options import AppliedNetworkOptions
 from networks.options import NetworkOptions
@@ -105,8 +105,8 @@ def test_type_default_and_choices_are_the_references(script, name):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_training_script_forgets_an_option(script):
     known = set(SCRIPTS[script])
-    assert set(rows_of(script)) - known - set(REFUSED) - set(UNUSED) == set()
-    assert not known & (set(REFUSED) | set(UNUSED)), "an option can't be there and refused"
+    assert set(rows_of(script)) - known - set(UNSUPPORTED) - set(NO_EFFECT) == set()
+    assert not known & (set(UNSUPPORTED) | set(NO_EFFECT)), "an option can't be there and refused"
 
 
 def test_what_the_reference_has_in_no_training_script_is_listed():

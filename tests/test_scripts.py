@@ -356,14 +356,14 @@ def test_what_a_gui_writes_is_taken_with_a_few_lines(golden_model, pictures, tmp
     from library.options import read_options
     from library.training.options.common import COMMON_TRAINING, check_training
     from library.training.options.optimizer import OptimizerOptions
-    from library.training.options.unsupported import REFUSED, UNUSED
+    from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
     from networks.options import NetworkOptions
 
     argv = ["--config_file", ROOT / "tests" / "gui_lora.toml", "--pretrained_model_name_or_path", golden_model]
     argv += ["--train_data_dir", pictures, "--output_dir", tmp_path]
     options = read_options(
         sdxl_train_network.__doc__, [NetworkOptions, *COMMON_TRAINING], [str(word) for word in argv],
-        checks=[check_training], refused=REFUSED, unused=UNUSED,
+        checks=[check_training], refused=UNSUPPORTED, unused=NO_EFFECT,
     )  # fmt: skip
     assert len(options.notices) == 2
     for piece in (

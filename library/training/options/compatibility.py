@@ -20,7 +20,7 @@ from library.training.options.optimizer import EmaOptions, OptimizerOptions, Upd
 from library.training.options.run import RunOptions
 
 # technique -> (how it is asked for, whether it is)
-TECHNIQUES: dict[str, tuple[str, Callable[[Options], bool]]] = {
+FEATURES: dict[str, tuple[str, Callable[[Options], bool]]] = {
     "fused steps": ("--fused_backward_pass", lambda o: o[UpdateOptions].is_fused),
     "accumulation": ("--gradient_accumulation_steps", lambda o: o[RunOptions].gradient_accumulation_steps > 1),
     "swapped blocks": ("--blocks_to_swap", lambda o: bool(o[MemoryOptions].blocks_to_swap)),
@@ -33,7 +33,7 @@ TECHNIQUES: dict[str, tuple[str, Callable[[Options], bool]]] = {
     "compiling": ("--torch_compile", lambda o: o[CompileOptions].torch_compile),
 }
 
-REFUSED: dict[tuple[str, str], str] = {
+INCOMPATIBLE: dict[tuple[str, str], str] = {
     (
         "fused steps",
         "processes",
@@ -50,14 +50,14 @@ REFUSED: dict[tuple[str, str], str] = {
 
 
 # Optimizers that step each number by itself, so that a part of a tensor steps as it would in the whole.
-_NUMBER_BY_NUMBER = ("adam", "adamw", "sgd", "sgdnesterov", "lion", "nadam", "radam", "rmsprop")
+_ELEMENTWISE = ("adam", "adamw", "sgd", "sgdnesterov", "lion", "nadam", "radam", "rmsprop")
 
 
 def check_pairs(options: Options) -> Iterable[Mistake]:
     """Techniques that were asked for together and can't be."""
     yield from check_sharding(options[ShardingOptions])
-    for (one, two), reason in REFUSED.items():
-        (flag, is_asked), (other, is_asked_too) = TECHNIQUES[one], TECHNIQUES[two]
+    for (one, two), reason in INCOMPATIBLE.items():
+        (flag, is_asked), (other, is_asked_too) = FEATURES[one], FEATURES[two]
         if is_asked(options) and is_asked_too(options):
             flag, other = _as_asked(one, flag, options), _as_asked(two, other, options)
             names = tuple(
@@ -114,7 +114,7 @@ def check_trained_shards(options: Options) -> Iterable[Mistake]:
     wrong = {
         "--full_bf16, --full_fp16": update.full_bf16 or update.full_fp16,
         "--ema_decay": options[EmaOptions].ema_decay is not None,
-        f"--optimizer_type {name}, which doesn't step each number by itself,": name.lower() not in _NUMBER_BY_NUMBER,
+        f"--optimizer_type {name}, which doesn't step each number by itself,": name.lower() not in _ELEMENTWISE,
     }
     for flag, is_on in wrong.items() if is_sharded(options) else ():
         if is_on:

@@ -3,7 +3,7 @@
 Nothing is accepted and ignored: a refused option ends the run before it starts, an unused one is told in a line.
 """
 
-_REFUSED = (
+_UNSUPPORTED = (
     (
         "fp16_master_weights_and_gradients",
         "weights that are trained in parts are float32, and so are their gradients; leave it out",
@@ -11,9 +11,9 @@ _REFUSED = (
     ("dataset_class", "a class of sd-scripts can't be loaded here; describe the pictures by --dataset_config"),
 )
 
-REFUSED = {name: reason for names, reason in _REFUSED for name in names.split()}
+UNSUPPORTED = {name: reason for names, reason in _UNSUPPORTED for name in names.split()}
 
-UNUSED = {
+NO_EFFECT = {
     "offload_optimizer_nvme_path": "nothing is moved to NVMe drives here",
     "offload_param_nvme_path": "nothing is moved to NVMe drives here",
 }

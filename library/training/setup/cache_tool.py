@@ -16,7 +16,7 @@ from library.models.options import ModelOptions
 from library.option_types import specs_of
 from library.options import OptionGroup, Options, option, read_options
 from library.training.options.common import COMMON_TRAINING
-from library.training.options.unsupported import REFUSED, UNUSED
+from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 from networks.options import NetworkOptions
 
 
@@ -46,7 +46,9 @@ def unused_options() -> dict[str, str]:
     ours = {spec.name for group in GROUPS for spec in specs_of(group)}
     theirs = [spec.name for group in (*COMMON_TRAINING, NetworkOptions) for spec in specs_of(group)]
     names = {
-        name: "it is for training" for name in [*theirs, *REFUSED, *UNUSED] if name not in (*ours, "dataset_class")
+        name: "it is for training"
+        for name in [*theirs, *UNSUPPORTED, *NO_EFFECT]
+        if name not in (*ours, "dataset_class")
     }
     return names | dict.fromkeys(_FLUX.split(), "it is for FLUX")
 
@@ -65,7 +67,7 @@ def read_tool_options(description: str, argv: list[str] | None, **cache: Any) ->
         GROUPS,
         argv,
         checks=[lambda options: check_datasets(with_cache(options), "unused"), _check_tool],
-        refused={"flux": "this tool is for SDXL", "dataset_class": REFUSED["dataset_class"]},
+        refused={"flux": "this tool is for SDXL", "dataset_class": UNSUPPORTED["dataset_class"]},
         unused=unused_options(),
     )
     return with_cache(options)
