@@ -12,8 +12,8 @@ from typing import Any
 
 from library.data.metadata_merge import (
     ToolParser,
-    find_pictures,
-    key_pictures,
+    find_images,
+    key_images,
     read_metadata,
     start_tool_logging,
     write_metadata,
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         log.warning("--max_data_loader_n_workers changes nothing here: threads always decode ahead")
     if given.recursive and not given.full_path:
         raise OptionError("--recursive needs --full_path: pictures of two folders may have one name")
-    keyed = key_pictures(find_pictures(given.train_data_dir, recursive=given.recursive), full_path=given.full_path)
+    keyed = key_images(find_images(given.train_data_dir, recursive=given.recursive), full_path=given.full_path)
     metadata = read_metadata(given.in_json)
     unknown = [key for key in keyed if key not in metadata]
     if unknown:

@@ -52,7 +52,7 @@ from library.options import read_options
 from library.size import Size
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURES, MEGAPIXEL_PICTURES, ROWS = 5_000, 96, 1_000_000
+IMAGES, MEGAPIXEL_IMAGES, ROWS = 5_000, 96, 1_000_000
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def scanned(folder: Path, known: FileIndex, *words: object, resolution: int = 10
     return scan(read_datasets(options)[0], known)
 
 
-def make_pictures(folder: Path, count: int, draw: np.random.Generator, *, side: int | None = None) -> None:
+def make_images(folder: Path, count: int, draw: np.random.Generator, *, side: int | None = None) -> None:
     """Photograph-like pictures: noise, enlarged; half of them JPEG, half PNG."""
     folder.mkdir(parents=True)
 
@@ -111,7 +111,7 @@ def make_pictures(folder: Path, count: int, draw: np.random.Generator, *, side: 
 
 
 def scanning(top: Path) -> list[Row]:
-    make_pictures(top / "many" / "1_x", PICTURES, np.random.default_rng(0))
+    make_images(top / "many" / "1_x", IMAGES, np.random.default_rng(0))
     time.sleep(2.1)  # the index doesn't trust files that are younger
     homes = iter(top / f"index{i}" for i in range(100))
     fresh = median_seconds(lambda: scanned(top / "many", FileIndex(next(homes))))
@@ -121,10 +121,10 @@ def scanning(top: Path) -> list[Row]:
     from_index = median_seconds(lambda: scanned(top / "many", FileIndex()))
     samples = samples_of(scanned(top / "many", FileIndex()))
     common = [sample for sample in samples if sample.fit.bucket in _most_common_buckets(samples, 25)]
-    repeated = (common * (PICTURES // len(common) + 1))[:PICTURES]
+    repeated = (common * (IMAGES // len(common) + 1))[:IMAGES]
     return [
-        ("scan of 1,000 pictures with captions", "0.08 s", f"{fresh * 1000 / PICTURES:.3f} s"),
-        ("the same from the index", "0.03 s", f"{from_index * 1000 / PICTURES:.3f} s"),
+        ("scan of 1,000 pictures with captions", "0.08 s", f"{fresh * 1000 / IMAGES:.3f} s"),
+        ("the same from the index", "0.03 s", f"{from_index * 1000 / IMAGES:.3f} s"),
         ("batches of 4 for 5,000 pictures in 25 buckets", "1,270", f"{len(_batches_by_bucket(repeated, 4)):,}"),
     ]
 
@@ -138,7 +138,7 @@ def samples_of(datasets: Sequence[Dataset]) -> list[Sample]:
 
 
 def caching(top: Path) -> list[Row]:
-    make_pictures(top / "large" / "1_x", MEGAPIXEL_PICTURES, np.random.default_rng(1), side=1024)
+    make_images(top / "large" / "1_x", MEGAPIXEL_IMAGES, np.random.default_rng(1), side=1024)
     samples = samples_of(scanned(top / "large", FileIndex()))
 
     def stub(images: Tensor, noise: Tensor) -> Tensor:

@@ -62,10 +62,10 @@ def main(argv: list[str] | None = None) -> None:
         models = SdxlModels(open_checkpoint(str(path)), precision, device)
         contenders = [ours(models, chosen), theirs(models, chosen, Path(folder) / "diffusers")]
         taken: list[list[tuple[float, float]]] = [[], []]
-        pictures = []
+        images = []
         for number in range(chosen.pairs + 1):
-            pictures = [timed(draw, kept, device, number) for draw, kept in zip(contenders, taken, strict=True)]
-    difference = float((pictures[0] - pictures[1]).abs().max())
+            images = [timed(draw, kept, device, number) for draw, kept in zip(contenders, taken, strict=True)]
+    difference = float((images[0] - images[1]).abs().max())
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}; {chosen}")
     for name, which in (("on the clock", 0), ("of all threads", 1)):
         medians = [statistics.median(times[which] for times in kept) for kept in taken]
@@ -145,10 +145,10 @@ def timed(
 ) -> "torch.Tensor":
     """The picture; its seconds on the clock and of all threads are kept, those of the first one apart."""
     start, start_of_all = time.perf_counter(), time.process_time()
-    picture = draw().float().cpu()  # waits for a card
+    image = draw().float().cpu()  # waits for a card
     if number:
         kept.append((time.perf_counter() - start, time.process_time() - start_of_all))
-    return picture
+    return image
 
 
 if __name__ == "__main__":

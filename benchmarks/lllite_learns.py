@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from library.models.sdxl import SdxlModels
 
 SIDE, SQUARE, CAPTION = 64, 24, "a square"  # pixels
-PICTURES, HELD_OUT, SHUFFLES, BATCH, DRAWING_STEPS = 256, 64, 100, 16, 15
+IMAGES, HELD_OUT, SHUFFLES, BATCH, DRAWING_STEPS = 256, 64, 100, 16, 15
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = chosen.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        make_pictures(folder)
+        make_images(folder)
         train(folder, chosen.base_steps, chosen.steps)
         own, shuffled, without = compare(folder)
     print(f"correlation of the square's place with its condition's: {own:.3f}")
@@ -57,7 +57,7 @@ def places(count: int, name: str) -> list[tuple[int, int]]:
     return [(draw.randint(0, SIDE - SQUARE), draw.randint(0, SIDE - SQUARE)) for _ in range(count)]
 
 
-def picture(place: tuple[int, int], *, text_encoder_skeleton: bool) -> "np.ndarray":
+def image(place: tuple[int, int], *, text_encoder_skeleton: bool) -> "np.ndarray":
     """A bright square on dark, or its outline: [H, W, 3], uint8."""
     import numpy as np
 
@@ -69,7 +69,7 @@ def picture(place: tuple[int, int], *, text_encoder_skeleton: bool) -> "np.ndarr
     return pixels
 
 
-def make_pictures(folder: Path) -> None:
+def make_images(folder: Path) -> None:
     """The model, the pictures with captions, and their conditions."""
     from PIL import Image
 
@@ -78,11 +78,11 @@ def make_pictures(folder: Path) -> None:
 
     for name in ("pictures/1_square", "conditions"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for number, place in enumerate(places(PICTURES, "trained")):
-        Image.fromarray(picture(place, text_encoder_skeleton=False)).save(
+    for number, place in enumerate(places(IMAGES, "trained")):
+        Image.fromarray(image(place, text_encoder_skeleton=False)).save(
             folder / "pictures" / "1_square" / f"{number:03d}.png"
         )
-        Image.fromarray(picture(place, text_encoder_skeleton=True)).save(folder / "conditions" / f"{number:03d}.png")
+        Image.fromarray(image(place, text_encoder_skeleton=True)).save(folder / "conditions" / f"{number:03d}.png")
         (folder / "pictures" / "1_square" / f"{number:03d}.txt").write_text(CAPTION, encoding="utf-8")
     tensors = random_checkpoint(SMALLEST, 0)
     keep_places(tensors)
@@ -154,7 +154,7 @@ def as_tensor(chosen: Sequence[tuple[int, int]], *, text_encoder_skeleton: bool)
     import numpy as np
     import torch
 
-    pixels = np.stack([picture(place, text_encoder_skeleton=text_encoder_skeleton) for place in chosen])
+    pixels = np.stack([image(place, text_encoder_skeleton=text_encoder_skeleton) for place in chosen])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 # Random text encoders tell single words hardly apart.
 CAPTIONS = ("a red circle on white paper", "wide river at night, lanterns, fog", "steam engine")
 SIDE, REPEATS, SEEDS, SAMPLING_STEPS = 64, 4, 4, 20
-PICTURES = len(CAPTIONS)
+IMAGES = len(CAPTIONS)
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     tenth = max(1, len(losses) // 10)
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
     print(f"loss: {first:.3f} in the first tenth of {len(losses)} steps, {last:.3f} in the last")
-    print("drawn \\ trained" + "".join(f"{number:8d}" for number in range(PICTURES)))
+    print("drawn \\ trained" + "".join(f"{number:8d}" for number in range(IMAGES)))
     for number, row in enumerate(correlations):
         print(f"{number:15d}" + "".join(f"{value:8.3f}" for value in row))
     learnt = all(max(row) == row[number] for number, row in enumerate(correlations))
@@ -49,17 +49,17 @@ def main() -> None:
 
 def memorise(folder: Path, steps: int, learning_rate: str, *, full_bf16: bool) -> tuple[list[float], list[list[float]]]:
     """(the loss of each step, the correlation of each caption's drawings with each picture)."""
-    from tools.make_tiny_dataset import make_pictures
+    from tools.make_tiny_dataset import make_images
     from tools.tiny_models import SMALLEST, random_checkpoint
 
-    model, pictures = folder / "model.safetensors", folder / "pictures" / f"{REPEATS}_shape"
-    paths = make_pictures(pictures, PICTURES, seed=1)
+    model, images = folder / "model.safetensors", folder / "pictures" / f"{REPEATS}_shape"
+    paths = make_images(images, IMAGES, seed=1)
     for path, caption in zip(paths, CAPTIONS, strict=True):
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     make_model(model, random_checkpoint(SMALLEST, 0), paths)
     words = [
-        "--pretrained_model_name_or_path", model, "--train_data_dir", pictures.parent, "--output_dir", folder / "out", "--output_name", "tuned",
-        "--resolution", SIDE, "--train_batch_size", PICTURES * REPEATS, "--cache_latents_to_disk", "--cache_text_encoder_outputs",
+        "--pretrained_model_name_or_path", model, "--train_data_dir", images.parent, "--output_dir", folder / "out", "--output_name", "tuned",
+        "--resolution", SIDE, "--train_batch_size", IMAGES * REPEATS, "--cache_latents_to_disk", "--cache_text_encoder_outputs",
         "--max_train_steps", steps, "--learning_rate", learning_rate, "--lr_scheduler", "cosine", "--max_data_loader_n_workers", "0", "--seed", "1",
         *(["--mixed_precision", "bf16", "--full_bf16", "--no_half_vae"] if full_bf16 else []),
     ]  # fmt: skip
@@ -69,7 +69,7 @@ def memorise(folder: Path, steps: int, learning_rate: str, *, full_bf16: bool) -
     return losses, correlations(folder / "out" / "tuned.safetensors", paths)
 
 
-def make_model(path: Path, tensors: dict[str, "torch.Tensor"], pictures: Sequence[Path]) -> None:
+def make_model(path: Path, tensors: dict[str, "torch.Tensor"], images: Sequence[Path]) -> None:
     """Write a model that predicts velocity. Its latents of the pictures have mean 0 and spread 1 when they are scaled, and next to no noise."""
     import torch
 
@@ -85,10 +85,8 @@ def make_model(path: Path, tensors: dict[str, "torch.Tensor"], pictures: Sequenc
     tensors[f"{last}.weight"][4:], tensors[f"{last}.bias"][4:] = 0.0, -12.0
     write_safetensors(path, tensors, {})
     models = SdxlModels(open_checkpoint(str(path)), Precision.decide("no", None, no_half_vae=True), torch.device("cpu"))
-    pixels = torch.cat(
-        [torch.from_numpy(images.normalised(images.load(own)))[None, :, :SIDE, :SIDE] for own in pictures]
-    )
-    means = models.encode_images(pixels, torch.zeros(len(pictures), 4, SIDE // 8, SIDE // 8))
+    pixels = torch.cat([torch.from_numpy(images.normalized(images.load(own)))[None, :, :SIDE, :SIDE] for own in images])
+    means = models.encode_images(pixels, torch.zeros(len(images), 4, SIDE // 8, SIDE // 8))
     factor = 1 / LATENT_SCALE / means.std(dim=(0, 2, 3))
     tensors[f"{last}.weight"][:4] *= factor[:, None, None, None]
     tensors[f"{last}.bias"][:4] = -means.mean(dim=(0, 2, 3)) * factor

@@ -32,23 +32,23 @@ def compare(folder: Path, steps: int, words: int) -> tuple[float, float, list[fl
     import sdxl_train_textual_inversion
     from library.safetensors_io import load_tensors
     from tools import make_tiny_sdxl
-    from tools.make_tiny_dataset import make_pictures
+    from tools.make_tiny_dataset import make_images
 
-    model, pictures = folder / "model.safetensors", folder / "pictures" / "1_shape"
+    model, images = folder / "model.safetensors", folder / "pictures" / "1_shape"
     make_tiny_sdxl.main(["--output", str(model)])
-    make_pictures(pictures, 1)
-    next(pictures.glob("*.txt")).write_text(CAPTION, encoding="utf-8")
+    make_images(images, 1)
+    next(images.glob("*.txt")).write_text(CAPTION, encoding="utf-8")
     train = [
-        "--pretrained_model_name_or_path", model, "--train_data_dir", pictures.parent, "--output_dir", folder / "out", "--token_string", "zyx",
+        "--pretrained_model_name_or_path", model, "--train_data_dir", images.parent, "--output_dir", folder / "out", "--token_string", "zyx",
         "--init_word", "thing", "--resolution", "64", "--cache_latents", "--max_train_steps", steps, "--learning_rate", "0.02",
         "--save_model_as", "safetensors", "--seed", "1", "--max_data_loader_n_workers", "0",
     ]  # fmt: skip
     sdxl_train_textual_inversion.main(list(map(str, train)))
     rows, _ = load_tensors(folder / "out" / "zyx.safetensors")
-    return losses_of(model, next(pictures.glob("*.png")), rows, words)
+    return losses_of(model, next(images.glob("*.png")), rows, words)
 
 
-def losses_of(model: Path, picture: Path, rows: dict, words: int) -> tuple[float, float, list[float]]:
+def losses_of(model: Path, image: Path, rows: dict, words: int) -> tuple[float, float, list[float]]:
     import torch
 
     from library import images
@@ -67,7 +67,7 @@ def losses_of(model: Path, picture: Path, rows: dict, words: int) -> tuple[float
         open_checkpoint(str(model)), Precision.decide("no", None, no_half_vae=True), torch.device("cpu")
     )
     token = add_placeholder_token(models, "zyx", "thing", 1)
-    pixels = torch.from_numpy(images.normalised(images.load(picture)))[None]
+    pixels = torch.from_numpy(images.normalized(images.load(image)))[None]
     pixels = torch.nn.functional.interpolate(pixels, size=(64, 64), mode="area")
     noise = torch.randn(NOISES * len(TIMESTEPS), 4, 8, 8, generator=generator("token_learns"))
     timesteps = torch.tensor(TIMESTEPS).repeat(NOISES)

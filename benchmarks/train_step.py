@@ -47,7 +47,7 @@ class StepOptions(OptionGroup):
         ("ours", "diffusers"), "who is measured; one alone where memory is short", choices=("ours", "diffusers")
     )
     threads: int | None = option(None, "threads of a CPU; 1 on a machine that does other things too", at_least=1)
-    picture: str | None = option(None, "a PNG or SVG to draw the figures into (needs matplotlib)", metavar="FILE")
+    image: str | None = option(None, "a PNG or SVG to draw the figures into (needs matplotlib)", metavar="FILE")
 
 
 class Setup(NamedTuple):
@@ -112,8 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         finally:
             for worker in workers:
                 worker.end()
-    if chosen.picture is not None:
-        draw(bars, chosen.picture)
+    if chosen.image is not None:
+        draw(bars, chosen.image)
 
 
 def draw(bars: list[Bar], file: str) -> None:
@@ -128,12 +128,12 @@ def draw(bars: list[Bar], file: str) -> None:
         f"{setup.contender}, batch {setup.batch}{', checkpointing' if setup.checkpointing else ''}"
         for setup, _, _ in bars
     ]
-    colours = ["tab:blue" if setup.contender == "ours" else "tab:gray" for setup, _, _ in bars]
+    colors = ["tab:blue" if setup.contender == "ours" else "tab:gray" for setup, _, _ in bars]
     for axes, values, what in (
         (times, [bar.seconds for bar in bars], "seconds per step"),
         (sizes, [bar.gibibytes for bar in bars], "peak memory, GiB"),
     ):
-        axes.bar_label(axes.barh(range(len(bars)), values, color=colours), fmt="%.3g", padding=3)
+        axes.bar_label(axes.barh(range(len(bars)), values, color=colors), fmt="%.3g", padding=3)
         axes.set(xlabel=what, yticks=range(len(bars)), yticklabels=names, xlim=(0, 1.15 * max(values)))
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)

@@ -206,7 +206,7 @@ _RESIZERS = {
 }  # fmt: skip
 
 
-def normalised(pixels: np.ndarray) -> np.ndarray:
+def normalized(pixels: np.ndarray) -> np.ndarray:
     """[H, W, 3] uint8 -> [3, H, W] float32 in -1..1."""
     values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
     values /= 127.5  # in place, as new memory costs more than the arithmetic

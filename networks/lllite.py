@@ -136,7 +136,7 @@ class ControlNetLLLite(nn.Module):
         for place, (embedding_channels, channels) in shapes.items():
             self.add_module(place.name, LLLiteModule(place, embedding_channels, channels))
 
-    def forward(self, pictures: Tensor, strength: float = 1.0) -> list[tuple[Place, LLLiteModulation]]:
+    def forward(self, images: Tensor, strength: float = 1.0) -> list[tuple[Place, LLLiteModulation]]:
         """How the pictures steer the U-Net: made once, for all denoising steps.
 
         Args: pictures: [B, 3, H, W] in -1..1, H and W multiples of 32; one picture for a batch of any size, or one for each sample.
@@ -145,7 +145,7 @@ class ControlNetLLLite(nn.Module):
         found: list[tuple[Place, LLLiteModulation]] = []
         for places in self._alike():
             modules = [self.lllite(place) for place in places]
-            for place, module, condition in zip(places, modules, conditions(modules, pictures), strict=True):
+            for place, module, condition in zip(places, modules, conditions(modules, images), strict=True):
                 found.append((place, module.steering(condition, strength, dropout)))
         return found
 
@@ -162,13 +162,13 @@ class ControlNetLLLite(nn.Module):
         return module
 
 
-def conditions(modules: Sequence[LLLiteModule], pictures: Tensor) -> list[Tensor]:
+def conditions(modules: Sequence[LLLiteModule], images: Tensor) -> list[Tensor]:
     """What the pictures add within the small network of each module, [B, N, M]; the modules have one shape.
 
     All modules see the same pictures, so their convolutions run as one with a group for each, and so does the embedding's share
     of the middle layer: a dozen kernels instead of hundreds.
     """
-    h = pictures
+    h = images
     for number, layers in enumerate(zip(*(module.convolutions for module in modules), strict=True)):
         weight = torch.cat([layer.weight for layer in layers]).to(h.dtype)
         bias = torch.cat([_bias(layer) for layer in layers]).to(h.dtype)

@@ -91,11 +91,11 @@ def open_models(path: Path, **settings):
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
+def images(tmp_path) -> Path:
     """A train_data_dir with four small captioned pictures of four sizes, shown twice an epoch each."""
-    from tools.make_tiny_dataset import make_pictures
+    from tools.make_tiny_dataset import make_images
 
-    make_pictures(tmp_path / "pictures" / "2_shapes", 4)
+    make_images(tmp_path / "pictures" / "2_shapes", 4)
     return tmp_path / "pictures"
 
 

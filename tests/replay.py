@@ -63,7 +63,7 @@ class Golden:
         height, width = facts["target_sizes_hw"][0]
         folder = GOLDEN / "dataset" / "data_cond"
         found = [images.resize(images.load(folder / name), Size(width, height)) for name in facts["images"]]
-        return torch.stack([torch.from_numpy(images.normalised(pixels)) for pixels in found])
+        return torch.stack([torch.from_numpy(images.normalized(pixels)) for pixels in found])
 
     def rng(self, i: int) -> "Recorded":
         return Recorded(self.trace[f"step{i}.noise"], self.trace[f"step{i}.timesteps"])

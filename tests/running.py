@@ -25,13 +25,13 @@ QUICK = [
 ]  # fmt: skip
 
 
-def arguments(model: Path, pictures: Path, output: Path, *extra: object, quick: Sequence[str] = QUICK) -> list[str]:
+def arguments(model: Path, images: Path, output: Path, *extra: object, quick: Sequence[str] = QUICK) -> list[str]:
     """The words behind sdxl_train_network.py; later ones win."""
     files = [
         "--pretrained_model_name_or_path",
         model,
         "--train_data_dir",
-        pictures,
+        images,
         "--output_dir",
         output,
         "--output_name",
@@ -44,11 +44,11 @@ def without(words: Sequence[str], *left_out: str) -> list[str]:
     return [word for word in words if word not in left_out]
 
 
-def train_network(model: Path, pictures: Path, output: Path, *extra: object, quick: Sequence[str] = QUICK) -> Path:
+def train_network(model: Path, images: Path, output: Path, *extra: object, quick: Sequence[str] = QUICK) -> Path:
     """Train in this process; returns the final file."""
     import sdxl_train_network
 
-    sdxl_train_network.main(arguments(model, pictures, output, *extra, quick=quick))
+    sdxl_train_network.main(arguments(model, images, output, *extra, quick=quick))
     return output / "lora.safetensors"
 
 

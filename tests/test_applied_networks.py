@@ -283,7 +283,7 @@ def test_merged_networks_have_no_region(golden, golden_lora, own_models):
 
 
 @pytest.mark.parametrize("sides", [(40, 32), (28, 60)])
-def test_regions_lie_where_they_are_on_maps_of_other_proportions_than_the_pictures(sides, golden_lora, own_models):
+def test_regions_lie_where_they_are_on_maps_of_other_proportions_than_the_images(sides, golden_lora, own_models):
     """Gradual Latent draws 416x608 as 32x40 latents on its way, and 1120x576 as 60x28: the left half stays the left half."""
     networks = AppliedNetworks(
         AppliedNetworkOptions(network_weights=(golden_lora, golden_lora)), own_models, is_regional=True
@@ -325,7 +325,7 @@ def test_text_encoders_see_the_network_of_the_sub_prompt_alone(golden_lora, own_
     assert not torch.equal(first, second) and not torch.equal(both, second)
 
 
-def test_masks_by_channel_and_by_colour_code():
+def test_masks_by_channel_and_by_color_code():
     from networks.inference.regional import masks_of
 
     mask = torch.zeros(1, 4, 3, dtype=torch.uint8)

@@ -46,14 +46,14 @@ def test_the_resize_covers_the_bucket_and_no_bucket_is_too_large(width, height, 
 
 
 @given(width=sides, height=sides)
-def test_without_upscaling_no_picture_is_enlarged(width, height):
+def test_without_upscaling_no_image_is_enlarged(width, height):
     fit = Buckets(BucketPlan(Size(1024, 1024), True, 256, 2048, 64, True)).fit(Size(width, height))
     # Rounding to whole pixels may add one.
     assert fit.resized.width <= width + 1 and fit.resized.height <= height + 1
     assert fit.bucket.width <= fit.resized.width and fit.bucket.height <= fit.resized.height
 
 
-def test_without_buckets_every_picture_covers_the_resolution():
+def test_without_buckets_every_image_covers_the_resolution():
     fit = Buckets(BucketPlan(Size(512, 256), False, 0, 0, 64, False)).fit(Size(300, 300))
     assert fit.bucket == Size(512, 256) and fit.resized == Size(512, 512)
 

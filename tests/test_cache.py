@@ -33,8 +33,8 @@ def samples_in(folder: Path, *argv: object):
 
 
 @pytest.fixture
-def samples(pictures):
-    return samples_in(pictures)
+def samples(images):
+    return samples_in(images)
 
 
 # ------------------------------------------------------------------------------------------------------- the golden files
@@ -118,17 +118,17 @@ def test_fault_45_a_file_that_isnt_valid_is_told_why_and_made_again(damage, reas
     assert torch.equal(cache.read(samples[0])[0], good)
 
 
-def test_fault_43_another_resolution_makes_the_latents_again(pictures):
+def test_fault_43_another_resolution_makes_the_latents_again(images):
     cache = LatentsOnDisk()
-    fill_latents(samples_in(pictures), cache, stub_vae, 2)
-    smaller = samples_in(pictures, "--resolution", 96)
+    fill_latents(samples_in(images), cache, stub_vae, 2)
+    smaller = samples_in(images, "--resolution", 96)
     assert all("are needed" in cache.problem(sample) for sample in smaller)
 
 
-def test_fault_46_flip_aug_switched_on_later_makes_the_latents_again(pictures):
+def test_fault_46_flip_aug_switched_on_later_makes_the_latents_again(images):
     cache = LatentsOnDisk()
-    fill_latents(samples_in(pictures), cache, stub_vae, 2)
-    flipped = samples_in(pictures, "--flip_aug")
+    fill_latents(samples_in(images), cache, stub_vae, 2)
+    flipped = samples_in(images, "--flip_aug")
     assert {cache.problem(sample) for sample in flipped} == {"lacks latents_flipped"}
     fill_latents(flipped, cache, stub_vae, 2)
     plain, mirrored = (cache.read(flipped[0], flipped=flip)[0] for flip in (False, True))
@@ -154,7 +154,7 @@ def test_only_what_is_missing_is_encoded_in_batches_of_one_bucket(samples):
     assert [shape[0] for shape in calls] == [1]
 
 
-def test_the_posterior_sample_depends_on_the_picture_alone(samples):
+def test_the_posterior_sample_depends_on_the_image_alone(samples):
     """Not on its batch, its neighbours or the run: caches made again are the same."""
     found = []
     for batch_size, part in ((1, samples), (4, list(reversed(samples)))):
@@ -181,12 +181,12 @@ def test_equal_captions_are_encoded_once(samples):
     assert sorted(seen) == sorted({sample.caption for sample in samples})
 
 
-def test_prefix_and_suffix_are_part_of_a_cached_caption(pictures):
-    (sample, *_) = samples_in(pictures, "--caption_prefix", "photo:", "--caption_suffix", "end")
+def test_prefix_and_suffix_are_part_of_a_cached_caption(images):
+    (sample, *_) = samples_in(images, "--caption_prefix", "photo:", "--caption_suffix", "end")
     assert CaptionVariants().of(sample) == (f"photo: {sample.caption} end",)
 
 
-def test_fault_33_latents_that_arent_finite_are_never_cached_and_the_picture_is_named(samples):
+def test_fault_33_latents_that_arent_finite_are_never_cached_and_the_image_is_named(samples):
     def overflowing(images, noise):
         latents = stub_vae(images, noise)
         latents[0, 0, 0, 0] = float("nan")
@@ -199,7 +199,7 @@ def test_fault_33_latents_that_arent_finite_are_never_cached_and_the_picture_is_
         refuse_or_skip(bad, skip=False)
 
 
-def test_fault_25_every_picture_that_cant_be_decoded_is_told_before_training(samples, caplog):
+def test_fault_25_every_image_that_cant_be_decoded_is_told_before_training(samples, caplog):
     logging.getLogger("library").propagate = True
     for sample in samples[:2]:
         raw = sample.path.read_bytes()
@@ -215,19 +215,17 @@ def test_fault_25_every_picture_that_cant_be_decoded_is_told_before_training(sam
     assert "left out" in caplog.text
 
 
-def test_a_picture_replaced_since_the_scan_is_told(samples):
+def test_a_image_replaced_since_the_scan_is_told(samples):
     Image.new("RGB", (33, 44)).save(samples[0].path)
     (bad,) = audit(samples[:1], FileIndex())
     assert "when the dataset was read, and is 33x44 now" in bad.reason
 
 
 @pytest.mark.parametrize("batch_size, expected", [(1, {1}), (4, {4}), (3, {2})])
-def test_mirrored_twins_are_encoded_with_their_pictures_in_batches_of_the_size_asked_for(
-    batch_size, expected, tmp_path
-):
-    from tools.make_tiny_dataset import make_pictures
+def test_mirrored_twins_are_encoded_with_their_images_in_batches_of_the_size_asked_for(batch_size, expected, tmp_path):
+    from tools.make_tiny_dataset import make_images
 
-    paths = make_pictures(tmp_path / "1_x", 4)
+    paths = make_images(tmp_path / "1_x", 4)
     for path in paths[1:]:
         path.write_bytes(paths[0].read_bytes())
     samples = samples_in(tmp_path, "--flip_aug")

@@ -23,13 +23,13 @@ BUCKETS = [
 ]
 
 
-def tool(name: str, model: Path, pictures: Path, *extra: object) -> list[str]:
+def tool(name: str, model: Path, images: Path, *extra: object) -> list[str]:
     words = [
         ROOT / "tools" / f"{name}.py",
         "--pretrained_model_name_or_path",
         model,
         "--train_data_dir",
-        pictures,
+        images,
         *BUCKETS,
     ]
     return [str(word) for word in [*words, *extra]]
@@ -61,41 +61,41 @@ def assert_equal(one, two) -> None:
         assert all(np.array_equal(arrays[name], two[file][name]) for name in arrays), file
 
 
-def test_what_the_tools_cache_is_what_training_caches_and_uses(golden_model, pictures, tmp_path):
+def test_what_the_tools_cache_is_what_training_caches_and_uses(golden_model, images, tmp_path):
     words = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", 1]
-    train_network(golden_model, pictures, tmp_path / "first", *words)
-    by_training = arrays_of(pictures)
-    for file in pictures.rglob("*.npz"):
+    train_network(golden_model, images, tmp_path / "first", *words)
+    by_training = arrays_of(images)
+    for file in images.rglob("*.npz"):
         file.unlink()
     for name in ("cache_latents", "cache_text_encoder_outputs"):
-        call(f"tools.{name}", *tool(name, golden_model, pictures)[1:])
-    by_tools = arrays_of(pictures)
+        call(f"tools.{name}", *tool(name, golden_model, images)[1:])
+    by_tools = arrays_of(images)
     assert_equal(by_training, by_tools)
-    times = {file: file.stat().st_mtime_ns for file in pictures.rglob("*.npz")}
-    train_network(golden_model, pictures, tmp_path / "second", *words)
-    assert times == {file: file.stat().st_mtime_ns for file in pictures.rglob("*.npz")}
+    times = {file: file.stat().st_mtime_ns for file in images.rglob("*.npz")}
+    train_network(golden_model, images, tmp_path / "second", *words)
+    assert times == {file: file.stat().st_mtime_ns for file in images.rglob("*.npz")}
     assert losses_of(tmp_path / "first") == losses_of(tmp_path / "second")
 
 
-def test_two_processes_make_the_files_that_one_makes(golden_model, pictures):
-    words = tool("cache_latents", golden_model, pictures, "--flip_aug")
+def test_two_processes_make_the_files_that_one_makes(golden_model, images):
+    words = tool("cache_latents", golden_model, images, "--flip_aug")
     end_together(processes("tools/cache_latents.py", *words[1:], count=2))
-    two = arrays_of(pictures)
-    for file in pictures.rglob("*.npz"):
+    two = arrays_of(images)
+    for file in images.rglob("*.npz"):
         file.unlink()
     assert len(two) == 4
     call("tools.cache_latents", *words[1:])
-    assert_equal(two, arrays_of(pictures))
+    assert_equal(two, arrays_of(images))
 
 
-def test_a_config_file_of_training_is_taken_and_damaged_pictures_are_all_told(golden_model, pictures, tmp_path):
+def test_a_config_file_of_training_is_taken_and_damaged_images_are_all_told(golden_model, images, tmp_path):
     (tmp_path / "run.toml").write_text(
-        f"pretrained_model_name_or_path = '{golden_model.as_posix()}'\ntrain_data_dir = '{pictures.as_posix()}'\n"
+        f"pretrained_model_name_or_path = '{golden_model.as_posix()}'\ntrain_data_dir = '{images.as_posix()}'\n"
         "resolution = '64'\nnetwork_module = 'networks.lora'\nlearning_rate = 1e-4\nmin_snr_gamma = 5\nsample_every_n_epochs = 1\n"
         "save_model_as = 'safetensors'\nshuffle_caption = true\n"
     )
     for number in (0, 2):
-        (pictures / "2_shapes" / f"picture{number}.png").write_bytes(Image.new("RGB", (64, 64)).tobytes()[:50])
+        (images / "2_shapes" / f"picture{number}.png").write_bytes(Image.new("RGB", (64, 64)).tobytes()[:50])
     done = ends("tools.cache_latents", "--config_file", tmp_path / "run.toml")
     assert done.returncode == 2 and all(f"picture{number}.png" in done.stderr for number in (0, 2))
     done = call("tools.cache_latents", "--config_file", tmp_path / "run.toml", "--skip_bad_images")
@@ -105,9 +105,9 @@ def test_a_config_file_of_training_is_taken_and_damaged_pictures_are_all_told(go
     assert done.returncode == 2 and "--text_cache_variants 8" in done.stderr
 
 
-def test_pictures_become_metadata_caches_and_a_lora(golden_model, pictures, tmp_path):
+def test_images_become_metadata_caches_and_a_lora(golden_model, images, tmp_path):
     """The whole way of sd-scripts' fine-tuning data, through every tool."""
-    folder, names = pictures / "2_shapes", [tmp_path / f"meta{i}.json" for i in range(4)]
+    folder, names = images / "2_shapes", [tmp_path / f"meta{i}.json" for i in range(4)]
     call("tools.merge_captions_to_metadata", folder, names[0], "--caption_extension", ".txt", "--full_path")
     call("tools.merge_dd_tags_to_metadata", folder, names[1], "--in_json", names[0], "--full_path")
     call("tools.clean_captions_and_tags", names[1], names[2])
@@ -143,52 +143,52 @@ def train_metadata(path: Path) -> dict[str, str]:
     return dict(read_header(path).metadata)
 
 
-def test_prepare_buckets_refuses_what_cant_work_all_at_once(golden_model, pictures, tmp_path):
+def test_prepare_buckets_refuses_what_cant_work_all_at_once(golden_model, images, tmp_path):
     done = ends(
-        "prepare_buckets_latents", pictures, tmp_path / "none.json", tmp_path / "out.json", golden_model,
+        "prepare_buckets_latents", images, tmp_path / "none.json", tmp_path / "out.json", golden_model,
         "--max_resolution", "64", "--bucket_reso_steps", "7", "--batch_size", "0", "--v2",
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("error:") == 5 and "Traceback" not in done.stderr
 
 
-def test_drawn_captions_train_from_a_cache_without_the_text_encoders(golden_model, pictures, tmp_path, capsys):
+def test_drawn_captions_train_from_a_cache_without_the_text_encoders(golden_model, images, tmp_path, capsys):
     words = ["--shuffle_caption", "--caption_dropout_rate", 0.3, "--text_cache_variants", 3, "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]  # fmt: skip
-    train_network(golden_model, pictures, tmp_path / "first", *words, "--max_train_steps", 4)
-    with np.load(next(pictures.rglob("*_te_outputs.npz"))) as arrays:
+    train_network(golden_model, images, tmp_path / "first", *words, "--max_train_steps", 4)
+    with np.load(next(images.rglob("*_te_outputs.npz"))) as arrays:
         assert {"hidden_state1", "pool2_3"} <= set(
             arrays
         ) and "pool2_4" not in arrays  # three captions and the empty one
     capsys.readouterr()
-    train_network(golden_model, pictures, tmp_path / "second", *words, "--max_train_steps", 4)
+    train_network(golden_model, images, tmp_path / "second", *words, "--max_train_steps", 4)
     assert "text-encoder outputs: 4 of 4 are cached" in capsys.readouterr().err
     assert losses_of(tmp_path / "first") == losses_of(tmp_path / "second")
 
 
-def test_masks_weigh_the_loss_of_a_run(golden_model, pictures, tmp_path):
+def test_masks_weigh_the_loss_of_a_run(golden_model, images, tmp_path):
     """Half of each picture masked: the loss is that of the other half, without being evened out."""
     words = ["--max_train_steps", 2]
-    plain = train_network(golden_model, pictures, tmp_path / "plain", *words) and losses_of(tmp_path / "plain")
-    for file in (pictures / "2_shapes").glob("*.png"):
-        picture = Image.open(file).convert("RGBA")
-        picture.putalpha(255)
-        picture.save(file)
-    opaque = train_network(golden_model, pictures, tmp_path / "opaque", *words, "--alpha_mask") and losses_of(tmp_path / "opaque")  # fmt: skip
-    for file in (pictures / "2_shapes").glob("*.png"):
-        picture = Image.open(file)
-        alpha = Image.new("L", picture.size, 255)
-        alpha.paste(0, (0, 0, picture.width, picture.height // 2))
-        picture.putalpha(alpha)
-        picture.save(file)
-    half = train_network(golden_model, pictures, tmp_path / "half", *words, "--alpha_mask") and losses_of(tmp_path / "half")  # fmt: skip
+    plain = train_network(golden_model, images, tmp_path / "plain", *words) and losses_of(tmp_path / "plain")
+    for file in (images / "2_shapes").glob("*.png"):
+        image = Image.open(file).convert("RGBA")
+        image.putalpha(255)
+        image.save(file)
+    opaque = train_network(golden_model, images, tmp_path / "opaque", *words, "--alpha_mask") and losses_of(tmp_path / "opaque")  # fmt: skip
+    for file in (images / "2_shapes").glob("*.png"):
+        image = Image.open(file)
+        alpha = Image.new("L", image.size, 255)
+        alpha.paste(0, (0, 0, image.width, image.height // 2))
+        image.putalpha(alpha)
+        image.save(file)
+    half = train_network(golden_model, images, tmp_path / "half", *words, "--alpha_mask") and losses_of(tmp_path / "half")  # fmt: skip
     np.testing.assert_allclose(opaque, plain, rtol=0.05)  # other files have other posterior samples
     assert all(0.3 < one / other < 0.7 for one, other in zip(half, plain, strict=True)), (half, plain)
 
 
-def test_debug_dataset_prints_and_writes_a_page_without_training(golden_model, pictures, tmp_path, capsys):
-    (pictures / "2_shapes" / "picture1.txt").write_text("a word, " * 60)
+def test_debug_dataset_prints_and_writes_a_page_without_training(golden_model, images, tmp_path, capsys):
+    (images / "2_shapes" / "picture1.txt").write_text("a word, " * 60)
     words = without(QUICK, "--cache_latents", "--cache_text_encoder_outputs")
     train_network(
-        golden_model, pictures, tmp_path / "out", "--debug_dataset", "--shuffle_caption", "--alpha_mask", quick=words
+        golden_model, images, tmp_path / "out", "--debug_dataset", "--shuffle_caption", "--alpha_mask", quick=words
     )
     told = capsys.readouterr().out
     assert "mean crop loss" in told and "8 batches / 1 accumulated = 8 steps an epoch" in told
@@ -208,8 +208,8 @@ def test_the_tools_tell_mistakes_before_torch(name, tmp_path):
     assert "--debug_dataset is for the training scripts" in done.stderr
 
 
-def test_prepare_buckets_writes_no_metadata_when_a_picture_cant_be_encoded(golden_model, pictures, tmp_path):
-    folder = pictures / "2_shapes"
+def test_prepare_buckets_writes_no_metadata_when_a_image_cant_be_encoded(golden_model, images, tmp_path):
+    folder = images / "2_shapes"
     call("tools.merge_captions_to_metadata", folder, tmp_path / "in.json", "--caption_extension", ".txt")
     raw = (folder / "picture1.png").read_bytes()
     (folder / "picture1.png").write_bytes(raw[:60] + bytes(len(raw) - 60))  # its header is whole

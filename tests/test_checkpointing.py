@@ -64,9 +64,9 @@ def test_what_left_has_no_place_on_the_device(monkeypatch):
     pytest.param(["--cpu_offload_checkpointing"], marks=pytest.mark.long),
     pytest.param(["--checkpoint_policy", "selective"], marks=pytest.mark.long),
 ])  # fmt: skip
-def test_a_run_with_them_is_bit_equal(extra, golden_model, pictures, tmp_path, monkeypatch):
+def test_a_run_with_them_is_bit_equal(extra, golden_model, images, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpointing, "_LEAST_BYTES", 64)
     words = ["--max_train_steps", "1", "--network_dropout", "0.1"]
-    plain = train_network(golden_model, pictures, tmp_path / "plain", *words)
-    other = train_network(golden_model, pictures, tmp_path / "other", *words, "--gradient_checkpointing", *extra)
+    plain = train_network(golden_model, images, tmp_path / "plain", *words)
+    other = train_network(golden_model, images, tmp_path / "other", *words, "--gradient_checkpointing", *extra)
     assert_bit_equal(tensors_of(plain), tensors_of(other))

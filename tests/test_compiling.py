@@ -49,10 +49,10 @@ def test_compiled_blocks_give_the_same_numbers_and_all_buckets_share_their_graph
 
 
 @pytest.mark.long
-def test_a_run_with_inductor_has_the_losses_of_one_without(golden_model, pictures, tmp_path):
+def test_a_run_with_inductor_has_the_losses_of_one_without(golden_model, images, tmp_path):
     few = ["--max_train_steps", "3"]
-    train_network(golden_model, pictures, tmp_path / "plain", *few)
-    train_network(golden_model, pictures, tmp_path / "compiled", *few, "--torch_compile")
+    train_network(golden_model, images, tmp_path / "plain", *few)
+    train_network(golden_model, images, tmp_path / "compiled", *few, "--torch_compile")
     assert losses_of(tmp_path / "compiled") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-4)
 
 

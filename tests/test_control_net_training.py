@@ -26,21 +26,21 @@ QUICK = [
 
 
 @pytest.fixture
-def conditions(pictures) -> Path:
+def conditions(images) -> Path:
     """The outline of each picture, under its name."""
-    folder = pictures.parent / "conditions"
+    folder = images.parent / "conditions"
     folder.mkdir()
-    for file in (pictures / "2_shapes").glob("*.png"):
-        with Image.open(file) as picture:
-            edges = np.abs(np.diff(np.asarray(picture.convert("L")).astype(int), axis=1, prepend=0)) > 8
+    for file in (images / "2_shapes").glob("*.png"):
+        with Image.open(file) as image:
+            edges = np.abs(np.diff(np.asarray(image.convert("L")).astype(int), axis=1, prepend=0)) > 8
             Image.fromarray((edges * 255).astype(np.uint8)).convert("RGB").save(folder / file.name)
     return folder
 
 
-def train(model: Path, pictures: Path, conditions: Path | None, output: Path, *extra: object) -> Path:
+def train(model: Path, images: Path, conditions: Path | None, output: Path, *extra: object) -> Path:
     import sdxl_train_control_net_lllite as script
 
-    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--output_dir", output, "--output_name", "lora"]  # fmt: skip
+    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", images, "--output_dir", output, "--output_name", "lora"]  # fmt: skip
     files += [] if conditions is None else ["--conditioning_data_dir", conditions]
     script.main([str(word) for word in (*QUICK, *files, *extra)])
     return output / "lora.safetensors"
@@ -67,9 +67,9 @@ def test_golden_10_lllite(own_models):
 # --------------------------------------------------------------------------------------------------- through the script
 
 
-def test_a_run_trains_every_module_and_saves_what_the_node_reads(golden_model, pictures, conditions, tmp_path):
+def test_a_run_trains_every_module_and_saves_what_the_node_reads(golden_model, images, conditions, tmp_path):
     """Names, shapes and metadata by the contract; the base model isn't touched; the file goes on being trained."""
-    path = train(golden_model, pictures, conditions, tmp_path / "out", "--max_train_steps", 3)
+    path = train(golden_model, images, conditions, tmp_path / "out", "--max_train_steps", 3)
     tensors, metadata = tensors_of(path), read_header(path).metadata
     assert {name.split(".", 1)[1].rsplit(".", 1)[0] for name in tensors} == {
         "conditioning1.0", "conditioning1.2", "conditioning1.4", "down.0", "mid.0", "up.0",
@@ -79,12 +79,12 @@ def test_a_run_trains_every_module_and_saves_what_the_node_reads(golden_model, p
     assert sum(bool(tensors[name].any()) for name in tensors if name.endswith("up.0.weight")) > 24
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/control-net-lllite"
     assert not any(key.startswith(("ss_", "sshs_")) for key in metadata)
-    again = train(golden_model, pictures, conditions, tmp_path / "again", "--network_weights", path, "--learning_rate", "1e-9")  # fmt: skip
+    again = train(golden_model, images, conditions, tmp_path / "again", "--network_weights", path, "--learning_rate", "1e-9")  # fmt: skip
     for name, tensor in tensors_of(again).items():
         torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=1e-7)
 
 
-def test_a_resumed_run_equals_one_that_went_on_and_ema_validation_and_previews_run(golden_model, pictures, conditions, tmp_path):  # fmt: skip
+def test_a_resumed_run_equals_one_that_went_on_and_ema_validation_and_previews_run(golden_model, images, conditions, tmp_path):  # fmt: skip
     prompts = tmp_path / "prompts.txt"
     condition = next(conditions.iterdir())
     prompts.write_text(f"a red square --cn {condition} --s 2 --w 64 --h 64 --d 1\n", encoding="utf-8")
@@ -100,10 +100,10 @@ def test_a_resumed_run_equals_one_that_went_on_and_ema_validation_and_previews_r
         "--flip_aug",
     ]
     common += ["--sample_prompts", prompts, "--sample_every_n_steps", "2"]
-    whole = train(golden_model, pictures, conditions, tmp_path / "whole", *common, "--max_train_steps", 4)
-    train(golden_model, pictures, conditions, tmp_path / "part", *common, "--max_train_steps", 4, "--save_every_n_steps", 2, "--save_state")  # fmt: skip
+    whole = train(golden_model, images, conditions, tmp_path / "whole", *common, "--max_train_steps", 4)
+    train(golden_model, images, conditions, tmp_path / "part", *common, "--max_train_steps", 4, "--save_every_n_steps", 2, "--save_state")  # fmt: skip
     state = tmp_path / "part" / "lora-step00000002-state"
-    resumed = train(golden_model, pictures, conditions, tmp_path / "rest", *common, "--max_train_steps", 4, "--resume", state)  # fmt: skip
+    resumed = train(golden_model, images, conditions, tmp_path / "rest", *common, "--max_train_steps", 4, "--resume", state)  # fmt: skip
     assert_bit_equal(tensors_of(resumed), tensors_of(whole))
     assert (tmp_path / "whole" / "lora-ema.safetensors").is_file()
     log = [
@@ -114,12 +114,12 @@ def test_a_resumed_run_equals_one_that_went_on_and_ema_validation_and_previews_r
     assert sorted(drawn) == ["000002", "000004"]
 
 
-def test_what_is_drawn_uncached_in_bf16_with_checkpointing_only_in_chosen_blocks(golden_model, pictures, conditions, tmp_path):  # fmt: skip
+def test_what_is_drawn_uncached_in_bf16_with_checkpointing_only_in_chosen_blocks(golden_model, images, conditions, tmp_path):  # fmt: skip
     words = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--lllite_blocks", "input_blocks.4", "output_blocks", "--color_aug"]  # fmt: skip
     import sdxl_train_control_net_lllite as script
 
     quick = [word for word in QUICK if not word.startswith("--cache")]
-    files = ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", pictures, "--conditioning_data_dir", conditions]  # fmt: skip
+    files = ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", images, "--conditioning_data_dir", conditions]  # fmt: skip
     script.main([str(w) for w in (*quick, *files, "--output_dir", tmp_path / "out", "--output_name", "lora", *words)])
     modules = {name.partition(".")[0] for name in tensors_of(tmp_path / "out" / "lora.safetensors")}
     assert {"_".join(name.split("_")[2:5]) for name in modules} == {"input_blocks_4", *(f"output_blocks_{i}" for i in range(6))}  # fmt: skip
@@ -127,15 +127,15 @@ def test_what_is_drawn_uncached_in_bf16_with_checkpointing_only_in_chosen_blocks
 
 
 @pytest.mark.long
-def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, pictures, conditions, tmp_path):
+def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, images, conditions, tmp_path):
     """Losses 1e-5, weights 1e-4; what moves all keys alike has a gradient that is noise, and is left out."""
-    one = train(golden_model, pictures, conditions, tmp_path / "one", "--gradient_accumulation_steps", 2)
+    one = train(golden_model, images, conditions, tmp_path / "one", "--gradient_accumulation_steps", 2)
     words = [
         *QUICK,
         "--pretrained_model_name_or_path",
         golden_model,
         "--train_data_dir",
-        pictures,
+        images,
         "--output_name",
         "lora",
     ]
@@ -201,59 +201,59 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
         (["--learning_rate", "0"], "nothing is trained: --learning_rate is 0"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_before_anything_is_trained(words, text, golden_model, pictures, conditions, tmp_path):
+def test_mistakes_are_told_before_anything_is_trained(words, text, golden_model, images, conditions, tmp_path):
     with pytest.raises(OptionError) as error:
-        train(golden_model, pictures, conditions, tmp_path / "out", *words)
+        train(golden_model, images, conditions, tmp_path / "out", *words)
     assert text in str(error.value)
 
 
-def test_without_buckets_the_condition_must_follow(golden_model, pictures, conditions, tmp_path, monkeypatch):
+def test_without_buckets_the_condition_must_follow(golden_model, images, conditions, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "QUICK", without(QUICK, "--enable_bucket", "--cache_latents"))
     with pytest.raises(OptionError) as error:
-        train(golden_model, pictures, conditions, tmp_path / "out", "--resolution", 72, "--face_crop_aug_range", "1,3")
+        train(golden_model, images, conditions, tmp_path / "out", "--resolution", 72, "--face_crop_aug_range", "1,3")
     assert "face_crop_aug_range can't be used with conditioning_data_dir" in str(error.value)
     assert "without buckets both sides must be multiples of 32" in str(error.value)
 
 
-def test_missing_conditions_are_told(golden_model, pictures, conditions, tmp_path):
+def test_missing_conditions_are_told(golden_model, images, conditions, tmp_path):
     with pytest.raises(OptionError, match="conditioning_data_dir is missing: a condition for each picture"):
-        train(golden_model, pictures, None, tmp_path / "out")
+        train(golden_model, images, None, tmp_path / "out")
     first, second, *_ = sorted(conditions.iterdir())
     first.unlink()
     Image.new("RGB", (30, 300)).save(second)
     with pytest.raises(OptionError) as error:
-        train(golden_model, pictures, conditions, tmp_path / "out")
+        train(golden_model, images, conditions, tmp_path / "out")
     assert f"no conditioning images of its name in {conditions}" in str(error.value)
     assert "of another shape than the picture's" in str(error.value)
 
 
-def test_a_file_of_other_sizes_or_another_kind_is_told(golden_model, pictures, conditions, tmp_path):
-    path = train(golden_model, pictures, conditions, tmp_path / "out", "--max_train_steps", 1)
+def test_a_file_of_other_sizes_or_another_kind_is_told(golden_model, images, conditions, tmp_path):
+    path = train(golden_model, images, conditions, tmp_path / "out", "--max_train_steps", 1)
     with pytest.raises(OptionError, match=r"have another shape .* instead of .*--allow_partial"):
-        train(golden_model, pictures, conditions, tmp_path / "again", "--network_weights", path, "--network_dim", "6")
+        train(golden_model, images, conditions, tmp_path / "again", "--network_weights", path, "--network_dim", "6")
     write_safetensors(tmp_path / "lora.safetensors", {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, {})
     with pytest.raises(OptionError, match=r"this is .*; a ControlNet-LLLite with lllite_unet"):
-        train(golden_model, pictures, conditions, tmp_path / "again", "--network_weights", tmp_path / "lora.safetensors")  # fmt: skip
+        train(golden_model, images, conditions, tmp_path / "again", "--network_weights", tmp_path / "lora.safetensors")  # fmt: skip
 
 
-def test_dry_run_tells_and_writes_nothing(golden_model, pictures, conditions, tmp_path, capsys):
-    train(golden_model, pictures, conditions, tmp_path / "out", "--dry_run")
+def test_dry_run_tells_and_writes_nothing(golden_model, images, conditions, tmp_path, capsys):
+    train(golden_model, images, conditions, tmp_path / "out", "--dry_run")
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_debug_dataset_shows_each_picture_with_its_condition(golden_model, pictures, conditions, tmp_path):
-    train(golden_model, pictures, conditions, tmp_path / "out", "--debug_dataset")
+def test_debug_dataset_shows_each_image_with_its_condition(golden_model, images, conditions, tmp_path):
+    train(golden_model, images, conditions, tmp_path / "out", "--debug_dataset")
     html = (tmp_path / "out" / "lora-dataset.html").read_text(encoding="utf-8")
-    count = len(list((pictures / "2_shapes").glob("*.png")))
+    count = len(list((images / "2_shapes").glob("*.png")))
     assert html.count('alt="its condition"') == count and html.count("data:image/jpeg;base64,") == 2 * count
 
 
-def test_the_final_file_draws_as_the_network_that_was_trained(golden_model, pictures, conditions, own_models, tmp_path):
+def test_the_final_file_draws_as_the_network_that_was_trained(golden_model, images, conditions, own_models, tmp_path):
     """What training's predict gives and what the loaded file gives are the same."""
     from networks.lllite import by_block, places
     from networks.lllite_file import lllite_from_file
 
-    path = train(golden_model, pictures, conditions, tmp_path / "out")
+    path = train(golden_model, images, conditions, tmp_path / "out")
     net = lllite_from_file(path, places(own_models.unet), flag="--control_net_lllite_models")
     golden, _ = load_tensors(Path(__file__).parent / "golden" / "02_unet.safetensors")
     inputs = [golden[f"a.{name}"][:1] for name in ("latents", "timesteps", "context", "y")]

@@ -55,24 +55,24 @@ RANDOM = [
     "method",
     ["fork", pytest.param("spawn", marks=pytest.mark.long), pytest.param("forkserver", marks=pytest.mark.long)],
 )
-def test_workers_give_the_same_batches_bit_for_bit(pictures, method):
-    batches, order = set_up(pictures, *RANDOM)
+def test_workers_give_the_same_batches_bit_for_bit(images, method):
+    batches, order = set_up(images, *RANDOM)
     alone = loaded(batches, order)
     for one, two in zip(alone, loaded(batches, order, num_workers=2, start_method=method), strict=True):
         assert_same(one, two)
     assert len({caption for batch in alone for caption in batch.captions}) > 4
 
 
-def test_spawned_workers_read_what_a_windows_user_reads(pictures):
-    batches, order = set_up(pictures, "--train_batch_size", 2, latents=LatentsOnDisk())
+def test_spawned_workers_read_what_a_windows_user_reads(images):
+    batches, order = set_up(images, "--train_batch_size", 2, latents=LatentsOnDisk())
     for one, two in zip(
         loaded(batches, order, 2), loaded(batches, order, 2, num_workers=1, start_method="spawn"), strict=True
     ):
         assert_same(one, two)
 
 
-def test_a_batch_holds_the_picture_mirrored_or_not_with_its_sizes(pictures):
-    batches, order = set_up(pictures, "--flip_aug")
+def test_a_batch_holds_the_image_mirrored_or_not_with_its_sizes(images):
+    batches, order = set_up(images, "--flip_aug")
     flips = set()
     for batch in loaded(batches, order, 16):
         sample = next(sample for sample in batches.samples if str(sample.path) == batch.paths[0])
@@ -89,30 +89,30 @@ def test_a_batch_holds_the_picture_mirrored_or_not_with_its_sizes(pictures):
 
 
 @pytest.mark.parametrize("cache", [LatentsInMemory, LatentsOnDisk])
-def test_cached_latents_are_mirrored_when_the_picture_would_be(pictures, cache):
-    fresh, order = set_up(pictures, "--flip_aug")
-    cached, _ = set_up(pictures, "--flip_aug", latents=cache())
+def test_cached_latents_are_mirrored_when_the_image_would_be(images, cache):
+    fresh, order = set_up(images, "--flip_aug")
+    cached, _ = set_up(images, "--flip_aug", latents=cache())
     for one, two in zip(loaded(fresh, order, 16), loaded(cached, order, 16), strict=True):
         expected = torch.nn.functional.avg_pool2d(one.images.mean(1, keepdim=True), 8).expand(-1, 4, -1, -1)
         assert (two.latents - expected).abs().max() < 0.1 and torch.equal(one.crop_top_lefts, two.crop_top_lefts)
 
 
-def test_cached_text_comes_with_its_picture(pictures):
-    batches, order = set_up(pictures, latents=LatentsInMemory(), text=TextInMemory(CaptionVariants()))
+def test_cached_text_comes_with_its_image(images):
+    batches, order = set_up(images, latents=LatentsInMemory(), text=TextInMemory(CaptionVariants()))
     for batch in loaded(batches, order, 8):
         assert batch.text.pooled[0, 0] == len(batch.captions[0])
 
 
-def test_every_epoch_draws_anew_and_repeats_show_a_picture_as_often(pictures):
-    batches, order = set_up(pictures, *RANDOM[:-2])
+def test_every_epoch_draws_anew_and_repeats_show_a_image_as_often(images):
+    batches, order = set_up(images, *RANDOM[:-2])
     first, second = loaded(batches, order, 16)[:8], loaded(batches, order, 16)[8:]
     assert sorted(batch.paths for batch in first) == sorted(batch.paths for batch in second)
     assert sorted(batch.captions for batch in first) != sorted(batch.captions for batch in second)
     assert all(sum(batch.paths == other.paths for other in first) == 2 for batch in first)
 
 
-def test_skipped_steps_decode_nothing(pictures, monkeypatch):
-    batches, order = set_up(pictures)
+def test_skipped_steps_decode_nothing(images, monkeypatch):
+    batches, order = set_up(images)
     whole = loaded(batches, order, 8)
     read = []
     monkeypatch.setattr(
@@ -125,11 +125,11 @@ def test_skipped_steps_decode_nothing(pictures, monkeypatch):
     assert len(read) == 3
 
 
-def test_cached_variants_are_drawn_and_captions_dropped_as_often_as_asked(pictures):
+def test_cached_variants_are_drawn_and_captions_dropped_as_often_as_asked(images):
     """--text_cache_variants: of each picture's drawn captions one per sample, the empty one by the dropout rate."""
     words = ["--shuffle_caption", "--caption_dropout_rate", 0.25, "--caption_dropout_every_n_epochs", 4]
     plan = CaptionVariants(3)
-    batches, order = set_up(pictures, *words, latents=LatentsInMemory(), text=TextInMemory(plan))
+    batches, order = set_up(images, *words, latents=LatentsInMemory(), text=TextInMemory(plan))
     per_epoch = len(order.epoch(0))
     seen = loaded(batches, order, 100 * per_epoch)
     for sample in batches.samples:
@@ -141,15 +141,15 @@ def test_cached_variants_are_drawn_and_captions_dropped_as_often_as_asked(pictur
     assert all(batch.text.pooled[0, 0] == len(batch.captions[0]) for batch in seen)
 
 
-def test_text_kept_in_memory_stays_in_this_process_while_workers_decode(pictures):
-    batches, order = set_up(pictures, "--flip_aug", text=TextInMemory(CaptionVariants()))
+def test_text_kept_in_memory_stays_in_this_process_while_workers_decode(images):
+    batches, order = set_up(images, "--flip_aug", text=TextInMemory(CaptionVariants()))
     for one, two in zip(loaded(batches, order, 8), loaded(batches, order, 8, num_workers=2, start_method="fork"), strict=True):  # fmt: skip
         assert_same(one, two)
         assert torch.equal(one.text.pooled, two.text.pooled)
 
 
-def test_augmented_pictures_are_the_same_from_workers(pictures):
-    batches, order = set_up(pictures, "--flip_aug", "--color_aug", "--random_crop", "--train_batch_size", 2)
+def test_augmented_images_are_the_same_from_workers(images):
+    batches, order = set_up(images, "--flip_aug", "--color_aug", "--random_crop", "--train_batch_size", 2)
     alone = loaded(batches, order)
     for one, two in zip(alone, loaded(batches, order, num_workers=4, start_method="fork"), strict=True):
         assert_same(one, two)
@@ -157,11 +157,11 @@ def test_augmented_pictures_are_the_same_from_workers(pictures):
     assert len({batch.images.numpy().tobytes() for batch in again}) == len(again)
 
 
-def test_regularisation_samples_have_their_weight_and_masks_their_shape(pictures, tmp_path):
-    from tools.make_tiny_dataset import make_pictures
+def test_regularisation_samples_have_their_weight_and_masks_their_shape(images, tmp_path):
+    from tools.make_tiny_dataset import make_images
 
-    make_pictures(tmp_path / "reg" / "1_thing", 2, seed=9)
-    datasets = scanned(pictures, "--reg_data_dir", tmp_path / "reg", "--alpha_mask")
+    make_images(tmp_path / "reg" / "1_thing", 2, seed=9)
+    datasets = scanned(images, "--reg_data_dir", tmp_path / "reg", "--alpha_mask")
     samples = samples_of(datasets)
     batches = Batches(samples, None, None, seed=3, max_train_steps=10, prior_loss_weight=0.5)
     for batch in loaded(batches, BatchSampler(group_samples(datasets, samples), seed=3)):
@@ -170,13 +170,13 @@ def test_regularisation_samples_have_their_weight_and_masks_their_shape(pictures
         assert batch.masks.shape == (1, *batch.images.shape[2:]) and batch.masks.min() == 1.0
 
 
-def test_conditioning_images_come_with_their_pictures(pictures, tmp_path):
+def test_conditioning_images_come_with_their_images(images, tmp_path):
     import shutil
 
-    shutil.copytree(pictures / "2_shapes", tmp_path / "masks")
+    shutil.copytree(images / "2_shapes", tmp_path / "masks")
     (tmp_path / "d.toml").write_text(
         f"[[datasets]]\nresolution = 128\nenable_bucket = true\nbucket_reso_steps = 32\nmin_bucket_reso = 64\nmax_bucket_reso = 256\nflip_aug = true\n"
-        f"[[datasets.subsets]]\nimage_dir = '{pictures / '2_shapes'}'\nconditioning_data_dir = '{tmp_path / 'masks'}'\n"
+        f"[[datasets.subsets]]\nimage_dir = '{images / '2_shapes'}'\nconditioning_data_dir = '{tmp_path / 'masks'}'\n"
     )
     from library.data.dataset_config import read_datasets
     from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
@@ -203,11 +203,11 @@ def test_conditioning_images_come_with_their_pictures(pictures, tmp_path):
     assert (batch.conditioning[1] == 1.0).all() and not (batch.conditioning[0] == 1.0).all()
 
 
-def test_each_picture_for_inpainting_has_its_own_mask_or_a_drawn_one_whatever_its_batch(pictures, tmp_path):
+def test_each_image_for_inpainting_has_its_own_mask_or_a_drawn_one_whatever_its_batch(images, tmp_path):
     import shutil
 
-    shutil.copytree(pictures / "2_shapes", tmp_path / "masks")
-    masked = samples_of(scanned(pictures, "--conditioning_data_dir", tmp_path / "masks"))[0]
+    shutil.copytree(images / "2_shapes", tmp_path / "masks")
+    masked = samples_of(scanned(images, "--conditioning_data_dir", tmp_path / "masks"))[0]
     alone = dataclasses.replace(masked, conditioning=None)
     assert masked.has_mask and not alone.has_mask
     cache = LatentsInMemory(for_inpainting=True)
@@ -225,16 +225,16 @@ def test_each_picture_for_inpainting_has_its_own_mask_or_a_drawn_one_whatever_it
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_vanishes_during_the_run_is_one_sentence(workers, pictures):
-    batches, order = set_up(pictures)
+def test_a_image_that_vanishes_during_the_run_is_one_sentence(workers, images):
+    batches, order = set_up(images)
     for sample in batches.samples:
         sample.path.unlink()
     with pytest.raises(RunError, match=r"^\S+picture\d.png: can't be read any more"):
         loaded(batches, order, 1, num_workers=workers, start_method="fork" if workers else None)
 
 
-def test_a_cache_that_is_damaged_during_the_run_is_one_sentence(pictures):
-    batches, order = set_up(pictures, latents=LatentsOnDisk())
+def test_a_cache_that_is_damaged_during_the_run_is_one_sentence(images):
+    batches, order = set_up(images, latents=LatentsOnDisk())
     for sample in batches.samples:
         sample.latents_file.write_bytes(b"")
     with pytest.raises(RunError, match=r"_sdxl.npz: the cache was changed or damaged since the run began"):

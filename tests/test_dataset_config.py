@@ -139,14 +139,14 @@ def test_folders_named_n_class_give_repeats_and_class_tokens(tmp_path):
     assert plans[0].buckets.resolution == Size(64, 96)
 
 
-def test_a_plain_folder_of_pictures_is_taken_once_and_told(tmp_path):
+def test_a_plain_folder_of_images_is_taken_once_and_told(tmp_path):
     (tmp_path / "x.png").write_bytes(b"")
     plans, notices = read_datasets(options_of("--train_data_dir", tmp_path, "--resolution", 64))
     assert (plans[0].subsets[0].image_dir, plans[0].subsets[0].num_repeats) == (tmp_path, 1)
     assert "no N_class folders" in notices[0]
 
 
-def test_a_folder_without_pictures_or_classes_says_what_is_expected_and_found(tmp_path):
+def test_a_folder_without_images_or_classes_says_what_is_expected_and_found(tmp_path):
     (tmp_path / "cats").mkdir()
     with pytest.raises(OptionError, match=r"expected folders named N_class .* found cats"):
         read_datasets(options_of("--train_data_dir", tmp_path, "--resolution", 64))

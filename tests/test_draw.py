@@ -12,7 +12,7 @@ from PIL import Image
 from library.generation.adapters import NoChanges
 from library.generation.deep_shrink import DeepShrink
 from library.generation.gradual_latent import GradualLatent, GrowingEuler, _sharpened
-from library.generation.init_images import as_tensor, read_picture, resized
+from library.generation.init_images import as_tensor, read_image, resized
 from library.generation.options import OutputOptions
 from library.generation.output import Output
 from library.generation.pipeline import ImageNoise, InitImage, SdxlPipeline, _noised
@@ -95,7 +95,7 @@ def test_final_latents_are_the_references(name, golden_models):
     assert_golden(painter_of(golden_models).latents([drawing_of(CASES[name])]), name)
 
 
-def test_a_picture_from_a_picture_starts_and_ends_as_the_references(golden_models, monkeypatch):
+def test_a_image_from_a_image_starts_and_ends_as_the_references(golden_models, monkeypatch):
     """The reference's VAE drops its attention (INDEX, P9), so the noised start is taken from its record."""
     case = CASES["img2img"]
     start = golden()["img2img.first_unet_input"][:1]
@@ -174,7 +174,7 @@ def test_the_small_stage_of_highres_fix_is_the_contracts_by_hand():
     assert drawing.small_stage(scale=0.6, steps=9, strength=0.2).strength == 0.2
 
 
-def test_sequential_names_count_pictures_and_both_stages_of_one_have_its_number(tmp_path):
+def test_sequential_names_count_images_and_both_stages_of_one_have_its_number(tmp_path):
     """A batch of two with its small stage saved, then a picture without it."""
     (tmp_path / "im_1000004.png").touch()
     output = Output(OutputOptions(outdir=tmp_path, sequential_file_name=True), with_stages=True)
@@ -278,5 +278,5 @@ def test_final_latents_with_networks_are_the_references(name, own_models, tmp_pa
     guides = []
     if "guide_image_path" in options:
         guide = runs / "dataset" / "data_cond" / options["guide_image_path"][0]
-        guides = [as_tensor([resized(read_picture(guide, ""), drawing.width, drawing.height)])]
+        guides = [as_tensor([resized(read_image(guide, ""), drawing.width, drawing.height)])]
     assert_golden(painter_of(own_models, applied).latents([drawing], guides=guides), name)

@@ -38,7 +38,7 @@ def test_golden_11_with_a_control_net(golden_models):
     )
     networks = AppliedNetworks(options, golden_models)
     pixels = images.load(TRAINED / "dataset" / "data_cond" / "img0.png")
-    guide = torch.from_numpy(images.normalised(images.resize(pixels, Size(128, 128), "lanczos")))[None]
+    guide = torch.from_numpy(images.normalized(images.resize(pixels, Size(128, 128), "lanczos")))[None]
     painter = painter_of(golden_models, networks)
     assert_golden(painter.latents([drawing_of(CASES["lllite"])], guides=[guide]), "lllite")
     assert_golden(painter.latents([drawing_of(CASES["lllite"])]), "lllite_base")

@@ -79,11 +79,11 @@ def listing(*folders: Path) -> dict[str, bytes | None]:
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def test_the_pages_numbers_are_those_of_the_run(golden_model, pictures, tmp_path, capsys):
+def test_the_pages_numbers_are_those_of_the_run(golden_model, images, tmp_path, capsys):
     """Rank 32, so that a file is its numbers and little else."""
     out = tmp_path / "out"
     words = arguments(
-        golden_model, pictures, out, "--network_dim", 32, "--max_train_epochs", 3, "--train_batch_size", 2,
+        golden_model, images, out, "--network_dim", 32, "--max_train_epochs", 3, "--train_batch_size", 2,
         "--gradient_accumulation_steps", 2, "--save_every_n_steps", 3, "--save_every_n_epochs", 1, "--save_state_on_train_end",
         "--network_args", "loraplus_lr_ratio=4",
     )  # fmt: skip
@@ -102,7 +102,7 @@ def test_the_pages_numbers_are_those_of_the_run(golden_model, pictures, tmp_path
     )
     assert (len(steps), each * epochs, epochs) == (total, total, 3) and each == -(-batches // 2)
     table = re.findall(r"^ +(\d+x\d+) +(\d+) +(\d+) +(\d+) +2$", page, re.MULTILINE)
-    assert sum(int(pictures) for _, pictures, _, _ in table) == 4 and sum(int(shown) for _, _, shown, _ in table) == 8
+    assert sum(int(images) for _, images, _, _ in table) == 4 and sum(int(shown) for _, _, shown, _ in table) == 8
     assert sum(int(count) for _, _, _, count in table) == batches
 
     saved = sorted(path.stem for path in out.glob("*.safetensors"))
@@ -126,51 +126,51 @@ def test_the_pages_numbers_are_those_of_the_run(golden_model, pictures, tmp_path
 
 
 def test_a_dry_run_writes_nothing_and_does_not_make_the_output_folder(
-    golden_model, pictures, tmp_path, capsys, monkeypatch
+    golden_model, images, tmp_path, capsys, monkeypatch
 ):
     cache = tmp_path / "user"
     cache.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     before = listing(tmp_path)
     words = [*DISK, "--cache_dir", tmp_path / "caches", "--logging_dir", tmp_path / "log", "--save_state", "--ema_decay", "0.9"]  # fmt: skip
-    page_of(capsys, *arguments(golden_model, pictures, tmp_path / "out", *words))
+    page_of(capsys, *arguments(golden_model, images, tmp_path / "out", *words))
     assert listing(tmp_path) == before
 
 
-def test_caches_are_looked_at_and_told_without_being_made(golden_model, pictures, tmp_path, capsys):
-    words = arguments(golden_model, pictures, tmp_path / "out", "--max_train_steps", 1, *DISK)
+def test_caches_are_looked_at_and_told_without_being_made(golden_model, images, tmp_path, capsys):
+    words = arguments(golden_model, images, tmp_path / "out", "--max_train_steps", 1, *DISK)
     page = page_of(capsys, *words)
     assert row(page, "latents").startswith("0 of 4 are there and valid; to encode: 4 not there")
     assert row(page, "decoded").startswith("4;")
     import sdxl_train_network
 
     sdxl_train_network.main(words)
-    files = sorted((pictures / "2_shapes").glob("*.txt"))
+    files = sorted((images / "2_shapes").glob("*.txt"))
     files[0].write_text("another caption", encoding="utf-8")
-    next((pictures / "2_shapes").glob("*_sdxl.npz")).unlink()
+    next((images / "2_shapes").glob("*_sdxl.npz")).unlink()
     page = page_of(capsys, *words)
     assert row(page, "latents").startswith("3 of 4 are there and valid; to encode: 1 not there")
     assert row(page, "text").startswith("3 of 4 are there and valid; to encode: 1 of other captions")
     assert row(page, "decoded") == "1; 0 can't be used"  # valid latents stand for their pictures
 
 
-def test_without_caches_all_parts_are_in_every_step(golden_model, pictures, tmp_path, capsys):
-    page = page_of(capsys, *arguments(golden_model, pictures, tmp_path / "out", quick=TEXT_TOO))
+def test_without_caches_all_parts_are_in_every_step(golden_model, images, tmp_path, capsys):
+    page = page_of(capsys, *arguments(golden_model, images, tmp_path / "out", quick=TEXT_TOO))
     for part, numbers in (("unet", "8,666,692"), ("text_encoder_2", "6,945,536"), ("vae", "1,399,879")):
         assert row(page, part).strip() == f"{numbers} frozen numbers, float32, in every step"
     assert "none: pictures and captions are encoded in every step" in page
     assert re.search(r"^  textencoder +\d+ +[\d,]+  0.001$", page, re.MULTILINE)
 
 
-def test_a_dry_run_tells_the_state_that_would_be_resumed_and_what_differs(golden_model, pictures, tmp_path, capsys, monkeypatch):  # fmt: skip
+def test_a_dry_run_tells_the_state_that_would_be_resumed_and_what_differs(golden_model, images, tmp_path, capsys, monkeypatch):  # fmt: skip
     out, done = tmp_path / "out", []
     words = ["--max_train_steps", 4, "--save_every_n_steps", 2, "--save_state"]
-    train_network(golden_model, pictures, out, *words)
+    train_network(golden_model, images, out, *words)
     monkeypatch.setattr(Saver, "check_space", lambda self, total_steps, place: done.append(place.step))
-    resumed = arguments(golden_model, pictures, out, *words, "--resume", out / "lora-step00000002-state")
+    resumed = arguments(golden_model, images, out, *words, "--resume", out / "lora-step00000002-state")
     assert row(page_of(capsys, *resumed), "begins").endswith("lora-step00000002-state; 2 steps are left")
     assert done == [2]
-    finished = page_of(capsys, *arguments(golden_model, pictures, out, *words, "--auto_resume"))
+    finished = page_of(capsys, *arguments(golden_model, images, out, *words, "--auto_resume"))
     assert row(finished, "begins").startswith("not at all:")
     _, mistakes = refused_page(capsys, *resumed, "--learning_rate", "1e-4")
     assert len(mistakes) == 1 and "learning_rate: 0.001 -> 0.0001" in mistakes[0]
@@ -180,9 +180,9 @@ def test_a_dry_run_tells_the_state_that_would_be_resumed_and_what_differs(golden
 
 
 @pytest.mark.parametrize("model", ["gone.safetensors", "nobody/nothing"])
-def test_without_its_model_a_dry_run_checks_all_else(model, pictures, tmp_path, capsys):
+def test_without_its_model_a_dry_run_checks_all_else(model, images, tmp_path, capsys):
     """A file that isn't there; a hub id while offline. The sizes are then SDXL base's."""
-    words = arguments(Path(model), pictures, tmp_path / "out", "--max_train_epochs", 2)
+    words = arguments(Path(model), images, tmp_path / "out", "--max_train_epochs", 2)
     page, mistakes = refused_page(capsys, *words)
     assert len(mistakes) == 1 and mistakes[0].startswith(f"{model}: no such file or folder")
     assert row(page, "model") == f"NOT THERE: {mistakes[0]}"
@@ -190,9 +190,9 @@ def test_without_its_model_a_dry_run_checks_all_else(model, pictures, tmp_path, 
     assert re.search(r"^  unet +1444 +5,319,680 ", page, re.MULTILINE)  # rank 2: an eighth of the 42.6 M of rank 16
 
 
-def test_a_dry_run_that_cant_start_exits_2_and_imports_no_more_than_it_needs(pictures, tmp_path):
+def test_a_dry_run_that_cant_start_exits_2_and_imports_no_more_than_it_needs(images, tmp_path):
     """Text encoders that would be trained are counted by the checkpoint's header."""
-    words = [*arguments(tmp_path / "gone.safetensors", pictures, tmp_path / "out", quick=TEXT_TOO), "--dry_run"]
+    words = [*arguments(tmp_path / "gone.safetensors", images, tmp_path / "out", quick=TEXT_TOO), "--dry_run"]
     program = (
         "import sys, sdxl_train_network as s\nfrom library.errors import run\n"
         f"try: run(lambda: s.main({words!r}))\nfinally: print({{'transformers', 'diffusers'}} & set(sys.modules))"
@@ -201,11 +201,11 @@ def test_a_dry_run_that_cant_start_exits_2_and_imports_no_more_than_it_needs(pic
     assert done.returncode == 2 and "error: " in done.stderr and done.stdout.splitlines()[-1] == "set()"
 
 
-def test_everything_that_is_wrong_is_told_at_once_behind_the_page(golden_model, pictures, tmp_path, capsys, monkeypatch):  # fmt: skip
-    broken = pictures / "2_shapes" / "picture0.png"
+def test_everything_that_is_wrong_is_told_at_once_behind_the_page(golden_model, images, tmp_path, capsys, monkeypatch):  # fmt: skip
+    broken = images / "2_shapes" / "picture0.png"
     broken.write_bytes(broken.read_bytes()[:-200])
     monkeypatch.setattr("library.training.saving.saver.free_space", lambda folder: 1000)
-    words = arguments(golden_model, pictures, tmp_path / "out", "--resume", "latest")
+    words = arguments(golden_model, images, tmp_path / "out", "--resume", "latest")
     page, mistakes = refused_page(capsys, *words)
     assert [next(piece for piece in ("picture0.png", "whole state", "are free") if piece in text) for text in mistakes] == ["picture0.png", "whole state", "are free"]  # fmt: skip
     assert row(page, "decoded") == "4; 1 can't be used"
@@ -213,23 +213,23 @@ def test_everything_that_is_wrong_is_told_at_once_behind_the_page(golden_model, 
     assert len(mistakes) == 2 and "3 pictures, 6 with repeats" in page
 
 
-def test_wrong_options_and_unreadable_pictures_end_a_dry_run_before_its_page(golden_model, pictures, tmp_path, capsys):
+def test_wrong_options_and_unreadable_images_end_a_dry_run_before_its_page(golden_model, images, tmp_path, capsys):
     import sdxl_train_network
 
-    words = arguments(golden_model, pictures, tmp_path / "out")
+    words = arguments(golden_model, images, tmp_path / "out")
     with pytest.raises(OptionError, match="did you mean 'learning_rate'"):
         sdxl_train_network.main([*words, "--dry_run", "--learning_rat", "1"])
-    (pictures / "2_shapes" / "picture0.png").write_bytes(b"no picture")
-    words = arguments(tmp_path / "gone.safetensors", pictures, tmp_path / "out")
+    (images / "2_shapes" / "picture0.png").write_bytes(b"no picture")
+    words = arguments(tmp_path / "gone.safetensors", images, tmp_path / "out")
     with pytest.raises(OptionError) as error:
         sdxl_train_network.main([*words, "--dry_run"])
     gone, bad, *_ = [mistake.text for mistake in error.value.mistakes]
     assert "gone.safetensors" in gone and "picture0.png" in bad and capsys.readouterr().out == ""
 
 
-def test_a_folder_that_cant_be_written_in_is_told(golden_model, pictures, tmp_path, capsys, monkeypatch):
+def test_a_folder_that_cant_be_written_in_is_told(golden_model, images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    _, mistakes = refused_page(capsys, *arguments(golden_model, pictures, tmp_path / "out" / "deep"))
+    _, mistakes = refused_page(capsys, *arguments(golden_model, images, tmp_path / "out" / "deep"))
     assert mistakes == [f"--output_dir {tmp_path / 'out' / 'deep'}: {tmp_path} can't be written in"]
 
 
@@ -244,7 +244,7 @@ def test_a_folder_that_cant_be_written_in_is_told(golden_model, pictures, tmp_pa
     ],
     ids=["lora", "lora and text", "fine-tuning", "textual inversion"],
 )
-def test_a_dry_run_takes_at_most_three_times_as_long_as_importing_torch(script_name, words, golden_model, pictures, tmp_path):  # fmt: skip
+def test_a_dry_run_takes_at_most_three_times_as_long_as_importing_torch(script_name, words, golden_model, images, tmp_path):  # fmt: skip
     """CPU seconds of new processes, the best of three each: loads of the machine don't count."""
     import resource
 
@@ -259,7 +259,7 @@ def test_a_dry_run_takes_at_most_three_times_as_long_as_importing_torch(script_n
         return best
 
     torch_alone = seconds("-c", "import torch")
-    whole = arguments(golden_model, pictures, tmp_path / "out", "--dry_run", quick=words)
+    whole = arguments(golden_model, images, tmp_path / "out", "--dry_run", quick=words)
     assert seconds(ROOT / f"{script_name}.py", *whole) <= 3 * torch_alone
 
 
@@ -267,13 +267,13 @@ def test_a_dry_run_takes_at_most_three_times_as_long_as_importing_torch(script_n
 
 
 @pytest.mark.parametrize("quick", [QUICK, without(QUICK, "--cache_latents", "--cache_text_encoder_outputs")])
-def test_a_step_on_the_largest_batch_can_be_measured(quick, golden_model, pictures, tmp_path, monkeypatch, capsys):
+def test_a_step_on_the_largest_batch_can_be_measured(quick, golden_model, images, tmp_path, monkeypatch, capsys):
     """On the CPU, where only the time is; the page itself measures on CUDA alone."""
     seen = []
     whole = page_module.made_up
     monkeypatch.setattr(page_module, "made_up", lambda *all: seen.append(whole(*all)) or seen[-1])
     monkeypatch.setattr(page_module, "_time", lambda page, plan, buckets, device, measured: [("took", f"{measured()}")])
-    page = page_of(capsys, *arguments(golden_model, pictures, tmp_path / "out", "--train_batch_size", 3, quick=quick))
+    page = page_of(capsys, *arguments(golden_model, images, tmp_path / "out", "--train_batch_size", 3, quick=quick))
     assert re.fullmatch(r"Measured\(peak=0, seconds=\d+\.\d+\)", row(page, "took"))
     pixels = seen[0].latents if seen[0].latents is not None else seen[0].images
     assert len(seen) == 1 and pixels.shape[0] == 3
@@ -390,12 +390,12 @@ def test_the_stand_in_has_the_sizes_of_sdxl_base():
 # -------------------------------------------------------------------------------------------------------- the run file
 
 
-def test_the_run_file_repeats_the_run_to_the_bit(golden_model, pictures, tmp_path):
+def test_the_run_file_repeats_the_run_to_the_bit(golden_model, images, tmp_path):
     """Options of every type; the seed that was drawn."""
     seedless = without(QUICK, "--seed", "7")
     extra = ["--max_train_steps", 3, "--network_args", "rank_dropout=0.2", "--optimizer_args", "weight_decay=0.02", "betas=(0.9,0.98)",
              "--training_comment", 'C:\\x41\\"é"', "--caption_prefix", "a\tb\x7f ", "--noise_offset", "0.05", "--save_precision", "bf16"]  # fmt: skip
-    first = train_network(golden_model, pictures, tmp_path / "a", *extra, quick=seedless)
+    first = train_network(golden_model, images, tmp_path / "a", *extra, quick=seedless)
     file = tmp_path / "a" / "lora-run.toml"
     text = file.read_text(encoding="utf-8")
     assert re.match(r"# .*\d{4}-\d\d-\d\d.*\n# torch \S+, diffusers \S+, transformers \S+\n", text)
@@ -403,7 +403,7 @@ def test_the_run_file_repeats_the_run_to_the_bit(golden_model, pictures, tmp_pat
     def options_of(*argv):
         return dict(read_options("", [NetworkOptions, PivotalOptions, *COMMON_TRAINING], list(map(str, argv))).items())
 
-    given = options_of(*arguments(golden_model, pictures, tmp_path / "a", *extra, quick=seedless))
+    given = options_of(*arguments(golden_model, images, tmp_path / "a", *extra, quick=seedless))
     again = options_of("--config_file", file)
     assert {**given, "seed": again["seed"], "config_file": file} == again and again["seed"] is not None
     again_path = tmp_path / "b" / "lora.safetensors"
@@ -413,10 +413,10 @@ def test_the_run_file_repeats_the_run_to_the_bit(golden_model, pictures, tmp_pat
     assert_bit_equal(tensors_of(first), tensors_of(again_path))
 
 
-def test_the_run_file_holds_no_secrets(golden_model, pictures, tmp_path):
+def test_the_run_file_holds_no_secrets(golden_model, images, tmp_path):
     secrets = {"wandb_api_key": "0123456789abcdef", "huggingface_token": "hf_abcdefghijklmnopqrstuvwxyz"}
     words = [word for name, value in secrets.items() for word in (f"--{name}", value)]
-    train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", 1, *words)
+    train_network(golden_model, images, tmp_path / "out", "--max_train_steps", 1, *words)
     text = (tmp_path / "out" / "lora-run.toml").read_text(encoding="utf-8")
     assert not any(name in text or value in text for name, value in secrets.items())
     assert "dry_run" not in text and "config_file =" not in text
@@ -428,13 +428,13 @@ def test_values_survive_as_toml(value):
     assert read == value and type(read) is type(value)
 
 
-def test_a_surrogate_in_an_option_costs_the_run_nothing(golden_model, pictures, tmp_path):
-    train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", 1, "--training_comment", "a\ud83d")
+def test_a_surrogate_in_an_option_costs_the_run_nothing(golden_model, images, tmp_path):
+    train_network(golden_model, images, tmp_path / "out", "--max_train_steps", 1, "--training_comment", "a\ud83d")
     assert tomllib.loads((tmp_path / "out" / "lora-run.toml").read_text(encoding="utf-8"))["training_comment"] == "a?"
 
 
-def test_the_start_of_a_run_tells_the_short_form_once(golden_model, pictures, tmp_path, capsys):
-    train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", 1)
+def test_the_start_of_a_run_tells_the_short_form_once(golden_model, images, tmp_path, capsys):
+    train_network(golden_model, images, tmp_path / "out", "--max_train_steps", 1)
     told = capsys.readouterr().err
     for piece in ("tiny SDXL (for tests)", "with repeats", "steps an epoch", "saves: 1 of", "on the disk at once", "memory: about"):  # fmt: skip
         assert told.count(piece) == 1, piece

@@ -48,9 +48,9 @@ def test_small_steps_arent_lost_in_bfloat16():
     assert 1.00006 < ema.averages["weight"][0] < 1.0001
 
 
-def test_a_runs_average_lies_between_its_start_and_its_end_and_the_run_is_the_same(golden_model, pictures, tmp_path):
-    plain = train_network(golden_model, pictures, tmp_path / "plain", "--max_train_steps", "3")
-    both = train_network(golden_model, pictures, tmp_path / "ema", "--max_train_steps", "3", "--ema_decay", "0.9", "--save_every_n_steps", "2")  # fmt: skip
+def test_a_runs_average_lies_between_its_start_and_its_end_and_the_run_is_the_same(golden_model, images, tmp_path):
+    plain = train_network(golden_model, images, tmp_path / "plain", "--max_train_steps", "3")
+    both = train_network(golden_model, images, tmp_path / "ema", "--max_train_steps", "3", "--ema_decay", "0.9", "--save_every_n_steps", "2")  # fmt: skip
     assert_bit_equal(tensors_of(plain), tensors_of(both))
     assert (tmp_path / "ema" / "lora-step00000002-ema.safetensors").exists()
     average, end = tensors_of(both.with_name("lora-ema.safetensors")), tensors_of(both)

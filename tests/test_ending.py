@@ -18,9 +18,9 @@ def wait_for_steps(run, output, count):
 
 @pytest.mark.parametrize("number, status", [("SIGTERM", 143), pytest.param("SIGUSR1", 0, marks=pytest.mark.long)])
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="signals of POSIX")
-def test_fault_62_a_signal_ends_the_run_after_its_step_and_resuming_is_bit_equal(number, status, golden_model, pictures, tmp_path):  # fmt: skip
+def test_fault_62_a_signal_ends_the_run_after_its_step_and_resuming_is_bit_equal(number, status, golden_model, images, tmp_path):  # fmt: skip
     out = tmp_path / "out"
-    run = Script("sdxl_train_network.py", *arguments(golden_model, pictures, out, *STEPS))
+    run = Script("sdxl_train_network.py", *arguments(golden_model, images, out, *STEPS))
     wait_for_steps(run, out, 3)
     os.kill(run.pid, getattr(signal, number))
     code, told = run.end()
@@ -30,16 +30,16 @@ def test_fault_62_a_signal_ends_the_run_after_its_step_and_resuming_is_bit_equal
     assert 3 <= done < 16
     assert (out / f"lora-step{done:08d}.safetensors").exists() and (out / f"lora-step{done:08d}-state").is_dir()
     if number == "SIGTERM":
-        plain = train_network(golden_model, pictures, tmp_path / "plain", *STEPS)
-        again = train_network(golden_model, pictures, out, *STEPS, "--auto_resume")
+        plain = train_network(golden_model, images, tmp_path / "plain", *STEPS)
+        again = train_network(golden_model, images, out, *STEPS, "--auto_resume")
         assert_bit_equal(tensors_of(plain), tensors_of(again))
         assert losses_of(tmp_path / "plain") == losses_of(out)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_fault_62_if_one_of_two_processes_is_asked_both_end_at_the_same_step(golden_model, pictures, tmp_path):
+def test_fault_62_if_one_of_two_processes_is_asked_both_end_at_the_same_step(golden_model, images, tmp_path):
     out = tmp_path / "out"
-    words = arguments(golden_model, pictures, out, "--max_train_steps", "400", "--save_state")
+    words = arguments(golden_model, images, out, "--max_train_steps", "400", "--save_state")
     runs = processes("sdxl_train_network.py", *words, count=2)
     wait_for_steps(runs[0], out, 3)
     os.kill(runs[1].pid, signal.SIGTERM)

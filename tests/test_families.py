@@ -20,10 +20,10 @@ from library.training.tasks.base import Task
 TRAIN = without(QUICK, "--network_module", "networks.lora", "--network_dim", "2", "--network_train_unet_only")
 
 
-def fine_tune(model, pictures, output, *extra, quick=TRAIN):
+def fine_tune(model, images, output, *extra, quick=TRAIN):
     import sdxl_train
 
-    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--output_dir", output]
+    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", images, "--output_dir", output]
     sdxl_train.main([str(word) for word in [*quick, *files, "--output_name", "tuned", "--max_train_steps", "2", *extra]])  # fmt: skip
     return output / "tuned.safetensors"
 
@@ -32,12 +32,12 @@ def fine_tune(model, pictures, output, *extra, quick=TRAIN):
     *("ssd-1b", "refiner", "inpainting"),
     *(pytest.param(name, marks=pytest.mark.long) for name in ("base", "base-v", "vega")),
 ])  # fmt: skip
-def test_a_twin_of_each_is_trained_saved_loaded_again_and_drawn_with(name, twins, pictures, tmp_path):
+def test_a_twin_of_each_is_trained_saved_loaded_again_and_drawn_with(name, twins, images, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle --n dark --w 64 --h 64 --s 2 --l 5\n")
     drawing = ["--sample_prompts", prompts, "--sample_every_n_steps", "2"]
     drawing += ["--mixed_precision", "bf16"] if name == "inpainting" else []
-    tuned = fine_tune(twins(name), pictures, tmp_path / "out", *drawing)
+    tuned = fine_tune(twins(name), images, tmp_path / "out", *drawing)
     before, after = tensors_of(twins(name)), tensors_of(tuned)
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
@@ -51,11 +51,11 @@ def test_a_twin_of_each_is_trained_saved_loaded_again_and_drawn_with(name, twins
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["base-v", "ssd-1b", "vega", "inpainting"])
-def test_a_lora_on_a_twin_of_each_is_trained_and_drawn_with(name, twins, pictures, tmp_path):
+def test_a_lora_on_a_twin_of_each_is_trained_and_drawn_with(name, twins, images, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle --w 64 --h 64 --s 2 --l 5\n", encoding="utf-8")
     drawing = ["--sample_prompts", prompts, "--sample_every_n_steps", "2", "--max_train_steps", "2"]
-    lora = train_network(twins(name), pictures, tmp_path / "out", *drawing)
+    lora = train_network(twins(name), images, tmp_path / "out", *drawing)
     ups = {key: tensor for key, tensor in tensors_of(lora).items() if key.endswith("lora_up.weight")}
     assert len(list((tmp_path / "out" / "sample").glob("lora_000002_00_*.png"))) == 1
     assert ups and all(tensor.any() for tensor in ups.values())
@@ -177,10 +177,10 @@ def seen(monkeypatch):
     return found
 
 
-def masks_of(pictures, folder):
+def masks_of(images, folder):
     """A mask for each picture, its left half white: as a picture's own alpha channel too."""
     folder.mkdir()
-    for path in sorted(pictures.rglob("*.png")):
+    for path in sorted(images.rglob("*.png")):
         with Image.open(path) as image:
             mask = Image.new("L", image.size, 0)
             mask.paste(255, (0, 0, image.width // 2, image.height))
@@ -200,16 +200,16 @@ MEMORY, DISK = ["--cache_latents"], ["--cache_latents", "--cache_latents_to_disk
     (["--alpha_mask", "--flip_aug"], MEMORY), (FOLDER, DISK),
     *(pytest.param(*one, marks=pytest.mark.long) for one in (([*FOLDER, "--masked_loss"], MEMORY), (["--alpha_mask", "--flip_aug"], DISK))),
 ])  # fmt: skip
-def test_an_inpainting_model_paints_what_a_mask_marks_and_what_it_sees_may_be_cached(extra, cache, twins, pictures, seen, tmp_path, monkeypatch):  # fmt: skip
+def test_an_inpainting_model_paints_what_a_mask_marks_and_what_it_sees_may_be_cached(extra, cache, twins, images, seen, tmp_path, monkeypatch):  # fmt: skip
     """From pictures and from a cache: the same losses. But for the posterior's noise, which is left out."""
     monkeypatch.setattr(vae, "_encode", lambda model, images, noise, real=vae._encode: real(model, images, 0 * noise))
-    masks_of(pictures, tmp_path / "masks")
+    masks_of(images, tmp_path / "masks")
     words = [str(tmp_path / "masks") if word == "MASKS" else word for word in extra]
     losses, inputs = [], []
     for number, cached in enumerate(([], cache)):
         seen.clear()
         output = tmp_path / f"out{number}"
-        fine_tune(twins("inpainting"), pictures, output, *words, *cached, quick=without(TRAIN, "--cache_latents"))
+        fine_tune(twins("inpainting"), images, output, *words, *cached, quick=without(TRAIN, "--cache_latents"))
         losses.append(logged_losses(output))
         inputs.append([x for x, _, _ in seen])
         assert all((batch.images is None) == bool(cached) for _, _, batch in seen)
@@ -226,23 +226,23 @@ def logged_losses(output):
     return [row["loss/current"] for row in map(json.loads, lines) if "loss/current" in row]
 
 
-def test_masks_of_a_folder_weigh_the_loss_with_masked_loss_alone(twins, pictures, tmp_path):
+def test_masks_of_a_folder_weigh_the_loss_with_masked_loss_alone(twins, images, tmp_path):
     """A mask that is black everywhere: nothing to paint, and with --masked_loss nothing counts. Other models want the option."""
     masks = tmp_path / "masks"
     masks.mkdir()
-    for path in pictures.rglob("*.png"):
+    for path in images.rglob("*.png"):
         with Image.open(path) as image:
             Image.new("L", image.size).save(masks / path.name)
     few = [*FOLDER[:1], masks, "--max_train_steps", "1"]
-    fine_tune(twins("inpainting"), pictures, tmp_path / "all", *few)
-    fine_tune(twins("inpainting"), pictures, tmp_path / "none", *few, "--masked_loss")
+    fine_tune(twins("inpainting"), images, tmp_path / "all", *few)
+    fine_tune(twins("inpainting"), images, tmp_path / "none", *few, "--masked_loss")
     assert logged_losses(tmp_path / "all")[0] > 0.1 and logged_losses(tmp_path / "none") == [0.0]
     with pytest.raises(OptionError, match="which only inpainting models see; give --masked_loss"):
-        fine_tune(twins("base"), pictures, tmp_path / "base", *few)
+        fine_tune(twins("base"), images, tmp_path / "base", *few)
 
 
-def test_masks_are_drawn_by_place_where_there_are_none(twins, pictures, seen, tmp_path):
-    fine_tune(twins("inpainting"), pictures, tmp_path / "out", "--max_train_steps", "3")
+def test_masks_are_drawn_by_place_where_there_are_none(twins, images, seen, tmp_path):
+    fine_tune(twins("inpainting"), images, tmp_path / "out", "--max_train_steps", "3")
     masks = [x[:, 4] for x, _, _ in seen]
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask.any() for mask in masks)
     shares = [draw_masks(SampleRng(5, 0, place, 1), 64, 96).mean().item() for place in range(200)]
@@ -254,9 +254,9 @@ def test_masks_are_drawn_by_place_where_there_are_none(twins, pictures, seen, tm
 # -------------------------------------------------------------------------------------------------------------- refiner
 
 
-def test_the_refiner_is_told_each_pictures_score(twins, pictures, seen, tmp_path):
+def test_the_refiner_is_told_each_images_score(twins, images, seen, tmp_path):
     """From the metadata file; from --aesthetic_score where that has none."""
-    files = sorted(pictures.rglob("*.png"))[:2]
+    files = sorted(images.rglob("*.png"))[:2]
     rows = {str(file): {"caption": "a shape"} for file in files}
     rows[str(files[0])]["aesthetic_score"] = 7.5
     (tmp_path / "meta.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -277,22 +277,22 @@ def test_the_refiner_is_told_each_pictures_score(twins, pictures, seen, tmp_path
         assert vector.shape[1] == 128 + 5 * 256
 
 
-def test_a_lora_on_the_refiner_has_its_second_text_encoder_alone(twins, pictures, tmp_path):
+def test_a_lora_on_the_refiner_has_its_second_text_encoder_alone(twins, images, tmp_path):
     words = without(QUICK, "--network_train_unet_only", "--cache_text_encoder_outputs")
-    lora = train_network(twins("refiner"), pictures, tmp_path / "out", "--max_train_steps", "2", quick=words)
+    lora = train_network(twins("refiner"), images, tmp_path / "out", "--max_train_steps", "2", quick=words)
     parts = {name.split("_")[1] for name in tensors_of(lora)}
     assert parts == {"unet", "te2"}
     assert read_header(lora).metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-refiner/lora"
 
 
-def test_what_cant_be_trained_is_refused_by_name(twins, pictures, tmp_path):
+def test_what_cant_be_trained_is_refused_by_name(twins, images, tmp_path):
     import sdxl_train_textual_inversion
 
     files = [
         "--pretrained_model_name_or_path",
         twins("refiner"),
         "--train_data_dir",
-        pictures,
+        images,
         "--output_dir",
         tmp_path,
     ]
@@ -304,8 +304,8 @@ def test_what_cant_be_trained_is_refused_by_name(twins, pictures, tmp_path):
     one = {name: tensor for name, tensor in tensors.items() if not name.startswith("conditioner.embedders.0")}
     write_safetensors(tmp_path / "one.safetensors", one, {})
     with pytest.raises(OptionError, match="the file is incomplete, it lacks text encoder 1"):
-        fine_tune(tmp_path / "one.safetensors", pictures, tmp_path / "out")
+        fine_tune(tmp_path / "one.safetensors", images, tmp_path / "out")
     name = "model.diffusion_model.input_blocks.0.0.weight"
     write_safetensors(tmp_path / "five.safetensors", {**tensors, name: torch.zeros(32, 5, 3, 3)}, {})
     with pytest.raises(OptionError, match="a U-Net with 5 input channels is none that is known here"):
-        fine_tune(tmp_path / "five.safetensors", pictures, tmp_path / "out")
+        fine_tune(tmp_path / "five.safetensors", images, tmp_path / "out")

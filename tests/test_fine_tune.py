@@ -25,10 +25,10 @@ QUICK = [
 TEXT_TOO = [word for word in QUICK if word != "--cache_text_encoder_outputs"]
 
 
-def train(model, pictures, output, *extra, quick=QUICK):
+def train(model, images, output, *extra, quick=QUICK):
     import sdxl_train
 
-    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--output_dir", output]
+    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", images, "--output_dir", output]
     sdxl_train.main([str(word) for word in [*quick, *files, *extra]])
     return output / "lora.safetensors"
 
@@ -67,9 +67,9 @@ def test_golden_10_full_blocklr(golden_model):
     assert compared > 300
 
 
-def test_what_isnt_trained_is_saved_byte_for_byte(golden_model, pictures, tmp_path):
+def test_what_isnt_trained_is_saved_byte_for_byte(golden_model, images, tmp_path):
     rates = ",".join("1e-4" if block in (3, 12) else "0" for block in range(23))
-    path = train(golden_model, pictures, tmp_path / "out", "--max_train_steps", "2", "--block_lr", rates)
+    path = train(golden_model, images, tmp_path / "out", "--max_train_steps", "2", "--block_lr", rates)
     before, after = tensors_of(golden_model), tensors_of(path)
     assert before.keys() == after.keys()
     changed = {
@@ -87,8 +87,8 @@ def test_what_isnt_trained_is_saved_byte_for_byte(golden_model, pictures, tmp_pa
     pytest.param(["--train_text_encoder", "--learning_rate_te1", "0"], {"unet", "te2"}, marks=pytest.mark.long),
     (["--train_text_encoder", "--learning_rate", "0", "--learning_rate_te1", "1e-4", "--learning_rate_te2", "0"], {"te1"}),
 ])  # fmt: skip
-def test_the_parts_that_have_a_rate_are_trained(extra, parts, golden_model, pictures, tmp_path):
-    path = train(golden_model, pictures, tmp_path / "out", "--max_train_steps", "2", *extra, quick=TEXT_TOO)
+def test_the_parts_that_have_a_rate_are_trained(extra, parts, golden_model, images, tmp_path):
+    path = train(golden_model, images, tmp_path / "out", "--max_train_steps", "2", *extra, quick=TEXT_TOO)
     before, after = tensors_of(golden_model), tensors_of(path)
     prefixes = {"unet": "model.diffusion_model.", "te1": "conditioner.embedders.0.", "te2": "conditioner.embedders.1."}
     changed = [name for name in after if not torch.equal(before[name], after[name])]
@@ -100,18 +100,18 @@ def test_the_parts_that_have_a_rate_are_trained(extra, parts, golden_model, pict
     assert not unused
 
 
-def test_a_diffusers_folder_is_saved_and_trains_on(golden_model, pictures, tmp_path):
-    train(golden_model, pictures, tmp_path / "out", "--max_train_steps", "1", "--save_model_as", "diffusers", "--save_precision", "fp16")  # fmt: skip
+def test_a_diffusers_folder_is_saved_and_trains_on(golden_model, images, tmp_path):
+    train(golden_model, images, tmp_path / "out", "--max_train_steps", "1", "--save_model_as", "diffusers", "--save_precision", "fp16")  # fmt: skip
     folder = tmp_path / "out" / "lora"
     assert (folder / "model_index.json").exists()
     assert {t.dtype for t in tensors_of(folder / "unet" / "diffusion_pytorch_model.safetensors").values()} == {
         torch.float16
     }
-    train(folder, pictures, tmp_path / "again", "--max_train_steps", "1")
+    train(folder, images, tmp_path / "again", "--max_train_steps", "1")
     assert (tmp_path / "again" / "lora" / "unet" / "config.json").exists(), "a folder gives a folder"
 
 
-def test_resuming_is_bit_equal(golden_model, pictures, tmp_path):
+def test_resuming_is_bit_equal(golden_model, images, tmp_path):
     words = [
         "--train_text_encoder",
         "--max_train_steps",
@@ -122,16 +122,16 @@ def test_resuming_is_bit_equal(golden_model, pictures, tmp_path):
         "--ema_decay",
         "0.9",
     ]
-    whole = train(golden_model, pictures, tmp_path / "whole", *words, quick=TEXT_TOO)
+    whole = train(golden_model, images, tmp_path / "whole", *words, quick=TEXT_TOO)
     shutil.copytree(tmp_path / "whole" / "lora-step00000002-state", tmp_path / "parts" / "lora-step00000002-state")
-    parts = train(golden_model, pictures, tmp_path / "parts", *words, "--auto_resume", quick=TEXT_TOO)
+    parts = train(golden_model, images, tmp_path / "parts", *words, "--auto_resume", quick=TEXT_TOO)
     assert_bit_equal(tensors_of(whole), tensors_of(parts))
     assert_bit_equal(*(tensors_of(path.with_name("lora-ema.safetensors")) for path in (whole, parts)))
     assert losses_of(tmp_path / "whole")[2:] == losses_of(tmp_path / "parts")
 
 
-def test_bf16_arithmetic_keeps_float32_weights(golden_model, pictures, tmp_path):
-    path = train(golden_model, pictures, tmp_path / "out", "--max_train_steps", "2", "--mixed_precision", "bf16", "--learning_rate", "1e-6")  # fmt: skip
+def test_bf16_arithmetic_keeps_float32_weights(golden_model, images, tmp_path):
+    path = train(golden_model, images, tmp_path / "out", "--max_train_steps", "2", "--mixed_precision", "bf16", "--learning_rate", "1e-6")  # fmt: skip
     before, after = tensors_of(golden_model), tensors_of(path)
     name = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
     assert after[name].dtype is torch.float32 and 0 < (after[name] - before[name].float()).abs().max() < 1e-5
@@ -144,16 +144,16 @@ def test_bf16_arithmetic_keeps_float32_weights(golden_model, pictures, tmp_path)
     (["--learning_rate", "0"], "nothing is trained: every learning rate is 0"),
     (["--block_lr", ",".join(["0"] * 23)], "nothing is trained: every learning rate is 0"),
 ])  # fmt: skip
-def test_what_cant_work_is_refused(extra, expected, golden_model, pictures, tmp_path):
+def test_what_cant_work_is_refused(extra, expected, golden_model, images, tmp_path):
     with pytest.raises(OptionError, match=expected):
-        train(golden_model, pictures, tmp_path / "out", *extra)
+        train(golden_model, images, tmp_path / "out", *extra)
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]])
-def test_text_encoders_that_are_trained_alone_may_not_stop_before_the_run_ends(dry, golden_model, pictures, tmp_path, capsys):  # fmt: skip
+def test_text_encoders_that_are_trained_alone_may_not_stop_before_the_run_ends(dry, golden_model, images, tmp_path, capsys):  # fmt: skip
     words = ["--learning_rate", "0", "--train_text_encoder", "--learning_rate_te1", "1e-5", "--max_train_steps", "4", "--stop_text_encoder_training"]  # fmt: skip
     with pytest.raises(OptionError, match="--stop_text_encoder_training: nothing is left to train after step 2 of 4"):
-        train(golden_model, pictures, tmp_path / "out", *words, "2", *dry, quick=TEXT_TOO)
+        train(golden_model, images, tmp_path / "out", *words, "2", *dry, quick=TEXT_TOO)
     assert "caching" not in capsys.readouterr().err
     check_lasting([ParamGroup("text_encoder1", {}, 1e-5, 4)], 4)
     check_lasting([ParamGroup("text_encoder1", {}, 1e-5, 2), ParamGroup("unet", {}, 1e-5)], 4)

@@ -14,7 +14,7 @@ from library.models.checkpoint.writer import save_diffusers
 from library.safetensors_io import write_safetensors
 from library.training.options.tasks import FineTuneOptions
 from library.training.tasks.fine_tune import FineTune
-from tools.make_tiny_dataset import make_pictures
+from tools.make_tiny_dataset import make_images
 from tools.tiny_models import SMALLEST, random_checkpoint
 
 QUICK = [
@@ -31,15 +31,15 @@ def model(tmp_path_factory):
     return path
 
 
-def words_of(model, pictures, output, *extra):
-    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--output_dir", output]
+def words_of(model, images, output, *extra):
+    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", images, "--output_dir", output]
     return [str(word) for word in [*QUICK, *files, *extra]]
 
 
-def train(model, pictures, output, *extra):
+def train(model, images, output, *extra):
     import sdxl_train
 
-    sdxl_train.main(words_of(model, pictures, output, *extra))
+    sdxl_train.main(words_of(model, images, output, *extra))
     return output / "lora.safetensors"
 
 
@@ -47,19 +47,19 @@ def train(model, pictures, output, *extra):
     [],
     pytest.param(["--mixed_precision", "bf16", "--full_bf16", "--no_half_vae"], marks=pytest.mark.long),
 ])  # fmt: skip
-def test_the_loss_of_three_pictures_falls_under_a_third_of_its_start(extra, model, tmp_path):
-    make_pictures(tmp_path / "pictures" / "1_shape", 3, seed=1)
+def test_the_loss_of_three_images_falls_under_a_third_of_its_start(extra, model, tmp_path):
+    make_images(tmp_path / "pictures" / "1_shape", 3, seed=1)
     faster = ["--train_batch_size", "3", "--learning_rate", "3e-3", "--max_train_steps", "45"]
     train(model, tmp_path / "pictures", tmp_path / "out", *faster, *extra)
     losses = losses_of(tmp_path / "out")
     assert len(losses) == 45 and sum(losses[-10:]) / 10 < losses[0] / 3
 
 
-def test_validation_best_saves_and_weights_of_regularisation_pictures(model, pictures, tmp_path):
-    make_pictures(tmp_path / "reg" / "1_shape", 2, seed=9)
+def test_validation_best_saves_and_weights_of_regularisation_images(model, images, tmp_path):
+    make_images(tmp_path / "reg" / "1_shape", 2, seed=9)
     words = ["--validation_split", "0.5", "--validation_seed", "3", "--validate_every_n_steps", "4", "--save_best"]
     words += ["--reg_data_dir", tmp_path / "reg", "--prior_loss_weight", "0", "--max_train_steps", "8"]
-    final = train(model, pictures, tmp_path / "out", *words)
+    final = train(model, images, tmp_path / "out", *words)
     validated = losses_of(tmp_path / "out", "loss/validation/step_average")
     assert len(validated) == 2 and all(loss > 0 for loss in validated)
     assert tensors_of(final).keys() == tensors_of(final.with_name("lora-best.safetensors")).keys()
@@ -67,19 +67,19 @@ def test_validation_best_saves_and_weights_of_regularisation_pictures(model, pic
     assert len(losses) == 8 and losses.count(0.0) == 4
 
 
-def test_pixels_that_a_mask_hides_dont_count(model, pictures, tmp_path):
-    for path in pictures.rglob("*.png"):
+def test_pixels_that_a_mask_hides_dont_count(model, images, tmp_path):
+    for path in images.rglob("*.png"):
         with Image.open(path) as image:
             image = image.convert("RGB")
         image.putalpha(0)
         image.save(path)
-    train(model, pictures, tmp_path / "out", "--alpha_mask", "--max_train_steps", "2", "--learning_rate", "1e-12")
+    train(model, images, tmp_path / "out", "--alpha_mask", "--max_train_steps", "2", "--learning_rate", "1e-12")
     assert losses_of(tmp_path / "out") == [0.0, 0.0]
 
 
-def test_a_dry_run_tells_what_would_be_trained_and_writes_nothing(model, pictures, tmp_path, capsys):
+def test_a_dry_run_tells_what_would_be_trained_and_writes_nothing(model, images, tmp_path, capsys):
     rates = ",".join("1e-6" if block in (5, 11) else "0" for block in range(23))
-    train(model, pictures, tmp_path / "out", "--dry_run", "--block_lr", rates, "--save_every_n_steps", "400")
+    train(model, images, tmp_path / "out", "--dry_run", "--block_lr", rates, "--save_every_n_steps", "400")
     page = " ".join(capsys.readouterr().out.split())
     assert "block5 " in page and "block11 " in page and "block6 " not in page
     assert "Nothing keeps the run from starting." in page and "lora-step00000400" in page
@@ -138,13 +138,13 @@ def test_another_vae_is_part_of_the_saved_model_and_nothing_else_changes(model, 
 
 
 @pytest.mark.long
-def test_two_processes_equal_one_with_twice_the_accumulation(model, pictures, tmp_path):
+def test_two_processes_equal_one_with_twice_the_accumulation(model, images, tmp_path):
     """Pictures by --dataset_config; losses 1e-5, weights 1e-4."""
-    config = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": str(pictures / "2_shapes"), "num_repeats": 2}]}]}  # fmt: skip
+    config = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": str(images / "2_shapes"), "num_repeats": 2}]}]}  # fmt: skip
     (tmp_path / "data.json").write_text(json.dumps(config), encoding="utf-8")
     quick = ["--dataset_config", tmp_path / "data.json", "--max_train_steps", "4"]
-    one = train(model, pictures, tmp_path / "one", *quick, "--gradient_accumulation_steps", "2")
-    words = words_of(model, pictures, tmp_path / "two", *quick)
+    one = train(model, images, tmp_path / "one", *quick, "--gradient_accumulation_steps", "2")
+    words = words_of(model, images, tmp_path / "two", *quick)
     end_together(processes("sdxl_train.py", *words, count=2))
     assert losses_of(tmp_path / "one") == pytest.approx(losses_of(tmp_path / "two"), abs=1e-5)
     after = tensors_of(tmp_path / "two" / "lora.safetensors")

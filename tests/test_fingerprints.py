@@ -48,13 +48,13 @@ def contents(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 # --------------------------------------------------------------------------------------------------------------- latents
 
 
-def test_what_an_inpainting_model_sees_is_made_of_a_picture_and_its_mask(pictures, tmp_path):
+def test_what_an_inpainting_model_sees_is_made_of_a_image_and_its_mask(images, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
-    for path in pictures.rglob("*.png"):
+    for path in images.rglob("*.png"):
         with Image.open(path) as image:
             Image.new("L", image.size, 255).save(masks / path.name)
-    samples = samples_in(pictures, "--conditioning_data_dir", masks)
+    samples = samples_in(images, "--conditioning_data_dir", masks)
     filled(samples)
     cache = LatentsOnDisk("vae", for_inpainting=True)
     assert set(problems(cache, samples)) == {"lacks inpainting"}, (
@@ -81,28 +81,28 @@ def test_what_an_inpainting_model_sees_is_made_of_a_picture_and_its_mask(picture
         "other"
     )  # a run with another model and VAE makes the files anew, without what it doesn't know
     fill_latents(samples, filled_alone, stub_vae, 2)
-    assert "inpainting" not in contents(pictures)[samples[0].latents_file.name]
+    assert "inpainting" not in contents(images)[samples[0].latents_file.name]
 
 
-def test_fault_42_a_picture_replaced_by_one_of_its_size_is_encoded_again_and_no_other(pictures):
-    samples = samples_in(pictures)
+def test_fault_42_a_image_replaced_by_one_of_its_size_is_encoded_again_and_no_other(images):
+    samples = samples_in(images)
     filled(samples)
     raw = np.asarray(Image.open(samples[1].path))
     Image.fromarray(255 - raw).save(samples[1].path)
-    again = samples_in(pictures)
+    again = samples_in(images)
     assert problems(LatentsOnDisk("vae"), again) == [None, "the picture has changed", None, None]
     before = samples[1].latents_file.read_bytes()
     filled(again)
     assert samples[1].latents_file.read_bytes() != before and problems(LatentsOnDisk("vae"), again) == [None] * 4
 
 
-def test_fault_42_a_picture_that_was_only_touched_or_moved_is_not_encoded_again(pictures, tmp_path):
-    samples = samples_in(pictures)
+def test_fault_42_a_image_that_was_only_touched_or_moved_is_not_encoded_again(images, tmp_path):
+    samples = samples_in(images)
     filled(samples)
     for sample in samples:
         os.utime(sample.path, (1_500_000_000, 1_500_000_000))
     assert problems(LatentsOnDisk("vae"), samples) == [None] * 4
-    pictures.rename(tmp_path / "moved")
+    images.rename(tmp_path / "moved")
     assert problems(LatentsOnDisk("vae"), samples_in(tmp_path / "moved")) == [None] * 4
 
 
@@ -115,30 +115,30 @@ def test_fault_42_a_picture_that_was_only_touched_or_moved_is_not_encoded_again(
         (["--resolution", 160], "are needed"),
     ],
 )
-def test_fault_43_another_geometry_makes_the_latents_again(argv, reason, pictures):
-    filled(samples_in(pictures))
-    changed = samples_in(pictures, *argv)
+def test_fault_43_another_geometry_makes_the_latents_again(argv, reason, images):
+    filled(samples_in(images))
+    changed = samples_in(images, *argv)
     assert any(reason in (problem or "") for problem in problems(LatentsOnDisk("vae"), changed))
     filled(changed)
     assert problems(LatentsOnDisk("vae"), changed) == [None] * 4
 
 
-def test_fault_43_the_same_bucket_by_another_resize_is_made_again(pictures):
+def test_fault_43_the_same_bucket_by_another_resize_is_made_again(images):
     """The shape alone doesn't tell: without upscaling a picture may come into a bucket of that size another way."""
-    (sample, *_) = samples_in(pictures)
+    (sample, *_) = samples_in(images)
     filled([sample])
     other = replace(sample, fit=sample.fit._replace(resized=sample.fit.resized._replace(width=999)))
     assert LatentsOnDisk("vae").problem(other) == "resized in another way"
 
 
-def test_fault_44_another_vae_or_dtype_makes_the_latents_again(pictures):
-    samples = samples_in(pictures)
+def test_fault_44_another_vae_or_dtype_makes_the_latents_again(images):
+    samples = samples_in(images)
     filled(samples, "one in float32")
     assert set(problems(LatentsOnDisk("one in float16"), samples)) == {"of another VAE or dtype"}
 
 
-def test_arrays_that_another_program_changed_are_seen_though_it_kept_our_fingerprint(pictures):
-    samples = samples_in(pictures)
+def test_arrays_that_another_program_changed_are_seen_though_it_kept_our_fingerprint(images):
+    samples = samples_in(images)
     filled(samples)
     file = samples[0].latents_file
     with np.load(file) as arrays:
@@ -147,8 +147,8 @@ def test_arrays_that_another_program_changed_are_seen_though_it_kept_our_fingerp
     assert LatentsOnDisk("vae").problem(samples[0]) == "changed by another program"
 
 
-def test_latents_of_sd_scripts_are_accepted_when_newer_than_the_picture_and_of_its_size(pictures):
-    (sample, *_) = samples_in(pictures)
+def test_latents_of_sd_scripts_are_accepted_when_newer_than_the_image_and_of_its_size(images):
+    (sample, *_) = samples_in(images)
     shape = (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
     plain = {"latents": np.zeros(shape, np.float32), "crop_ltrb": np.zeros(4), "original_size": np.array(sample.size)}
     for name in (sample.latents_file, sample.old_latents_file):
@@ -162,15 +162,15 @@ def test_latents_of_sd_scripts_are_accepted_when_newer_than_the_picture_and_of_i
         name.unlink()
 
 
-def test_fault_33_latents_of_sd_scripts_that_arent_finite_are_made_again(pictures):
-    (sample, *_) = samples_in(pictures)
+def test_fault_33_latents_of_sd_scripts_that_arent_finite_are_made_again(images):
+    (sample, *_) = samples_in(images)
     shape = (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
     np.savez(sample.latents_file, latents=np.full(shape, np.nan, np.float32))
     assert LatentsOnDisk("vae").problem(sample) == "its latents aren't finite"
 
 
-def test_foreign_arrays_of_a_file_are_kept(pictures):
-    (sample, *_) = samples_in(pictures)
+def test_foreign_arrays_of_a_file_are_kept(images):
+    (sample, *_) = samples_in(images)
     np.savez(sample.latents_file, latents_64x64=np.arange(3))
     filled([sample])
     with np.load(sample.latents_file) as arrays:
@@ -207,33 +207,33 @@ def claim_terabytes(file: Path) -> None:
     ],
     ids=["flipped byte", "terabytes", "empty", "torn", "object", "zeros", "foreign"],
 )
-def test_fault_45_a_bad_file_is_made_again_for_itself(damage, pictures):
-    samples = samples_in(pictures)
+def test_fault_45_a_bad_file_is_made_again_for_itself(damage, images):
+    samples = samples_in(images)
     filled(samples)
-    good = contents(pictures)
+    good = contents(images)
     damage(samples[2].latents_file)
     cache = LatentsOnDisk("vae")
     assert [problem is None for problem in problems(cache, samples)] == [True, True, False, True]
     filled(samples)
-    now = contents(pictures)
+    now = contents(images)
     now[samples[2].latents_file.name].pop("something", None)  # foreign arrays stay
     for name, arrays in good.items():
         assert arrays.keys() == now[name].keys()
         assert all(np.array_equal(arrays[key], now[name][key]) for key in arrays), name
 
 
-def test_skip_cache_check_believes_every_file_that_is_there(pictures):
-    samples = samples_in(pictures)
+def test_skip_cache_check_believes_every_file_that_is_there(images):
+    samples = samples_in(images)
     np.savez(samples[0].latents_file, nothing=np.zeros(1))
     cache = LatentsOnDisk("vae", trusted=True)
     assert problems(cache, samples) == [None, "not there", "not there", "not there"]
     assert TextOnDisk(77, trusted=True).problem(samples[0]) == "not there"
 
 
-def test_what_was_verified_is_remembered_and_not_read_again(pictures, tmp_path, monkeypatch):
-    samples = samples_in(pictures)
+def test_what_was_verified_is_remembered_and_not_read_again(images, tmp_path, monkeypatch):
+    samples = samples_in(images)
     filled(samples)
-    for file in pictures.rglob("*.npz"):
+    for file in images.rglob("*.npz"):
         os.utime(file, (time.time() - 60, time.time() - 60))
     known = FileIndex(tmp_path / "index")
     assert problems(LatentsOnDisk("vae", known), samples) == [None] * 4
@@ -243,12 +243,12 @@ def test_what_was_verified_is_remembered_and_not_read_again(pictures, tmp_path, 
     assert set(problems(LatentsOnDisk("other", FileIndex(tmp_path / "index")), samples)) == {"of another VAE or dtype"}
 
 
-def test_a_mask_is_cached_with_the_latents_and_mirrored(pictures):
-    file = next((pictures / "2_shapes").glob("*.png"))
-    picture = Image.open(file).convert("RGBA")
-    picture.putalpha(Image.linear_gradient("L").rotate(90).resize(picture.size))
-    picture.save(file)
-    samples = samples_in(pictures, "--alpha_mask", "--flip_aug")
+def test_a_mask_is_cached_with_the_latents_and_mirrored(images):
+    file = next((images / "2_shapes").glob("*.png"))
+    image = Image.open(file).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").rotate(90).resize(image.size))
+    image.save(file)
+    samples = samples_in(images, "--alpha_mask", "--flip_aug")
     cache = filled(samples)
     (sample,) = (sample for sample in samples if sample.path == file)
     mask, mirrored = (cache.read(sample, flipped=flipped).mask for flipped in (False, True))
@@ -262,8 +262,8 @@ def test_a_mask_is_cached_with_the_latents_and_mirrored(pictures):
 # ------------------------------------------------------------------------------------------------------------------ text
 
 
-def test_fault_44_an_edited_caption_other_encoders_or_another_length_are_encoded_again(pictures):
-    samples = samples_in(pictures)
+def test_fault_44_an_edited_caption_other_encoders_or_another_length_are_encoded_again(images):
+    samples = samples_in(images)
     fill_text(samples, TextOnDisk(77, encoders="one"), stub_text)
     assert problems(TextOnDisk(77, encoders="one"), samples) == [None] * 4
     assert set(problems(TextOnDisk(77, encoders="two"), samples)) == {"of other text encoders or dtype"}
@@ -274,11 +274,11 @@ def test_fault_44_an_edited_caption_other_encoders_or_another_length_are_encoded
         "its hidden_state2 are 77x16 where 77x999 are needed"
     }
     samples[0].path.with_suffix(".txt").write_text("edited")
-    assert problems(TextOnDisk(77, encoders="one"), samples_in(pictures)) == ["of other captions", None, None, None]
+    assert problems(TextOnDisk(77, encoders="one"), samples_in(images)) == ["of other captions", None, None, None]
 
 
-def test_text_outputs_of_sd_scripts_are_made_again(pictures):
-    (sample, *_) = samples_in(pictures)
+def test_text_outputs_of_sd_scripts_are_made_again(images):
+    (sample, *_) = samples_in(images)
     zeros = {
         "hidden_state1": np.zeros((77, 8), np.float32),
         "hidden_state2": np.zeros((77, 16), np.float32),
@@ -322,9 +322,9 @@ def litter(folder: Path) -> list[str]:
 )
 @pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_fault_3_kill_9_while_caching_then_rerun_equals_a_clean_run(after, batch, tmp_path):
-    from tools.make_tiny_dataset import make_pictures
+    from tools.make_tiny_dataset import make_images
 
-    make_pictures(tmp_path / "pics" / "1_x", 16)
+    make_images(tmp_path / "pics" / "1_x", 16)
     process = start_filling(tmp_path / "pics", batch)
     assert process.stdout.readline() == "go\n"
     time.sleep(after)
@@ -349,22 +349,22 @@ def test_fault_3_kill_9_while_caching_then_rerun_equals_a_clean_run(after, batch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on file sizes")
-def test_fault_5_a_full_disk_stops_with_the_path_and_leaves_nothing_torn(pictures):
+def test_fault_5_a_full_disk_stops_with_the_path_and_leaves_nothing_torn(images):
     code = f"import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n{FILL}"
     code = (
         code.replace("{root!r}", repr(str(ROOT)))
         .replace("{tests!r}", repr(str(Path(__file__).parent)))
         .replace("{batch}", "1")
     )
-    done = subprocess.run([sys.executable, "-c", code, str(pictures)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, str(images)], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and re.search(r"RunError: .*_sdxl.npz: can't be written: File too large", done.stderr)
-    assert not list(pictures.rglob("*.npz")) and litter(pictures) == []
+    assert not list(images.rglob("*.npz")) and litter(images) == []
 
 
 def test_fault_54_two_processes_caching_one_folder_do_no_harm(tmp_path):
-    from tools.make_tiny_dataset import make_pictures
+    from tools.make_tiny_dataset import make_images
 
-    make_pictures(tmp_path / "1_x", 12)
+    make_images(tmp_path / "1_x", 12)
     both = [start_filling(tmp_path) for _ in range(2)]
     for process in both:
         assert process.wait(60) == 0, process.stderr.read()
@@ -372,25 +372,25 @@ def test_fault_54_two_processes_caching_one_folder_do_no_harm(tmp_path):
     assert problems(LatentsOnDisk("vae"), samples) == [None] * 12 and litter(tmp_path) == []
 
 
-def test_fault_50_a_folder_that_cant_be_written_is_told_with_its_path(pictures):
-    samples = samples_in(pictures)
+def test_fault_50_a_folder_that_cant_be_written_is_told_with_its_path(images):
+    samples = samples_in(images)
     blocked = [replace(sample, cache_stem=str(sample.path / "below a file")) for sample in samples]
     never = lambda *_: pytest.fail("encoded before the folder was tried")
     with pytest.raises(RunError, match=r"below a file|\.png: caches can't be written here .* give --cache_dir"):
         fill_latents(blocked, LatentsOnDisk("vae"), never, 1)
 
 
-def test_latents_made_anew_are_kept_until_the_new_ones_are_whole(pictures):
-    samples = samples_in(pictures)
+def test_latents_made_anew_are_kept_until_the_new_ones_are_whole(images):
+    samples = samples_in(images)
     filled(samples)
-    before = contents(pictures)
+    before = contents(images)
 
     def broken(images, noise):
         raise RunError("the card is gone")
 
     with pytest.raises(RunError, match="the card is gone"):
         fill_latents(samples, LatentsOnDisk("vae"), broken, 2, anew=True)
-    after = contents(pictures)
+    after = contents(images)
     assert before.keys() == after.keys() and all(
         np.array_equal(before[n]["latents"], after[n]["latents"]) for n in before
     )
@@ -399,7 +399,7 @@ def test_latents_made_anew_are_kept_until_the_new_ones_are_whole(pictures):
     assert len(seen) == 4
 
 
-def test_a_hole_in_a_cache_stops_the_run_before_the_first_step(pictures):
+def test_a_hole_in_a_cache_stops_the_run_before_the_first_step(images):
     from library.training.setup.caches import finish_caches
 
     class OneProcess:
@@ -407,7 +407,7 @@ def test_a_hole_in_a_cache_stops_the_run_before_the_first_step(pictures):
 
         def wait_for_everyone(self) -> None: ...
 
-    samples = samples_in(pictures)
+    samples = samples_in(images)
     cache = filled(samples)
     finish_caches(samples, (cache, None), OneProcess(), FileIndex())
     samples[1].latents_file.unlink()
@@ -418,28 +418,28 @@ def test_a_hole_in_a_cache_stops_the_run_before_the_first_step(pictures):
 # ------------------------------------------------------------------------------------------------- drawn captions, cached
 
 
-def test_the_index_is_json_that_names_its_folder(pictures, tmp_path):
+def test_the_index_is_json_that_names_its_folder(images, tmp_path):
     known = FileIndex(tmp_path / "index")
-    scanned(pictures, known=known)
+    scanned(images, known=known)
     known.save()
     for file in (tmp_path / "index").glob("*.json"):
-        assert json.loads(file.read_text())["folder"] == str(pictures / "2_shapes")
+        assert json.loads(file.read_text())["folder"] == str(images / "2_shapes")
 
 
-def test_text_plan_keeps_one_text_where_nothing_is_drawn_and_the_empty_one_where_captions_are_dropped(pictures):
-    (sample, *_) = samples_in(pictures)
+def test_text_plan_keeps_one_text_where_nothing_is_drawn_and_the_empty_one_where_captions_are_dropped(images):
+    (sample, *_) = samples_in(images)
     assert CaptionVariants(5).of(sample) == (sample.caption,)
-    (dropped, *_) = samples_in(pictures, "--caption_dropout_rate", 0.5)
+    (dropped, *_) = samples_in(images, "--caption_dropout_rate", 0.5)
     assert CaptionVariants(5).of(dropped) == (sample.caption, "")
 
 
-def test_fault_26_damage_that_no_decoder_sees_is_seen_by_the_recorded_content(pictures, tmp_path):
+def test_fault_26_damage_that_no_decoder_sees_is_seen_by_the_recorded_content(images, tmp_path):
     """A flipped bit in a JPEG decodes; the index holds the hash of what was audited, and the cache that of what it encodes."""
-    file = pictures / "2_shapes" / "photo.jpg"
+    file = images / "2_shapes" / "photo.jpg"
     Image.effect_noise((128, 128), 60).convert("RGB").save(file, quality=90)
     os.utime(file, (1_500_000_000, 1_500_000_000))
     known = FileIndex(tmp_path / "index")
-    samples = samples_in(pictures)
+    samples = samples_in(images)
     assert audit(samples, known) == []
     recorded = known.get(str(file.parent), file.name, file_stamp(file))
     assert recorded["decoded"] and len(recorded["content"]) == 32
@@ -452,11 +452,11 @@ def test_fault_26_damage_that_no_decoder_sees_is_seen_by_the_recorded_content(pi
     assert cache.problem(sample) == "the picture has changed"
 
 
-def test_the_audit_decodes_each_picture_once_in_its_life(pictures, tmp_path, monkeypatch):
-    for file in pictures.rglob("*.png"):
+def test_the_audit_decodes_each_image_once_in_its_life(images, tmp_path, monkeypatch):
+    for file in images.rglob("*.png"):
         os.utime(file, (1_500_000_000, 1_500_000_000))
     known = FileIndex(tmp_path / "index")
-    samples = samples_in(pictures)
+    samples = samples_in(images)
     audit(samples, known)
     monkeypatch.setattr("library.images.decode", lambda *_, **__: pytest.fail("decoded again"))
     assert audit(samples, known) == []

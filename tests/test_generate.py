@@ -18,7 +18,7 @@ from running import ROOT, script, train_network
 import sdxl_gen_img
 from library.errors import OptionError
 from library.generation.dynamic_prompts import variants
-from library.generation.init_images import read_picture
+from library.generation.init_images import read_image
 from library.generation.metadata import read_texts, save_arguments
 from library.generation.prompt_options import LINE_OPTIONS
 
@@ -59,9 +59,9 @@ EVERY_OPTION = {
 
 
 @pytest.mark.long
-def test_a_file_of_lines_with_every_option_is_drawn_as_each_line_says(draw, tmp_path, golden_model, pictures):
+def test_a_file_of_lines_with_every_option_is_drawn_as_each_line_says(draw, tmp_path, golden_model, images):
     assert EVERY_OPTION.keys() == LINE_OPTIONS.keys()
-    lora = train_network(golden_model, pictures, tmp_path / "lora", "--max_train_steps", 1)
+    lora = train_network(golden_model, images, tmp_path / "lora", "--max_train_steps", 1)
     lines = [f"a (red:1.2) cat BREAK sitting --{name.upper()} {value}" for name, value in EVERY_OPTION.items()]
     file = tmp_path / "lines.txt"
     file.write_text("\ufeff# all of them\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
@@ -93,7 +93,7 @@ def seeds_of(drawn):
 
 
 @pytest.mark.long
-def test_seeds_one_picture_has_its_own_lists_are_used_up_and_rounds_may_share(draw):
+def test_seeds_one_image_has_its_own_lists_are_used_up_and_rounds_may_share(draw):
     plan = ("--dry_run",)
     assert draw("--prompt", "a", "--seed", 5, *plan) == []
     assert seeds_of(draw("--prompt", "a", "--seed", 5)) == [5]
@@ -121,7 +121,7 @@ def test_variants_draw_all_that_they_may_and_nothing_else(text, allowed):
 
 
 @pytest.mark.long
-def test_enumerated_variants_multiply_and_replace_the_pictures_per_prompt(draw):
+def test_enumerated_variants_multiply_and_replace_the_images_per_prompt(draw):
     assert variants("{e$$a|b} {e$$1|2|3}", random.Random(0)) == (["a 1", "a 2", "a 3", "b 1", "b 2", "b 3"], True)
     drawn = draw("--prompt", "a {e$$red|blue} cat --s 1", "--images_per_prompt", 5)
     assert [read_texts(path, "")["prompt"] for path in drawn] == ["a red cat", "a blue cat"]
@@ -215,7 +215,7 @@ def test_names_are_the_contracts_and_nothing_is_replaced(draw, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("kind", ["png", pytest.param("webp", marks=pytest.mark.long)])
-def test_a_file_draws_its_picture_again(kind, draw):
+def test_a_file_draws_its_image_again(kind, draw):
     words = ["--prompt", "a [red|blue] cät, {1$$x|y} --n dark --l 5 --d 11", "--highres_fix_scale", "0.5", "--highres_fix_steps", "2", "--image_format", kind]  # fmt: skip
     (first,) = draw(*words, "--guidance_rescale", "0.5", "--max_embeddings_multiples", 2)
     (again,) = draw("--from_png", first, small=[])
@@ -243,7 +243,7 @@ def test_a_file_draws_its_picture_again(kind, draw):
     assert Image.open(changed).size == (96, 64) and texts["sampler"] == "euler_a"
 
 
-def test_what_draws_a_picture_alone_are_options_that_plan_the_same_picture(draw, tmp_path, monkeypatch):
+def test_what_draws_a_image_alone_are_options_that_plan_the_same_image(draw, tmp_path, monkeypatch):
     """Every field of a drawing goes through the command line and comes back."""
     seen = []
     monkeypatch.setattr("library.generation.generate._tell", lambda drawings, options: seen.extend(drawings))
@@ -284,7 +284,7 @@ def test_the_contact_sheet_has_a_row_for_each_prompt(draw, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------- pictures
 
 
-def test_a_batch_of_four_is_four_pictures_and_its_company_changes_no_bit(draw, tmp_path):
+def test_a_batch_of_four_is_four_images_and_its_company_changes_no_bit(draw, tmp_path):
     words = ("--prompt", "a cat --d 1,2,3,4", "--images_per_prompt", 4)
     single, batch = draw(*words), draw(*words, "--batch_size", 4)
     for one, other in zip(single, batch, strict=True):
@@ -295,8 +295,8 @@ def test_a_batch_of_four_is_four_pictures_and_its_company_changes_no_bit(draw, t
     assert_same(draw("--from_file", file, "--batch_size", 4)[1], batch[2])
 
 
-def test_a_lora_changes_the_picture_and_multiplier_0_restores_it_bit_for_bit(draw, golden_model, pictures, tmp_path):
-    lora = train_network(golden_model, pictures, tmp_path / "lora", "--max_train_steps", 2, "--learning_rate", "1e-1")
+def test_a_lora_changes_the_image_and_multiplier_0_restores_it_bit_for_bit(draw, golden_model, images, tmp_path):
+    lora = train_network(golden_model, images, tmp_path / "lora", "--max_train_steps", 2, "--learning_rate", "1e-1")
     words = ("--prompt", "a cat --d 5", "--network_weights", lora)
     (plain,), (changed,), (off,) = draw(*words[:2]), draw(*words), draw(*words, "--network_mul", 0)
     assert_same(plain, off)
@@ -309,7 +309,7 @@ def test_a_lora_changes_the_picture_and_multiplier_0_restores_it_bit_for_bit(dra
 
 
 @pytest.mark.long
-def test_control_nets_take_their_guides_in_turn_and_strength_0_leaves_the_picture(draw):
+def test_control_nets_take_their_guides_in_turn_and_strength_0_leaves_the_image(draw):
     guides = GOLDEN / "10_training" / "dataset" / "data_cond"
     words = ("--prompt", "a cat --d 5", "--images_per_prompt", 2)
     net = (
@@ -359,7 +359,7 @@ def source(tmp_path):
 def test_16_bits_are_read_as_training_reads_them(tmp_path):
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "depth.png")
-    assert np.array_equal(np.asarray(read_picture(tmp_path / "depth.png", ""))[..., 0], np.rint(ramp / 257))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "depth.png", ""))[..., 0], np.rint(ramp / 257))
 
 
 def test_with_merged_networks_a_mask_says_what_is_repainted(draw, source, tmp_path):
@@ -382,7 +382,7 @@ def test_with_merged_networks_a_mask_says_what_is_repainted(draw, source, tmp_pa
     assert np.abs(pixels(painted) - pixels(kept)).mean() > 1
 
 
-def test_stored_prompts_are_drawn_from_their_own_pictures(draw, tmp_path):
+def test_stored_prompts_are_drawn_from_their_own_images(draw, tmp_path):
     for name in "ab":
         draw("--prompt", f"picture {name}", outdir=tmp_path / name)[0].replace(tmp_path / f"{name}.png")
         (tmp_path / name).rmdir()
@@ -393,7 +393,7 @@ def test_stored_prompts_are_drawn_from_their_own_pictures(draw, tmp_path):
 
 
 @pytest.mark.long
-def test_from_a_picture_sizes_are_its_own_and_strength_tells_how_much_stays(draw, source):
+def test_from_a_image_sizes_are_its_own_and_strength_tells_how_much_stays(draw, source):
     words = ("--prompt", "a --d 1", "--image_path", source)
     (weak,), (strong,) = (draw(*words, "--strength", s, small=["--steps", "4"]) for s in (0.0, 1.0))
     assert Image.open(weak).size == (96, 64)
@@ -425,7 +425,7 @@ def test_highres_fix_saves_both_stages_with_their_prefixes(words, draw, tmp_path
 
 
 @pytest.mark.long
-def test_slices_decode_the_same_picture_and_small_vae_batches_too(draw):
+def test_slices_decode_the_same_image_and_small_vae_batches_too(draw):
     words = ("--prompt", "a --w 96 --d 1,2", "--images_per_prompt", 2, "--batch_size", 2)
     plain = draw(*words)
     for more in (("--vae_slices", 3), ("--vae_batch_size", 1), ("--vae_batch_size", 0.5), ("--vae_tiling",)):
@@ -433,7 +433,7 @@ def test_slices_decode_the_same_picture_and_small_vae_batches_too(draw):
             assert_same(one, other, most=1)
 
 
-def test_a_black_picture_is_decoded_again_in_float32_and_told(draw, monkeypatch, capsys):
+def test_a_black_image_is_decoded_again_in_float32_and_told(draw, monkeypatch, capsys):
     from library.models import vae
 
     real = vae._decode

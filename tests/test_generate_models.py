@@ -65,7 +65,7 @@ def test_a_velocity_model_with_zero_snr_is_known_by_its_keys(twins, draw):
     assert np.array_equal(known, told) and np.abs(known - draw(twins("base"))).max() > 5
 
 
-def test_the_refiner_draws_from_a_picture_and_is_told_its_two_scores(twins, draw, seen, files):
+def test_the_refiner_draws_from_a_image_and_is_told_its_two_scores(twins, draw, seen, files):
     draw(twins("refiner"), "--image_path", files[0], "--strength", 0.5)
     scores = sinusoidal_embedding(torch.tensor([2.5, 6.0]), 256)
     for told, score in zip(seen[0][0], scores, strict=True):
@@ -145,7 +145,7 @@ def test_an_image_encoder_that_doesnt_fit_is_refused_before_anything_is_drawn(tw
 # -------------------------------------------------------------------------------------------------------------- compiled
 
 
-def test_where_no_compiler_works_the_picture_is_drawn_all_the_same_and_that_is_told(twins, draw, monkeypatch, capsys):
+def test_where_no_compiler_works_the_image_is_drawn_all_the_same_and_that_is_told(twins, draw, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("no C++ compiler")
 
@@ -158,7 +158,7 @@ def test_where_no_compiler_works_the_picture_is_drawn_all_the_same_and_that_is_t
 
 
 @pytest.mark.long
-def test_compiled_blocks_draw_the_same_picture(twins, draw, tmp_path):
+def test_compiled_blocks_draw_the_same_image(twins, draw, tmp_path):
     plain = draw(twins("base"))
     words = ["--ckpt", twins("base"), "--outdir", tmp_path / "compiled", *SMALL, "--compile"]
     done = script("sdxl_gen_img.py", *words, timeout=900)

@@ -125,7 +125,7 @@ def test_what_is_cut_or_something_else_is_left_to_pillow(raw, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["png", "webp"])
-def test_fault_30_animated_pictures_are_seen_by_their_header(ending, tmp_path):
-    frames = [Image.new("RGB", (32, 16), colour) for colour in ("red", "blue")]
+def test_fault_30_animated_images_are_seen_by_their_header(ending, tmp_path):
+    frames = [Image.new("RGB", (32, 16), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / f"x.{ending}", save_all=True, append_images=frames[1:], **({"lossless": True} if ending == "webp" else {}))  # fmt: skip
     assert read_image_info(tmp_path / f"x.{ending}") == (Size(32, 16), False, True)

@@ -284,9 +284,9 @@ def assert_one_line(error: pytest.ExceptionInfo, *pieces: str) -> None:
     assert "\n" not in text and all(piece in text for piece in pieces), text
 
 
-def test_fault_24_offline_without_a_copy_the_script_says_so_and_asks_nobody(hub, pictures, tmp_path):
+def test_fault_24_offline_without_a_copy_the_script_says_so_and_asks_nobody(hub, images, tmp_path):
     offline = environment(hub.endpoint, tmp_path / "home") | {"HF_HUB_OFFLINE": "1"}
-    words = arguments(Path("owner/model"), pictures, tmp_path / "output")
+    words = arguments(Path("owner/model"), images, tmp_path / "output")
     done = script(ROOT / "sdxl_train_network.py", *words, env=offline)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     told = "error: owner/model: no such file or folder here, and the hub says: HF_HUB_OFFLINE is set"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from library.data.augment import crop
-from library.images import ImageError, load, normalised, read_image_info, resize
+from library.images import ImageError, load, normalized, read_image_info, resize
 from library.size import Size
 
 
@@ -59,7 +59,7 @@ def test_exif_behind_the_pixels_of_a_png_is_found_without_decoding_it(noise, tmp
     assert read_image_info(tmp_path / "x.png").size == Size(40, 80)
 
 
-def test_fault_27_sixteen_bit_pictures_are_scaled_not_clipped(tmp_path):
+def test_fault_27_sixteen_bit_images_are_scaled_not_clipped(tmp_path):
     Image.fromarray(np.full((4, 4), 30_000, dtype=np.uint16)).save(tmp_path / "x.png")
     assert load(tmp_path / "x.png").mean() == round(30_000 / 257)
 
@@ -76,9 +76,9 @@ def test_fault_27_sixteen_bit_pictures_are_scaled_not_clipped(tmp_path):
         ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
     ],
 )
-def test_fault_28_other_modes_become_rgb_and_what_is_transparent_white(mode, colour, expected, tmp_path):
+def test_fault_28_other_modes_become_rgb_and_what_is_transparent_white(mode, color, expected, tmp_path):
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
-    Image.new(mode, (8, 8), colour).save(path)
+    Image.new(mode, (8, 8), color).save(path)
     assert np.abs(load(path).reshape(-1, 3).astype(int) - expected).max() <= 2
 
 
@@ -95,7 +95,7 @@ def damaged() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", list(damaged()))
-def test_fault_25_a_damaged_picture_is_told_with_a_reason(kind, tmp_path):
+def test_fault_25_a_damaged_image_is_told_with_a_reason(kind, tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(damaged()[kind])
     with pytest.raises(ImageError, match=r"damaged|no picture"):
@@ -125,17 +125,17 @@ def test_area_resizing_is_the_mean_of_the_covered_area(noise):
 
 
 @pytest.mark.parametrize("name", ["nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box", "lanczos"])
-def test_every_interpolation_keeps_a_flat_picture_flat(name):
+def test_every_interpolation_keeps_a_flat_image_flat(name):
     flat = np.full((20, 30, 3), 77, dtype=np.uint8)
     assert np.array_equal(resize(flat, Size(41, 13), name), np.full((13, 41, 3), 77))
 
 
-def test_crop_and_normalise(noise):
+def test_crop_and_normalize(noise):
     cropped = crop(noise, Size(40, 30), None)
     assert np.array_equal(cropped, noise[5:35, 20:60])
-    values = normalised(np.array([[[0, 255, 51]]], dtype=np.uint8))
+    values = normalized(np.array([[[0, 255, 51]]], dtype=np.uint8))
     np.testing.assert_allclose(values[:, 0, 0], [-1.0, 1.0, -0.6], atol=1e-6)
 
 
-def test_conditioning_pictures_of_the_golden_run_are_read(golden_data: Path):
+def test_conditioning_images_of_the_golden_run_are_read(golden_data: Path):
     assert read_image_info(golden_data / "data" / "img1.png").size == Size(192, 256)

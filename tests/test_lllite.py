@@ -77,9 +77,9 @@ def test_golden_08_outputs_and_gradients(golden, golden_file, golden_models):
 def test_the_joint_convolutions_equal_each_module_alone(golden_file, golden_models):
     net = lllite_from_file(golden_file, places(golden_models.unet), flag="--control_net_lllite_models")
     modules = [net.lllite(place) for place in net.places if place.depth == 3]
-    picture = torch.rand(2, 3, 64, 96) * 2 - 1
-    for module, condition in zip(modules, conditions(modules, picture), strict=True):
-        embedding = module.conditioning1(picture).flatten(2).transpose(1, 2)
+    image = torch.rand(2, 3, 64, 96) * 2 - 1
+    for module, condition in zip(modules, conditions(modules, image), strict=True):
+        embedding = module.conditioning1(image).flatten(2).transpose(1, 2)
         alone = torch.nn.functional.linear(embedding, module.middle_weights[0], module.part("mid").bias)
         torch.testing.assert_close(condition, alone)
 

@@ -16,7 +16,7 @@ SMALL = {  # what a tiny model and a test have instead
 }
 
 
-def test_the_page_from_prompts_to_controlled_pictures(golden_model, tmp_path, monkeypatch):
+def test_the_page_from_prompts_to_controlled_images(golden_model, tmp_path, monkeypatch):
     import sdxl_gen_img
     import sdxl_train_control_net_lllite
 
@@ -39,5 +39,5 @@ def test_the_page_from_prompts_to_controlled_pictures(golden_model, tmp_path, mo
     assert Path("output/outlines.safetensors").is_file()
     drawn = list(Path("drawn").glob("*.png"))
     assert len(drawn) == 1
-    with Image.open(drawn[0]) as picture:
-        assert picture.size == (64, 64)
+    with Image.open(drawn[0]) as image:
+        assert image.size == (64, 64)

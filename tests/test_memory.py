@@ -77,7 +77,7 @@ def test_the_bars_are_held_by_the_full_size_model(name):
     "preset",
     [pytest.param(path, id=path.stem, marks=[] if path.stem in OFTEN else pytest.mark.long) for path in PRESETS],
 )
-def test_each_preset_fits_its_card_by_a_dry_run(preset, pictures, tmp_path, capsys, monkeypatch):
+def test_each_preset_fits_its_card_by_a_dry_run(preset, images, tmp_path, capsys, monkeypatch):
     """With SDXL base's sizes in place of the model, which isn't there: that is the one error, on a disk that is large enough."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 40, used=0, free=1 << 40))
     script = "sdxl_train" if "finetune" in preset.stem else "sdxl_train_network"
@@ -86,7 +86,7 @@ def test_each_preset_fits_its_card_by_a_dry_run(preset, pictures, tmp_path, caps
         "--config_file",
         preset,
         "--train_data_dir",
-        pictures,
+        images,
         "--output_dir",
         tmp_path,
         "--max_data_loader_n_workers",
@@ -132,7 +132,7 @@ def test_a_plan_that_cant_be_kept_says_what_would_help():
 
 
 def test_encoders_and_vae_leave_once_caches_are_filled_and_are_never_loaded_when_they_are_there(
-    golden_model, pictures, tmp_path, monkeypatch
+    golden_model, images, tmp_path, monkeypatch
 ):
     words = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", "1"]
     loaded: list[set[str]] = []
@@ -142,8 +142,8 @@ def test_encoders_and_vae_leave_once_caches_are_filled_and_are_never_loaded_when
         "make_step",
         lambda task, models, *rest: loaded.append(set(vars(models))) or build_loss_module(task, models, *rest),
     )
-    train_network(golden_model, pictures, tmp_path / "filling", *words)
+    train_network(golden_model, images, tmp_path / "filling", *words)
     monkeypatch.setattr(SdxlModels, "_text_encoder", None)
     monkeypatch.setattr(SdxlModels, "_load_vae", None)
-    train_network(golden_model, pictures, tmp_path / "there", *words)
+    train_network(golden_model, images, tmp_path / "there", *words)
     assert all("unet" in names and not names & {"vae", "text_encoders"} for names in loaded) and len(loaded) == 2

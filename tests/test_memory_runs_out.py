@@ -31,12 +31,12 @@ def small_memory(monkeypatch):
     return limit
 
 
-def test_fault_64_a_step_starts_again_in_smaller_parts_with_the_same_result(golden_model, pictures, tmp_path, small_memory, capsys):  # fmt: skip
+def test_fault_64_a_step_starts_again_in_smaller_parts_with_the_same_result(golden_model, images, tmp_path, small_memory, capsys):  # fmt: skip
     small_memory["most"] = 99
-    whole = train_network(golden_model, pictures, tmp_path / "whole", *TWO)
+    whole = train_network(golden_model, images, tmp_path / "whole", *TWO)
     small_memory["most"] = 1
     capsys.readouterr()
-    parts = train_network(golden_model, pictures, tmp_path / "parts", *TWO, "--save_state")
+    parts = train_network(golden_model, images, tmp_path / "parts", *TWO, "--save_state")
     assert capsys.readouterr().err.count("out of memory: from now on each batch is computed in 2 parts") == 1
     assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-5)
     one, two = tensors_of(whole), tensors_of(parts)
@@ -47,10 +47,10 @@ def test_fault_64_a_step_starts_again_in_smaller_parts_with_the_same_result(gold
     assert read_facts(tmp_path / "parts" / "lora-state")["splits"] == 2
 
 
-def test_fault_64_where_nothing_can_be_halved_the_run_is_saved_and_ends_with_advice(golden_model, pictures, tmp_path, small_memory):  # fmt: skip
+def test_fault_64_where_nothing_can_be_halved_the_run_is_saved_and_ends_with_advice(golden_model, images, tmp_path, small_memory):  # fmt: skip
     small_memory["most"] = 0
     with pytest.raises(RunError, match=r"step 1: out of memory .*Tried to allocate 2.00 GiB.*--gradient_checkpointing"):
-        train_network(golden_model, pictures, tmp_path / "out", *TWO, "--save_state")
+        train_network(golden_model, images, tmp_path / "out", *TWO, "--save_state")
     assert (tmp_path / "out" / "lora-step00000000-state" / "state.json").exists()
 
 
@@ -80,14 +80,14 @@ def test_fault_64_memory_that_runs_out_when_the_optimizer_steps_ends_the_run_uns
     assert "--fused_backward_pass" in str(told.value) and "--gradient_checkpointing" in str(told.value)
 
 
-def test_fault_64_a_validation_without_memory_is_left_out(golden_model, pictures, tmp_path, small_memory, capsys):
+def test_fault_64_a_validation_without_memory_is_left_out(golden_model, images, tmp_path, small_memory, capsys):
     small_memory.update(most=0, training=False)
     split = ["--validation_split", "0.5", "--validation_seed", "3", "--validate_every_n_steps", "2"]
-    final = train_network(golden_model, pictures, tmp_path / "out", *split, "--max_train_steps", "4")
+    final = train_network(golden_model, images, tmp_path / "out", *split, "--max_train_steps", "4")
     assert final.exists() and "step 2: no memory to validate" in capsys.readouterr().err
 
 
-def test_a_batch_in_parts_has_every_sample_at_its_place(golden_model, pictures, tmp_path, monkeypatch):
+def test_a_batch_in_parts_has_every_sample_at_its_place(golden_model, images, tmp_path, monkeypatch):
     seen = []
     parts = Batch.parts
 
@@ -97,7 +97,7 @@ def test_a_batch_in_parts_has_every_sample_at_its_place(golden_model, pictures, 
         return found
 
     monkeypatch.setattr(Batch, "parts", noted)
-    train_network(golden_model, pictures, tmp_path / "out", "--train_batch_size", "4", "--max_train_steps", "1", quick=QUICK)  # fmt: skip
+    train_network(golden_model, images, tmp_path / "out", "--train_batch_size", "4", "--max_train_steps", "1", quick=QUICK)  # fmt: skip
     whole, found = seen[0]
     assert sum(map(len, found)) == len(whole) and found[0].place.first_sample_index == whole.place.first_sample_index
     assert tuple(path for part in found for path in part.paths) == whole.paths

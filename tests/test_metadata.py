@@ -65,11 +65,11 @@ def test_modelspec_from_the_options(golden_data, golden_model, monkeypatch):
     assert found["ss_clip_skip"] == "2"
 
 
-def test_without_a_dataset_file_the_folders_are_described(golden_model, pictures, tmp_path):
+def test_without_a_dataset_file_the_folders_are_described(golden_model, images, tmp_path):
     from running import train_network
 
     path = train_network(
-        golden_model, pictures, tmp_path / "out", "--max_train_steps", "1", "--gradient_accumulation_steps", "2"
+        golden_model, images, tmp_path / "out", "--max_train_steps", "1", "--gradient_accumulation_steps", "2"
     )
     found = read_header(path).metadata
     assert (

@@ -100,14 +100,14 @@ def test_keys_are_absolute_or_inside_the_folder_with_their_ending_or_without(fol
         scanned(path, None)
 
 
-def test_a_size_in_the_metadata_spares_looking_at_the_picture(folder, tmp_path, monkeypatch):
+def test_a_size_in_the_metadata_spares_looking_at_the_image(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("library.data.scan.read_image_info", lambda file: pytest.fail(f"looked at {file}"))
     path = write(tmp_path / "m.json", {"a.png": {"caption": "one", "image_size": [128, 96]}})
     (sample,) = samples_of(scanned(path, folder))
     assert sample.size == Size(128, 96)
 
 
-def test_pictures_that_arent_there_are_listed_or_left_out(folder, tmp_path, caplog):
+def test_images_that_arent_there_are_listed_or_left_out(folder, tmp_path, caplog):
     logging.getLogger("library").propagate = True
     path = write(tmp_path / "m.json", {"a.png": {}, "c.png": {}, "d": {}})
     with pytest.raises(OptionError) as error:

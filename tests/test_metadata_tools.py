@@ -77,7 +77,7 @@ def test_tags_come_from_txt_files_and_keep_the_other_fields(folder, out):
     assert entries(out) == {"a": {"caption": "a cat", "tags": "1cat, solo"}, "b": {"caption": "a dog", "tags": "1dog"}}
 
 
-def test_a_second_merge_replaces_its_own_field_and_keeps_entries_of_other_pictures(folder, out):
+def test_a_second_merge_replaces_its_own_field_and_keeps_entries_of_other_images(folder, out):
     lay(out.parent, {"out.json": '{"a": {"caption": "old", "image_size": [8, 8]}, "elsewhere": {"tags": "x"}}'})
     captions(folder, out)
     assert entries(out) == {
@@ -94,7 +94,7 @@ def test_in_json_wins_over_an_existing_out_json_and_is_left_alone(folder, out, t
     assert (tmp_path / "in.json").read_text(encoding="utf-8-sig") == '{"first": {}}'
 
 
-def test_full_path_keys_are_the_paths_of_the_pictures(folder, out):
+def test_full_path_keys_are_the_paths_of_the_images(folder, out):
     captions("--full_path", folder, out)
     assert entries(out) == {str(folder / "a.jpg"): {"caption": "a cat"}, str(folder / "b.png"): {"caption": "a dog"}}
 
@@ -180,7 +180,7 @@ def test_all_texts_that_cant_be_read_are_told_at_once_and_nothing_is_written(fol
     assert snapshot(folder.parent) == before
 
 
-def test_two_pictures_of_one_stem_are_refused_by_name(folder, out):
+def test_two_images_of_one_stem_are_refused_by_name(folder, out):
     lay(folder, {"b.webp": ""})
     with pytest.raises(OptionError, match=r"b\.png and .*b\.webp would share the entry 'b'; .*--full_path"):
         captions(folder, out)

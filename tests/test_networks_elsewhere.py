@@ -26,12 +26,12 @@ TEXT_TOO = without(QUICK, "--cache_text_encoder_outputs", "--network_train_unet_
 @pytest.mark.parametrize("algo, parts", [
     pytest.param("loha", {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"}, marks=pytest.mark.long), ("lokr", {"lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"}),
 ])  # fmt: skip
-def test_lycoris_trains_for_real(algo, parts, golden_model, pictures, tmp_path):
+def test_lycoris_trains_for_real(algo, parts, golden_model, images, tmp_path):
     """U-Net and both encoders, in bfloat16 beside float32 weights of theirs; the file goes on being trained."""
     pytest.importorskip("lycoris")
     words = ["--network_module", "lycoris.kohya", "--network_args", f"algo={algo}", "conv_dim=2", "preset=full"]
     words += ["--max_train_steps", "2", "--mixed_precision", "bf16"]
-    first = train_network(golden_model, pictures, tmp_path / "first", *words, quick=TEXT_TOO)
+    first = train_network(golden_model, images, tmp_path / "first", *words, quick=TEXT_TOO)
     tensors, metadata = tensors_of(first), read_header(first).metadata
     assert {name.split(".", 1)[1] for name in tensors} == parts
     modules = {name.split(".")[0] for name in tensors}
@@ -42,7 +42,7 @@ def test_lycoris_trains_for_real(algo, parts, golden_model, pictures, tmp_path):
         assert name in modules
     assert metadata["ss_network_module"] == "lycoris.kohya" and json.loads(metadata["ss_network_args"])["algo"] == algo
     assert metadata["sshs_model_hash"] and all(tensor.isfinite().all() for tensor in tensors.values())
-    again = train_network(golden_model, pictures, tmp_path / "again", *words, "--network_weights", first, "--dim_from_weights", quick=TEXT_TOO)  # fmt: skip
+    again = train_network(golden_model, images, tmp_path / "again", *words, "--network_weights", first, "--dim_from_weights", quick=TEXT_TOO)  # fmt: skip
     start = "hada_w1_b" if algo == "loha" else "lokr_w2_b"
     later = tensors_of(again)
     moved = [name for name in tensors if name.endswith(start) and not torch.equal(tensors[name], later[name])]
@@ -81,14 +81,14 @@ def own_module(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "own_network", raising=False)
 
 
-def test_any_module_with_create_network_will_do(golden_model, pictures, tmp_path, own_module):
+def test_any_module_with_create_network_will_do(golden_model, images, tmp_path, own_module):
     words = ["--network_module", "own_network", "--network_args", "wanted=yes", "--max_train_steps", "2"]
-    tensors = tensors_of(train_network(golden_model, pictures, tmp_path / "out", *words))
+    tensors = tensors_of(train_network(golden_model, images, tmp_path / "out", *words))
     assert tensors and all(name.startswith("own_unet_") and tensor.item() != 0 for name, tensor in tensors.items())
 
 
-def test_arguments_that_the_module_refuses_are_told_before_caching(golden_model, pictures, tmp_path, own_module):
-    words = arguments(golden_model, pictures, tmp_path / "out", "--network_module", "own_network", "--network_args", "other=1")  # fmt: skip
+def test_arguments_that_the_module_refuses_are_told_before_caching(golden_model, images, tmp_path, own_module):
+    words = arguments(golden_model, images, tmp_path / "out", "--network_module", "own_network", "--network_args", "other=1")  # fmt: skip
     done = run_here(sdxl_train_network.main, *words)
     assert done.returncode == 2 and "caching" not in done.stderr
     assert "error: --network_module own_network with --network_args other=1: AssertionError" in done.stderr
@@ -100,10 +100,10 @@ def test_arguments_that_the_module_refuses_are_told_before_caching(golden_model,
 @pytest.fixture(scope="module")
 def trained_lora(golden_model, tmp_path_factory):
     """A LoRA over everything, convolutions too, with weights that matter."""
-    from tools.make_tiny_dataset import make_pictures
+    from tools.make_tiny_dataset import make_images
 
     folder = tmp_path_factory.mktemp("lora")
-    make_pictures(folder / "pictures" / "1_shapes", 2)
+    make_images(folder / "pictures" / "1_shapes", 2)
     return train_network(golden_model, folder / "pictures", folder / "out", "--network_args", "conv_dim=2", "conv_alpha=1", "--max_train_steps", "3", "--learning_rate", "0.05", quick=TEXT_TOO)  # fmt: skip
 
 
@@ -145,13 +145,11 @@ def test_the_change_of_a_convolution_by_hand():
     torch.testing.assert_close(torch.nn.functional.conv2d(x, change), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_base_weights_count_in_the_text_cache_and_change_what_is_trained(
-    golden_model, pictures, trained_lora, tmp_path
-):
+def test_base_weights_count_in_the_text_cache_and_change_what_is_trained(golden_model, images, trained_lora, tmp_path):
     disk = ["--cache_text_encoder_outputs_to_disk", "--max_train_steps", "2"]
-    plain = train_network(golden_model, pictures, tmp_path / "plain", *disk)
-    caches = {path: path.read_bytes() for path in pictures.rglob("*_te_outputs.npz")}
-    based = train_network(golden_model, pictures, tmp_path / "based", *disk, "--base_weights", trained_lora, "--base_weights_multiplier", "0.5")  # fmt: skip
+    plain = train_network(golden_model, images, tmp_path / "plain", *disk)
+    caches = {path: path.read_bytes() for path in images.rglob("*_te_outputs.npz")}
+    based = train_network(golden_model, images, tmp_path / "based", *disk, "--base_weights", trained_lora, "--base_weights_multiplier", "0.5")  # fmt: skip
     assert caches and all(path.read_bytes() != content for path, content in caches.items())
     assert losses_of(tmp_path / "plain") != losses_of(tmp_path / "based")
     assert tensors_of(plain).keys() == tensors_of(based).keys()
@@ -171,9 +169,9 @@ def test_base_weights_that_fit_nothing_are_refused(golden_model, tmp_path):
 # --------------------------------------------------------------------------------- preserved outputs, text that stops
 
 
-def dataset_file(path, pictures, attributes: str):
+def dataset_file(path, images, attributes: str):
     path.write_text(
-        f"[general]\nresolution = 64\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = {str(pictures / '2_shapes')!r}\n"
+        f"[general]\nresolution = 64\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = {str(images / '2_shapes')!r}\n"
         f"caption_extension = '.txt'\ncustom_attributes = {attributes}\n",
         encoding="utf-8",
     )
@@ -181,9 +179,9 @@ def dataset_file(path, pictures, attributes: str):
 
 
 @pytest.mark.parametrize("quick", [pytest.param(QUICK, marks=pytest.mark.long), TEXT_TOO], ids=["cached", "text"])
-def test_preserved_pictures_are_told_what_the_base_model_makes_of_them(quick, golden_model, pictures, tmp_path):
+def test_preserved_images_are_told_what_the_base_model_makes_of_them(quick, golden_model, images, tmp_path):
     """A new network changes nothing, so its loss there is 0; a trained one is drawn back to it."""
-    config = dataset_file(tmp_path / "data.toml", pictures, "{ diff_output_preservation = true }")
+    config = dataset_file(tmp_path / "data.toml", images, "{ diff_output_preservation = true }")
     words = [*without(quick, "--enable_bucket"), "--dataset_config", config, "--max_train_steps", "3"]
     words = [word for i, word in enumerate(words) if "--train_data_dir" not in (word, words[i - 1])]
     import sdxl_train_network
@@ -194,14 +192,14 @@ def test_preserved_pictures_are_told_what_the_base_model_makes_of_them(quick, go
         return losses_of(output)
 
     assert train(tmp_path / "new") == [0.0] * 3
-    trained = train_network(golden_model, pictures, tmp_path / "trained", "--max_train_steps", "2", "--learning_rate", "0.05", quick=quick)  # fmt: skip
+    trained = train_network(golden_model, images, tmp_path / "trained", "--max_train_steps", "2", "--learning_rate", "0.05", quick=quick)  # fmt: skip
     losses = train(tmp_path / "drawn back", "--network_weights", trained, "--max_train_steps", "10")
     assert losses[0] > 1e-4 and sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_text_encoders_stop_after_their_steps_and_the_unet_goes_on(golden_model, pictures, tmp_path):
-    two = train_network(golden_model, pictures, tmp_path / "two", "--max_train_steps", "2", quick=TEXT_TOO)
-    three = train_network(golden_model, pictures, tmp_path / "three", "--max_train_steps", "3", "--stop_text_encoder_training", "2", quick=TEXT_TOO)  # fmt: skip
+def test_text_encoders_stop_after_their_steps_and_the_unet_goes_on(golden_model, images, tmp_path):
+    two = train_network(golden_model, images, tmp_path / "two", "--max_train_steps", "2", quick=TEXT_TOO)
+    three = train_network(golden_model, images, tmp_path / "three", "--max_train_steps", "3", "--stop_text_encoder_training", "2", quick=TEXT_TOO)  # fmt: skip
     early, late = tensors_of(two), tensors_of(three)
     text = {name for name in early if name.startswith("lora_te")}
     assert_bit_equal({n: early[n] for n in text}, {n: late[n] for n in text})

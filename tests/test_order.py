@@ -21,7 +21,7 @@ def make_order(shape, **settings) -> BatchSampler:
 
 
 @given(shape=groups, processes=st.integers(1, 3), per_process=st.integers(1, 3))
-def test_an_epoch_holds_every_picture_once_and_rounds_are_of_one_bucket(shape, processes, per_process):
+def test_an_epoch_holds_every_image_once_and_rounds_are_of_one_bucket(shape, processes, per_process):
     order = make_order(shape, processes=processes, per_process=per_process)
     rounds = order.epoch(0)
     assert len(rounds) == order.steps_per_epoch
@@ -70,7 +70,7 @@ def test_starting_at_a_step_goes_on_as_if_it_had_run_from_the_first(shape, start
     assert list(islice(order.from_step(start, 0), len(whole))) == whole
 
 
-def test_windows_end_with_the_epoch_and_count_their_pictures():
+def test_windows_end_with_the_epoch_and_count_their_images():
     order = make_order([(5, 2)], per_process=2)  # batches of 2, 2, 1 -> windows of 2 + 2 and of 1, in some order
     places = [micro.place for micro in islice(order.from_step(0, 0), 3)]
     assert sorted({place.step: place.global_batch_size for place in places}.values()) in ([1, 4], [2, 3])

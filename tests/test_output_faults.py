@@ -195,12 +195,12 @@ def fill_after(saves: int, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(Saver, "save", save)
 
 
-def test_fault_4_a_disk_that_fills_up_costs_only_what_doesnt_fit(golden_model, pictures, tmp_path, monkeypatch, capsys):
+def test_fault_4_a_disk_that_fills_up_costs_only_what_doesnt_fit(golden_model, images, tmp_path, monkeypatch, capsys):
     emergency = tmp_path / "emergency"
     with mounted(tmp_path / "output", "size=4m") as output:
         fill_after(2, output, monkeypatch)
         words = ["--max_train_steps", "4", "--save_every_n_steps", "1", "--emergency_dir", emergency]
-        assert status_of(lambda: train_network(golden_model, pictures, output, *words)) == 1
+        assert status_of(lambda: train_network(golden_model, images, output, *words)) == 1
         told = capsys.readouterr().err
         assert f"NOT SAVED: {output}: 0.50 MB are needed, 0.00 MB are free" in told
         assert f"3 saves failed, the first one: {output}: " in told and "Traceback" not in told
@@ -216,22 +216,22 @@ def test_fault_4_a_disk_that_fills_up_costs_only_what_doesnt_fit(golden_model, p
     assert read_header(emergency / "lora.safetensors").metadata["ss_steps"] == "4"
 
 
-def test_fault_4_without_room_for_all_that_is_planned_nothing_is_begun(golden_model, pictures, tmp_path):
+def test_fault_4_without_room_for_all_that_is_planned_nothing_is_begun(golden_model, images, tmp_path):
     with mounted(tmp_path / "output", "size=4m") as output:
         words = ["--max_train_steps", "100", "--save_every_n_steps", "1"]
         with pytest.raises(
             OptionError, match=r"4\.\d+ MB are free, but 101 models of 0\.50 MB .* need .* MB; save less often"
         ):
-            train_network(golden_model, pictures, output, *words)
+            train_network(golden_model, images, output, *words)
         assert not list(output.glob("*.safetensors"))
 
 
-def test_fault_4_a_disk_that_is_full_already_is_told_without_a_traceback(golden_model, pictures, tmp_path, capsys):
+def test_fault_4_a_disk_that_is_full_already_is_told_without_a_traceback(golden_model, images, tmp_path, capsys):
     with mounted(tmp_path / "output", "size=64k") as output:
         with open(output / "other", "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
             while True:
                 file.write(bytes(1 << 12))
-        assert status_of(lambda: train_network(golden_model, pictures, output, "--max_train_steps", "1")) == 2
+        assert status_of(lambda: train_network(golden_model, images, output, "--max_train_steps", "1")) == 2
         told = capsys.readouterr().err
         assert "No space left on device" in told and "caching" not in told and "Traceback" not in told
 
@@ -267,11 +267,11 @@ def test_fault_4_a_state_that_breaks_off_leaves_the_older_one(tmp_path):
     assert read_state(tmp_path / "n-state").facts["step"] == 1 and os.listdir(tmp_path) == ["n-state"]
 
 
-def test_fault_4_a_run_over_its_quota_trains_on_and_ends_with_status_1(golden_model, pictures, tmp_path, capsys):
+def test_fault_4_a_run_over_its_quota_trains_on_and_ends_with_status_1(golden_model, images, tmp_path, capsys):
     output = tmp_path / "output"
     with file_size_limit(300_000):
         words = ["--max_train_steps", "2", "--save_every_n_steps", "1", "--save_state"]
-        assert status_of(lambda: train_network(golden_model, pictures, output, *words)) == 1
+        assert status_of(lambda: train_network(golden_model, images, output, *words)) == 1
     told = capsys.readouterr().err
     assert told.count("NOT SAVED") == 6 and "6 saves failed" in told and len(losses_of(output)) == 2
     assert not [path for path in output.iterdir() if "safetensors" in path.name or path.is_dir()]
@@ -388,17 +388,17 @@ def session_of(path: Path) -> str:
 
 
 def test_fault_9_another_runs_files_get_a_name_of_their_own_and_the_runs_own_dont(
-    golden_model, pictures, tmp_path, capsys
+    golden_model, images, tmp_path, capsys
 ):
     words = ["--max_train_steps", "2", "--save_every_n_steps", "1", "--ema_decay", "0.9", "--save_state"]
-    final = train_network(golden_model, pictures, tmp_path, *words)
+    final = train_network(golden_model, images, tmp_path, *words)
     first, before = session_of(final), {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
     assert len(before) == 6 and not [name for name in before if first in name]
     state = tmp_path / "lora-step00000001-state"
-    train_network(golden_model, pictures, tmp_path, *words, "--resume", state)  # the same run
+    train_network(golden_model, images, tmp_path, *words, "--resume", state)  # the same run
     assert session_of(final) == first and before.keys() == {path.name for path in tmp_path.glob("*.safetensors")}
     capsys.readouterr()
-    train_network(golden_model, pictures, tmp_path, *words[:-1], "--learning_rate", "2e-3")
+    train_network(golden_model, images, tmp_path, *words[:-1], "--learning_rate", "2e-3")
     second = session_of(final)
     assert second != first
     for name in before:
@@ -407,14 +407,14 @@ def test_fault_9_another_runs_files_get_a_name_of_their_own_and_the_runs_own_don
     assert f"{final} is of another run; it is lora.{first}.safetensors now" in capsys.readouterr().err
 
 
-def test_fault_9_files_that_say_nothing_of_their_run_are_known_again_by_its_log(golden_model, pictures, tmp_path):
+def test_fault_9_files_that_say_nothing_of_their_run_are_known_again_by_its_log(golden_model, images, tmp_path):
     """Killed behind a save of its model, before that of its state: the step is done again."""
     words = ["--no_metadata", "--max_train_steps", "2", "--save_every_n_steps", "1", "--save_state"]
-    train_network(golden_model, pictures, tmp_path, *words)
+    train_network(golden_model, images, tmp_path, *words)
     before = {path.name for path in tmp_path.glob("*.safetensors")}
     for name in ("lora-step00000002-state", "lora-state"):
         shutil.rmtree(tmp_path / name)
-    train_network(golden_model, pictures, tmp_path, *words, "--auto_resume")
+    train_network(golden_model, images, tmp_path, *words, "--auto_resume")
     assert {path.name for path in tmp_path.glob("*.safetensors")} == before and len(losses_of(tmp_path)) == 2
 
 
@@ -488,7 +488,7 @@ def test_fault_9_another_runs_model_stays_if_the_new_one_cant_be_written(tmp_pat
 # --------------------------------------------------------------------------------------------------------- two runs at a time
 
 
-def test_fault_10_the_second_run_of_a_name_is_refused_and_names_the_first(golden_model, pictures, tmp_path, capsys):
+def test_fault_10_the_second_run_of_a_name_is_refused_and_names_the_first(golden_model, images, tmp_path, capsys):
     reading, writing = os.pipe()
 
     def hold() -> None:
@@ -499,13 +499,13 @@ def test_fault_10_the_second_run_of_a_name_is_refused_and_names_the_first(golden
 
     with forked(hold) as owner:
         os.read(reading, 1)
-        assert status_of(lambda: train_network(golden_model, pictures, tmp_path, "--max_train_steps", "1")) == 2
+        assert status_of(lambda: train_network(golden_model, images, tmp_path, "--max_train_steps", "1")) == 2
         told = capsys.readouterr().err
         assert f"error: --output_name lora: process {owner} on {host_name()}, since " in told and "another name" in told
         assert "caching" not in told and not (tmp_path / "lora.safetensors").exists()
         OutputLock(tmp_path, "other").release()
     assert (tmp_path / ".lora.lock").exists()  # killed, so it couldn't tidy up
-    train_network(golden_model, pictures, tmp_path, "--max_train_steps", "1")
+    train_network(golden_model, images, tmp_path, "--max_train_steps", "1")
     assert (tmp_path / "lora.safetensors").exists() and not (tmp_path / ".lora.lock").exists()
 
 
@@ -569,11 +569,11 @@ def test_fault_10_where_files_cant_be_locked_it_is_told_and_gone_on(tmp_path, mo
 
 
 @pytest.mark.parametrize("way", ["mount", "file", "dangling link"])
-def test_fault_11_an_output_that_cant_be_written_is_told_before_caching(way, golden_model, pictures, tmp_path, capsys):
+def test_fault_11_an_output_that_cant_be_written_is_told_before_caching(way, golden_model, images, tmp_path, capsys):
     output = tmp_path / "output"
 
     def told() -> str:
-        assert status_of(lambda: train_network(golden_model, pictures, output, "--max_train_steps", "1")) == 2
+        assert status_of(lambda: train_network(golden_model, images, output, "--max_train_steps", "1")) == 2
         return capsys.readouterr().err
 
     if way == "mount":
@@ -583,7 +583,7 @@ def test_fault_11_an_output_that_cant_be_written_is_told_before_caching(way, gol
         output.write_text("") if way == "file" else output.symlink_to(tmp_path / "nowhere" / "at all")
         text = told()
     assert f"--output_dir {output}: can't be made or written in" in text and "caching" not in text
-    assert not list(pictures.rglob("*.npz"))
+    assert not list(images.rglob("*.npz"))
 
 
 # --------------------------------------------------------------------------------------------------- numbers that aren't finite
@@ -602,7 +602,7 @@ def test_fault_61_weights_that_arent_finite_are_never_written(value, dtype, endi
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
 
 
-def test_fault_61_a_run_whose_weights_go_bad_keeps_what_was_saved_before(golden_model, pictures, tmp_path, monkeypatch):
+def test_fault_61_a_run_whose_weights_go_bad_keeps_what_was_saved_before(golden_model, images, tmp_path, monkeypatch):
     real, saves = Saver.save, []
 
     def save(self, *args):
@@ -621,7 +621,7 @@ def test_fault_61_a_run_whose_weights_go_bad_keeps_what_was_saved_before(golden_
         "--emergency_dir",
         tmp_path / "emergency",
     ]
-    assert status_of(lambda: train_network(golden_model, pictures, tmp_path / "output", *words)) == 1
+    assert status_of(lambda: train_network(golden_model, images, tmp_path / "output", *words)) == 1
     saved = sorted(path.name for path in (tmp_path / "output").glob("lora*") if path.suffix in ("", ".safetensors"))
     assert (
         saved == ["lora-step00000001-state", "lora-step00000001.safetensors"] and not (tmp_path / "emergency").exists()
@@ -654,7 +654,7 @@ run(lambda: sdxl_train_network.main(sys.argv[2:]) and None)
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, 0])
-def test_fault_72_if_one_process_dies_or_hangs_the_other_ends_with_an_error(number, golden_model, pictures, tmp_path):
+def test_fault_72_if_one_process_dies_or_hangs_the_other_ends_with_an_error(number, golden_model, images, tmp_path):
     """Without a launcher, which would end it: at once, or after --ddp_timeout. The last state is whole.
 
     0: it has no memory, says so, and ends.
@@ -670,7 +670,7 @@ def test_fault_72_if_one_process_dies_or_hangs_the_other_ends_with_an_error(numb
             "MASTER_PORT": port,
         }
         env = {**os.environ, **place, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        words = [str(int(number)), *arguments(golden_model, pictures, output, *extra)]
+        words = [str(int(number)), *arguments(golden_model, images, output, *extra)]
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-c", BREAKS_DOWN, *words], env=env, stderr=subprocess.PIPE, text=True, cwd=ROOT

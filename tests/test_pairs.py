@@ -46,7 +46,7 @@ def test_the_page_shows_the_table():
 
 
 @pytest.mark.parametrize("pair", INCOMPATIBLE, ids=" and ".join)
-def test_a_refused_pair_is_told_with_its_reason(pair, golden_model, pictures, tmp_path, monkeypatch):
+def test_a_refused_pair_is_told_with_its_reason(pair, golden_model, images, tmp_path, monkeypatch):
     if "processes" in pair:
         monkeypatch.setenv("WORLD_SIZE", "2")
     if "FSDP2" in pair:
@@ -54,37 +54,37 @@ def test_a_refused_pair_is_told_with_its_reason(pair, golden_model, pictures, tm
         monkeypatch.setenv("FSDP_VERSION", "2")
     words = [word for one in pair for word in WORDS.get(one, [])]
     with pytest.raises(OptionError, match=re.escape(INCOMPATIBLE[pair])):
-        train_network(golden_model, pictures, tmp_path / "out", *words)
+        train_network(golden_model, images, tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("pair", ALONE, ids=" and ".join)
-def test_a_pair_works(pair, golden_model, pictures, tmp_path, monkeypatch):
+def test_a_pair_works(pair, golden_model, images, tmp_path, monkeypatch):
     """Techniques that change nothing alone change nothing in a pair."""
     monkeypatch.setattr(param_group, "SMALL", 64)
     common = ["--max_train_steps", "2", "--mixed_precision", "bf16", "--max_grad_norm", "0"]
     run = train_network if "quantised base" in pair else train
     if run is train and "swapped blocks" in pair and "fused steps" not in pair:
         common.append("--fused_backward_pass")
-    path = run(golden_model, pictures, tmp_path / "both", *common, *(word for one in pair for word in WORDS[one]))
+    path = run(golden_model, images, tmp_path / "both", *common, *(word for one in pair for word in WORDS[one]))
     assert (
         all(tensor.isfinite().all() for tensor in tensors_of(path).values()) and len(losses_of(tmp_path / "both")) == 2
     )
     for one, other in (pair, pair[::-1]):
         if one in CHANGES_NOTHING:
-            alone = run(golden_model, pictures, tmp_path / f"without {one}", *common, *WORDS[other])
+            alone = run(golden_model, images, tmp_path / f"without {one}", *common, *WORDS[other])
             assert_bit_equal(tensors_of(alone), tensors_of(path))
 
 
 @pytest.mark.long
-def test_two_processes_with_all_that_goes_with_them_equal_one(golden_model, pictures, tmp_path):
+def test_two_processes_with_all_that_goes_with_them_equal_one(golden_model, images, tmp_path):
     """Accumulation, state and activations in RAM, a quantised base, an average."""
     words = ["--max_train_steps", "2", "--train_batch_size", "1", "--gradient_checkpointing"]
     for name in ("state in RAM", "activations in RAM", "quantised base", "average"):
         words += [word for word in WORDS[name] if word not in words]
-    train_network(golden_model, pictures, tmp_path / "one", *words, "--gradient_accumulation_steps", "4")
-    both = arguments(golden_model, pictures, tmp_path / "two", *words, "--gradient_accumulation_steps", "2")
+    train_network(golden_model, images, tmp_path / "one", *words, "--gradient_accumulation_steps", "4")
+    both = arguments(golden_model, images, tmp_path / "two", *words, "--gradient_accumulation_steps", "2")
     end_together(processes("sdxl_train_network.py", *both, count=2))
     one, two = (tensors_of(tmp_path / name / "lora.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
@@ -92,11 +92,11 @@ def test_two_processes_with_all_that_goes_with_them_equal_one(golden_model, pict
 
 
 @pytest.mark.long
-def test_a_process_that_a_launcher_starts_alone_steps_within_backward_once(golden_model, pictures, tmp_path):
+def test_a_process_that_a_launcher_starts_alone_steps_within_backward_once(golden_model, images, tmp_path):
     """There is nobody to exchange gradients with, so nothing puts them back behind their step."""
     words = ["--max_train_steps", "2", "--fused_backward_pass"]
-    plain = train(golden_model, pictures, tmp_path / "plain", *words)
-    words += ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", pictures]
+    plain = train(golden_model, images, tmp_path / "plain", *words)
+    words += ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", images]
     end_together(processes("sdxl_train.py", *QUICK, *words, "--output_dir", tmp_path / "alone", count=1))
     assert losses_of(tmp_path / "alone", "grad_norm") == losses_of(tmp_path / "plain", "grad_norm")
     assert_bit_equal(tensors_of(plain), tensors_of(tmp_path / "alone" / "lora.safetensors"))

@@ -12,13 +12,13 @@ from scanning import samples_of, scanned
 
 from library.data.augment import color_augmented, face_crop, load_conditioning, load_pixels
 from library.data.samples import Face, PixelSettings, Sample
-from library.images import normalised
+from library.images import normalized
 from library.size import Size
 
 BUCKET = ["--enable_bucket", "--bucket_reso_steps", 32, "--min_bucket_reso", 64, "--max_bucket_reso", 256]
 
 
-def picture(folder: Path, name: str, size: tuple[int, int], mode: str = "RGB") -> Path:
+def image(folder: Path, name: str, size: tuple[int, int], mode: str = "RGB") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     channels = {"RGB": 3, "RGBA": 4}[mode]
     noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
@@ -32,7 +32,7 @@ def sample_of(folder: Path, **pixels) -> Sample:
 
 
 def test_without_draws_the_middle_is_cropped(tmp_path):
-    picture(tmp_path / "1_x", "a.png", (200, 120))
+    image(tmp_path / "1_x", "a.png", (200, 120))
     sample = sample_of(tmp_path, random_crop=True, color_aug=True)
     bucket, resized = sample.fit
     whole = cv2.resize(np.asarray(Image.open(sample.path)), resized, interpolation=cv2.INTER_AREA)
@@ -44,7 +44,7 @@ def test_without_draws_the_middle_is_cropped(tmp_path):
 
 def test_random_crop_tells_the_model_the_corner_it_cut(tmp_path):
     """SDXL (arXiv:2307.01952) section 2.2: c_top and c_left are the pixels cropped at the top and left of the resized picture."""
-    picture(tmp_path / "1_x", "a.png", (200, 150))
+    image(tmp_path / "1_x", "a.png", (200, 150))
     sample = sample_of(tmp_path, random_crop=True)
     bucket, resized = sample.fit
     whole = cv2.resize(np.asarray(Image.open(sample.path)), resized, interpolation=cv2.INTER_AREA)
@@ -59,8 +59,8 @@ def test_random_crop_tells_the_model_the_corner_it_cut(tmp_path):
     assert len(corners) > 5 and {left for _, left in corners} <= set(range(resized.width - bucket.width + 1))
 
 
-def test_alpha_becomes_a_mask_and_is_mirrored_with_the_picture(tmp_path):
-    path = picture(tmp_path / "1_x", "a.png", (160, 160), "RGBA")
+def test_alpha_becomes_a_mask_and_is_mirrored_with_the_image(tmp_path):
+    path = image(tmp_path / "1_x", "a.png", (160, 160), "RGBA")
     sample = sample_of(tmp_path, alpha_mask=True)
     raw = cv2.resize(np.asarray(Image.open(path)), sample.fit.resized, interpolation=cv2.INTER_AREA)
     found = load_pixels(sample)
@@ -71,8 +71,8 @@ def test_alpha_becomes_a_mask_and_is_mirrored_with_the_picture(tmp_path):
     assert load_pixels(sample).alpha.min() == 1.0  # a picture without alpha counts whole
 
 
-def test_a_conditioning_image_is_resized_cropped_and_mirrored_as_its_picture(tmp_path):
-    picture(tmp_path / "1_x", "a.png", (200, 120))
+def test_a_conditioning_image_is_resized_cropped_and_mirrored_as_its_image(tmp_path):
+    image(tmp_path / "1_x", "a.png", (200, 120))
     sample = replace(sample_of(tmp_path), conditioning=str(tmp_path / "1_x" / "a.png"))
     assert np.array_equal(load_conditioning(sample, flipped=False), load_pixels(sample).rgb)
     assert np.array_equal(load_conditioning(sample, flipped=True), load_pixels(sample, flipped=True).rgb)
@@ -114,7 +114,7 @@ def test_a_face_crop_by_hand():
 
 
 def test_face_crops_are_used_without_buckets_and_cache(tmp_path):
-    picture(tmp_path / "1_x", "a_150_60_80_80.png", (200, 120))
+    image(tmp_path / "1_x", "a_150_60_80_80.png", (200, 120))
     (sample,) = samples_of(scanned(tmp_path, "--face_crop_aug_range", "1.0,2.0", "--resolution", 64, buckets=[]))
     assert sample.face == Face(150, 60, 80, 80) and replace(sample, file="IMG_2020_01_00_00.png").face is None
     shown = {load_pixels(sample, random.Random(seed)).rgb.tobytes() for seed in range(8)}
@@ -122,7 +122,7 @@ def test_face_crops_are_used_without_buckets_and_cache(tmp_path):
 
 
 @pytest.mark.parametrize("profile", [b"no profile", b"\0" * 200])
-def test_fault_32_a_broken_colour_profile_does_no_harm(profile, tmp_path):
+def test_fault_32_a_broken_color_profile_does_no_harm(profile, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     (tmp_path / "1_x").mkdir()
     Image.fromarray(noise).save(tmp_path / "1_x" / "a.png", icc_profile=profile)
@@ -130,12 +130,12 @@ def test_fault_32_a_broken_colour_profile_does_no_harm(profile, tmp_path):
     assert np.array_equal(load_pixels(sample).rgb, noise)
 
 
-def test_fault_30_the_first_frame_of_an_animated_picture_is_used_and_told(tmp_path, caplog):
+def test_fault_30_the_first_frame_of_an_animated_image_is_used_and_told(tmp_path, caplog):
     import logging
 
     logging.getLogger("library").propagate = True
     (tmp_path / "1_x").mkdir()
-    frames = [Image.new("RGB", (128, 128), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (128, 128), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "1_x" / "a.png", save_all=True, append_images=frames[1:])
     (sample,) = samples_of(scanned(tmp_path))
     assert load_pixels(sample).rgb[0, 0].tolist() == [255, 0, 0]
@@ -143,6 +143,6 @@ def test_fault_30_the_first_frame_of_an_animated_picture_is_used_and_told(tmp_pa
 
 
 def test_the_range_of_values_that_the_vae_gets(tmp_path):
-    picture(tmp_path / "1_x", "a.png", (128, 128))
-    values = normalised(load_pixels(sample_of(tmp_path)).rgb)
+    image(tmp_path / "1_x", "a.png", (128, 128))
+    values = normalized(load_pixels(sample_of(tmp_path)).rgb)
     assert values.dtype == np.float32 and -1 <= values.min() < -0.9 and 0.9 < values.max() <= 1

@@ -10,7 +10,7 @@ from forked import processes as on_processes
 from PIL import Image
 from running import QUICK, arguments, assert_bit_equal, losses_of, tensors_of, train_network, without
 
-from library.generation import image_grid as picture
+from library.generation import image_grid as image
 from library.generation.image_grid import contact_sheet, thumbnail
 
 PROMPTS = "a red square --s 2\na (blue:1.4) circle --w 96 --h 64 --d 5 --s 2 --ss euler_a --n dark\n"
@@ -27,11 +27,9 @@ def names_in(output):
     return sorted(re.sub(r"_\d{14}", "", path.name) for path in (output / "sample").iterdir())
 
 
-def test_samples_by_steps_have_the_contracts_names_and_the_training_resolution(
-    golden_model, pictures, prompts, tmp_path
-):
+def test_samples_by_steps_have_the_contracts_names_and_the_training_resolution(golden_model, images, prompts, tmp_path):
     out = tmp_path / "out"
-    train_network(golden_model, pictures, out, "--max_train_steps", 4, "--sample_prompts", prompts, "--sample_every_n_steps", 2, "--sample_at_first")  # fmt: skip
+    train_network(golden_model, images, out, "--max_train_steps", 4, "--sample_prompts", prompts, "--sample_every_n_steps", 2, "--sample_at_first")  # fmt: skip
     assert names_in(out) == sorted(
         [
             *(
@@ -52,21 +50,21 @@ def test_samples_by_steps_have_the_contracts_names_and_the_training_resolution(
 
 
 @pytest.mark.parametrize("cached", [pytest.param(True, marks=pytest.mark.long), False])
-def test_epochs_win_over_steps_and_training_doesnt_notice(cached, golden_model, pictures, prompts, tmp_path):
+def test_epochs_win_over_steps_and_training_doesnt_notice(cached, golden_model, images, prompts, tmp_path):
     words = QUICK if cached else without(QUICK, "--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")  # fmt: skip
     words = [*words, "--network_args", "rank_dropout=0.2", "--max_train_steps", "8"]
-    plain = train_network(golden_model, pictures, tmp_path / "plain", quick=words)
-    drawn = train_network(golden_model, pictures, tmp_path / "drawn", "--sample_prompts", prompts, "--sample_every_n_epochs", 1, "--sample_every_n_steps", 2, quick=words)  # fmt: skip
+    plain = train_network(golden_model, images, tmp_path / "plain", quick=words)
+    drawn = train_network(golden_model, images, tmp_path / "drawn", "--sample_prompts", prompts, "--sample_every_n_epochs", 1, "--sample_every_n_steps", 2, quick=words)  # fmt: skip
     assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "drawn")
     assert_bit_equal(tensors_of(plain), tensors_of(drawn))
     assert names_in(tmp_path / "drawn") == ["lora_contact_sheet.png", "lora_e000001_00.png", "lora_e000001_01_5.png"]
 
 
 @pytest.mark.long
-def test_two_processes_draw_the_samples_of_one(golden_model, pictures, prompts, tmp_path):
+def test_two_processes_draw_the_samples_of_one(golden_model, images, prompts, tmp_path):
     def run(processes):
         out = tmp_path / str(processes)
-        words = arguments(golden_model, pictures, out, "--max_train_steps", 1, "--gradient_accumulation_steps", 2 // processes, "--sample_prompts", prompts, "--sample_at_first")  # fmt: skip
+        words = arguments(golden_model, images, out, "--max_train_steps", 1, "--gradient_accumulation_steps", 2 // processes, "--sample_prompts", prompts, "--sample_at_first")  # fmt: skip
         end_together(on_processes("sdxl_train_network.py", *words, count=processes))
         return {re.sub(r"_\d{14}", "", path.name): path.read_bytes() for path in (out / "sample").iterdir()}
 
@@ -74,27 +72,27 @@ def test_two_processes_draw_the_samples_of_one(golden_model, pictures, prompts, 
     assert one == run(2) and len(one) == 3
 
 
-def test_fault_69_a_sample_that_fails_is_told_and_the_run_goes_on(golden_model, pictures, prompts, tmp_path, monkeypatch, capsys):  # fmt: skip
+def test_fault_69_a_sample_that_fails_is_told_and_the_run_goes_on(golden_model, images, prompts, tmp_path, monkeypatch, capsys):  # fmt: skip
     def broken(*args, **kwargs):
         raise RuntimeError("no memory for this\nsecond line")
 
-    monkeypatch.setattr(picture, "denoise", broken)
-    final = train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", 2, "--sample_prompts", prompts, "--sample_every_n_steps", 1)  # fmt: skip
+    monkeypatch.setattr(image, "denoise", broken)
+    final = train_network(golden_model, images, tmp_path / "out", "--max_train_steps", 2, "--sample_prompts", prompts, "--sample_every_n_steps", 1)  # fmt: skip
     assert final.exists() and len(losses_of(tmp_path / "out")) == 2
     assert "sample 1 of 000002 is left out: RuntimeError: no memory for this\n" in capsys.readouterr().err
 
 
-def test_fault_69_bad_prompts_are_left_out(golden_model, pictures, tmp_path):
+def test_fault_69_bad_prompts_are_left_out(golden_model, images, tmp_path):
     path = tmp_path / "p.json"
     path.write_text(json.dumps([5, {"prompt": "a", "sample_steps": 1, "width": "wide"}]), encoding="utf-8")
-    final = train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", 1, "--sample_prompts", path, "--sample_every_n_steps", 1)  # fmt: skip
+    final = train_network(golden_model, images, tmp_path / "out", "--max_train_steps", 1, "--sample_prompts", path, "--sample_every_n_steps", 1)  # fmt: skip
     assert final.exists() and names_in(tmp_path / "out") == ["lora_000001_00.png", "lora_contact_sheet.png"]
 
 
-def test_samples_go_to_the_tracker_too(golden_model, pictures, prompts, tmp_path):
+def test_samples_go_to_the_tracker_too(golden_model, images, prompts, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", 1, "--sample_prompts", prompts, "--sample_every_n_steps", 1, "--logging_dir", tmp_path / "log")  # fmt: skip
+    train_network(golden_model, images, tmp_path / "out", "--max_train_steps", 1, "--sample_prompts", prompts, "--sample_every_n_steps", 1, "--logging_dir", tmp_path / "log")  # fmt: skip
     (folder,) = (tmp_path / "log").glob("*/network_train")
     events = EventAccumulator(str(folder)).Reload()
     assert events.Tags()["images"] == ["sample/0", "sample/1"]

@@ -109,13 +109,13 @@ def test_the_encoders_embeddings_stay_as_they_are(golden_model):
     pytest.param(["--fp8_base_unet", "--gradient_checkpointing"], True, marks=pytest.mark.long),
     pytest.param(["--base_quant", "int8"], True, marks=pytest.mark.long),
 ])  # fmt: skip
-def test_a_network_learns_on_a_quantised_base_nearly_what_it_learns_on_the_whole_one(
-    words, unet_only, golden_model, pictures, tmp_path
+def test_a_network_learns_on_a_quantized_base_nearly_what_it_learns_on_the_whole_one(
+    words, unet_only, golden_model, images, tmp_path
 ):
     quick = QUICK if unet_only else without(QUICK, "--network_train_unet_only", "--cache_text_encoder_outputs")
     common = [*(words[2:] if "--network_args" in words else []), "--max_train_steps", "2"]
-    plain = train_network(golden_model, pictures, tmp_path / "plain", *common, quick=quick)
-    found = train_network(golden_model, pictures, tmp_path / "found", *words, "--max_train_steps", "2", quick=quick)
+    plain = train_network(golden_model, images, tmp_path / "plain", *common, quick=quick)
+    found = train_network(golden_model, images, tmp_path / "found", *words, "--max_train_steps", "2", quick=quick)
     assert losses_of(tmp_path / "found")[0] == pytest.approx(losses_of(tmp_path / "plain")[0], rel=0.05)
     assert losses_of(tmp_path / "found")[0] != losses_of(tmp_path / "plain")[0]
     assert tensors_of(found).keys() == tensors_of(plain).keys()
@@ -124,9 +124,9 @@ def test_a_network_learns_on_a_quantised_base_nearly_what_it_learns_on_the_whole
     assert metadata["ss_fp8_base_unet"] == str("--fp8_base_unet" in words)
 
 
-def test_base_weights_are_merged_into_the_unquantised_file(golden_model, pictures, tmp_path):
+def test_base_weights_are_merged_into_the_unquantized_file(golden_model, images, tmp_path):
     """Merging into packed weights would lose a small change: here it must move the packed result as it moves the whole one."""
-    lora = train_network(golden_model, pictures, tmp_path / "lora", "--max_train_steps", "2")
+    lora = train_network(golden_model, images, tmp_path / "lora", "--max_train_steps", "2")
     from networks.base_weights import BaseWeights
 
     plain, merged = quantized(golden_model, "int8"), quantized(golden_model, "int8")
@@ -143,13 +143,13 @@ def test_base_weights_are_merged_into_the_unquantised_file(golden_model, picture
     )
 
 
-def test_quantised_bases_are_refused_where_the_base_is_trained_or_read_by_others(golden_model, pictures, tmp_path):
+def test_quantized_bases_are_refused_where_the_base_is_trained_or_read_by_others(golden_model, images, tmp_path):
     import sdxl_train
 
-    files = ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", pictures, "--output_dir", tmp_path]
+    files = ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", images, "--output_dir", tmp_path]
     with pytest.raises(OptionError, match="here the model itself is trained"):
         sdxl_train.main([str(word) for word in [*files, "--fp8_base"]])
     with pytest.raises(OptionError, match="reads the base model's weights itself"):
-        train_network(golden_model, pictures, tmp_path, "--network_module", "lycoris.kohya", "--base_quant", "nf4")
+        train_network(golden_model, images, tmp_path, "--network_module", "lycoris.kohya", "--base_quant", "nf4")
     with pytest.raises(OptionError, match="give one"):
-        train_network(golden_model, pictures, tmp_path, "--fp8_base", "--base_quant", "nf4")
+        train_network(golden_model, images, tmp_path, "--fp8_base", "--base_quant", "nf4")

@@ -58,9 +58,9 @@ def read_off(chart, name):
     return tuple(np.polyval(np.polyfit(*zip(*ticks, strict=True), 1), at) for ticks, at in ((across, x), (up, y)))
 
 
-def jpeg(colour):
+def jpeg(color):
     buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), colour).save(buffer, "jpeg")
+    Image.new("RGB", (32, 32), color).save(buffer, "jpeg")
     return buffer.getvalue()
 
 
@@ -158,8 +158,8 @@ def test_text_from_outside_is_shown_and_never_read_as_html(tmp_path):
     found = Structure(page)
     text = "".join(found.text)
     assert text.count(evil) == 10  # title, heading, line and legend, fact, option, prompt, label
-    picture = {"src": f"data:image/jpeg;base64,{b64encode(jpeg('red')).decode()}", "alt": f"sample, {evil}"}
-    assert found.tags.count(("img", picture)) == 1
+    image = {"src": f"data:image/jpeg;base64,{b64encode(jpeg('red')).decode()}", "alt": f"sample, {evil}"}
+    assert found.tags.count(("img", image)) == 1
     assert {tag for tag, _ in found.tags} <= {
         "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "b", "i", "span", "small", "div", "figure",
         "svg", "path", "polyline", "table", "tr", "th", "td", "img",

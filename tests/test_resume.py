@@ -90,30 +90,30 @@ CASES = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
-def test_fault_65_whatever_is_trained_and_wherever_it_stopped(case, golden_model, pictures, tmp_path):
+def test_fault_65_whatever_is_trained_and_wherever_it_stopped(case, golden_model, images, tmp_path):
     """Resumed after the first step, then that run before an epoch's end, then that one at it, then before the last step."""
     quick, extra = CASES[case]
     words, often = [*EPOCHS_OF_4, "--max_train_steps", "6", *extra], ["--save_every_n_steps", "1", "--save_state"]
     plain, latest = tmp_path / "plain", tmp_path / "first"
-    train_network(golden_model, pictures, plain, *words, "--save_state_on_train_end", quick=quick)
-    train_network(golden_model, pictures, latest, *words, *often, quick=quick)
+    train_network(golden_model, images, plain, *words, "--save_state_on_train_end", quick=quick)
+    train_network(golden_model, images, latest, *words, *often, quick=quick)
     assert_same_end(plain, latest, 0)  # saving changes nothing
     last = read_facts(latest / "lora-state")["step"]
     for step in sorted({1, 3, 4, last - 1} & set(range(1, last))):
         output = tmp_path / f"from_{step}"
-        train_network(golden_model, pictures, output, *words, *often, "--resume", state_at(latest, step), quick=quick)
+        train_network(golden_model, images, output, *words, *often, "--resume", state_at(latest, step), quick=quick)
         assert_same_end(plain, output, step)
         latest = output
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is POSIX")
-def test_fault_65_a_run_that_was_killed_goes_on_in_a_new_process(golden_model, pictures, tmp_path):
+def test_fault_65_a_run_that_was_killed_goes_on_in_a_new_process(golden_model, images, tmp_path):
     """kill -9 somewhere in an accumulation window; dropouts, noise, warm-up and a moving average."""
     output = tmp_path / "output"
     words = [*EPOCHS_OF_4, *NOISY, "--max_train_steps", "6", *CACHED_ON_DISK]
-    train_network(golden_model, pictures, tmp_path / "plain", *words, "--save_state")
+    train_network(golden_model, images, tmp_path / "plain", *words, "--save_state")
     again = arguments(
-        golden_model, pictures, output, *words, "--save_every_n_steps", "2", "--save_state", "--auto_resume"
+        golden_model, images, output, *words, "--save_every_n_steps", "2", "--save_state", "--auto_resume"
     )
     run = Script("sdxl_train_network.py", *again)
     wait_until(lambda: (output / "lora-log.jsonl").exists() and len(rows_of(output)) >= 3, run)
@@ -129,7 +129,7 @@ def test_fault_65_a_run_that_was_killed_goes_on_in_a_new_process(golden_model, p
 
 
 @pytest.mark.long
-def test_fault_65_a_run_that_broke_in_an_accumulation_window_does_the_whole_window_again(golden_model, pictures, tmp_path, monkeypatch):  # fmt: skip
+def test_fault_65_a_run_that_broke_in_an_accumulation_window_does_the_whole_window_again(golden_model, images, tmp_path, monkeypatch):  # fmt: skip
     """The seed isn't given, so it is drawn once for both parts."""
     quick, output = without(QUICK, "--seed", "7"), tmp_path / "output"
     words = [
@@ -151,20 +151,20 @@ def test_fault_65_a_run_that_broke_in_an_accumulation_window_does_the_whole_wind
 
     monkeypatch.setattr(OptimizerStep, "backward", backward)
     with pytest.raises(RuntimeError, match="power failure"):
-        train_network(golden_model, pictures, output, *words, "--auto_resume", quick=quick)
+        train_network(golden_model, images, output, *words, "--auto_resume", quick=quick)
     steps = [place.step for place in calls]
     assert (
         steps == sorted(steps) and steps[-1] == 2 and steps.count(2) > 1
     )  # which window is the short one, the seed decides
     monkeypatch.undo()
-    train_network(golden_model, pictures, output, *words, "--auto_resume", quick=quick)
+    train_network(golden_model, images, output, *words, "--auto_resume", quick=quick)
     seed = read_facts(output / "lora-state")["run"]["seed"]
     assert load_tensors(output / "lora.safetensors")[1]["ss_seed"] == seed != "7"
-    train_network(golden_model, pictures, tmp_path / "plain", *words, "--seed", seed, quick=quick)
+    train_network(golden_model, images, tmp_path / "plain", *words, "--seed", seed, quick=quick)
     assert_same_end(tmp_path / "plain", output, 0)
 
 
-def test_fault_65_a_state_of_an_epochs_last_step_still_has_the_epochs_end_before_it(golden_model, pictures, tmp_path):
+def test_fault_65_a_state_of_an_epochs_last_step_still_has_the_epochs_end_before_it(golden_model, images, tmp_path):
     """Its step save comes before the epoch's validation, save and count, and behind that of the step."""
     words = [
         "--gradient_accumulation_steps",
@@ -177,17 +177,17 @@ def test_fault_65_a_state_of_an_epochs_last_step_still_has_the_epochs_end_before
     ]
     words += ["--validate_every_n_steps", "1", "--early_stop_patience", "9"]
     words += ["--save_every_n_steps", "2", "--save_every_n_epochs", "1"]  # six pictures an epoch: two steps
-    train_network(golden_model, pictures, tmp_path / "plain", *words)
-    train_network(golden_model, pictures, tmp_path / "output", *words, "--resume", state_at(tmp_path / "plain", 2))
+    train_network(golden_model, images, tmp_path / "plain", *words)
+    train_network(golden_model, images, tmp_path / "output", *words, "--resume", state_at(tmp_path / "plain", 2))
     assert_same_end(tmp_path / "plain", tmp_path / "output", 2)
     assert (tmp_path / "output" / "lora-000001.safetensors").exists()
 
 
 @pytest.mark.long
-def test_fault_65_two_processes_go_on_to_the_bit(golden_model, pictures, tmp_path):
+def test_fault_65_two_processes_go_on_to_the_bit(golden_model, images, tmp_path):
     def on_two(output: str, *extra: object) -> None:
         words = arguments(
-            golden_model, pictures, tmp_path / output, *NOISY, "--max_train_steps", "5", "--save_state", *extra
+            golden_model, images, tmp_path / output, *NOISY, "--max_train_steps", "5", "--save_state", *extra
         )
         end_together(processes("sdxl_train_network.py", *words, count=2))
 
@@ -196,7 +196,7 @@ def test_fault_65_two_processes_go_on_to_the_bit(golden_model, pictures, tmp_pat
     assert_same_end(tmp_path / "plain", tmp_path / "output", 3)
     on_two("plain", "--resume", state_at(tmp_path / "plain", 3), "--verify_resume", "5")
     with pytest.raises(OptionError, match="processes: 2 -> 1"):
-        train_network(golden_model, pictures, tmp_path / "one", *NOISY, "--max_train_steps", "5", "--resume", state_at(tmp_path / "plain", 3))  # fmt: skip
+        train_network(golden_model, images, tmp_path / "one", *NOISY, "--max_train_steps", "5", "--resume", state_at(tmp_path / "plain", 3))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- --verify_resume
@@ -208,7 +208,7 @@ THREE = ["--max_train_steps", "3", "--save_every_n_steps", "1", "--save_state", 
 class Begun(NamedTuple):
     """A run of three steps, with a state of each."""
 
-    pictures: Path
+    images: Path
     output: Path
 
     def at(self, step: int) -> Path:
@@ -218,10 +218,10 @@ class Begun(NamedTuple):
 @pytest.fixture(scope="module")
 def begun(golden_model, tmp_path_factory) -> Begun:
     """Shared, so nothing may be changed in it."""
-    from tools.make_tiny_dataset import make_pictures
+    from tools.make_tiny_dataset import make_images
 
     folder = tmp_path_factory.mktemp("begun")
-    make_pictures(folder / "pictures" / "2_shapes", 4)
+    make_images(folder / "pictures" / "2_shapes", 4)
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "user_cache"))
@@ -237,7 +237,7 @@ def times_of(folder: Path) -> dict[Path, int]:
 def test_verify_resume_does_steps_again_and_compares_them_with_the_log(begun, golden_model, tmp_path, capsys):
     before = times_of(begun.output)
     again = [*THREE, "--resume", begun.at(1), "--verify_resume"]
-    train_network(golden_model, begun.pictures, begun.output, *again, "100")
+    train_network(golden_model, begun.images, begun.output, *again, "100")
     assert "verified: 2 steps up to step 3" in capsys.readouterr().err
     assert times_of(begun.output) == before  # nothing was written
     rows = [row for row in (begun.output / "lora-log.jsonl").read_text(encoding="utf-8").splitlines() if "loss" in row]
@@ -247,24 +247,22 @@ def test_verify_resume_does_steps_again_and_compares_them_with_the_log(begun, go
         "\n".join([rows[0], json.dumps(changed), rows[2], "{torn"]), encoding="utf-8"
     )
     with pytest.raises(RunError, match=r"step 2: loss/current is .* the log says .* doesn't repeat itself"):
-        train_network(golden_model, begun.pictures, tmp_path, *again, "1")
+        train_network(golden_model, begun.images, tmp_path, *again, "1")
     with pytest.raises(RunError, match="no steps behind the state's 3"):
-        train_network(
-            golden_model, begun.pictures, begun.output, *THREE, "--resume", begun.at(3), "--verify_resume", "1"
-        )
+        train_network(golden_model, begun.images, begun.output, *THREE, "--resume", begun.at(3), "--verify_resume", "1")
 
 
 # --------------------------------------------------------------------------------------------------------- what isn't the same
 
 
 def test_fault_66_what_decides_the_result_must_be_what_it_was(begun, golden_model, tmp_path, monkeypatch):
-    output, pictures = tmp_path / "output", tmp_path / "pictures"
-    shutil.copytree(begun.pictures, pictures)
+    output, images = tmp_path / "output", tmp_path / "pictures"
+    shutil.copytree(begun.images, images)
     words = [*THREE, "--resume", begun.at(2)]
 
     def refused(expected: str, *extra: object) -> None:
         with pytest.raises(OptionError, match="this isn't the run that the state is of") as told:
-            train_network(golden_model, pictures, output, *words, *extra)
+            train_network(golden_model, images, output, *words, *extra)
         assert expected in str(told.value) and "--resume_anyway" in str(told.value)
         assert not output.exists()
 
@@ -283,7 +281,7 @@ def test_fault_66_what_decides_the_result_must_be_what_it_was(begun, golden_mode
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("processes: 1 -> 2")
     monkeypatch.delenv("WORLD_SIZE")
-    folder = pictures / "2_shapes"
+    folder = images / "2_shapes"
     caption = (folder / "picture1.txt").read_text()
     (folder / "picture1.txt").write_text("something else")
     refused("files, sizes and captions: ")
@@ -291,13 +289,13 @@ def test_fault_66_what_decides_the_result_must_be_what_it_was(begun, golden_mode
     shutil.copy(folder / "picture0.png", folder / "picture9.png")
     shutil.copy(folder / "picture0.txt", folder / "picture9.txt")
     refused("pictures: 4, 8 with repeats -> 5, 10 with repeats")
-    train_network(golden_model, pictures, output, *words, "--resume_anyway")
+    train_network(golden_model, images, output, *words, "--resume_anyway")
     assert [row["step"] for row in rows_of(output)] == [3]
 
 
 def test_what_only_says_where_things_lie_and_what_is_told_may_change(begun, golden_model, tmp_path):
-    output, pictures, model = tmp_path / "output", tmp_path / "moved", tmp_path / "elsewhere" / golden_model.name
-    shutil.copytree(begun.pictures, pictures)
+    output, images, model = tmp_path / "output", tmp_path / "moved", tmp_path / "elsewhere" / golden_model.name
+    shutil.copytree(begun.images, images)
     model.parent.mkdir()
     shutil.copy(golden_model, model)
     changes = [
@@ -317,7 +315,7 @@ def test_what_only_says_where_things_lie_and_what_is_told_may_change(begun, gold
         "--console_log_level",
         "INFO",
     ]
-    train_network(model, pictures, output, *THREE, *changes, "--resume", begun.at(2))
+    train_network(model, images, output, *THREE, *changes, "--resume", begun.at(2))
     assert rows_of(output) == rows_of(begun.output, 2)
 
 
@@ -336,7 +334,7 @@ def test_fault_66_resumed_anyway_the_options_are_the_new_ones(begun, golden_mode
         "0.9",
     ]
     words += ["--save_state", "--resume", begun.output / "lora-state", "--resume_anyway"]
-    train_network(golden_model, begun.pictures, tmp_path, *words)
+    train_network(golden_model, begun.images, tmp_path, *words)
     told = capsys.readouterr().err
     assert "learning_rate: 0.001 -> 0.0001" in told and "max_train_steps: 3 -> 6" in told
     rows = rows_of(tmp_path)
@@ -352,20 +350,20 @@ def test_fault_66_resumed_anyway_the_options_are_the_new_ones(begun, golden_mode
 def test_fault_66_another_network_cant_be_resumed_at_all(begun, golden_model, tmp_path):
     words = [*THREE, "--network_dim", "3", "--resume", begun.at(2), "--resume_anyway"]
     with pytest.raises(OptionError, match="tensors of the state don't fit what is trained now"):
-        train_network(golden_model, begun.pictures, tmp_path, *words)
+        train_network(golden_model, begun.images, tmp_path, *words)
 
 
 def test_fault_67_a_finished_run_says_so_and_changes_nothing(begun, golden_model, capsys):
     before = times_of(begun.output)
     for extra in (["--auto_resume"], ["--resume", "latest"], ["--resume", begun.output / "lora-state"]):
         capsys.readouterr()
-        train_network(golden_model, begun.pictures, begun.output, *THREE, *extra)
+        train_network(golden_model, begun.images, begun.output, *THREE, *extra)
         assert "this run is finished, after 3 steps; there is nothing left to do" in capsys.readouterr().err
     assert times_of(begun.output) == before
 
 
 def test_fault_67_killed_between_the_last_step_and_the_final_save_it_still_saves(begun, golden_model, tmp_path):
-    train_network(golden_model, begun.pictures, tmp_path, *THREE, "--resume", begun.at(3))
+    train_network(golden_model, begun.images, tmp_path, *THREE, "--resume", begun.at(3))
     assert_bit_equal(tensors_of(begun.output / "lora.safetensors"), tensors_of(tmp_path / "lora.safetensors"))
     assert read_facts(tmp_path / "lora-state")["finished"] and not read_facts(begun.at(3))["finished"]
 
@@ -373,11 +371,11 @@ def test_fault_67_killed_between_the_last_step_and_the_final_save_it_still_saves
 def test_latest_wants_a_state_and_auto_resume_starts_without_one(begun, golden_model, tmp_path):
     output = tmp_path / "output"
     with pytest.raises(OptionError, match="--resume latest: there is no whole state of lora in"):
-        train_network(golden_model, begun.pictures, output, "--resume", "latest")
+        train_network(golden_model, begun.images, output, "--resume", "latest")
     with pytest.raises(OptionError, match="no such state folder"):
-        train_network(golden_model, begun.pictures, output, "--resume", tmp_path / "nowhere")
+        train_network(golden_model, begun.images, output, "--resume", tmp_path / "nowhere")
     assert not output.exists()
-    train_network(golden_model, begun.pictures, output, "--auto_resume", "--max_train_steps", "1")
+    train_network(golden_model, begun.images, output, "--auto_resume", "--max_train_steps", "1")
     assert len(rows_of(output)) == 1
 
 
@@ -397,9 +395,7 @@ def test_retention_goes_on_after_resuming(golden_model, begun, tmp_path):
     kept = {f"lora-step{step:08d}.safetensors" for step in (3, 4, 5)}
     kept |= {f"lora-step{step:08d}-state" for step in (4, 5)}  # 1, which the old rule kept, is too old by the new one
     shutil.copytree(begun.output, tmp_path / "output")
-    train_network(
-        golden_model, begun.pictures, tmp_path / "output", *words, "--resume", state_at(tmp_path / "output", 3)
-    )
+    train_network(golden_model, begun.images, tmp_path / "output", *words, "--resume", state_at(tmp_path / "output", 3))
     assert {path.name for path in (tmp_path / "output").glob("lora-step*")} == kept
 
 
@@ -421,7 +417,7 @@ def test_fault_18_a_state_can_neither_remove_nor_write_what_isnt_the_runs(begun,
     stems = [f"lora-step{step:08d}{ending}" for step in range(4) for ending in ("", "-state")]
     tamper(state, saved=dict.fromkeys([*stems, "lora", ""], elsewhere), session_id="../../victim/x")
     torch.save({}, state / "custom_checkpoint_0.pkl")
-    train_network(golden_model, begun.pictures, output, *THREE, "--save_last_n_steps", "1", "--resume", state)
+    train_network(golden_model, begun.images, output, *THREE, "--save_last_n_steps", "1", "--resume", state)
     assert (victim / "kept").exists() and (output / "kept.txt").exists() and (output / "lora.safetensors").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "victim"]
 
@@ -432,7 +428,7 @@ def test_fault_18_facts_and_tensors_that_dont_fit_are_told(begun, golden_model, 
     def told(error: type[Exception], pattern: str, **facts: object) -> None:
         tamper(state, **facts)
         with pytest.raises(error, match=pattern):
-            train_network(golden_model, begun.pictures, tmp_path / "output", *THREE, "--resume", state)
+            train_network(golden_model, begun.images, tmp_path / "output", *THREE, "--resume", state)
         shutil.rmtree(state)
         shutil.copytree(begun.at(2), state)
 
@@ -457,7 +453,7 @@ def test_fault_18_facts_and_tensors_that_dont_fit_are_told(begun, golden_model, 
 # ----------------------------------------------------------------------------------------------------------- without a state
 
 
-def test_a_run_that_starts_in_the_middle_has_that_steps_pictures_and_learning_rates(begun, golden_model, tmp_path):
+def test_a_run_that_starts_in_the_middle_has_that_steps_images_and_learning_rates(begun, golden_model, tmp_path):
     """With learning rates that change nothing, its losses are the whole run's."""
     words = [
         "--max_train_steps",
@@ -469,9 +465,9 @@ def test_a_run_that_starts_in_the_middle_has_that_steps_pictures_and_learning_ra
         "--learning_rate",
         "1e-30",
     ]
-    train_network(golden_model, begun.pictures, tmp_path / "plain", *words)
+    train_network(golden_model, begun.images, tmp_path / "plain", *words)
     for start, first in ((["--initial_step", "6"], 6), (["--initial_epoch", "2"], 8)):  # eight steps an epoch
-        train_network(golden_model, begun.pictures, tmp_path / start[0], *words, *start, "--skip_until_initial_step")
+        train_network(golden_model, begun.images, tmp_path / start[0], *words, *start, "--skip_until_initial_step")
         late, plain = rows_of(tmp_path / start[0]), rows_of(tmp_path / "plain", first)
         for name in ("step", "epoch", "loss/current", "lr/unet"):
             assert [row[name] for row in late] == [row[name] for row in plain], name
@@ -484,5 +480,5 @@ def test_a_run_that_starts_in_the_middle_has_that_steps_pictures_and_learning_ra
 def test_a_start_behind_the_runs_end_is_told_before_caching(given, told, begun, golden_model, tmp_path, capsys):
     words = ["--max_train_steps", "10", *given, "--skip_until_initial_step"]
     with pytest.raises(OptionError, match=told):
-        train_network(golden_model, begun.pictures, tmp_path, *words)
+        train_network(golden_model, begun.images, tmp_path, *words)
     assert "caching" not in capsys.readouterr().err

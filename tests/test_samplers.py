@@ -16,7 +16,7 @@ ASK_AGAIN = [name for name in SAMPLERS if name.split("_karras")[0] in ("pndm", "
 TOLD = [Conditioning(torch.zeros(2, 1, 1), torch.zeros(2, 1))]
 
 
-def model_that_knows(picture, *, v_prediction, zero_terminal_snr):
+def model_that_knows(image, *, v_prediction, zero_terminal_snr):
     """Predicts noise or velocity of the picture exactly, between timesteps too."""
     alpha_bar = NoiseSchedule.sdxl(zero_terminal_snr=zero_terminal_snr).alpha_bar.clamp(min=2.0**-24)
     log_sigmas = ((1 - alpha_bar) / alpha_bar).sqrt().log()
@@ -26,8 +26,8 @@ def model_that_knows(picture, *, v_prediction, zero_terminal_snr):
         share = timesteps[0] - below
         sigma = torch.lerp(log_sigmas[below], log_sigmas[(below + 1).clamp(max=999)], share.float()).exp()
         alpha = 1 / (sigma**2 + 1)
-        noise = (x - alpha.sqrt() * picture) / (1 - alpha).sqrt()
-        return alpha.sqrt() * noise - (1 - alpha).sqrt() * picture if v_prediction else noise
+        noise = (x - alpha.sqrt() * image) / (1 - alpha).sqrt()
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * image if v_prediction else noise
 
     return predict
 
@@ -42,16 +42,16 @@ def model_that_knows(picture, *, v_prediction, zero_terminal_snr):
     ],
 )
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_draws_the_only_picture_that_the_model_knows(name, v_prediction, zero_terminal_snr):
+def test_every_sampler_draws_the_only_image_that_the_model_knows(name, v_prediction, zero_terminal_snr):
     torch.manual_seed(0)
-    picture = torch.randn(2, 4, 8, 8)
+    image = torch.randn(2, 4, 8, 8)
     sampler = make_sampler(name, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
     sampler.set_timesteps(20)
-    model = model_that_knows(picture, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
+    model = model_that_knows(image, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     start = torch.randn(2, 4, 8, 8) * sampler.init_noise_sigma
     drawn = denoise(model, sampler, start, TOLD, Guidance(1.0), timesteps=sampler.timesteps, generators=generators)
-    torch.testing.assert_close(drawn, picture, rtol=0, atol=0.2 if name in LEAVE_NOISE else 2e-5)
+    torch.testing.assert_close(drawn, image, rtol=0, atol=0.2 if name in LEAVE_NOISE else 2e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -64,23 +64,23 @@ def test_pndm_draws_in_fewer_steps_than_runge_kutta_takes(steps):
     assert x.isfinite().all()
 
 
-def from_the_picture(name, strength, mask=None):
+def from_the_image(name, strength, mask=None):
     """The picture from itself in 10 steps, by the model that knows it: what is drawn, and the noise that each call finds in what it is shown."""
     torch.manual_seed(0)
-    picture, noise, found = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), []
+    image, noise, found = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), []
     sampler = make_sampler(name, v_prediction=False, zero_terminal_snr=False, from_source=True)
     sampler.set_timesteps(10)
-    latents, timesteps = _noised(sampler, picture, noise, 10, strength)
-    knows = model_that_knows(picture, v_prediction=False, zero_terminal_snr=False)
+    latents, timesteps = _noised(sampler, image, noise, 10, strength)
+    knows = model_that_knows(image, v_prediction=False, zero_terminal_snr=False)
 
     def model(*inputs):
         found.append(knows(*inputs))
         return found[-1]
 
-    kept = None if mask is None else InpaintBlend(picture, noise, mask)
+    kept = None if mask is None else InpaintBlend(image, noise, mask)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     drawn = denoise(model, sampler, latents, TOLD, Guidance(1.0), timesteps=timesteps, generators=generators, kept=kept)
-    return drawn, picture, noise, found
+    return drawn, image, noise, found
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -88,11 +88,11 @@ def from_the_picture(name, strength, mask=None):
 @pytest.mark.parametrize(
     "name", [name if name in ASK_AGAIN else pytest.param(name, marks=pytest.mark.long) for name in SAMPLERS]
 )
-def test_every_sampler_draws_a_picture_from_itself_at_every_strength(name, strength):
+def test_every_sampler_draws_a_image_from_itself_at_every_strength(name, strength):
     """The first call finds the noise that its timestep has; as in the reference, more with samplers of one timestep a step: that of the step before."""
-    drawn, picture, noise, found = from_the_picture(name, strength)
+    drawn, image, noise, found = from_the_image(name, strength)
     if "lms" not in name:  # Diffusers' takes coefficients of steps that weren't made
-        torch.testing.assert_close(drawn, picture, rtol=0, atol=0.2 if name in LEAVE_NOISE else 5e-5)
+        torch.testing.assert_close(drawn, image, rtol=0, atol=0.2 if name in LEAVE_NOISE else 5e-5)
     steps = int(10 * strength)
     if name in ASK_AGAIN:
         assert len(found) == (steps + 1 if name == "pndm" else 2 * steps - 1)
@@ -107,8 +107,8 @@ def test_every_sampler_draws_a_picture_from_itself_at_every_strength(name, stren
 @pytest.mark.parametrize("name", ASK_AGAIN)
 def test_what_stays_has_the_noise_of_each_timestep_in_the_midst_of_steps_too(name):
     """All of the picture stays, so whatever is drawn, each call finds the noise of its timestep in it."""
-    drawn, picture, noise, found = from_the_picture(name, 0.8, torch.zeros(2, 1, 8, 8))
-    assert torch.equal(drawn, picture)
+    drawn, image, noise, found = from_the_image(name, 0.8, torch.zeros(2, 1, 8, 8))
+    assert torch.equal(drawn, image)
     if "dpm_2_a" not in name:  # it draws fresh noise between its two calls
         assert max(float((one - noise).abs().max()) for one in found) < 0.1
 
@@ -120,11 +120,11 @@ def test_lcm_draws_in_more_than_the_50_steps_that_its_models_learned():
     assert sampler.timesteps.tolist() == [999, 759, 499, 259]
     set_steps(sampler, 80)
     assert sampler.timesteps[:5].tolist() == [999, 987, 974, 962, 949] and sampler.timesteps[-1] == 12
-    picture = torch.randn(2, 4, 8, 8)
-    model = model_that_knows(picture, v_prediction=False, zero_terminal_snr=False)
+    image = torch.randn(2, 4, 8, 8)
+    model = model_that_knows(image, v_prediction=False, zero_terminal_snr=False)
     generator = torch.Generator().manual_seed(0)
     drawn = denoise(model, sampler, torch.randn(2, 4, 8, 8), TOLD, Guidance(1.0), timesteps=sampler.timesteps, generators=generator)  # fmt: skip
-    torch.testing.assert_close(drawn, picture, rtol=0, atol=1e-3)
+    torch.testing.assert_close(drawn, image, rtol=0, atol=1e-3)
 
 
 def test_a_step_is_one_step_however_often_it_asks_the_model():

@@ -46,11 +46,11 @@ SECRETS = {"wandb_api_key": "0123456789abcdef0123456789abcdef01234567", "hugging
 
 
 @pytest.mark.parametrize("extra", [[], ["--learning_rate", "nonsense"]])
-def test_fault_73_secrets_are_in_no_file_and_no_line(extra, golden_model, pictures, tmp_path):
+def test_fault_73_secrets_are_in_no_file_and_no_line(extra, golden_model, images, tmp_path):
     """Neither of a run, nor of a refused one, nor of a written configuration."""
     out, config = tmp_path / "out", tmp_path / "run.toml"
     secret = [word for name, value in SECRETS.items() for word in (f"--{name}", value)]
-    words = [*arguments(golden_model, pictures, out, "--max_train_steps", 1, "--logging_dir", tmp_path / "log", "--log_config"), *secret, *extra]  # fmt: skip
+    words = [*arguments(golden_model, images, out, "--max_train_steps", 1, "--logging_dir", tmp_path / "log", "--log_config"), *secret, *extra]  # fmt: skip
     done = run_here(sdxl_train_network.main, *words)
     assert done.returncode == (2 if extra else 0), done.stderr[-2000:]
     written = run_here(sdxl_train_network.main, *words, "--output_config", "--config_file", config)
@@ -63,18 +63,18 @@ def test_fault_73_secrets_are_in_no_file_and_no_line(extra, golden_model, pictur
         assert [path for path in files if value.encode() in path.read_bytes()] == []
 
 
-def test_a_secret_that_is_wrong_isnt_repeated(golden_model, pictures, tmp_path):
+def test_a_secret_that_is_wrong_isnt_repeated(golden_model, images, tmp_path):
     config = tmp_path / "run.toml"
     config.write_text('huggingface_token = ["hf_abcdefghijklmnopqrstuvwxyz0123456789"]\n', encoding="utf-8")
-    done = run_here(sdxl_train_network.main, *arguments(golden_model, pictures, tmp_path / "out"), "--config_file", config)  # fmt: skip
+    done = run_here(sdxl_train_network.main, *arguments(golden_model, images, tmp_path / "out"), "--config_file", config)  # fmt: skip
     assert done.returncode == 2 and "huggingface_token" in done.stderr and "hf_abc" not in done.stderr
 
 
-def test_the_run_writes_metadata_that_safetensors_itself_reads(golden_model, pictures, tmp_path):
+def test_the_run_writes_metadata_that_safetensors_itself_reads(golden_model, images, tmp_path):
     from safetensors import safe_open
 
     path = train_network(
-        golden_model, pictures, tmp_path / "out", "--max_train_steps", 1, "--training_comment", "ü \ud83d"
+        golden_model, images, tmp_path / "out", "--max_train_steps", 1, "--training_comment", "ü \ud83d"
     )
     with safe_open(path, "pt") as file:
         assert file.metadata()["ss_training_comment"] == "ü \\ud83d"

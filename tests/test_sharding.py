@@ -23,7 +23,7 @@ from library.training.options.distributed import (
     sharding_notices,
 )
 from library.training.options.tasks import FineTuneOptions, check_fine_tune
-from tools.make_tiny_dataset import make_pictures
+from tools.make_tiny_dataset import make_images
 
 CPU = {"ACCELERATE_USE_CPU": "true"}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -74,8 +74,8 @@ def torchrun(folder, name, words, *, env=FSDP):
     return done.stdout
 
 
-def fine_tune_words(model, pictures, output, *extra, quick=QUICK):
-    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--output_dir", output]
+def fine_tune_words(model, images, output, *extra, quick=QUICK):
+    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", images, "--output_dir", output]
     return [str(word) for word in [*quick, *files, *extra]]
 
 
@@ -89,7 +89,7 @@ def assert_close(one, two):
 def alone(golden_model, tmp_path_factory):
     """The run of one process, with twice the accumulation; the pictures, and the words of the others."""
     folder = tmp_path_factory.mktemp("alone")
-    make_pictures(folder / "pictures" / "2_shapes", 4)
+    make_images(folder / "pictures" / "2_shapes", 4)
     prompts = folder / "prompts.txt"
     prompts.write_text("a circle --w 64 --h 64 --s 2\n", encoding="utf-8")
     words = [*FEW, "--sample_prompts", prompts, "--sample_every_n_steps", "2", "--optimizer_type", "AdamW"]
@@ -110,8 +110,8 @@ def test_two_processes_with_a_sharded_unet_fine_tune_save_sample_and_resume_as_o
     env, asked, is_whole, alone, golden_model, tmp_path
 ):
     """Losses within 1e-5, whole files within 1e-4 of one process with twice the accumulation; resumed to the bit."""
-    (one, pictures, words), two = alone, tmp_path / "two"
-    words = fine_tune_words(golden_model, pictures, two, *words, *asked)
+    (one, images, words), two = alone, tmp_path / "two"
+    words = fine_tune_words(golden_model, images, two, *words, *asked)
     told = torchrun(tmp_path, "sdxl_train", words, env=env)
     assert told.count("whole") == (2 if is_whole else 0) and told.count("cut") == (0 if is_whole else 2), told
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-5)
@@ -122,7 +122,7 @@ def test_two_processes_with_a_sharded_unet_fine_tune_save_sample_and_resume_as_o
         tensors_of(one / state / "optimizer.safetensors"),
         tensors_of(two / state / "optimizer.safetensors"),
     )
-    words = fine_tune_words(golden_model, pictures, tmp_path / "again", *alone[2], *asked, "--resume", two / state)
+    words = fine_tune_words(golden_model, images, tmp_path / "again", *alone[2], *asked, "--resume", two / state)
     torchrun(tmp_path, "sdxl_train", words, env=env)
     assert_bit_equal(tensors_of(two / "lora.safetensors"), tensors_of(tmp_path / "again" / "lora.safetensors"))
 
@@ -149,14 +149,14 @@ def test_two_processes_with_a_sharded_unet_fine_tune_save_sample_and_resume_as_o
     ],
 )
 def test_windows_of_sharded_gradients_and_steps_within_backward_are_those_of_one_process(
-    steps, zero, counts, golden_model, pictures, tmp_path
+    steps, zero, counts, golden_model, images, tmp_path
 ):
     """Gradients are averaged once a window or with each micro-batch; and step behind backward, or are gone behind the last one."""
     words = ["--max_train_steps", "2", "--train_batch_size", "1", "--max_grad_norm", "0.1", *steps]
     quick = TEXT_TOO if "--train_text_encoder" in steps else QUICK
-    train(golden_model, pictures, tmp_path / "one", *words, "--gradient_accumulation_steps", "4", quick=quick)
+    train(golden_model, images, tmp_path / "one", *words, "--gradient_accumulation_steps", "4", quick=quick)
     words += ["--gradient_accumulation_steps", "2", "--deepspeed", *zero]
-    words = fine_tune_words(golden_model, pictures, tmp_path / "two", *words, quick=quick)
+    words = fine_tune_words(golden_model, images, tmp_path / "two", *words, quick=quick)
     told = torchrun(tmp_path, "sdxl_train", words, env={}).splitlines()
     assert [told.count(line) for line in counts] == [4, 4], told
     for name in ("loss/current", "grad_norm"):
@@ -166,23 +166,23 @@ def test_windows_of_sharded_gradients_and_steps_within_backward_are_those_of_one
 
 
 @pytest.mark.long
-def test_a_network_beside_a_sharded_frozen_unet_learns_as_on_one_process(golden_model, pictures, tmp_path):
+def test_a_network_beside_a_sharded_frozen_unet_learns_as_on_one_process(golden_model, images, tmp_path):
     """ZeRO-3 with the U-Net's weights and the optimizer's state in RAM."""
     few = ["--max_train_steps", "4", "--train_batch_size", "1"]
     zero = ["--deepspeed", "--zero_stage", "3", "--offload_param_device", "cpu", "--offload_optimizer_device", "cpu"]
-    train_network(golden_model, pictures, tmp_path / "one", *few, "--gradient_accumulation_steps", "2")
-    words = arguments(golden_model, pictures, tmp_path / "two", *few, *zero, quick=LORA)
+    train_network(golden_model, images, tmp_path / "one", *few, "--gradient_accumulation_steps", "2")
+    words = arguments(golden_model, images, tmp_path / "two", *few, *zero, quick=LORA)
     assert torchrun(tmp_path, "sdxl_train_network", words, env={}).count("cut") == 2
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
     assert_close(tensors_of(tmp_path / "one" / "lora.safetensors"), tensors_of(tmp_path / "two" / "lora.safetensors"))
 
 
 @pytest.mark.long
-def test_a_control_net_beside_a_sharded_unet_learns_as_on_one_process(golden_model, pictures, tmp_path):
+def test_a_control_net_beside_a_sharded_unet_learns_as_on_one_process(golden_model, images, tmp_path):
     """The pictures are their own conditions. What moves all keys alike has a gradient that is noise, and is left out."""
-    few = ["--train_batch_size", "1", "--conditioning_data_dir", pictures / "2_shapes"]
-    lllite.train(golden_model, pictures, None, tmp_path / "one", *few, "--gradient_accumulation_steps", "2")
-    words = fine_tune_words(golden_model, pictures, tmp_path / "two", *few, "--output_name", "lora", quick=lllite.QUICK)
+    few = ["--train_batch_size", "1", "--conditioning_data_dir", images / "2_shapes"]
+    lllite.train(golden_model, images, None, tmp_path / "one", *few, "--gradient_accumulation_steps", "2")
+    words = fine_tune_words(golden_model, images, tmp_path / "two", *few, "--output_name", "lora", quick=lllite.QUICK)
     assert torchrun(tmp_path, "sdxl_train_control_net_lllite", words).count("cut") == 2
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
     one, two = (tensors_of(tmp_path / folder / "lora.safetensors") for folder in ("one", "two"))
@@ -191,10 +191,10 @@ def test_a_control_net_beside_a_sharded_unet_learns_as_on_one_process(golden_mod
 
 
 @pytest.mark.long
-def test_a_new_word_in_front_of_a_sharded_unet_learns_as_on_one_process(golden_model, pictures, tmp_path):
+def test_a_new_word_in_front_of_a_sharded_unet_learns_as_on_one_process(golden_model, images, tmp_path):
     few = ["--max_train_steps", "3", "--train_batch_size", "1", "--optimizer_type", "SGD"]
-    inversion.train(golden_model, pictures, tmp_path / "one", *few, "--gradient_accumulation_steps", "2")
-    words = fine_tune_words(golden_model, pictures, tmp_path / "two", *few, quick=inversion.QUICK)
+    inversion.train(golden_model, images, tmp_path / "one", *few, "--gradient_accumulation_steps", "2")
+    words = fine_tune_words(golden_model, images, tmp_path / "two", *few, quick=inversion.QUICK)
     assert torchrun(tmp_path, "sdxl_train_textual_inversion", words).count("cut") == 2
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
     assert_close(tensors_of(tmp_path / "one" / "lora.safetensors"), tensors_of(tmp_path / "two" / "lora.safetensors"))
@@ -216,11 +216,11 @@ run(lambda: sdxl_train.main(sys.argv[1:]))
 
 @pytest.mark.long
 @pytest.mark.parametrize("zero", [[], ["--deepspeed", "--zero_stage", "3"]], ids=["DDP", "ZeRO-3"])
-def test_a_process_that_fails_ends_all(zero, golden_model, pictures, tmp_path):
+def test_a_process_that_fails_ends_all(zero, golden_model, images, tmp_path):
     """torchrun stops the others, wherever they wait for it; the error is told, and nothing is saved."""
     program = tmp_path / "fails.py"
     program.write_text(FAILS, encoding="utf-8")
-    words = fine_tune_words(golden_model, pictures, tmp_path / "out", "--max_train_steps", "4", *zero)
+    words = fine_tune_words(golden_model, images, tmp_path / "out", "--max_train_steps", "4", *zero)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), program]
     done = script(*launch, *words, env=CPU, timeout=300)
     assert done.returncode == 1 and "RuntimeError: this process fails" in done.stderr

@@ -118,20 +118,20 @@ ALL_AWAY = ["--blocks_to_swap", "20", "--optimizer_offload", "--cpu_offload_chec
 
 
 @pytest.mark.long
-def test_full_fine_tuning_with_streamed_blocks_and_state_at_home_is_bit_equal(golden_model, pictures, tmp_path):
+def test_full_fine_tuning_with_streamed_blocks_and_state_at_home_is_bit_equal(golden_model, images, tmp_path):
     words = [*FUSED, *ADAFACTOR, "--mixed_precision", "bf16", "--full_bf16"]
-    plain = train(golden_model, pictures, tmp_path / "plain", *words)
-    streamed = train(golden_model, pictures, tmp_path / "streamed", *words, *ALL_AWAY)
+    plain = train(golden_model, images, tmp_path / "plain", *words)
+    streamed = train(golden_model, images, tmp_path / "streamed", *words, *ALL_AWAY)
     assert_bit_equal(tensors_of(plain), tensors_of(streamed))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("optimizer", [[], ADAFACTOR])
-def test_a_run_with_streamed_blocks_resumes_to_the_bit(optimizer, golden_model, pictures, tmp_path):
+def test_a_run_with_streamed_blocks_resumes_to_the_bit(optimizer, golden_model, images, tmp_path):
     words = [*FUSED, *ALL_AWAY, *optimizer, "--save_state", "--save_every_n_steps", "1"]
-    whole = train(golden_model, pictures, tmp_path / "whole", *words)
+    whole = train(golden_model, images, tmp_path / "whole", *words)
     shutil.copytree(tmp_path / "whole" / "lora-step00000001-state", tmp_path / "again" / "lora-step00000001-state")
-    resumed = train(golden_model, pictures, tmp_path / "again", *words, "--auto_resume")
+    resumed = train(golden_model, images, tmp_path / "again", *words, "--auto_resume")
     assert_bit_equal(tensors_of(whole), tensors_of(resumed))
 
 
@@ -141,36 +141,36 @@ def test_a_run_with_streamed_blocks_resumes_to_the_bit(optimizer, golden_model, 
     ["--blocks_to_swap", "99", "--gradient_checkpointing", "--base_quant", "nf4"],
     ["--blocks_to_swap", "5", "--gradient_checkpointing", "--fp8_base"],
 ])  # fmt: skip
-def test_networks_beside_streamed_blocks_are_bit_equal(words, golden_model, pictures, tmp_path):
-    quantised = (
+def test_networks_beside_streamed_blocks_are_bit_equal(words, golden_model, images, tmp_path):
+    quantized = (
         words[words.index("--base_quant") :] if "--base_quant" in words else [w for w in words if w == "--fp8_base"]
     )
     # In float32, weights would lie in the file's pages, where kernels may round otherwise than in aligned memory.
     common = ["--max_train_steps", "2", "--network_args", "conv_dim=2", "--mixed_precision", "bf16"]
-    plain = train_network(golden_model, pictures, tmp_path / "plain", *common, *quantised)
-    streamed = train_network(golden_model, pictures, tmp_path / "streamed", *common, *words)
+    plain = train_network(golden_model, images, tmp_path / "plain", *common, *quantized)
+    streamed = train_network(golden_model, images, tmp_path / "streamed", *common, *words)
     assert_bit_equal(tensors_of(plain), tensors_of(streamed))
     assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "streamed")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Lion"])
-def test_optimizer_state_at_home_is_bit_equal(optimizer, golden_model, pictures, tmp_path):
+def test_optimizer_state_at_home_is_bit_equal(optimizer, golden_model, images, tmp_path):
     words = ["--optimizer_type", optimizer, "--max_train_steps", "3"]
-    plain = train(golden_model, pictures, tmp_path / "plain", *words)
-    offloaded = train(golden_model, pictures, tmp_path / "offloaded", *words, "--optimizer_offload")
+    plain = train(golden_model, images, tmp_path / "plain", *words)
+    offloaded = train(golden_model, images, tmp_path / "offloaded", *words, "--optimizer_offload")
     assert_bit_equal(tensors_of(plain), tensors_of(offloaded))
 
 
-def test_what_cant_stream_is_refused(golden_model, pictures, tmp_path):
+def test_what_cant_stream_is_refused(golden_model, images, tmp_path):
     with pytest.raises(OptionError, match="needs --gradient_checkpointing"):
-        train_network(golden_model, pictures, tmp_path, "--blocks_to_swap", "5")
+        train_network(golden_model, images, tmp_path, "--blocks_to_swap", "5")
     with pytest.raises(OptionError, match="--blocks_to_swap in full fine-tuning needs --fused_backward_pass"):
-        train(golden_model, pictures, tmp_path, "--blocks_to_swap", "5", "--gradient_checkpointing")
+        train(golden_model, images, tmp_path, "--blocks_to_swap", "5", "--gradient_checkpointing")
     with pytest.raises(OptionError, match="looks at all gradients together"):
         train_network(
             golden_model,
-            pictures,
+            images,
             tmp_path,
             "--optimizer_type",
             "Prodigy",

@@ -35,7 +35,7 @@ def captions_of(datasets) -> dict[str, str]:
     return {sample.path.name: sample.caption for sample in datasets[0].samples}
 
 
-def test_pictures_are_found_sorted_whatever_the_case_of_their_ending(tmp_path):
+def test_images_are_found_sorted_whatever_the_case_of_their_ending(tmp_path):
     make(tmp_path / "2_x", "b.PNG", "a.png", "c.Jpg")
     (tmp_path / "2_x" / "notes.md").write_text("no picture")
     (dataset,) = scanned(tmp_path)
@@ -60,7 +60,7 @@ def test_txt_captions_are_used_and_told_where_no_caption_lies(tmp_path, caplog):
     assert captions_of(scanned(tmp_path, "--caption_extention", "txt")) == {"a.png": "from txt"}
 
 
-def test_pictures_without_any_caption_are_counted_and_named(tmp_path, caplog):
+def test_images_without_any_caption_are_counted_and_named(tmp_path, caplog):
     logging.getLogger("library").propagate = True
     make(tmp_path, "a.png", "b.png")
     assert captions_of(scanned(tmp_path)) == {"a.png": "", "b.png": ""}
@@ -88,7 +88,7 @@ def test_fault_25_all_bad_headers_are_told_at_once_or_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["empty folder", "repeats 0", "only bad pictures"])
-def test_fault_47_no_pictures_at_all_is_a_mistake(case, tmp_path):
+def test_fault_47_no_images_at_all_is_a_mistake(case, tmp_path):
     folder = tmp_path / ("0_cat" if case == "repeats 0" else "1_cat")
     make(folder, *(["a.png"] if case == "repeats 0" else []))
     if case == "only bad pictures":
@@ -97,7 +97,7 @@ def test_fault_47_no_pictures_at_all_is_a_mistake(case, tmp_path):
         scanned(tmp_path, skip_bad_images=True)
 
 
-def test_a_picture_below_one_bucket_step_is_told(tmp_path):
+def test_a_image_below_one_bucket_step_is_told(tmp_path):
     make(tmp_path / "1_cat", "small.png", size=(20, 60))
     with pytest.raises(OptionError, match=r"small.png: its size 20x60 is below one bucket step"):
         scanned(tmp_path, "--enable_bucket", "--bucket_no_upscale", "--bucket_reso_steps", 32)
@@ -111,14 +111,14 @@ def test_cache_files_have_the_contracts_names(tmp_path):
     assert sample.text_file == tmp_path / "1_cat" / "a.b_te_outputs.npz"
 
 
-def test_fault_40_two_pictures_of_one_stem_dont_share_cache_files(tmp_path):
+def test_fault_40_two_images_of_one_stem_dont_share_cache_files(tmp_path):
     make(tmp_path / "1_cat", "a.png", "a.webp")
     one, two = scanned(tmp_path)[0].samples
     assert one.latents_file.name == "a_0064x0064_sdxl.npz" and two.latents_file.name == "a.webp_0064x0064_sdxl.npz"
     assert one.text_file != two.text_file
 
 
-def test_a_second_resolution_of_one_picture_has_cache_files_of_its_own(tmp_path):
+def test_a_second_resolution_of_one_image_has_cache_files_of_its_own(tmp_path):
     make(tmp_path / "x", "a.png")
     text = "".join(
         f"[[datasets]]\nresolution = {side}\n[[datasets.subsets]]\nimage_dir = '{(tmp_path / 'x').as_posix()}'\n"
@@ -156,7 +156,7 @@ def test_fault_52_odd_names_work(name, tmp_path):
     assert captions_of(scanned(tmp_path)) == {name: "odd"}
 
 
-def test_mirrored_pictures_were_cropped_from_the_other_side(tmp_path):
+def test_mirrored_images_were_cropped_from_the_other_side(tmp_path):
     make(tmp_path / "1_cat", "a.png", size=(100, 60))
     (sample,) = scanned(
         tmp_path, "--enable_bucket", "--min_bucket_reso", 32, "--max_bucket_reso", 128, "--bucket_reso_steps", 32
@@ -215,7 +215,7 @@ def test_fault_48_a_folder_that_isnt_there_is_a_mistake(tmp_path):
 
 @pytest.mark.parametrize("size", [(6400, 64), (64, 6400), (16, 16), (3000, 3)])
 @pytest.mark.parametrize("extra", [[], ["--bucket_no_upscale"]])
-def test_fault_49_extreme_pictures_have_a_defined_result(size, extra, tmp_path):
+def test_fault_49_extreme_images_have_a_defined_result(size, extra, tmp_path):
     """A bucket that the resized picture covers, or one sentence that names the picture."""
     make(tmp_path / "1_x", "a.png", size=size)
     words = ["--enable_bucket", "--min_bucket_reso", 32, "--max_bucket_reso", 256, "--bucket_reso_steps", 32, *extra]
@@ -260,14 +260,14 @@ def test_fault_51_links_are_followed_loops_end_and_dead_links_are_told(tmp_path)
         scan(read_datasets(options)[0])
 
 
-def test_fault_53_a_picture_is_what_its_content_says(tmp_path):
+def test_fault_53_a_image_is_what_its_content_says(tmp_path):
     (tmp_path / "1_x").mkdir()
     Image.new("RGB", (80, 48), "red").save(tmp_path / "1_x" / "a.png", format="jpeg")
     Image.new("RGB", (80, 48), "red").save(tmp_path / "1_x" / "b.JpEg", format="webp")
     assert [sample.size for sample in scanned(tmp_path)[0].samples] == [Size(80, 48), Size(80, 48)]
 
 
-def test_fault_31_a_picture_made_to_fill_the_memory_is_refused_by_its_header(tmp_path):
+def test_fault_31_a_image_made_to_fill_the_memory_is_refused_by_its_header(tmp_path):
     make(tmp_path / "1_x", "a.png")
     raw = bytearray((tmp_path / "1_x" / "a.png").read_bytes())
     raw[16:24] = (50_000).to_bytes(4, "big") * 2
@@ -287,7 +287,7 @@ def test_fault_40_three_datasets_and_two_endings_share_no_cache_files(tmp_path):
     assert len(samples) == 9 and len({sample.cache_stem for sample in samples}) == 9
 
 
-def test_regularisation_pictures_are_shown_as_often_as_the_others(tmp_path):
+def test_regularisation_images_are_shown_as_often_as_the_others(tmp_path):
     make(tmp_path / "train" / "5_cat", "a.png", "b.png")
     make(tmp_path / "reg" / "1_cat", "r0.png", "r1.png", "r2.png")
     (dataset,) = scanned(tmp_path / "train", "--reg_data_dir", tmp_path / "reg")
@@ -295,7 +295,7 @@ def test_regularisation_pictures_are_shown_as_often_as_the_others(tmp_path):
     assert [sample.subset.is_reg for sample in dataset.samples] == [False, False, True, True, True]
 
 
-def test_too_many_regularisation_pictures_are_left_out_and_told(tmp_path, caplog):
+def test_too_many_regularisation_images_are_left_out_and_told(tmp_path, caplog):
     logging.getLogger("library").propagate = True
     make(tmp_path / "train" / "2_cat", "a.png")
     make(tmp_path / "reg" / "1_cat", "r0.png", "r1.png", "r2.png")
@@ -348,7 +348,7 @@ def test_the_size_in_sd_scripts_cache_info_from_before_the_exif_orientation_isnt
     assert (sample.size, sample.caption) == (Size(80, 160), "theirs")
 
 
-def test_cache_info_leaves_a_bad_picture_out_and_tells_it_with_its_path(tmp_path, caplog):
+def test_cache_info_leaves_a_bad_image_out_and_tells_it_with_its_path(tmp_path, caplog):
     logging.getLogger("library").propagate = True
     folder = tmp_path / "1_x"
     make(folder, "a.png")
@@ -392,7 +392,7 @@ def test_the_scan_takes_sizes_and_captions_from_the_index_while_files_are_as_the
     assert captions_of(scanned(tmp_path, known=known)) == {"a.png": "edited"}
 
 
-def test_pictures_that_need_a_plugin_are_told(tmp_path, caplog):
+def test_images_that_need_a_plugin_are_told(tmp_path, caplog):
     logging.getLogger("library").propagate = True
     make(tmp_path / "1_x", "a.png")
     (tmp_path / "1_x" / "b.jxl").write_bytes(b"x")

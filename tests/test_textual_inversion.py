@@ -25,10 +25,10 @@ QUICK = [
 ]  # fmt: skip
 
 
-def train(model, pictures, output, *extra, quick=QUICK):
+def train(model, images, output, *extra, quick=QUICK):
     import sdxl_train_textual_inversion
 
-    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--output_dir", output]
+    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", images, "--output_dir", output]
     sdxl_train_textual_inversion.main([str(word) for word in [*quick, *files, *extra]])
     return output / "lora.safetensors"
 
@@ -111,34 +111,34 @@ def test_known_words_are_refused(own_models):
         )
 
 
-def test_the_file_has_the_contracts_tensors_and_metadata_and_goes_on(golden_model, pictures, tmp_path):
-    path = train(golden_model, pictures, tmp_path / "out", "--max_train_steps", "2", "--save_every_n_steps", "1")
+def test_the_file_has_the_contracts_tensors_and_metadata_and_goes_on(golden_model, images, tmp_path):
+    path = train(golden_model, images, tmp_path / "out", "--max_train_steps", "2", "--save_every_n_steps", "1")
     tensors = tensors_of(path)
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {"clip_l": ((3, 64), torch.float32), "clip_g": ((3, 128), torch.float32)}  # fmt: skip
     metadata = read_header(path).metadata
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/textual-inversion"
     assert not [key for key in metadata if not key.startswith("modelspec.")]
-    again = train(golden_model, pictures, tmp_path / "again", "--max_train_steps", "1", "--weights", path, "--learning_rate", "1e-9")  # fmt: skip
+    again = train(golden_model, images, tmp_path / "again", "--max_train_steps", "1", "--weights", path, "--learning_rate", "1e-9")  # fmt: skip
     for name, tensor in tensors_of(again).items():
         torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=1e-7)
     with pytest.raises(OptionError, match=r"clip_l is \[3, 64\]; \[2, 64\] is needed: --num_vectors_per_token is 2"):
-        train(golden_model, pictures, tmp_path / "no", "--weights", path, "--num_vectors_per_token", "2")
+        train(golden_model, images, tmp_path / "no", "--weights", path, "--num_vectors_per_token", "2")
 
 
-def test_pickles_hold_the_bare_tensors(golden_model, pictures, tmp_path):
-    train(golden_model, pictures, tmp_path / "out", "--max_train_steps", "1", "--save_model_as", "pt")
+def test_pickles_hold_the_bare_tensors(golden_model, images, tmp_path):
+    train(golden_model, images, tmp_path / "out", "--max_train_steps", "1", "--save_model_as", "pt")
     found = torch.load(tmp_path / "out" / "lora.pt", weights_only=True)
     assert set(found) == {"clip_l", "clip_g"}
 
 
-def test_diffusers_loads_it_for_both_encoders(golden_model, golden_models, pictures, tmp_path):
+def test_diffusers_loads_it_for_both_encoders(golden_model, golden_models, images, tmp_path):
     """load_textual_inversion, as its documentation shows it for SDXL."""
     from library.imports import import_diffusers
 
     import_diffusers()
     from diffusers.loaders import TextualInversionLoaderMixin
 
-    path = train(golden_model, pictures, tmp_path / "out", "--max_train_steps", "1")
+    path = train(golden_model, images, tmp_path / "out", "--max_train_steps", "1")
     tensors = tensors_of(path)
 
     class Pipeline(TextualInversionLoaderMixin):
@@ -159,25 +159,25 @@ def test_diffusers_loads_it_for_both_encoders(golden_model, golden_models, pictu
     ["--gradient_checkpointing", "--max_token_length", "150", "--mixed_precision", "bf16"], pytest.param([], marks=pytest.mark.long),
     pytest.param(["--optimizer_type", "Adafactor"], marks=pytest.mark.long),
 ])  # fmt: skip
-def test_resuming_is_bit_equal(extra, golden_model, pictures, tmp_path):
+def test_resuming_is_bit_equal(extra, golden_model, images, tmp_path):
     words = [*extra, "--max_train_steps", "4", "--save_state", "--save_every_n_steps", "2", "--ema_decay", "0.9"]
-    whole = train(golden_model, pictures, tmp_path / "whole", *words)
+    whole = train(golden_model, images, tmp_path / "whole", *words)
     import shutil
 
     shutil.copytree(tmp_path / "whole" / "lora-step00000002-state", tmp_path / "parts" / "lora-step00000002-state")
-    parts = train(golden_model, pictures, tmp_path / "parts", *words, "--auto_resume")
+    parts = train(golden_model, images, tmp_path / "parts", *words, "--auto_resume")
     assert_bit_equal(tensors_of(whole), tensors_of(parts))
     assert losses_of(tmp_path / "whole")[2:] == losses_of(tmp_path / "parts")
 
 
-def test_captions_are_looked_through_for_the_word(golden_model, pictures, tmp_path, capsys):
+def test_captions_are_looked_through_for_the_word(golden_model, images, tmp_path, capsys):
     words = without(QUICK, "--use_object_template")
     with pytest.raises(OptionError, match="no caption holds 'mytoken'"):
-        train(golden_model, pictures, tmp_path / "none", "--max_train_steps", "1", quick=words)
-    texts = sorted((pictures / "2_shapes").glob("*.txt"))
+        train(golden_model, images, tmp_path / "none", "--max_train_steps", "1", quick=words)
+    texts = sorted((images / "2_shapes").glob("*.txt"))
     for path in texts[:3]:
         path.write_text("mytoken, " + path.read_text(encoding="utf-8"), encoding="utf-8")
-    train(golden_model, pictures, tmp_path / "out", "--max_train_steps", "1", quick=words)
+    train(golden_model, images, tmp_path / "out", "--max_train_steps", "1", quick=words)
     told = capsys.readouterr().err
     assert "1 of 4 captions don't hold 'mytoken'" in told and texts[3].with_suffix("").name in told
 
@@ -188,19 +188,19 @@ def test_captions_are_looked_through_for_the_word(golden_model, pictures, tmp_pa
     (["--token_string", ""], "--token_string is missing"),
     (["--weights", "gone.pt"], "--weights gone.pt: no such file"),
 ])  # fmt: skip
-def test_what_cant_work_is_refused(extra, expected, golden_model, pictures, tmp_path):
+def test_what_cant_work_is_refused(extra, expected, golden_model, images, tmp_path):
     with pytest.raises(OptionError, match=expected):
-        train(golden_model, pictures, tmp_path / "out", *extra)
+        train(golden_model, images, tmp_path / "out", *extra)
     assert "torch" in sys.modules and not (tmp_path / "out").exists()
 
 
-def test_samples_show_the_word_and_validation_and_the_average_see_it(golden_model, pictures, tmp_path):
+def test_samples_show_the_word_and_validation_and_the_average_see_it(golden_model, images, tmp_path):
     """What is drawn without the word stays as it was, bit by bit."""
     out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
     prompts.write_text("a mytoken --s 1 --d 1\na red square --s 1 --d 1\n", encoding="utf-8")
     words = ["--sample_prompts", prompts, "--sample_every_n_steps", "2", "--sample_at_first", "--max_train_steps", "2"]
     words += ["--validation_split", "0.5", "--validate_every_n_steps", "1", "--save_best", "--ema_decay", "0.9"]
-    path = train(golden_model, pictures, out, *words)
+    path = train(golden_model, images, out, *words)
     drawn = {tuple(file.name.split("_")[1:3]): file.read_bytes() for file in (out / "sample").glob("lora_[0e]*.png")}
     assert drawn["e000000", "01"] == drawn["000002", "01"] and drawn["e000000", "00"] != drawn["000002", "00"]
     assert len(set(losses_of(out, "loss/validation/step_average"))) == 2
@@ -211,11 +211,11 @@ def test_samples_show_the_word_and_validation_and_the_average_see_it(golden_mode
 # ----------------------------------------------------------------------------------------------- a token beside a LoRA
 
 
-def test_pivotal_tuning_trains_both_and_saves_both(golden_model, pictures, tmp_path):
+def test_pivotal_tuning_trains_both_and_saves_both(golden_model, images, tmp_path):
     from running import QUICK as NETWORK
     from running import train_network
 
-    for path in (pictures / "2_shapes").glob("*.txt"):
+    for path in (images / "2_shapes").glob("*.txt"):
         path.write_text("zyx " + path.read_text(encoding="utf-8"), encoding="utf-8")
     quick = without(NETWORK, "--cache_text_encoder_outputs")
     words = [
@@ -231,7 +231,7 @@ def test_pivotal_tuning_trains_both_and_saves_both(golden_model, pictures, tmp_p
         "4",
     ]
     words += ["--save_every_n_steps", "2", "--ti_stop_ratio", "0.5", "--save_state"]
-    path = train_network(golden_model, pictures, tmp_path / "out", *words, quick=quick)
+    path = train_network(golden_model, images, tmp_path / "out", *words, quick=quick)
     lora, token = tensors_of(path), tensors_of(path.with_name("lora-zyx.safetensors"))
     assert token["clip_l"].shape == (2, 64) and not [name for name in lora if not name.startswith("lora_unet")]
     half = tensors_of(path.with_name("lora-step00000002-zyx.safetensors"))
@@ -239,17 +239,17 @@ def test_pivotal_tuning_trains_both_and_saves_both(golden_model, pictures, tmp_p
     ups = [name for name in lora if name.endswith("lora_up.weight")]
     early = tensors_of(path.with_name("lora-step00000002.safetensors"))
     assert any(not torch.equal(lora[name], early[name]) for name in ups)
-    bundled = train_network(golden_model, pictures, tmp_path / "bundled", *words, "--bundle_token", quick=quick)
+    bundled = train_network(golden_model, images, tmp_path / "bundled", *words, "--bundle_token", quick=quick)
     found = {name: tensor for name, tensor in tensors_of(bundled).items() if name.startswith("bundle_emb")}
     assert_bit_equal(found, {f"bundle_emb.zyx.{name}": tensor for name, tensor in token.items()})
     with pytest.raises(OptionError, match="--train_token: captions with a new word can't be encoded before training"):
-        train_network(golden_model, pictures, tmp_path / "no", *words)
+        train_network(golden_model, images, tmp_path / "no", *words)
 
 
 # ---------------------------------------------------------------------------------------------------- the page, and more
 
 
-def test_the_example_of_the_page_runs(golden_model, pictures, tmp_path, monkeypatch):
+def test_the_example_of_the_page_runs(golden_model, images, tmp_path, monkeypatch):
     """As it is there, on small pictures and for a few steps."""
     import re
     import tomllib
@@ -259,7 +259,7 @@ def test_the_example_of_the_page_runs(golden_model, pictures, tmp_path, monkeypa
     text = (ROOT / "docs" / "textual_inversion.md").read_text(encoding="utf-8")
     config = re.search(r"```toml\n(.*?)```", text, re.S)[1]
     assert tomllib.loads(config)["token_string"] == "mycat"
-    for path in (pictures / "2_shapes").glob("*.txt"):
+    for path in (images / "2_shapes").glob("*.txt"):
         path.write_text("a photo of mycat", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.toml").write_text(config, encoding="utf-8")
@@ -281,7 +281,7 @@ def test_the_example_of_the_page_runs(golden_model, pictures, tmp_path, monkeypa
     assert (tmp_path / "output" / "mycat-step00000002-state" / "state.json").exists()
 
 
-def test_it_learns_the_picture_better_than_random_words_do(tmp_path):
+def test_it_learns_the_image_better_than_random_words_do(tmp_path):
     """A short form of benchmarks/token_learns.py."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from token_learns import compare
@@ -291,10 +291,10 @@ def test_it_learns_the_picture_better_than_random_words_do(tmp_path):
 
 
 @pytest.mark.long
-def test_two_processes_train_the_word_of_one(golden_model, pictures, tmp_path):
+def test_two_processes_train_the_word_of_one(golden_model, images, tmp_path):
     def run(count):
         out = tmp_path / str(count)
-        files = ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", pictures, "--output_dir", out]
+        files = ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", images, "--output_dir", out]
         words = ["--max_train_steps", "3", "--gradient_accumulation_steps", 2 // count, "--optimizer_type", "SGD"]
         end_together(processes("sdxl_train_textual_inversion.py", *QUICK, *files, *words, count=count))
         return tensors_of(out / "lora.safetensors")

@@ -28,7 +28,7 @@ from library.training.options.output import TrackerOptions
 from networks.options import NetworkOptions
 
 KEY = "0123456789" * 4
-PICTURES = [("a cat", np.full((8, 8, 3), 200, np.uint8)), ("a dog", np.full((8, 8, 3), 20, np.uint8))]
+IMAGES = [("a cat", np.full((8, 8, 3), 200, np.uint8)), ("a dog", np.full((8, 8, 3), 20, np.uint8))]
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ class Recorder:
     def log(self, values, step, epoch):
         self._called("log")
 
-    def pictures(self, pictures, step):
+    def images(self, images, step):
         self._called("pictures")
 
     def close(self):
@@ -120,13 +120,13 @@ class Recorder:
 # ------------------------------------------------------------------------------------------------------------ TensorBoard
 
 
-def test_tensorboard_keeps_scalars_by_step_or_epoch_and_pictures_and_config(tmp_path):
+def test_tensorboard_keeps_scalars_by_step_or_epoch_and_images_and_config(tmp_path):
     options = TrackerOptions(logging_dir=tmp_path, log_prefix="p-", log_tracker_name="mine")
     sent = open_trackers(options, "network_train", {"seed": 7})
     sent.log({"loss/current": 0.5, "lr/unet": 1e-4}, 10)
     sent.log({"loss/current": 0.25}, 20)
     sent.log({"loss/epoch_average": 0.375}, 20, epoch=1)
-    sent.pictures(PICTURES, 20)
+    sent.images(IMAGES, 20)
     sent.close()
     (run,) = tmp_path.glob("p-" + "[0-9]" * 14)
     events = events_of(run / "mine")
@@ -188,7 +188,7 @@ def test_fault_70_a_tracker_that_raises_is_told_once_and_the_others_go_on(fails_
     sent = Trackers({"broken": broken, "whole": whole}, [KEY])
     sent.log({"loss": 1.0}, 1)
     sent.log({"loss": 1.0}, 2)
-    sent.pictures(PICTURES, 2)
+    sent.images(IMAGES, 2)
     sent.close()
     assert whole.calls == ["log", "log", "pictures", "close"] and len(broken.calls) == called
     (text,) = warnings_of(records)
@@ -239,7 +239,7 @@ def test_wandb_gets_project_name_config_and_steps_that_never_go_back(wandb, tmp_
     sent.log({"loss/current": 0.5}, 10)
     sent.log({"loss/epoch_average": 0.375}, 10, epoch=1)
     sent.log({"loss/late": 0.25}, 9)
-    sent.pictures(PICTURES, 10)
+    sent.images(IMAGES, 10)
     sent.close()
     assert wandb.run.rows == [
         (10, {"loss/current": 0.5}),
@@ -250,9 +250,9 @@ def test_wandb_gets_project_name_config_and_steps_that_never_go_back(wandb, tmp_
     assert wandb.run.exit_code == 0
 
 
-def test_pictures_of_two_sizes_get_keys_of_their_own_at_wandb(wandb):
+def test_images_of_two_sizes_get_keys_of_their_own_at_wandb(wandb):
     sent = open_trackers(TrackerOptions(log_with="wandb"), "network_train", {})
-    sent.pictures([PICTURES[0], ("tall", np.zeros((16, 8, 3), np.uint8))], 3)
+    sent.images([IMAGES[0], ("tall", np.zeros((16, 8, 3), np.uint8))], 3)
     assert wandb.run.rows == [(3, {"sample/0": ("a cat", (8, 8, 3)), "sample/1": ("tall", (16, 8, 3))})]
 
 

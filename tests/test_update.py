@@ -46,7 +46,7 @@ def weights(layer: nn.Linear) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("cut", [[5], [2, 3], [4, 1], [1] * 5])
-def test_every_picture_of_a_window_counts_the_same_however_it_is_cut(cut):
+def test_every_image_of_a_window_counts_the_same_however_it_is_cut(cut):
     layer, update = make()
     for i, part in enumerate(X.split(cut)):
         update.backward(losses(layer, part), place(5, closes=i == len(cut) - 1))

@@ -27,14 +27,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", [name if name.startswith("fused AdamW") else pytest.param(name, marks=pytest.mark.long) for name in CASES])  # fmt: skip
-def test_resuming_is_bit_equal(case, golden_model, pictures, tmp_path):
+def test_resuming_is_bit_equal(case, golden_model, images, tmp_path):
     """Windows of two batches; the state is of step 2 of 4."""
     words = [*LAST_BLOCKS, *CASES[case], "--max_train_steps", "4", "--gradient_accumulation_steps", "2", "--save_state", "--save_every_n_steps", "2"]  # fmt: skip
     if "Prodigy" in words:
         words[1] = words[1].replace("1e-4", "1")
-    whole = train(golden_model, pictures, tmp_path / "whole", *words)
+    whole = train(golden_model, images, tmp_path / "whole", *words)
     shutil.copytree(tmp_path / "whole" / "lora-step00000002-state", tmp_path / "parts" / "lora-step00000002-state")
-    parts = train(golden_model, pictures, tmp_path / "parts", *words, "--auto_resume")
+    parts = train(golden_model, images, tmp_path / "parts", *words, "--auto_resume")
     assert_bit_equal(tensors_of(whole), tensors_of(parts))
     assert losses_of(tmp_path / "whole")[2:] == losses_of(tmp_path / "parts")
     before, after = tensors_of(golden_model), tensors_of(whole)
@@ -45,35 +45,35 @@ def test_resuming_is_bit_equal(case, golden_model, pictures, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("precision", [BF16, ["--mixed_precision", "fp16", "--full_fp16"]])
-def test_a_network_is_trained_in_16_bits_too(precision, golden_model, pictures, tmp_path):
-    path = train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", "3", *precision, "--network_dim", "4")  # fmt: skip
+def test_a_network_is_trained_in_16_bits_too(precision, golden_model, images, tmp_path):
+    path = train_network(golden_model, images, tmp_path / "out", "--max_train_steps", "3", *precision, "--network_dim", "4")  # fmt: skip
     tensors = tensors_of(path)
     assert {tensor.dtype for name, tensor in tensors.items() if "lora_" in name.rpartition(".")[0][-12:]} <= {torch.bfloat16, torch.float16}  # fmt: skip
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
 
 
 @pytest.mark.long
-def test_a_new_word_is_trained_in_16_bits_too(golden_model, pictures, tmp_path):
+def test_a_new_word_is_trained_in_16_bits_too(golden_model, images, tmp_path):
     """Its file is float32 unless told otherwise, with numbers of 16 bits."""
     import test_textual_inversion
 
-    path = test_textual_inversion.train(golden_model, pictures, tmp_path / "out", *BF16, "--max_train_steps", "2", "--save_state")  # fmt: skip
+    path = test_textual_inversion.train(golden_model, images, tmp_path / "out", *BF16, "--max_train_steps", "2", "--save_state")  # fmt: skip
     for tensor in tensors_of(path).values():
         assert torch.equal(tensor, tensor.bfloat16().float()) and tensor.abs().max() > 0
 
 
 @pytest.mark.long
-def test_a_network_is_stepped_within_backward_too(golden_model, pictures, tmp_path):
+def test_a_network_is_stepped_within_backward_too(golden_model, images, tmp_path):
     """Without clipping it ends where it does without, but for the order of sums."""
     words = ["--max_train_steps", "3", "--max_grad_norm", "0", "--learning_rate", "1e-4"]
-    plain = train_network(golden_model, pictures, tmp_path / "plain", *words)
-    fused = train_network(golden_model, pictures, tmp_path / "fused", *words, "--fused_backward_pass")
+    plain = train_network(golden_model, images, tmp_path / "plain", *words)
+    fused = train_network(golden_model, images, tmp_path / "fused", *words, "--fused_backward_pass")
     one, two = tensors_of(plain), tensors_of(fused)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
 
 
-def test_fault_64_memory_that_runs_out_in_a_step_within_backward_ends_the_run_unsaved(golden_model, pictures, tmp_path, monkeypatch):  # fmt: skip
+def test_fault_64_memory_that_runs_out_in_a_step_within_backward_ends_the_run_unsaved(golden_model, images, tmp_path, monkeypatch):  # fmt: skip
     """Some weights are of this step then, others of the one before."""
     from library.training.optim.backward_step import OptimizerInBackward
 
@@ -87,7 +87,7 @@ def test_fault_64_memory_that_runs_out_in_a_step_within_backward_ends_the_run_un
 
     monkeypatch.setattr(OptimizerInBackward, "_step", limited)
     with pytest.raises(RunError, match=r"step 2: out of memory .*some of its weights were stepped already.*the last saved state is whole"):  # fmt: skip
-        train(golden_model, pictures, tmp_path / "out", *LAST_BLOCKS, "--fused_backward_pass", "--max_train_steps", "3", "--train_batch_size", "2", "--save_state", "--save_every_n_steps", "1")  # fmt: skip
+        train(golden_model, images, tmp_path / "out", *LAST_BLOCKS, "--fused_backward_pass", "--max_train_steps", "3", "--train_batch_size", "2", "--save_state", "--save_every_n_steps", "1")  # fmt: skip
     assert [path.name for path in (tmp_path / "out").glob("*-state")] == ["lora-step00000001-state"]
 
 
@@ -105,9 +105,9 @@ def test_fault_64_memory_that_runs_out_in_a_step_within_backward_ends_the_run_un
         (["--fused_backward_pass", "--optimizer_type", "pytorch_optimizer.Prodigy"], "looks at all gradients together"),
     ],
 )  # fmt: skip
-def test_what_cant_work_is_refused(extra, expected, golden_model, pictures, tmp_path):
+def test_what_cant_work_is_refused(extra, expected, golden_model, images, tmp_path):
     with pytest.raises(OptionError, match=expected):
-        train(golden_model, pictures, tmp_path / "out", *extra, quick=QUICK)
+        train(golden_model, images, tmp_path / "out", *extra, quick=QUICK)
 
 
 def test_a_card_without_bfloat16_is_told_in_words(monkeypatch):
@@ -120,14 +120,14 @@ def test_a_card_without_bfloat16_is_told_in_words(monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="new processes are forked")
-def test_two_processes_round_alike(golden_model, pictures, tmp_path):
+def test_two_processes_round_alike(golden_model, images, tmp_path):
     """Each rounds all weights by itself; the run compares them after the first step and before it saves."""
     words = [*QUICK, *LAST_BLOCKS, *BF16, "--max_train_steps", "2", "--gradient_accumulation_steps", "2"]
     files = [
         "--pretrained_model_name_or_path",
         golden_model,
         "--train_data_dir",
-        pictures,
+        images,
         "--output_dir",
         tmp_path / "out",
     ]
@@ -136,7 +136,7 @@ def test_two_processes_round_alike(golden_model, pictures, tmp_path):
 
 
 @pytest.mark.long
-def test_fine_tuning_within_backward_is_fine_tuning_behind_it(golden_model, pictures, tmp_path):
+def test_fine_tuning_within_backward_is_fine_tuning_behind_it(golden_model, images, tmp_path):
     """float32, no clipping, within 1e-6: encoders too, by Adafactor."""
     quick = [word for word in QUICK if word != "--cache_text_encoder_outputs"]
     words = [
@@ -149,8 +149,8 @@ def test_fine_tuning_within_backward_is_fine_tuning_behind_it(golden_model, pict
         "--learning_rate",
         "1e-5",
     ]
-    plain = train(golden_model, pictures, tmp_path / "plain", *words, quick=quick)
-    fused = train(golden_model, pictures, tmp_path / "fused", *words, "--fused_backward_pass", quick=quick)
+    plain = train(golden_model, images, tmp_path / "plain", *words, quick=quick)
+    fused = train(golden_model, images, tmp_path / "fused", *words, "--fused_backward_pass", quick=quick)
     one, two = tensors_of(plain), tensors_of(fused)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6, msg=name)

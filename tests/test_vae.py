@@ -48,7 +48,7 @@ class _Overflowing:
         return result
 
 
-def test_fault_33_a_picture_that_overflows_is_encoded_again_in_float32_and_told(golden_models, caplog):
+def test_fault_33_a_image_that_overflows_is_encoded_again_in_float32_and_told(golden_models, caplog):
     logging.getLogger("library").propagate = True
     torch.manual_seed(0)
     images, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 4, 4)

@@ -39,14 +39,10 @@ def test_held_out_samples_are_batched_once_each_up_to_a_limit():
 @pytest.mark.parametrize(
     "caches", [[], pytest.param(["--cache_latents", "--cache_text_encoder_outputs"], marks=pytest.mark.long)]
 )
-def test_training_doesnt_notice_validation(caches, golden_model, pictures, tmp_path):
+def test_training_doesnt_notice_validation(caches, golden_model, images, tmp_path):
     words = [*without(QUICK, "--cache_latents", "--cache_text_encoder_outputs"), *caches, "--network_dropout", "0.3"]
-    rare = train_network(
-        golden_model, pictures, tmp_path / "rare", *SPLIT, "--validate_every_n_epochs", 100, quick=words
-    )
-    often = train_network(
-        golden_model, pictures, tmp_path / "often", *SPLIT, "--validate_every_n_steps", 1, quick=words
-    )
+    rare = train_network(golden_model, images, tmp_path / "rare", *SPLIT, "--validate_every_n_epochs", 100, quick=words)
+    often = train_network(golden_model, images, tmp_path / "often", *SPLIT, "--validate_every_n_steps", 1, quick=words)
     assert losses_of(tmp_path / "rare") == losses_of(tmp_path / "often")
     assert_bit_equal(tensors_of(rare), tensors_of(often))
     assert validation_lines(tmp_path / "rare") == []
@@ -56,19 +52,19 @@ def test_training_doesnt_notice_validation(caches, golden_model, pictures, tmp_p
     assert [line["step"] for line in told if "loss/validation/epoch_average" in line] == [4]
 
 
-def test_the_same_weights_have_the_same_validation_loss(golden_model, pictures, tmp_path):
+def test_the_same_weights_have_the_same_validation_loss(golden_model, images, tmp_path):
     train_network(
-        golden_model, pictures, tmp_path / "out", *SPLIT, "--learning_rate", "1e-12", "--validate_every_n_steps", 1
+        golden_model, images, tmp_path / "out", *SPLIT, "--learning_rate", "1e-12", "--validate_every_n_steps", 1
     )
     losses = step_losses(tmp_path / "out")
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6) and losses[0] > 0
-    train_network(golden_model, pictures, tmp_path / "other", *SPLIT, "--learning_rate", "1e-12", "--seed", "99", "--validate_every_n_steps", 4)  # fmt: skip
+    train_network(golden_model, images, tmp_path / "other", *SPLIT, "--learning_rate", "1e-12", "--seed", "99", "--validate_every_n_steps", 4)  # fmt: skip
     (other,) = step_losses(tmp_path / "other")
     assert other == pytest.approx(losses[0], rel=1e-5)  # --validation_seed alone decides
 
 
-def test_pictures_that_are_held_out_are_never_trained(golden_model, pictures, tmp_path):
-    train_network(golden_model, pictures, tmp_path / "out", *SPLIT)
+def test_images_that_are_held_out_are_never_trained(golden_model, images, tmp_path):
+    train_network(golden_model, images, tmp_path / "out", *SPLIT)
     from library.safetensors_io import read_header
 
     metadata = read_header(tmp_path / "out" / "lora.safetensors").metadata
@@ -76,7 +72,7 @@ def test_pictures_that_are_held_out_are_never_trained(golden_model, pictures, tm
     assert metadata["ss_validation_split"] == "0.5" and metadata["ss_validation_seed"] == "3"
 
 
-def test_without_pictures_to_validate_on_the_user_is_told(golden_model, pictures, tmp_path, capsys):
-    train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", "1", "--validate_every_n_steps", "1")
+def test_without_images_to_validate_on_the_user_is_told(golden_model, images, tmp_path, capsys):
+    train_network(golden_model, images, tmp_path / "out", "--max_train_steps", "1", "--validate_every_n_steps", "1")
     assert "there is nothing to validate on" in capsys.readouterr().err
     assert validation_lines(tmp_path / "out") == []

@@ -63,11 +63,11 @@ def test_what_stops_early_isnt_watched():
         trained(50, lr=0.1, use_both=False, stops_at=101, done=50)
 
 
-def test_a_run_that_begins_behind_what_stops_isnt_ended_by_it(golden_model, pictures, tmp_path, monkeypatch):
+def test_a_run_that_begins_behind_what_stops_isnt_ended_by_it(golden_model, images, tmp_path, monkeypatch):
     monkeypatch.setattr(watching, "_LEAST", 2)
     words = ["--max_train_steps", 62, "--stop_text_encoder_training", 60, "--initial_step", 60, "--skip_until_initial_step"]  # fmt: skip
     text_too = without(QUICK, "--cache_text_encoder_outputs", "--network_train_unet_only")
-    assert train_network(golden_model, pictures, tmp_path, *words, quick=text_too).exists()
+    assert train_network(golden_model, images, tmp_path, *words, quick=text_too).exists()
 
 
 def test_checksums_see_every_bit_and_not_the_order():
@@ -80,14 +80,14 @@ def test_checksums_see_every_bit_and_not_the_order():
         assert not torch.equal(checksums([one]), checksums([other]))
 
 
-def test_a_run_whose_loss_is_masked_away_ends_with_an_error(golden_model, pictures, tmp_path):
+def test_a_run_whose_loss_is_masked_away_ends_with_an_error(golden_model, images, tmp_path):
     from PIL import Image
 
     (tmp_path / "masks").mkdir()
-    for path in (pictures / "2_shapes").glob("*.png"):
+    for path in (images / "2_shapes").glob("*.png"):
         Image.new("RGB", Image.open(path).size).save(tmp_path / "masks" / path.name)
     with pytest.raises(RunError, match=r"got no gradient in 12 steps.*look at masks"):
-        train_network(golden_model, pictures, tmp_path / "out", "--max_train_steps", 12, "--masked_loss", "--conditioning_data_dir", tmp_path / "masks")  # fmt: skip
+        train_network(golden_model, images, tmp_path / "out", "--max_train_steps", 12, "--masked_loss", "--conditioning_data_dir", tmp_path / "masks")  # fmt: skip
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 

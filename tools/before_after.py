@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     from PIL import Image
 
     from library.device import Precision
-    from library.generation.image_grid import draw_picture
+    from library.generation.image_grid import draw_image
     from library.models.checkpoint.reader import open_checkpoint
     from library.models.sdxl import SdxlModels
     from library.models.text_encoders import TextConditioning
@@ -68,22 +68,22 @@ def main(argv: list[str] | None = None) -> None:
     network.to(device, precision.compute).eval()
     network.attach()
 
-    pictures = []
+    images = []
     for multiplier in (0.0, chosen.network_mul):
         network.set_multiplier(multiplier)
         with torch.no_grad():
             prompt, negative = (
                 TextConditioning.of(models.encode_texts([t], 75)) for t in (chosen.prompt, chosen.negative_prompt)
             )
-            picture = draw_picture(
+            image = draw_image(
                 models.unet, models.decode_latents, prompt, negative, width=chosen.width, height=chosen.height, steps=chosen.steps,
                 scale=chosen.scale, seed=chosen.seed, sampler="euler",
                 v_prediction=bool(checkpoint.v_prediction), zero_terminal_snr=bool(checkpoint.zero_terminal_snr),
             )  # fmt: skip
-        pictures.append(picture)
+        images.append(image)
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(pictures, axis=1)).save(chosen.output)
-    change = np.abs(pictures[0].astype(int) - pictures[1]).mean()
+    Image.fromarray(np.concatenate(images, axis=1)).save(chosen.output)
+    change = np.abs(images[0].astype(int) - images[1]).mean()
     print(
         f"{chosen.output}: without (left) and with the LoRA (right); they differ by {change:.1f} of 255 levels on average"
     )

@@ -34,11 +34,11 @@ class DatasetOptions(OptionGroup):
 def main(argv: list[str] | None = None) -> None:
     chosen = read_options(__doc__, [DatasetOptions], argv)[DatasetOptions]
     folder = chosen.output / f"{chosen.repeats}_shapes"
-    make_pictures(folder, chosen.count, chosen.seed, chosen.caption_extension)
+    make_images(folder, chosen.count, chosen.seed, chosen.caption_extension)
     print(f"{folder}: {chosen.count} pictures with captions")
 
 
-def make_pictures(folder: Path, count: int, seed: int = 0, caption_extension: str = ".txt") -> list[Path]:
+def make_images(folder: Path, count: int, seed: int = 0, caption_extension: str = ".txt") -> list[Path]:
     """Draw `count` pictures and write their captions beside them; returns the pictures' paths."""
     import random
 
@@ -49,31 +49,31 @@ def make_pictures(folder: Path, count: int, seed: int = 0, caption_extension: st
     paths = []
     for i in range(count):
         width, height = SIZES[i % len(SIZES)]
-        ground, colour = draw.sample(list(COLOURS), 2)
+        ground, color = draw.sample(list(COLOURS), 2)
         shape = SHAPES[i % len(SHAPES)]
         image = Image.new("RGB", (width, height), COLOURS[ground])
         side = min(width, height) // 2
         left, top = draw.randrange(width - side), draw.randrange(height - side)
-        _draw_shape(ImageDraw.Draw(image), shape, (left, top, left + side, top + side), COLOURS[colour])
+        _draw_shape(ImageDraw.Draw(image), shape, (left, top, left + side, top + side), COLOURS[color])
         path = folder / f"picture{i}.png"
         image.save(path)
         path.with_suffix(caption_extension).write_text(
-            f"a {colour} {shape} on {ground}, flat colours\n", encoding="utf-8"
+            f"a {color} {shape} on {ground}, flat colours\n", encoding="utf-8"
         )
         paths.append(path)
     return paths
 
 
-def _draw_shape(pen, shape: str, box: tuple[int, int, int, int], colour: tuple[int, int, int]) -> None:  # noqa: ANN001 - ImageDraw
+def _draw_shape(pen, shape: str, box: tuple[int, int, int, int], color: tuple[int, int, int]) -> None:  # noqa: ANN001 - ImageDraw
     left, top, right, bottom = box
     if shape == "circle":
-        pen.ellipse(box, fill=colour)
+        pen.ellipse(box, fill=color)
     elif shape == "square":
-        pen.rectangle(box, fill=colour)
+        pen.rectangle(box, fill=color)
     elif shape == "triangle":
-        pen.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=colour)
+        pen.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=color)
     else:
-        pen.line([(left, top), (right, bottom)], fill=colour, width=(right - left) // 4)
+        pen.line([(left, top), (right, bottom)], fill=color, width=(right - left) // 4)
 
 
 if __name__ == "__main__":

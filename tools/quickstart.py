@@ -23,9 +23,9 @@ def main() -> None:
         "sdxl_train_network.py", "--config_file", ROOT / "configs" / "quickstart.toml", "--pretrained_model_name_or_path", model,
         "--train_data_dir", FOLDER / "pictures", "--output_dir", FOLDER / "output",
     )  # fmt: skip
-    picture = FOLDER / "before_after.png"
+    image = FOLDER / "before_after.png"
     call(
-        "tools/before_after.py", "--ckpt", model, "--network_weights", lora, "--prompt", "a red circle on blue", "--output", picture,
+        "tools/before_after.py", "--ckpt", model, "--network_weights", lora, "--prompt", "a red circle on blue", "--output", image,
         "--width", 128, "--height", 128, "--steps", 12, "--scale", 3,
     )  # fmt: skip
     rows = map(json.loads, lora.with_name("shapes-log.jsonl").read_text(encoding="utf-8").splitlines())
@@ -33,7 +33,7 @@ def main() -> None:
     fifth = len(losses) // 5
     first, last = (sum(part) / fifth for part in (losses[:fifth], losses[-fifth:]))
     print(f"\nThe loss fell from {first:.3f} to {last:.3f} (means of the first and last fifth of {len(losses)} steps).")
-    print(f"Your LoRA:   {lora}\nThe picture: {picture}")
+    print(f"Your LoRA:   {lora}\nThe picture: {image}")
     print("Train on your own: give sdxl_train_network.py your model and your pictures; README.md says how.")
 
 

@@ -43,7 +43,7 @@ def group_samples(datasets: Sequence[Dataset], samples: Sequence[Sample]) -> tup
     )
 
 
-class _Picture(NamedTuple):
+class _Image(NamedTuple):
     """One sample of a batch: its raw latents or its picture, or both, its loss mask, and (top, left) as the model is told.
 
     And what an inpainting model sees of it, where that is cached.
@@ -85,11 +85,11 @@ class Batches(TorchDataset):
         bucket = samples[0].fit.bucket
         # What an inpainting model sees is cached where masks are fixed; a batch is encoded as a whole, or not at all.
         shows = self.for_inpainting and (self.latents is None or not all(sample.has_mask for sample in samples))
-        pictures = [
-            self._picture(sample, place, i, flipped=flip, with_image=shows)
+        images = [
+            self._image(sample, place, i, flipped=flip, with_image=shows)
             for i, (sample, flip) in enumerate(zip(samples, flips, strict=True))
         ]
-        masks = _masks([picture.mask for picture in pictures], (bucket.height, bucket.width))
+        masks = _masks([image.mask for image in images], (bucket.height, bucket.width))
         conditioning = self._conditioning(samples, flips) if self.reads_conditioning or shows else None
         texts = self.texts(micro)
         weights = [
@@ -99,11 +99,11 @@ class Batches(TorchDataset):
             place=place,
             paths=tuple(sample.file for sample in samples),
             captions=texts.captions,
-            images=_stacked([picture.image for picture in pictures]),
-            latents=_stacked([picture.latents for picture in pictures]),
+            images=_stacked([image.image for image in images]),
+            latents=_stacked([image.latents for image in images]),
             text=texts.encoded,
             original_sizes=torch.tensor([(sample.size.height, sample.size.width) for sample in samples]),
-            crop_top_lefts=torch.tensor([picture.crop_top_left for picture in pictures]),
+            crop_top_lefts=torch.tensor([image.crop_top_left for image in images]),
             target_sizes=torch.tensor([(bucket.height, bucket.width)] * len(samples)),
             weights=torch.tensor(weights),
             masks=masks,
@@ -115,7 +115,7 @@ class Batches(TorchDataset):
                 ]
             ),
             paint=self._paint(samples, place, masks, conditioning) if shows else None,
-            raw_beside=None if shows else _stacked([picture.inpainting for picture in pictures]),
+            raw_beside=None if shows else _stacked([image.inpainting for image in images]),
             attributes=tuple(sample.subset.custom_attributes for sample in samples),
         )
 
@@ -150,18 +150,16 @@ class Batches(TorchDataset):
             max_train_steps=self.max_train_steps,
         )
 
-    def _picture(self, sample: Sample, place: BatchPosition, i: int, *, flipped: bool, with_image: bool) -> _Picture:
+    def _image(self, sample: Sample, place: BatchPosition, i: int, *, flipped: bool, with_image: bool) -> _Image:
         if self.latents is not None:
             cached = self.latents.read(sample, flipped=flipped)
             image = _image(_read_pixels(sample, None, flipped=flipped)) if with_image else None
-            return _Picture(
-                cached.latents, image, cached.mask, sample.crop_top_left(flipped=flipped), cached.inpainting
-            )
+            return _Image(cached.latents, image, cached.mask, sample.crop_top_left(flipped=flipped), cached.inpainting)
         pixels = _read_pixels(
             sample, python_rng(self.seed, "pixels", place.epoch, place.first_sample_index + i), flipped=flipped
         )
         mask = None if pixels.alpha is None else torch.from_numpy(np.ascontiguousarray(pixels.alpha))
-        return _Picture(None, _image(pixels), mask, pixels.crop_top_left)
+        return _Image(None, _image(pixels), mask, pixels.crop_top_left)
 
     def _paint(
         self, samples: Sequence[Sample], place: BatchPosition, masks: Tensor | None, conditioning: Tensor | None
@@ -189,7 +187,7 @@ class Batches(TorchDataset):
                 loaded.append(torch.ones(3, bucket.height, bucket.width))
                 continue
             try:
-                loaded.append(torch.from_numpy(images.normalised(load_conditioning(sample, flipped=flipped))))
+                loaded.append(torch.from_numpy(images.normalized(load_conditioning(sample, flipped=flipped))))
             except (OSError, ImageError) as error:
                 raise RunError(f"{sample.conditioning}: can't be read any more: {error}") from None
         return torch.stack(loaded)
@@ -211,7 +209,7 @@ def _read_pixels(sample: Sample, draw: random.Random | None, *, flipped: bool) -
 
 
 def _image(pixels: Pixels) -> Tensor:
-    return torch.from_numpy(images.normalised(pixels.rgb))
+    return torch.from_numpy(images.normalized(pixels.rgb))
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:

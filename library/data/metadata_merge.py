@@ -15,7 +15,7 @@ from library.log import LogOptions, log, start_logging
 from library.options import Options
 
 # Every ending that can be trained on with some plug-in: merging texts decodes no picture. Here, so that numpy isn't needed.
-PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".heic", ".heif")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".heic", ".heif")
 
 Metadata = dict[str, dict[str, Any]]
 
@@ -41,62 +41,62 @@ def merge_texts(
     """
     if recursive and not full_path:
         raise OptionError("--recursive needs --full_path: pictures of two folders may have one name")
-    pictures = find_pictures(train_data_dir, recursive=recursive)
-    keyed = key_pictures(pictures, full_path=full_path)
+    images = find_images(train_data_dir, recursive=recursive)
+    keyed = key_images(images, full_path=full_path)
     if in_json is None and out_json.exists():
         in_json = out_json
     metadata = {} if in_json is None else read_metadata(in_json)
-    for key, text in zip(keyed, read_texts(pictures, extension), strict=True):
+    for key, text in zip(keyed, read_texts(images, extension), strict=True):
         log.debug("%s: %s", key, text)
         metadata.setdefault(key, {})[field] = text
     write_metadata(out_json, metadata)
-    log.info("%s: %s of %d pictures merged, %d entries in all", out_json, field, len(pictures), len(metadata))
+    log.info("%s: %s of %d pictures merged, %d entries in all", out_json, field, len(images), len(metadata))
 
 
-def find_pictures(folder: Path, *, recursive: bool) -> list[Path]:
+def find_images(folder: Path, *, recursive: bool) -> list[Path]:
     """The pictures of a folder, sorted. Raises OptionError if there are none."""
     if not folder.is_dir():
         raise OptionError(f"{folder}: no such folder")
     try:
         found = folder.rglob("*") if recursive else folder.iterdir()
-        pictures = sorted(path for path in found if path.suffix.lower() in PICTURE_EXTENSIONS and path.is_file())
+        images = sorted(path for path in found if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file())
     except OSError as error:
         raise RunError(f"{folder}: can't be read: {error.strerror}") from error
-    if not pictures:
-        raise OptionError(f"{folder}: no pictures in it; looked for {' '.join(PICTURE_EXTENSIONS)}")
-    return pictures
+    if not images:
+        raise OptionError(f"{folder}: no pictures in it; looked for {' '.join(IMAGE_EXTENSIONS)}")
+    return images
 
 
-def key_pictures(pictures: Sequence[Path], *, full_path: bool) -> dict[str, Path]:
+def key_images(images: Sequence[Path], *, full_path: bool) -> dict[str, Path]:
     """The pictures by their keys, in their order. Raises OptionError where two would share an entry."""
     keyed: dict[str, Path] = {}
     clashes = []
-    for picture in pictures:
-        key = str(picture.absolute()) if full_path else picture.stem
+    for image in images:
+        key = str(image.absolute()) if full_path else image.stem
         if key in keyed:
-            clashes.append(f"{keyed[key]} and {picture} would share the entry {key!r}; rename one, or give --full_path")
-        keyed[key] = picture
+            clashes.append(f"{keyed[key]} and {image} would share the entry {key!r}; rename one, or give --full_path")
+        keyed[key] = image
     if clashes:
         raise OptionError(*clashes)
     return keyed
 
 
-def read_texts(pictures: Sequence[Path], extension: str) -> list[str]:
+def read_texts(images: Sequence[Path], extension: str) -> list[str]:
     """The stripped text beside each picture. Raises RunError with all that are missing or can't be read."""
     texts, problems = [], []
-    for picture in pictures:
-        file = picture.parent / f"{picture.stem}.{extension.removeprefix('.')}"
+    for image in images:
+        file = image.parent / f"{image.stem}.{extension.removeprefix('.')}"
         try:
             texts.append(file.read_text(encoding="utf-8-sig").strip())
         except FileNotFoundError:
-            problems.append(f"{file}: no such file, needed for {picture.name}")
+            problems.append(f"{file}: no such file, needed for {image.name}")
         except UnicodeDecodeError as error:
             problems.append(f"{file}: it is not UTF-8 (byte {error.start}); save it as UTF-8")
         except OSError as error:
             problems.append(f"{file}: can't be read: {error.strerror}")
     if problems:
         lines = "\n  ".join(problems)
-        raise RunError(f"{len(problems)} of {len(pictures)} text files can't be used, nothing was written:\n  {lines}")
+        raise RunError(f"{len(problems)} of {len(images)} text files can't be used, nothing was written:\n  {lines}")
     return texts
 
 

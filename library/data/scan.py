@@ -219,7 +219,7 @@ class _Scanner:
 
     def _in_folders(self, subset: Subset) -> Iterator[_Found]:
         assert subset.image_dir is not None
-        any_picture = False
+        any_image = False
         for folder in _folders(subset.image_dir) if subset.recursive else [str(subset.image_dir)]:
             try:
                 with os.scandir(folder) as listing:
@@ -227,23 +227,23 @@ class _Scanner:
             except OSError as error:
                 self.mistakes.append(f"{folder}: can't be read: {error.strerror}")
                 continue
-            pictures = [entry for entry in entries if entry.name.lower().endswith(self.extensions)]
-            any_picture = any_picture or bool(pictures)
+            images = [entry for entry in entries if entry.name.lower().endswith(self.extensions)]
+            any_image = any_image or bool(images)
             self._tell_missing_plugins(folder, entries)
-            if pictures:
-                yield from self._in_folder(subset, folder, pictures, {entry.name: entry for entry in entries})
-        if not any_picture:
+            if images:
+                yield from self._in_folder(subset, folder, images, {entry.name: entry for entry in entries})
+        if not any_image:
             names = sorted(os.listdir(subset.image_dir))
             log.warning("%s: no pictures in it (%s)", subset.image_dir, some(names) or "empty")
 
     def _in_folder(
-        self, subset: Subset, folder: str, pictures: Sequence[os.DirEntry], entries: Mapping[str, os.DirEntry]
+        self, subset: Subset, folder: str, images: Sequence[os.DirEntry], entries: Mapping[str, os.DirEntry]
     ) -> Iterator[_Found]:
-        captions = CaptionFolder(subset, folder, [entry.name for entry in pictures], entries)
+        captions = CaptionFolder(subset, folder, [entry.name for entry in images], entries)
         if captions.problem and not self.allow_missing_captions:
             self.mistakes.append(captions.problem)
         info = MetadataCache(folder) if subset.cache_info else None
-        for entry in pictures:
+        for entry in images:
             own = self._caption(subset, captions, entry.name, info)
             caption = (subset.class_tokens or "") if own is None else own
             try:

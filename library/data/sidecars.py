@@ -28,22 +28,22 @@ class CaptionFolder:
         problem: what is wrong when the ending that the user gave isn't there at all.
     """
 
-    def __init__(self, subset: Subset, folder: str, pictures: Sequence[str], entries: Mapping[str, os.DirEntry]):
+    def __init__(self, subset: Subset, folder: str, images: Sequence[str], entries: Mapping[str, os.DirEntry]):
         """Args: entries: all that lies in the folder, by name."""
         self.folder = folder
         self.entries = entries
         self.extension = subset.caption_extension
         self.problem: str | None = None
-        if any(self.file_of(name.rpartition(".")[0]) for name in pictures):
+        if any(self.file_of(name.rpartition(".")[0]) for name in images):
             return
-        there = Counter(self._companions(pictures))
+        there = Counter(self._companions(images))
         if not subset.extension_was_chosen and there[".txt"]:
             log.info("%s: no *%s, so captions are read from the %d *.txt", folder, self.extension, there[".txt"])
             self.extension = ".txt"
         elif subset.extension_was_chosen and subset.class_tokens is None and not subset.cache_info:
             lies = ", ".join(f"{count} *{ending}" for ending, count in there.most_common()) or "no other files of the pictures' names"  # fmt: skip
             self.problem = (
-                f"{folder}: no *{self.extension} for its {len(pictures)} pictures; there are {lies}. Give their ending as "
+                f"{folder}: no *{self.extension} for its {len(images)} pictures; there are {lies}. Give their ending as "
                 "--caption_extension, or train with empty captions by --allow_missing_captions"
             )
 
@@ -54,10 +54,10 @@ class CaptionFolder:
             name = stem.rsplit("_", 4)[0] + self.extension
         return name if name in self.entries else None
 
-    def _companions(self, pictures: Sequence[str]) -> Iterator[str]:
+    def _companions(self, images: Sequence[str]) -> Iterator[str]:
         """The endings of files that are called like a picture, and are no picture themselves."""
-        stems = {name.rpartition(".")[0] for name in pictures}
-        shown = set(pictures)
+        stems = {name.rpartition(".")[0] for name in images}
+        shown = set(images)
         for name in self.entries:
             stem, _, ending = name.rpartition(".")
             if stem in stems and name not in shown and ending != "npz":

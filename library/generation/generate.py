@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import Mistake, OptionError
 from library.files import make_writable_folder
-from library.generation.init_images import read_picture
+from library.generation.init_images import read_image
 from library.generation.options import (
     GenerationModelOptions,
     HighresFixOptions,
@@ -129,7 +129,7 @@ def _look_at_files(drawings: Sequence[GenerationRequest]) -> None:
     mistakes = []
     for path, flag in named:
         try:
-            read_picture(path, flag)
+            read_image(path, flag)
         except OptionError as error:
             mistakes += error.mistakes
     if mistakes:

@@ -20,7 +20,7 @@ from library.device import Precision
 from library.errors import OptionError, RunError
 from library.generation.adapters import LoadAdapters
 from library.generation.image_grid import as_bytes, contact_sheet
-from library.generation.init_images import as_images, as_mask, as_tensor, read_picture, resized
+from library.generation.init_images import as_images, as_mask, as_tensor, read_image, resized
 from library.generation.metadata import texts_of
 from library.generation.options import (
     GenerationModelOptions,
@@ -66,7 +66,7 @@ class ImageGenerator:
             self._changes,
             v_prediction=chosen.v_parameterization or bool(checkpoint.v_prediction),
             zero_terminal_snr=chosen.zero_terminal_snr or bool(checkpoint.zero_terminal_snr),
-            on_step=lambda pictures: self._bar.update(),
+            on_step=lambda images: self._bar.update(),
         )
         if chosen.vae_tiling:
             self._models.change_vae(decode_in_tiles)
@@ -101,7 +101,7 @@ class ImageGenerator:
         self._wait()
         self._writer.shutdown()
         if self._options[OutputOptions].contact_sheet and self._rows:
-            rows = [(str(row + 1), pictures) for row, (_, pictures) in sorted(self._rows.items())]
+            rows = [(str(row + 1), images) for row, (_, images) in sorted(self._rows.items())]
             log.info("contact sheet: %s", self._output.save_sheet(contact_sheet(rows)))
         if self._failed:
             raise RunError(f"{self._failed} pictures could not be drawn; see above")
@@ -174,7 +174,7 @@ class ImageGenerator:
         return as_tensor(self._resized(paths, first, flag))
 
     def _resized(self, paths: Sequence[Any], first: GenerationRequest, flag: str) -> list[Image]:
-        return [resized(read_picture(path, flag), first.width, first.height) for path in paths]
+        return [resized(read_image(path, flag), first.width, first.height) for path in paths]
 
     def _see_sources(self, drawings: Sequence[GenerationRequest]) -> None:
         """--clip_vision_strength: what CLIP sees in each source, before the first is drawn; its encoder's memory is free then."""
@@ -187,7 +187,7 @@ class ImageGenerator:
         from library.generation.clip_vision import image_vectors
 
         vectors = image_vectors(
-            chosen.clip_vision_model, (read_picture(path, "--image_path") for path in new),
+            chosen.clip_vision_model, (read_image(path, "--image_path") for path in new),
             width=self._models.checkpoint.unet.pooled_channels, device=self._models.device, dtype=self._models.precision.compute,
         )  # fmt: skip
         self._seen.update(zip(new, vectors, strict=True))

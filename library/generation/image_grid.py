@@ -17,7 +17,7 @@ from library.models.vae import unscale_latents
 _MARGIN, _LABEL_WIDTH = 4, 56  # pixels
 
 
-def draw_picture(
+def draw_image(
     unet: UNet,
     decode: Callable[[Tensor], Tensor],
     prompt: TextConditioning,
@@ -78,16 +78,16 @@ def thumbnail(pixels: np.ndarray, side: int) -> Image.Image:
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image | None]]]) -> Image.Image:
     """Rows of small pictures with a label each, in columns. None leaves a gap."""
-    columns = max(len(pictures) for _, pictures in rows)
-    all_pictures = [picture for _, pictures in rows for picture in pictures if picture is not None]
-    width = max((picture.width for picture in all_pictures), default=1) + _MARGIN
-    heights = [max((p.height for p in pictures if p is not None), default=16) + _MARGIN for _, pictures in rows]
+    columns = max(len(images) for _, images in rows)
+    all_images = [image for _, images in rows for image in images if image is not None]
+    width = max((image.width for image in all_images), default=1) + _MARGIN
+    heights = [max((p.height for p in images if p is not None), default=16) + _MARGIN for _, images in rows]
     sheet = Image.new("RGB", (_LABEL_WIDTH + columns * width, sum(heights) + _MARGIN), "white")
     pen, top = ImageDraw.Draw(sheet), _MARGIN
-    for (label, pictures), height in zip(rows, heights, strict=True):
+    for (label, images), height in zip(rows, heights, strict=True):
         pen.text((_MARGIN, top), label, fill="black")
-        for column, picture in enumerate(pictures):
-            if picture is not None:
-                sheet.paste(picture, (_LABEL_WIDTH + column * width, top))
+        for column, image in enumerate(images):
+            if image is not None:
+                sheet.paste(image, (_LABEL_WIDTH + column * width, top))
         top += height
     return sheet

@@ -18,7 +18,7 @@ _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
 
 
-def list_pictures(paths: Iterable[Path], flag: str) -> list[Path]:
+def list_images(paths: Iterable[Path], flag: str) -> list[Path]:
     """The pictures that files and folders name, folders' by name. Raises OptionError for a folder without any."""
     found: list[Path] = []
     for path in paths:
@@ -45,7 +45,7 @@ def size_of(path: Path, flag: str) -> tuple[int, int]:
     return width // SIDE * SIDE, height // SIDE * SIDE
 
 
-def read_picture(path: Path, flag: str) -> "Image":
+def read_image(path: Path, flag: str) -> "Image":
     """The picture upright, transparent parts on white, 16 bits scaled to 8. Raises OptionError."""
     import numpy as np
     from PIL import Image, ImageOps

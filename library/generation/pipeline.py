@@ -54,7 +54,7 @@ class SdxlPipeline:
     changes: Adapters
     v_prediction: bool
     zero_terminal_snr: bool
-    on_step: Callable[[int], object] = lambda pictures: None
+    on_step: Callable[[int], object] = lambda images: None
 
     def chunks(self, drawing: GenerationRequest) -> int:
         """Into how many chunks of 75 tokens its prompts fit."""

@@ -12,7 +12,7 @@ from library.errors import OptionError
 from library.generation.deep_shrink import DeepShrink
 from library.generation.dynamic_prompts import variants
 from library.generation.gradual_latent import GradualLatent
-from library.generation.init_images import list_pictures, size_of
+from library.generation.init_images import list_images, size_of
 from library.generation.metadata import read_texts
 from library.generation.options import (
     DEFAULT_SIDE,
@@ -73,7 +73,7 @@ def read_lines(options: Options) -> list[PromptSource]:
     source = options[InitImageOptions].image_path
     if source is None:
         raise OptionError("nothing to draw: give --prompt, --from_file, --from_png or --interactive")
-    return [_stored_line(path, i) for i, path in enumerate(list_pictures([source], "--image_path"))]
+    return [_stored_line(path, i) for i, path in enumerate(list_images([source], "--image_path"))]
 
 
 def _stored_line(path: Path, number: int) -> PromptSource:
@@ -98,13 +98,13 @@ class RequestBuilder:
         num_guides, num_networks: control nets, and networks with a multiplier.
         num_regions: networks that work each in a region of the mask, and on a sub-prompt of its own.
         """
-        self._prompts, self._picture = options[PromptOptions], options[ImageOptions]
+        self._prompts, self._image = options[PromptOptions], options[ImageOptions]
         self._fix = options[HighresFixOptions]
         sources = options[InitImageOptions]
         self._strength = _STRENGTH if sources.strength is None else sources.strength
-        self._sources = [] if sources.image_path is None else list_pictures([sources.image_path], "--image_path")
-        self._masks = [] if sources.mask_path is None else list_pictures([sources.mask_path], "--mask_path")
-        self._guides = list_pictures(sources.guide_image_path or (), "--guide_image_path")
+        self._sources = [] if sources.image_path is None else list_images([sources.image_path], "--image_path")
+        self._masks = [] if sources.mask_path is None else list_images([sources.mask_path], "--mask_path")
+        self._guides = list_images(sources.guide_image_path or (), "--guide_image_path")
         self._num_guides, self._num_networks, self._num_regions = num_guides, num_networks, num_regions
         self._shrink_options, self._growth_options = options[DeepShrinkOptions], options[GradualLatentOptions]
         self._shrink = None if self._shrink_options.ds_depth_1 is None else _shrink_of(self._shrink_options)
@@ -169,9 +169,9 @@ class RequestBuilder:
         growth = {k.removeprefix("gl_"): v for k, v in own.items() if k.startswith("gl_") and v is not None}
         if growth:
             self._growth = dataclasses.replace(self._growth or _growth_of(self._growth_options), **growth)
-        if self._growth is not None and self._picture.sampler not in GRADUAL_SAMPLERS:
+        if self._growth is not None and self._image.sampler not in GRADUAL_SAMPLERS:
             raise OptionError(
-                f"{where}: Gradual Latent works with --sampler {' or '.join(GRADUAL_SAMPLERS)}, not {self._picture.sampler}"
+                f"{where}: Gradual Latent works with --sampler {' or '.join(GRADUAL_SAMPLERS)}, not {self._image.sampler}"
             )
         if self._num_guides and (self._growth is not None or self._shrink is not None):
             raise OptionError(
@@ -179,7 +179,7 @@ class RequestBuilder:
             )
 
     def _drawing(self, read: PromptLine, line: PromptSource, row: int, place: int) -> GenerationRequest:
-        picture = self._picture
+        image = self._image
         self._check_regions(read.prompt, line.where)
         place_of_source = self._number if line.source is None else line.source
         source = self._sources[place_of_source % len(self._sources)] if self._sources else None
@@ -189,14 +189,14 @@ class RequestBuilder:
         drawing = GenerationRequest(
             prompt=read.prompt, negative=read.negative or "", prompt2=_first(read.prompt2, self._prompts.prompt2),
             negative2=read.negative2, raw_prompt=line.text, clip_prompt=read.clip_prompt, width=width, height=height,
-            original_width=_first(read.original_width, picture.original_width),
-            original_height=_first(read.original_height, picture.original_height),
-            original_width_negative=_first(read.original_width_negative, picture.original_width_negative),
-            original_height_negative=_first(read.original_height_negative, picture.original_height_negative),
-            crop_top=_first(read.crop_top, picture.crop_top), crop_left=_first(read.crop_left, picture.crop_left),
-            steps=_first(read.steps, picture.steps) or 1, seed=self._seeds.of(read.seeds, place), sampler=picture.sampler,
-            scale=picture.scale if read.scale is None else read.scale, negative_scale=self._negative_scale(read),
-            guidance_rescale=picture.guidance_rescale, strength=self._strength if read.strength is None else read.strength,
+            original_width=_first(read.original_width, image.original_width),
+            original_height=_first(read.original_height, image.original_height),
+            original_width_negative=_first(read.original_width_negative, image.original_width_negative),
+            original_height_negative=_first(read.original_height_negative, image.original_height_negative),
+            crop_top=_first(read.crop_top, image.crop_top), crop_left=_first(read.crop_left, image.crop_left),
+            steps=_first(read.steps, image.steps) or 1, seed=self._seeds.of(read.seeds, place), sampler=image.sampler,
+            scale=image.scale if read.scale is None else read.scale, negative_scale=self._negative_scale(read),
+            guidance_rescale=image.guidance_rescale, strength=self._strength if read.strength is None else read.strength,
             multipliers=self._multipliers(read), shrink=self._shrink, growth=self._growth, source=source,
             mask=self._masks[place_of_source % len(self._masks)] if self._masks else None,
             guides=self._next_guides(), number=self._number, row=row,
@@ -239,7 +239,7 @@ class RequestBuilder:
             )
 
     def _size(self, read: PromptLine, source: Path | None) -> tuple[int, int]:
-        width, height = _first(read.width, self._picture.W), _first(read.height, self._picture.H)
+        width, height = _first(read.width, self._image.W), _first(read.height, self._image.H)
         if source is not None and (width is None or height is None):
             return size_of(source, "--image_path")
         return width or DEFAULT_SIDE, height or DEFAULT_SIDE
@@ -247,7 +247,7 @@ class RequestBuilder:
     def _negative_scale(self, read: PromptLine) -> float | None:
         if read.negative_scale == NO_NEGATIVE_SCALE:
             return None
-        return self._picture.negative_scale if read.negative_scale is None else read.negative_scale
+        return self._image.negative_scale if read.negative_scale is None else read.negative_scale
 
     def _multipliers(self, read: PromptLine) -> tuple[float, ...] | None:
         """One for each network; the last one goes on."""

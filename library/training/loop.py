@@ -250,9 +250,9 @@ def preview(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     label = f"e{progress.epoch:06d}" if epoch_ended or not progress.step else f"{progress.step:06d}"
     loss_module.eval()
     with run.update.eval_weights():
-        pictures = run.preview.draw(label, run.share, gather_object, saves=run.accelerator.is_main_process)
+        images = run.preview.draw(label, run.share, gather_object, saves=run.accelerator.is_main_process)
     loss_module.train()
-    run.report.log_samples(pictures, progress.step)
+    run.report.log_samples(images, progress.step)
     run.pace.paused()
 
 

@@ -127,7 +127,7 @@ def _load(sample: Sample, *, for_inpainting: bool) -> _Loaded | RejectedSample:
     for name, how, turned in (("plain", "", slice(None)), ("flipped", " mirrored", slice(None, None, -1))):
         if name == "flipped" and not sample.subset.pixels.flip_aug:
             continue
-        image = torch.from_numpy(images.normalised(pixels.rgb[:, turned]))
+        image = torch.from_numpy(images.normalized(pixels.rgb[:, turned]))
         inputs[name] = image, _noise(image, f"{origin.content}{how}")
         if mask is not None:
             seen = "inpainting" if name == "plain" else "inpainting_flipped"

@@ -24,7 +24,7 @@ class Line:
     name: str
     steps: np.ndarray
     values: np.ndarray
-    colour: int = 0
+    color: int = 0
     look: str = ""  # faint, dots or dashed
     shown: float = 1.0
 
@@ -94,7 +94,7 @@ def chart(
         points = np.stack((x.place(steps[kept]) * _WIDTH, (1 - y.place(values[kept])) * _HEIGHT), axis=1)
         drawing.append(_drawn(line, np.clip(points, -_WIDTH, 2 * _WIDTH)))
         legend.append(
-            f'<span><i class="c{line.colour} {line.look}"></i>{html.escape(line.name)} <b>{few_digits(values[-1])}</b></span>'
+            f'<span><i class="c{line.color} {line.look}"></i>{html.escape(line.name)} <b>{few_digits(values[-1])}</b></span>'
         )
         outside = int(((values < y.low) | (values > y.high)).sum())
         if outside and line.look == "faint":
@@ -116,10 +116,10 @@ def _drawn(line: Line, points: np.ndarray) -> str:
     places = [f"{x:.1f},{y:.1f}" for x, y in points.tolist()]
     name = f"<title>{html.escape(line.name)}</title>"
     look = f"{line.look} dense" if len(points) > 600 else line.look
-    drawn = f'<polyline class="c{line.colour} {look}" points="{" ".join(places)}">{name}</polyline>'
+    drawn = f'<polyline class="c{line.color} {look}" points="{" ".join(places)}">{name}</polyline>'
     if len(points) == 1 or (line.look == "dots" and len(points) <= 200):
         dots = "".join(f"M{place}h0" for place in places)  # of no length, but with round ends
-        drawn += f'<path class="c{line.colour} dot" d="{dots}"/>'
+        drawn += f'<path class="c{line.color} dot" d="{dots}"/>'
     return drawn
 
 

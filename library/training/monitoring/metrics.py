@@ -190,10 +190,10 @@ class MetricsLogger:
         """Note in the log what a run has saved: not every file says whose it is."""
         self._write({"step": step, "session": session_id, "saved": [path.name for path in paths]})
 
-    def log_samples(self, pictures: Sequence[tuple[str, np.ndarray]], step: int) -> None:
+    def log_samples(self, images: Sequence[tuple[str, np.ndarray]], step: int) -> None:
         """Send sample pictures to the trackers."""
-        if self._trackers is not None and pictures:
-            self._trackers.pictures(pictures, step)
+        if self._trackers is not None and images:
+            self._trackers.images(images, step)
 
     def average(self) -> float:
         """Mean loss of the last epoch's worth of steps."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from library import images
 from library.errors import first_line
 from library.files import write_atomically
-from library.generation.image_grid import contact_sheet, draw_picture, thumbnail
+from library.generation.image_grid import contact_sheet, draw_image, thumbnail
 from library.generation.sample_prompts import SamplePrompt
 from library.log import log
 from library.models.control import ControlInputs
@@ -94,23 +94,23 @@ class Preview:
                 )
         if not self.keeps_vae:
             self.models.release("vae")
-        pictures = dict(gather(drawn) if processes > 1 else drawn)
+        images = dict(gather(drawn) if processes > 1 else drawn)
         if rank or not saves:
             return []
         try:
-            self._save(label, pictures)
+            self._save(label, images)
         except Exception as error:
             log.warning("the samples of %s are not saved: %s", label, first_line(error))
-        return [(self.prompts[number].prompt, picture) for number, picture in sorted(pictures.items())]
+        return [(self.prompts[number].prompt, image) for number, image in sorted(images.items())]
 
     def small(self) -> list[tuple[str, str, bytes]]:
         """(label, prompt, JPEG) of all samples so far, small."""
         found = []
         for label, row in self._rows:
-            for prompt, picture in zip(self.prompts, row, strict=True):
-                if picture is not None:
+            for prompt, image in zip(self.prompts, row, strict=True):
+                if image is not None:
                     content = BytesIO()
-                    picture.save(content, format="JPEG", quality=85)
+                    image.save(content, format="JPEG", quality=85)
                     found.append((label, prompt.prompt, content.getvalue()))
         return found
 
@@ -135,7 +135,7 @@ class Preview:
             for text in (prompt.prompt, prompt.negative_prompt)
         )
         assert prompt.width and prompt.height
-        return draw_picture(
+        return draw_image(
             self.unet, self._decode, wanted, unwanted, width=prompt.width, height=prompt.height, steps=prompt.sample_steps, scale=prompt.scale,
             seed=seed_of(self.seed, "sample", number) if prompt.seed is None else prompt.seed, sampler=prompt.sample_sampler or self.sampler,
             v_prediction=self.v_prediction, zero_terminal_snr=self.zero_terminal_snr,
@@ -146,7 +146,7 @@ class Preview:
     @torch.no_grad()
     def _steered(self, file: Path, size: Size) -> ControlInputs | None:
         """How a condition steers the U-Net, stretched to the picture's size."""
-        pixels = images.normalised(images.resize(images.load(file), size, None))
+        pixels = images.normalized(images.resize(images.load(file), size, None))
         return self.control_inputs(torch.from_numpy(pixels)[None].to(self.models.device))
 
     @torch.no_grad()
@@ -167,20 +167,20 @@ class Preview:
             decode_in_tiles(self.models.vae)
             return self.models.decode_latents(raw)
 
-    def _save(self, label: str, pictures: Mapping[int, np.ndarray]) -> None:
+    def _save(self, label: str, images: Mapping[int, np.ndarray]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         start = f"{self.name}_" if self.name else ""
         now = time.strftime("%Y%m%d%H%M%S")
-        for number, picture in sorted(pictures.items()):
+        for number, image in sorted(images.items()):
             seed = self.prompts[number].seed
             end = "" if seed is None else f"_{seed}"
-            _write_png(self.folder / f"{start}{label}_{number:02d}_{now}{end}.png", Image.fromarray(picture))
-        small = [thumbnail(pictures[n], _THUMBNAIL) if n in pictures else None for n in range(len(self.prompts))]
+            _write_png(self.folder / f"{start}{label}_{number:02d}_{now}{end}.png", Image.fromarray(image))
+        small = [thumbnail(images[n], _THUMBNAIL) if n in images else None for n in range(len(self.prompts))]
         self._rows.append((label, small))
         if len(self._rows) > _MOST_ROWS:
             self._rows[:-1] = self._rows[:-1:2]
         _write_png(self.folder / f"{start}contact_sheet.png", contact_sheet(self._rows))
-        log.info("%d samples of %s in %s", len(pictures), label, self.folder)
+        log.info("%d samples of %s in %s", len(images), label, self.folder)
 
 
 @torch.no_grad()

@@ -60,9 +60,9 @@ def _charts(told: StepLog) -> Iterator[str]:
         Line("each step", steps, loss, look="faint", shown=shown),
         Line(smoothed, steps, trailing_mean(loss, window), shown=shown),
     ]
-    for colour, (kind, (seen, losses)) in enumerate(told.validations.items(), start=1):
+    for color, (kind, (seen, losses)) in enumerate(told.validations.items(), start=1):
         name = "validation" if kind == "step" else "validation after epochs"
-        lines.append(Line(name, np.array(seen), np.array(losses), colour, look="dots"))
+        lines.append(Line(name, np.array(seen), np.array(losses), color, look="dots"))
     yield chart("Loss", "", lines, across, tall=True)
 
     yield chart("Learning rate", "", _rates(told, steps), across, from_zero=True)
@@ -156,17 +156,17 @@ def _samples(samples: Sequence[tuple[str, str, bytes]]) -> str:
     """A row for each time, a column for each prompt; a prompt that is given twice has two."""
     rows: dict[str, dict[tuple[str, int], bytes]] = {}
     columns: dict[tuple[str, int], None] = {}
-    for label, prompt, picture in samples:
+    for label, prompt, image in samples:
         row = rows.setdefault(label, {})
         place = (prompt, sum(seen == prompt for seen, _ in row))
-        row[place] = picture
+        row[place] = image
         columns[place] = None
     if not rows:
         return ""
     head = "".join(f"<th><div>{html.escape(prompt)}</div></th>" for prompt, _ in columns)
     body = []
     for label, row in rows.items():
-        cells = "".join(f"<td>{_picture(row[place], label) if place in row else ''}</td>" for place in columns)
+        cells = "".join(f"<td>{_image(row[place], label) if place in row else ''}</td>" for place in columns)
         body.append(f"<tr><th>{html.escape(_when(label))}</th>{cells}</tr>")
     return (
         '<h2>Samples</h2><div class="scroll" tabindex="0"><table class="samples">'
@@ -183,9 +183,9 @@ def _when(label: str) -> str:
     return f"{'epoch' if label.startswith('e') else 'step'} {int(number):,}"
 
 
-def _picture(picture: bytes, label: str) -> str:
-    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
-    data = base64.b64encode(picture).decode()
+def _image(image: bytes, label: str) -> str:
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    data = base64.b64encode(image).decode()
     return f'<img src="data:image/{kind};base64,{data}" alt="sample, {html.escape(_when(label))}">'
 
 

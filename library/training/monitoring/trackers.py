@@ -39,7 +39,7 @@ class Tracker(Protocol):
 
     def log(self, values: Mapping[str, float], step: int, epoch: int | None) -> None: ...
 
-    def pictures(self, pictures: "Sequence[tuple[str, np.ndarray]]", step: int) -> None: ...
+    def images(self, images: "Sequence[tuple[str, np.ndarray]]", step: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -56,9 +56,9 @@ class Trackers:
         """Send scalars. Args: step: the optimizer step; epoch: counted from 1, where they are of a whole epoch."""
         self._each(lambda tracker: tracker.log(values, step, epoch))
 
-    def pictures(self, pictures: "Sequence[tuple[str, np.ndarray]]", step: int) -> None:
+    def images(self, images: "Sequence[tuple[str, np.ndarray]]", step: int) -> None:
         """Send sample pictures: each its caption, and its pixels as uint8 RGB [H, W, 3]."""
-        self._each(lambda tracker: tracker.pictures(pictures, step))
+        self._each(lambda tracker: tracker.images(images, step))
 
     def close(self) -> None:
         """Send what is still waiting; returns within a bounded time. Nothing can be sent afterwards."""
@@ -180,8 +180,8 @@ class _TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step if epoch is None else epoch)
 
-    def pictures(self, pictures: "Sequence[tuple[str, np.ndarray]]", step: int) -> None:
-        for index, (_, pixels) in enumerate(pictures):
+    def images(self, images: "Sequence[tuple[str, np.ndarray]]", step: int) -> None:
+        for index, (_, pixels) in enumerate(images):
             self._writer.add_image(f"sample/{index}", pixels, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -244,9 +244,9 @@ class _Wandb:
     def log(self, values: Mapping[str, float], step: int, epoch: int | None) -> None:
         self._send(values, step)
 
-    def pictures(self, pictures: "Sequence[tuple[str, np.ndarray]]", step: int) -> None:
-        wandb_images = [self._wandb.Image(pixels, caption=caption) for caption, pixels in pictures]
-        if len({pixels.shape for _, pixels in pictures}) > 1:  # in a list, wandb shows all in the size of the first
+    def images(self, images: "Sequence[tuple[str, np.ndarray]]", step: int) -> None:
+        wandb_images = [self._wandb.Image(pixels, caption=caption) for caption, pixels in images]
+        if len({pixels.shape for _, pixels in images}) > 1:  # in a list, wandb shows all in the size of the first
             self._send({f"sample/{index}": image for index, image in enumerate(wandb_images)}, step)
         elif wandb_images:
             self._send({"sample": wandb_images}, step)

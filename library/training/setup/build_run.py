@@ -59,7 +59,7 @@ from library.training.setup.plan import (
     Plan,
     buckets_of,
     check_lasting,
-    encodes_pictures,
+    encodes_images,
     estimate_memory,
     format_groups,
     format_memory,
@@ -194,7 +194,7 @@ def fill_caches_and_encode_prompts(
     # Once captions are encoded, the text encoders go; so do prompts that they would have to encode later.
     texts = encode_prompts(models, prompts, model.num_tokens) if prepared.text and prompts else None
     are_masked = all(sample.has_mask for sample in all_samples(prepared.datasets))
-    keeps_vae = encodes_pictures(models, options[CacheOptions], are_masked=are_masked)
+    keeps_vae = encodes_images(models, options[CacheOptions], are_masked=are_masked)
     models.release(*([] if keeps_vae else ["vae"]), *(["text_encoders"] if prepared.text else []))
     folder = options[SavingOptions].output_dir
     assert folder is not None

@@ -92,9 +92,9 @@ def _table(table: Table) -> str:
 
 
 def _card(one: Shown) -> str:
-    picture = "" if one.pixels is None else f'<img src="{_thumbnail(one.pixels, one.mask)}" alt="">'
+    image = "" if one.pixels is None else f'<img src="{_thumbnail(one.pixels, one.mask)}" alt="">'
     if one.condition is not None:
-        picture += f'<img src="{_thumbnail(one.condition, None)}" alt="its condition">'
+        image += f'<img src="{_thumbnail(one.condition, None)}" alt="its condition">'
     captions = "".join(
         f"<p class=caption>{html.escape(caption) or '<i>no caption</i>'}</p>" for caption in one.captions
     )
@@ -105,7 +105,7 @@ def _card(one: Shown) -> str:
         f"{one.tokens} of {one.limit} tokens{coverage}"
     )
     note = f'<p class="caption cut">{html.escape(one.note)}</p>' if one.note else ""
-    return f"<div class=card>{picture}<p class=file>{html.escape(one.file)}</p>{note}{captions}{cut}<p class=numbers>{numbers}</p></div>"
+    return f"<div class=card>{image}<p class=file>{html.escape(one.file)}</p>{note}{captions}{cut}<p class=numbers>{numbers}</p></div>"
 
 
 def _thumbnail(pixels: np.ndarray, mask: np.ndarray | None) -> str:

@@ -15,7 +15,7 @@ from library.data.options import CacheOptions
 from library.data.samples import Sample
 from library.data.scan import Dataset
 from library.files import write_atomically
-from library.images import ImageError, normalised
+from library.images import ImageError, normalized
 from library.models.options import ModelOptions
 from library.models.tokenizer import Tokenizer, load_tokenizers
 from library.options import Options
@@ -25,7 +25,7 @@ from library.training.options.run import RunOptions
 from library.training.setup.dataset_page import Shown, Table, dataset_page
 from library.training.setup.inputs import RunInputs
 
-PICTURES_ON_PAGE = 300
+IMAGES_ON_PAGE = 300
 DRAWN_CAPTIONS = 3  # shown of a caption that is drawn anew for every sample
 
 
@@ -40,7 +40,7 @@ def show_dataset(options: Options, found: RunInputs) -> Path:
     samples = [sample for dataset in found.datasets for sample in dataset.samples]
     augments = not options[CacheOptions].latents
     shown = [
-        _shown(sample, tokenizer, options, augments=augments, with_pixels=i < PICTURES_ON_PAGE)
+        _shown(sample, tokenizer, options, augments=augments, with_pixels=i < IMAGES_ON_PAGE)
         for i, sample in enumerate(samples)
     ]
     for one in shown:
@@ -49,9 +49,9 @@ def show_dataset(options: Options, found: RunInputs) -> Path:
     assert saving.output_dir is not None
     path = saving.output_dir / f"{saving.output_name or 'last'}-dataset.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    note = f"The first {PICTURES_ON_PAGE} of {len(shown)} pictures." if len(shown) > PICTURES_ON_PAGE else ""
+    note = f"The first {IMAGES_ON_PAGE} of {len(shown)} pictures." if len(shown) > IMAGES_ON_PAGE else ""
     page = dataset_page(
-        f"{path.stem}: what the model will see", tables, shown[:PICTURES_ON_PAGE], f"{_summary(shown)} {note}"
+        f"{path.stem}: what the model will see", tables, shown[:IMAGES_ON_PAGE], f"{_summary(shown)} {note}"
     )
     write_atomically(path, lambda file: file.write(page.encode("utf-8", "replace")))
     print(f"page with thumbnails: {path}")
@@ -146,7 +146,7 @@ def _captions(sample: Sample, seed: int) -> list[str]:
 
 def _mask(sample: Sample, loaded: Pixels) -> np.ndarray | None:
     if sample.conditioning is not None and sample.subset.conditioning_is_mask:
-        return normalised(load_conditioning(sample, flipped=False))[0] / 2 + 0.5
+        return normalized(load_conditioning(sample, flipped=False))[0] / 2 + 0.5
     return loaded.alpha
 
 

@@ -55,7 +55,7 @@ from library.training.setup.plan import (
     buckets_of,
     check_lasting,
     dtype_of,
-    encodes_pictures,
+    encodes_images,
     estimate_memory,
     format_groups,
     format_memory,
@@ -95,7 +95,7 @@ def dry_run(kind: type[Task], options: Options, found: RunInputs) -> None:
     task: Task | None = None
     with page.checked():
         task = build_on_meta(kind, models, options)
-    looked = _look_at_pictures(page, options, found, models)
+    looked = _look_at_images(page, options, found, models)
     plan = make_plan(
         options[RunOptions], looked.datasets, processes=accelerator.num_processes, seed=options[RunOptions].seed or 0
     )
@@ -111,7 +111,7 @@ def dry_run(kind: type[Task], options: Options, found: RunInputs) -> None:
     page.section("Model", _model(options, found, models, task))
     trained = format_groups(groups) if groups else ["can't be told before the weights are loaded"]
     page.section("Trained", [*(("", line) for line in trained), *_optimizer(options)])
-    page.section("Pictures", looked.pictures)
+    page.section("Pictures", looked.images)
     page.section("Caches", looked.caches or [("", "none: pictures and captions are encoded in every step")])
     page.section("Steps", [*_steps(looked.datasets, plan, buckets), *_beginning(page, options, found, plan)])
     if task is not None:
@@ -197,11 +197,11 @@ class _Looked(NamedTuple):
     """What was seen of pictures and caches: the datasets without what would be left out, and what to tell."""
 
     datasets: list[Dataset]
-    pictures: Rows
+    images: Rows
     caches: Rows
 
 
-def _look_at_pictures(page: _Page, options: Options, found: RunInputs, models: SdxlModels) -> _Looked:
+def _look_at_images(page: _Page, options: Options, found: RunInputs, models: SdxlModels) -> _Looked:
     """Decode the pictures that no valid cache stands for, and look at every cache file; nothing is made."""
     cache, samples = options[CacheOptions], all_samples(found.datasets)
     datasets, caches, to_decode = list(found.datasets), Rows(), samples
@@ -231,8 +231,8 @@ def _look_at_pictures(page: _Page, options: Options, found: RunInputs, models: S
 def _steps(datasets: Sequence[Dataset], plan: Plan, buckets: Sequence[Bucket]) -> Rows:
     shown = sorted(buckets, key=lambda bucket: -bucket.shown)[:_MOST_BUCKETS]
     lines = [*format_steps(plan, datasets), f"{'bucket':>9}  pictures  with repeats  batches  of at most"]
-    for size, pictures, repeated, batch_size, _ in shown:
-        lines.append(f"{size!s:>9}  {pictures:8,}  {repeated:12,}  {-(-repeated // batch_size):7,}  {batch_size:10,}")
+    for size, images, repeated, batch_size, _ in shown:
+        lines.append(f"{size!s:>9}  {images:8,}  {repeated:12,}  {-(-repeated // batch_size):7,}  {batch_size:10,}")
     lines += [f"and {len(buckets) - len(shown)} more"] if len(buckets) > len(shown) else []
     return [("", line) for line in lines]
 
@@ -442,7 +442,7 @@ def made_up(options: Options, models: SdxlModels, largest: Bucket, samples: Sequ
         text = EncodedText(torch.randn(count, tokens, one), torch.randn(count, tokens, two), torch.randn(count, two))
     cells = (height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
     is_inpainting = models.checkpoint.unet.is_inpainting
-    has_images = encodes_pictures(models, cache, are_masked=largest.are_masked)
+    has_images = encodes_images(models, cache, are_masked=largest.are_masked)
     return Batch(
         place=BatchPosition(
             epoch=0,

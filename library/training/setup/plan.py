@@ -47,7 +47,7 @@ class Bucket(NamedTuple):
     """Pictures that share batches: how many, how often they are shown in an epoch, and at most at once; whether all have masks."""
 
     size: Size
-    pictures: int
+    images: int
     shown: int
     batch_size: int
     are_masked: bool = False
@@ -140,7 +140,7 @@ def estimate_memory(
         text_channels=_text_channels(models) if trains_text else 0,
         text_tokens=options[ModelOptions].num_tokens + 2,
         vae_channels=models.stored("vae")["encoder.conv_in.weight"].shape[0]
-        if encodes_pictures(models, cache, are_masked=are_masked)
+        if encodes_images(models, cache, are_masked=are_masked)
         else 0,
         vae_batch=cache.vae_batch_size,
     )
@@ -216,7 +216,7 @@ def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions, *, are_mas
     yield "unet", numbers_of(task.unet) - sum(p.numel() for p in task.unet.parameters() if id(p) in ids)
     absent = [
         *(["text_encoder_1", "text_encoder_2"] if cache.text else []),
-        *([] if encodes_pictures(models, cache, are_masked=are_masked) else ["vae"]),
+        *([] if encodes_images(models, cache, are_masked=are_masked) else ["vae"]),
     ]
     for part in models.checkpoint.parts:
         if part != "unet" and part not in absent:
@@ -224,7 +224,7 @@ def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions, *, are_mas
             yield part, sum(tensor.numel() for tensor in models.stored(part).values()) - own
 
 
-def encodes_pictures(models: SdxlModels, cache: CacheOptions, *, are_masked: bool) -> bool:
+def encodes_images(models: SdxlModels, cache: CacheOptions, *, are_masked: bool) -> bool:
     """Whether steps need the VAE: for pictures without cached latents, and for what inpainting models see under drawn masks.
 
     Args: are_masked: all pictures have masks of their own, so that what is seen is cached too.
