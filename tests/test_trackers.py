@@ -106,7 +106,7 @@ class Recorder:
         self._called("log")
 
     def images(self, images, step):
-        self._called("pictures")
+        self._called("images")
 
     def close(self):
         self._called("close")
@@ -168,7 +168,7 @@ def test_only_what_is_named_is_imported(tmp_path):
     program = f"""
         import sys
         from pathlib import Path
-        import library.training.trackers as trackers
+        import library.training.monitoring.trackers as trackers
         assert not {{"torch", "numpy", "tensorboard", "wandb"}} & sys.modules.keys()
         trackers.open_trackers(trackers.TrackerOptions(), "x", {{}}).log({{"loss": 1.0}}, 1)
         trackers.open_trackers(trackers.TrackerOptions(logging_dir=Path({str(tmp_path)!r})), "x", {{}}).close()
@@ -182,7 +182,7 @@ def test_only_what_is_named_is_imported(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- failing
 
 
-@pytest.mark.parametrize("fails_at, called", [("log", 1), ("pictures", 3), ("close", 4)])
+@pytest.mark.parametrize("fails_at, called", [("log", 1), ("images", 3), ("close", 4)])
 def test_fault_70_a_tracker_that_raises_is_told_once_and_the_others_go_on(fails_at, called, records):
     broken, whole = Recorder(fails_at), Recorder()
     sent = Trackers({"broken": broken, "whole": whole}, [KEY])
@@ -190,7 +190,7 @@ def test_fault_70_a_tracker_that_raises_is_told_once_and_the_others_go_on(fails_
     sent.log({"loss": 1.0}, 2)
     sent.images(IMAGES, 2)
     sent.close()
-    assert whole.calls == ["log", "log", "pictures", "close"] and len(broken.calls) == called
+    assert whole.calls == ["log", "log", "images", "close"] and len(broken.calls) == called
     (text,) = warnings_of(records)
     assert text.startswith("broken failed") and text.endswith("OSError: [Errno 28] No space left on device, key ***")
 
@@ -208,7 +208,7 @@ def test_fault_70_a_full_disk_under_tensorboard_doesnt_end_the_run(tmp_path):
     program = f"""
         import resource, signal
         from pathlib import Path
-        from library.training.trackers import TrackerOptions, open_trackers
+        from library.training.monitoring.trackers import TrackerOptions, open_trackers
         sent = open_trackers(TrackerOptions(logging_dir=Path({str(tmp_path)!r})), "x", {{}})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -306,7 +306,7 @@ def test_the_real_wandb_keeps_a_run_offline_and_leaves_signals_and_command_line_
         import signal
         import numpy as np
         from pathlib import Path
-        from library.training.trackers import TrackerOptions, open_trackers
+        from library.training.monitoring.trackers import TrackerOptions, open_trackers
         before = [signal.getsignal(which) for which in signal.valid_signals()]
         options = TrackerOptions(log_with="wandb", logging_dir=Path({str(tmp_path)!r}), wandb_api_key={KEY!r})
         sent = open_trackers(options, "network_train", {{"seed": 7}})
