@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.errors import RunError, run
 from library.generation.request import GenerationRequest
-from library.generation.sampler_options import SAMPLERS
+from library.generation.samplers import SAMPLERS
 from library.options import OptionGroup, option, read_options
 
 if TYPE_CHECKING:
@@ -88,22 +88,23 @@ def tiny_model(folder: Path) -> Path:
 
 def ours(models: "SdxlModels", chosen: GenerateOptions) -> Callable[[], "torch.Tensor"]:
     """Draws a picture: [3, H, W] in 0..1."""
-    from library.generation.adapters import NoChanges
     from library.generation.pipeline import SdxlPipeline
-    from library.generation.prompt_encoder import PromptEncoder
+    from library.generation.prompts.encoder import PromptEncoder
     from library.models.vae import unscale_latents
+    from networks.inference.adapters import AppliedNetworks
+    from networks.inference.options import AppliedNetworkOptions
 
     drawing = GenerationRequest(
         prompt=PROMPT, negative=NEGATIVE, prompt2=None, negative2=None, raw_prompt=PROMPT, clip_prompt=None, width=chosen.width,
         height=chosen.height, original_width=None, original_height=None, original_width_negative=None,
         original_height_negative=None, crop_top=None, crop_left=None, steps=chosen.steps, seed=SEED, sampler=chosen.sampler,
-        scale=SCALE, negative_scale=None, guidance_rescale=0.0, strength=0.8, multipliers=None, shrink=None, growth=None,
-        source=None, mask=None, guides=(), number=0, row=0,
+        scale=SCALE, negative_scale=None, guidance_rescale=0.0, strength=0.8, multipliers=None, deep_shrink=None, gradual_latent=None,
+        init_image=None, mask=None, guide_images=(), index=0, prompt_index=0,
     )  # fmt: skip
 
     def draw() -> "torch.Tensor":
         painter = SdxlPipeline(
-            models, PromptEncoder(models, None), NoChanges(), v_prediction=False, zero_terminal_snr=False
+            models, PromptEncoder(models, None), AppliedNetworks(AppliedNetworkOptions(), models), v_prediction=False, zero_terminal_snr=False
         )
         pixels = models.decode_latents(unscale_latents(painter.latents([drawing])))[0]
         return (pixels / 2 + 0.5).clamp(0, 1)
