@@ -207,7 +207,7 @@ def test_fault_70_a_full_disk_under_tensorboard_doesnt_end_the_run(tmp_path):
     program = f"""
         import resource, signal
         from pathlib import Path
-        from library.training.trackers import TrackerOptions, open_trackers
+        from library.training.monitoring.trackers import TrackerOptions, open_trackers
         sent = open_trackers(TrackerOptions(logging_dir=Path({str(tmp_path)!r})), "x", {{}})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -305,7 +305,7 @@ def test_the_real_wandb_keeps_a_run_offline_and_leaves_signals_and_command_line_
         import signal
         import numpy as np
         from pathlib import Path
-        from library.training.trackers import TrackerOptions, open_trackers
+        from library.training.monitoring.trackers import TrackerOptions, open_trackers
         before = [signal.getsignal(which) for which in signal.valid_signals()]
         options = TrackerOptions(log_with="wandb", logging_dir=Path({str(tmp_path)!r}), wandb_api_key={KEY!r})
         sent = open_trackers(options, "network_train", {{"seed": 7}})
