@@ -236,7 +236,7 @@ import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from library.data.dataset_config import read_datasets
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
-from library.data.subsets import scan
+from library.data.scan import scan
 from library.options import read_options
 argv = ["--in_json", {str(file)!r}, "--resolution", "1024", "--enable_bucket", "--max_bucket_reso", "2048"]
 options = read_options("", [DatasetOptions, CaptionOptions, CacheOptions], argv)

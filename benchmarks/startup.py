@@ -36,9 +36,9 @@ import torch
 from library.imports import import_diffusers
 transformers = __import__("library.imports", fromlist=["x"]).import_transformers()
 transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection, import_diffusers().AutoencoderKL
-from library.models.checkpoint import open_checkpoint
+from library.models.checkpoint.reader import open_checkpoint
 from library.models.sdxl import SdxlModels
-from library.precision import Precision
+from library.device import Precision
 
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))

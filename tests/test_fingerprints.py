@@ -297,8 +297,8 @@ import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 from scanning import samples_of, scanned, stub_vae
-from library.data.cache import LatentsOnDisk
-from library.data.fill_cache import fill_latents
+from library.data.cache.latents import LatentsOnDisk
+from library.data.cache.fill import fill_latents
 def slow(images, noise):
     time.sleep(0.02)
     return stub_vae(images, noise)

@@ -1,4 +1,4 @@
-"""Imports go down the floors of the house, never up and never sideways between packages of one floor."""
+"""Imports go down the floors of the architecture, never up and never sideways between packages of one floor."""
 
 import ast
 from pathlib import Path
@@ -13,6 +13,24 @@ FLOORS = {
     "library": 0,
     "tools": 4,
 }
+# Within training: the loop on top, the run that it touches under the set-up that builds it, topics below.
+TRAINING_FLOORS = {
+    "options": 0,
+    "progress": 0,
+    "objective": 1,
+    "trainable": 1,
+    "distributed": 1,
+    "optim": 2,
+    "monitoring": 3,
+    "saving": 4,
+    "tasks": 5,
+    "forward": 6,
+    "run": 6,
+    "setup": 7,
+    "loop": 8,
+    "main": 9,
+}
+MAX_FILES = 20
 SCRIPTS = list(ROOT.glob("*.py"))
 
 
@@ -24,14 +42,21 @@ def floor(module: str) -> tuple[str, int] | None:
     return None
 
 
+def training_topic(module: str) -> str | None:
+    """The package or module of library/training that a module belongs to."""
+    name = module.removeprefix("library.training.").split(".")[0]
+    return name if module.startswith("library.training.") and name in TRAINING_FLOORS else None
+
+
 def imports(path: Path) -> list[str]:
-    found = []
+    """The modules that a file imports, inside functions and for type checkers too."""
+    modules = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            found.append(node.module or "")
+            modules.append(node.module or "")
         elif isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-    return found
+            modules += [alias.name for alias in node.names]
+    return modules
 
 
 def test_imports_go_down_the_floors():
@@ -47,13 +72,53 @@ def test_imports_go_down_the_floors():
     assert not wrong, "\n".join(wrong)
 
 
+def test_imports_within_training_go_down_its_floors():
+    wrong = []
+    for path in (ROOT / "library" / "training").rglob("*.py"):
+        topic = training_topic(path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."))
+        if topic is None:
+            continue
+        for name in imports(path):
+            other = training_topic(name)
+            if other not in (None, topic) and TRAINING_FLOORS[other] >= TRAINING_FLOORS[topic]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_imports_itself_through_others():
+    """Depth-first search over all imports of our own modules, inside functions and for type checkers too."""
+    paths = [path for folder in ("library", "networks") for path in (ROOT / folder).rglob("*.py")]
+    modules = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in paths}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail[trail.index(module) :], module))
+        if module in done:
+            return
+        for name in imports(modules[module]):
+            if name in modules:
+                visit(name, (*trail, module))
+        done.add(module)
+
+    for module in modules:
+        visit(module, ())
+
+
+def test_no_folder_has_more_files_than_a_reader_can_survey():
+    for folder in ("library", "networks", "tools"):
+        for package in {path.parent for path in (ROOT / folder).rglob("*.py")}:
+            files = [path for path in package.glob("*.py") if path.name != "__init__.py"]
+            assert len(files) <= MAX_FILES, f"{package.relative_to(ROOT)}: {len(files)} files"
+
+
 def test_accelerate_is_known_only_to_the_start_and_the_caches_before_it():
     users = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "library").rglob("*.py")
         if "accelerate" in {n.split(".")[0] for n in imports(path)}
     }
-    assert users <= {f"library/training/{name}.py" for name in ("processes", "start", "prepare", "loop", "run")}
+    allowed = ("distributed/launch", "setup/build_run", "setup/caches", "loop", "run")
+    assert users <= {f"library/training/{name}.py" for name in allowed}
 
 
 def test_scripts_import_nothing_heavy_before_their_options_are_read():

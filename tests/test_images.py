@@ -65,7 +65,7 @@ def test_fault_27_sixteen_bit_images_are_scaled_not_clipped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mode, colour, expected",
+    "mode, color, expected",
     [
         ("RGBA", (200, 0, 0, 0), (255, 255, 255)),
         ("RGBA", (200, 0, 0, 255), (200, 0, 0)),

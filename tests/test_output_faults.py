@@ -634,10 +634,10 @@ def test_fault_61_a_run_whose_weights_go_bad_keeps_what_was_saved_before(golden_
 BREAKS_DOWN = """
 import os, sys
 import torch
-from library.training.update import Update
+from library.training.optim.optimizer_step import OptimizerStep
 from library.errors import run
 import sdxl_train_network
-real, calls = Update.backward, []
+real, calls = OptimizerStep.backward, []
 
 def backward(self, *args):
     calls.append(1)
@@ -647,7 +647,7 @@ def backward(self, *args):
         os.kill(os.getpid(), int(sys.argv[1]))
     return real(self, *args)
 
-Update.backward = backward
+OptimizerStep.backward = backward
 run(lambda: sdxl_train_network.main(sys.argv[2:]) and None)
 """
 

@@ -44,7 +44,7 @@ def is_cut(module):
     return all(isinstance(parameter, DTensor) for parameter in module.parameters())
 def start_checked(*args):
     made = start(*args)
-    unet = next(module for module in made.update.step_module.held if isinstance(module, UNet))
+    unet = next(module for module in made.update.loss_module.held if isinstance(module, UNet))
     assert is_cut(unet), "not sharded"
     last = unet.output_blocks[-1]
     stayed = last.register_forward_hook(lambda *_: tell("cut" if is_cut(unet.input_blocks[1][0]) else "whole") or stayed.remove())
@@ -53,7 +53,7 @@ def start_checked(*args):
     def told_backward(losses, place):
         nonlocal is_first
         backward(losses, place)
-        is_first = place.closes_window
+        is_first = place.is_last_microbatch
         count = sum(parameter.grad is not None for parameter in parameters)
         tell("closing" if is_first else "open", count)
     made.update.backward = told_backward

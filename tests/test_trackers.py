@@ -105,7 +105,7 @@ class Recorder:
         self._called("log")
 
     def images(self, images, step):
-        self._called("pictures")
+        self._called("images")
 
     def close(self):
         self._called("close")
@@ -181,7 +181,7 @@ def test_only_what_is_named_is_imported(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- failing
 
 
-@pytest.mark.parametrize("fails_at, called", [("log", 1), ("pictures", 3), ("close", 4)])
+@pytest.mark.parametrize("fails_at, called", [("log", 1), ("images", 3), ("close", 4)])
 def test_fault_70_a_tracker_that_raises_is_told_once_and_the_others_go_on(fails_at, called, records):
     broken, whole = Recorder(fails_at), Recorder()
     sent = Trackers({"broken": broken, "whole": whole}, [KEY])
@@ -189,7 +189,7 @@ def test_fault_70_a_tracker_that_raises_is_told_once_and_the_others_go_on(fails_
     sent.log({"loss": 1.0}, 2)
     sent.images(IMAGES, 2)
     sent.close()
-    assert whole.calls == ["log", "log", "pictures", "close"] and len(broken.calls) == called
+    assert whole.calls == ["log", "log", "images", "close"] and len(broken.calls) == called
     (text,) = warnings_of(records)
     assert text.startswith("broken failed") and text.endswith("OSError: [Errno 28] No space left on device, key ***")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from library.models.checkpoint import layouts as conversion
+from library.models.checkpoint import layouts
 from library.models.checkpoint.key_maps import FILE_PREFIXES, REFINER_PREFIXES
 from library.models.unet import UNet
 from library.models.unet_config import SIZE_CHANNELS, BlockPlan, UNetConfig
@@ -123,7 +123,7 @@ def random_checkpoint(sizes: ModelSizes, seed: int, dtype: torch.dtype = torch.f
     for part, module in modules.items():
         filled = {name: _filled(name, tensor.shape, dtype) for name, tensor in module.state_dict().items()}
         named = {_module_name(module, part, name): tensor for name, tensor in filled.items()}
-        tensors |= {prefixes[part] + name: tensor for name, tensor in conversion.file_from_module(part, named).items()}
+        tensors |= {prefixes[part] + name: tensor for name, tensor in layouts.file_from_module(part, named).items()}
     tensors[prefixes["text_encoder_2"] + "logit_scale"] = torch.tensor(4.6052).to(dtype)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 

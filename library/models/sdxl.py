@@ -13,7 +13,7 @@ from library.device import Precision, to_device
 from library.errors import RunError
 from library.log import log
 from library.models.attention import AttentionFunction, sdpa
-from library.models.checkpoint import layouts as conversion
+from library.models.checkpoint import layouts
 from library.models.checkpoint.key_maps import FILE_PREFIXES, FOLDERS
 from library.models.checkpoint.reader import Checkpoint, locate_vae, open_checkpoint, open_tensors
 from library.models.memory.activation_checkpointing import KEPT, ActivationPolicy
@@ -339,4 +339,4 @@ def vae_tensors(name: str) -> dict[str, Tensor]:
     prefix = FILE_PREFIXES["vae"] if any(key.startswith(FILE_PREFIXES["vae"]) for key in file.shapes) else ""
     kept = {key.removeprefix(prefix): file[key] for key in file.shapes if key.startswith(prefix)}
     is_diffusers = any(key.startswith("encoder.down_blocks.") for key in kept)
-    return conversion.module_from_folder("vae", kept) if is_diffusers else conversion.module_from_file("vae", kept)
+    return layouts.module_from_folder("vae", kept) if is_diffusers else layouts.module_from_file("vae", kept)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from library.errors import OptionError, RunError, first_line
 from library.hub import hub_errors, hub_files
-from library.models.checkpoint import layouts as conversion
+from library.models.checkpoint import layouts
 from library.models.checkpoint.key_maps import FILE_PREFIXES, FOLDERS, PARTS, REFINER_PREFIXES
 from library.models.unet_config import UNetConfig
 from library.safetensors_io import TensorFile
@@ -76,14 +76,14 @@ class Checkpoint:
     def tensors(self, part: str) -> dict[str, "torch.Tensor"]:
         """The part's tensors under module names (key_maps.py), as stored: mapped, not cast."""
         stored = self._raw(part)
-        convert = conversion.module_from_folder if self.is_folder else conversion.module_from_file
+        convert = layouts.module_from_folder if self.is_folder else layouts.module_from_file
         return convert(part, stored)
 
     def file_tensors(self, part: str) -> Mapping[str, "torch.Tensor"]:
         """What a single file keeps of the part, without prefix; of a single file, its very tensors."""
         if self.is_folder:
-            return conversion.file_from_module(part, self.tensors(part))
-        return {name: tensor for name, tensor in self._raw(part).items() if not name.endswith(conversion.DROPPED)}
+            return layouts.file_from_module(part, self.tensors(part))
+        return {name: tensor for name, tensor in self._raw(part).items() if not name.endswith(layouts.DROPPED)}
 
     def _raw(self, part: str) -> dict[str, "torch.Tensor"]:
         return {name: file[key] for name, (file, key) in self._stored[part].items()}
@@ -188,7 +188,7 @@ def _open_folder(path: Path, *, mapped: bool, prefer_fp16: bool) -> Checkpoint:
             continue
         files = [open_tensors(file, mapped=mapped) for file in _component_files(path / folder, prefer_fp16=prefer_fp16)]
         stored[part] = {name: (file, name) for file in files for name in file.shapes}
-    rename = conversion.unet_name_from_folder(stored["unet"])
+    rename = layouts.unet_name_from_folder(stored["unet"])
     shapes = {rename(name): file.shapes[key] for name, (file, key) in stored["unet"].items()}
     scheduler = _read_json(path / "scheduler" / "scheduler_config.json")
     prediction = scheduler.get("prediction_type")

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.models.checkpoint import layouts as conversion
+from library.models.checkpoint import layouts
 from library.models.checkpoint.reader import Checkpoint
 from library.models.unet_config import BlockPlan, UNetConfig
 
@@ -63,7 +63,7 @@ def stand_in(path: Path) -> Checkpoint:
         }
         stored = {}
         for part, own in shapes.items():
-            tensors = conversion.file_from_module(part, {name: torch.empty(shape) for name, shape in own.items()})
+            tensors = layouts.file_from_module(part, {name: torch.empty(shape) for name, shape in own.items()})
             file = _Sizes(tensors)
             stored[part] = {name: (file, name) for name in tensors}
     return Checkpoint(path, False, SDXL_BASE, None, None, "", stored)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.files import write_atomically
-from library.models.checkpoint import layouts as conversion
+from library.models.checkpoint import layouts
 from library.models.checkpoint.key_maps import FOLDERS, PARTS
 from library.models.checkpoint.reader import Checkpoint
 from library.models.tokenizer import Tokenizer, save_tokenizer
@@ -61,7 +61,7 @@ def save_single_file(
             made |= {checkpoint.prefixes[part] + name: partial(own.__getitem__, name) for name in own}
     marks = {"v_pred": v_prediction, "ztsnr": zero_terminal_snr}
     made |= {name: partial(torch.zeros, 0) for name, is_set in marks.items() if is_set}
-    tensors = conversion.LazyTensors(made)
+    tensors = layouts.LazyTensors(made)
     if path.suffix == ".safetensors":
         write_safetensors(path, tensors, metadata, dtype_of=_dtype_chooser(dtype))
     else:
@@ -76,7 +76,7 @@ def _file_tensors(part: str, checkpoint: Checkpoint, changed: ModuleTensors) -> 
     """What a single file keeps of the part, later ones instead of earlier ones."""
     yield checkpoint.file_tensors(part)
     if part in changed:  # what the live module doesn't hold (logit_scale) stays what it was
-        yield conversion.file_from_module(part, changed[part])
+        yield layouts.file_from_module(part, changed[part])
 
 
 def _dtype_chooser(dtype: torch.dtype | None) -> Callable[[str, Tensor], str | None]:
@@ -103,7 +103,7 @@ def save_diffusers(
         name = FOLDERS[part]
         (folder / name).mkdir(parents=True, exist_ok=True)
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-        renamed = conversion.folder_from_module(part, tensors[part], checkpoint.unet)
+        renamed = layouts.folder_from_module(part, tensors[part], checkpoint.unet)
         write_safetensors(
             folder / name / f"{stem}.safetensors", renamed, {"format": "pt"}, dtype_of=_dtype_chooser(dtype)
         )
