@@ -22,14 +22,6 @@ from library.training.options.output import TrackerOptions
 if TYPE_CHECKING:
     import numpy as np
 
-# What --log_config never sends: keys, and what tells of the user's folders. Up to logging_dir it is sd-scripts' list.
-NEVER_SENT = (
-    "wandb_api_key", "huggingface_token", "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "train_data_dir",
-    "conditioning_data_dir", "reg_data_dir", "output_dir", "logging_dir",
-    "in_json", "dataset_config", "config_file", "network_weights", "base_weights", "sample_prompts", "cache_dir", "console_log_file",
-    "log_tracker_config", "metadata_thumbnail", "emergency_dir", "resume", "weights",
-)  # fmt: skip
-
 _KNOWN = ("tensorboard", "wandb")
 _SECONDS_TO_FINISH = 120.0  # that wandb may take at the end to send what it still has
 
@@ -133,12 +125,12 @@ def read_tracker_config(path: Path) -> dict[str, dict[str, Any]]:
 def logged_config(options: Options) -> dict[str, object]:
     """What --log_config sends: every option that is set, without keys and paths; lists as text."""
     sent: dict[str, object] = {}
-    for name, value in options.items():
-        if value is None or name in NEVER_SENT:
+    for spec, value in options.specs():
+        if value is None or spec.is_private:
             continue
         if isinstance(value, tuple):
             value = ", ".join(map(str, value))
-        sent[name] = value if isinstance(value, bool | int | float | str) else str(value)
+        sent[spec.name] = value if isinstance(value, bool | int | float | str) else str(value)
     return sent
 
 
