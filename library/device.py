@@ -14,7 +14,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def lacks_bf16(device: torch.device) -> str:
-    """A sentence about a card that has no bfloat16 arithmetic of its own; "" if it has, or is none."""
+    """A sentence about a GPU or CPU that has no bfloat16 arithmetic of its own; "" if it has."""
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return ""
+        return "this CPU has no bfloat16 arithmetic, so it is emulated, many times slower; take --mixed_precision no"
     if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
         return ""
     major, minor = torch.cuda.get_device_capability(device)

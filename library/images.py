@@ -5,17 +5,19 @@ Sizes are Size(width, height) in pixels, as the picture is seen: after its EXIF 
 
 import importlib.util
 import io
+import os
+import re
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from library.data.headers import Header, read_header, xmp_orientation
 from library.errors import RunError
 from library.size import Size
 
@@ -27,9 +29,11 @@ PLUGINS = {".jxl": ("pillow_jxl", "pillow-jxl-plugin"), ".heic": ("pillow_heif",
 # Not in a context: those of the warnings module aren't safe in the threads that decode.
 warnings.filterwarnings("ignore", module="PIL")
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit against pictures made to fill the memory
-_LARGE_PIXELS = MAX_PIXELS // 2
+_LARGE_PIXELS = 89_478_485  # Pillow refuses images with more than twice as many, which may be meant to fill the memory
 _ORIENTATION = 0x0112
+# Texts that may hold the orientation: XMP, and EXIF as ImageMagick wrote it before PNG had the chunk eXIf.
+_PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
+_PNG_TAIL = 1 << 14  # bytes in which metadata after the pixels are looked for
 
 
 class ImageError(RunError):
@@ -50,7 +54,7 @@ def _register_plugin(path: str) -> None:
 
 
 class ImageInfo(NamedTuple):
-    """A picture by its header: size upright, whether EXIF says to turn it, whether it has several frames."""
+    """What an image's header says: size upright, whether EXIF says to turn it, whether it has several frames."""
 
     size: Size
     is_turned: bool
@@ -58,10 +62,15 @@ class ImageInfo(NamedTuple):
 
 
 def read_image_info(path: str | Path) -> ImageInfo:
-    """What the picture's header alone tells. Raises BadImage."""
-    (width, height), orientation, is_animated = _header(str(path))
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"too large: {width}x{height} is more than {MAX_PIXELS:,} pixels; make it smaller")
+    """Read the image's header, without its pixels. Raises BadImage."""
+    with _image_errors():
+        _register_plugin(str(path))
+        with open(path, "rb") as file, Image.open(file) as image:
+            if image.format == "PNG" and "exif" not in image.info:
+                _read_metadata_after_pixels(image, file)
+            (width, height), orientation = image.size, _orientation(image)
+            # The further images of an MPO file, which many cameras write, are previews of the first.
+            is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
     size = Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
     return ImageInfo(size, orientation in _TURNS, is_animated)
 
@@ -71,19 +80,21 @@ def is_large(size: Size) -> bool:
     return size.area > _LARGE_PIXELS
 
 
-def _header(path: str) -> Header:
-    try:
-        header = read_header(path)
-    except OSError:  # said in words below
-        header = None
-    if header is not None:
-        return header
-    with _image_errors():
-        _register_plugin(path)
-        with Image.open(path) as image:
-            if image.format == "PNG":  # what stands behind the pixels counts too
-                image.load()
-            return Header(Size(*image.size), _orientation(image), getattr(image, "is_animated", False))
+def _read_metadata_after_pixels(image: Image.Image, file: BinaryIO) -> None:
+    """Add the EXIF that ExifTool and others write after a PNG's pixels, where Pillow alone reads it only with the pixels."""
+    position = file.tell()
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _PNG_TAIL))
+    tail = file.read()
+    file.seek(position)
+    if any(name in tail for name in _PNG_TEXTS):
+        image.load()
+        return
+    start = tail.rfind(b"eXIf")
+    length = int.from_bytes(tail[max(0, start - 4) : max(0, start)], "big")
+    chunk, checksum = tail[start : start + 4 + length], tail[start + 4 + length : start + 8 + length]
+    # The four letters may occur in the pixels by chance, but not with the right checksum.
+    if start >= 0 and zlib.crc32(chunk).to_bytes(4, "big") == checksum:
+        image.info["exif"] = chunk[4:]
 
 
 def load(path: str | Path, *, keep_alpha: bool = False) -> np.ndarray:
@@ -107,12 +118,16 @@ def decode(content: bytes, name: str, *, keep_alpha: bool = False) -> np.ndarray
 
 
 def _orientation(image: Image.Image) -> int:
-    """How to turn the picture upright, 1 to 8, as headers.py reads it. Broken EXIF counts as none: the pixels are whole."""
+    """How to turn the image upright, 1 to 8. Broken EXIF counts as none, because the pixels are complete; XMP counts then."""
     try:
-        exif = image.getexif().get(_ORIENTATION)
+        # Not image.getexif(), which decodes a PNG that has no EXIF.
+        exif = Image.Image.getexif(image).get(_ORIENTATION)
     except (SyntaxError, struct.error, ValueError):
         exif = None
-    return exif or xmp_orientation(image.info.get("xmp") or b"") or 1
+    if exif:
+        return exif
+    match = re.search(rb'tiff:Orientation(="|>)([0-9])', image.info.get("xmp") or b"")
+    return int(match[2]) if match else 1
 
 
 # How each EXIF orientation is turned upright.
@@ -162,7 +177,7 @@ def _image_errors() -> Iterator[None]:
     except Image.UnidentifiedImageError:
         raise ImageError("no picture: its content is of no known format") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"too large: {error}") from None
+        raise ImageError(f"too large, make it smaller: {error}") from None
     except MemoryError:
         raise ImageError("too large for this machine's memory") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error) as error:
