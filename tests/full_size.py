@@ -21,7 +21,7 @@ from library.training.setup.dry_run import made_up
 from library.training.setup.inputs import RunInputs
 from library.training.setup.plan import Bucket, trained_groups
 
-at_home = OffloadStream.at_home
+empty_on_cpu = OffloadStream.empty_on_cpu
 
 
 def converted(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -55,7 +55,9 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
         found = RunInputs(checkpoint, False, False, (), None)  # type: ignore[arg-type]
         with (
             LiveBytes() as live,
-            patch.object(OffloadStream, "at_home", lambda lane, tensor: uncounted(live, at_home(lane, tensor))),
+            patch.object(
+                OffloadStream, "empty_on_cpu", lambda lane, tensor: uncounted(live, empty_on_cpu(lane, tensor))
+            ),
         ):
             live.leave_out(*(tensor for file in files for tensor in file._tensors.values()))
             models = open_models(kind, options, found, torch.device("cpu"))
