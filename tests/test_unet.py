@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.models.attention import chunked, sdpa
-from library.models.control import AttentionExtra, BlockControl, LLLiteModulation
+from library.models.control import AttentionControl, BlockControl, LLLiteModulation
 from library.models.memory.activation_checkpointing import ActivationPolicy
 from library.models.unet import UNet, block_of
 from library.models.unet_blocks import GEGLU
@@ -102,7 +102,7 @@ def test_steering_changes_what_projections_see_and_its_tensors_get_equal_gradien
     positions = inputs[0].shape[2] * inputs[0].shape[3] // 4  # level 1 has half of each side
     shapes = [(1, positions, 4), (4, 64), (4,), (4, 4), (64, 4), (64,)]
     tensors = [torch.randn(shape).requires_grad_() for shape in shapes]
-    extra = {"input_blocks.4": (BlockControl(attn1=AttentionExtra(q=(LLLiteModulation(*tensors),))),)}
+    extra = {"input_blocks.4": (BlockControl(attn1=AttentionControl(q=(LLLiteModulation(*tensors),))),)}
     outputs, gradients = [], []
     for checkpointing in (False, True):
         unet = UNet(golden_models.checkpoint.unet, checkpointing=ActivationPolicy("full" if checkpointing else None))

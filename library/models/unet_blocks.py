@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from library.models.attention import AttentionFunction
-from library.models.control import AttentionExtra, BlockControl, steered
+from library.models.control import AttentionControl, BlockControl, modulated
 from library.models.unet_config import HEAD_CHANNELS
 
 GROUPS = 32
@@ -104,11 +104,11 @@ class CrossAttention(nn.Module):
         self.to_v = Linear(context_channels, channels, bias=False)
         self.to_out = nn.Sequential(Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor, extra: AttentionExtra | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, extra: AttentionControl | None = None) -> Tensor:
         """x [B, N, C], context [B, T, C_context] -> [B, N, C]."""
         for_q, for_k, for_v = x, context, context
         if extra is not None:
-            for_q, for_k, for_v = steered(x, extra.q), steered(context, extra.k), steered(context, extra.v)
+            for_q, for_k, for_v = modulated(x, extra.q), modulated(context, extra.k), modulated(context, extra.v)
         q, k, v = (_split_heads(t) for t in (self.to_q(for_q), self.to_k(for_k), self.to_v(for_v)))
         return self.to_out(self.attention(q, k, v).transpose(1, 2).flatten(2))
 
