@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from library.models import products
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "attention"])
 def test_emulated_bfloat16_products_and_their_gradients_are_float32s_rounded_and_keep_no_float32(kind, monkeypatch):
