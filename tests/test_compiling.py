@@ -33,6 +33,7 @@ def output_and_gradients(unet, network, height, width):
     return [output.detach(), *(parameter.grad.clone() for parameter in network.parameters())]
 
 
+@pytest.mark.numeric
 @pytest.mark.long
 def test_compiled_blocks_give_the_same_numbers_and_all_buckets_share_their_graphs(own_models):
     unet, network = with_lora(own_models)
@@ -48,6 +49,7 @@ def test_compiled_blocks_give_the_same_numbers_and_all_buckets_share_their_graph
     assert graphs[-1] == graphs[2] and not counters["graph_break"]
 
 
+@pytest.mark.numeric
 @pytest.mark.long
 def test_a_run_with_inductor_has_the_losses_of_one_without(golden_model, images, tmp_path):
     few = ["--max_train_steps", "3"]
