@@ -134,7 +134,7 @@ def test_a_word_of_the_vocabulary_that_ends_there_is_new_and_a_bare_token_is_not
         assert first_known(tokenizer, ["zyx", word]) == word.lower(), word
     assert len(tokenizer.ids("sks")) == 1
     token = add_placeholder_token(own_models, "sks", "cat", 2)
-    first = token.tables[0].first_sample_index
+    first = token.tables[0].first
     assert tokenizer.ids("a sks cat") == [*tokenizer.ids("a"), first, first + 1, *tokenizer.ids("cat")]
     encoded = own_models.encode_texts(["sks"], 75)
     encoded.hidden_1.sum().backward()
