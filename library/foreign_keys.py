@@ -7,6 +7,8 @@ where an unknown key close to an option is a mistake. What the script at hand do
 import importlib
 from functools import cache
 
+from library.option_types import specs_of
+
 _SCRIPTS = ("sdxl_train_network", "sdxl_train", "sdxl_train_textual_inversion", "sdxl_train_control_net_lllite", "sdxl_gen_img")  # fmt: skip
 
 # Written by GUIs for their own use, or for scripts that are no SDXL scripts.
@@ -30,8 +32,6 @@ def foreign_key(name: str) -> str | None:
 @cache
 def _options_of_scripts() -> dict[str, str]:
     """Every option of every script, and the first script that has it. Imports the scripts, but not torch: it takes 0.1 s."""
-    from library.options import specs_of
-
     owners: dict[str, str] = {}
     for script in _SCRIPTS:
         for group in importlib.import_module(script).OPTIONS:
