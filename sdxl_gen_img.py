@@ -13,11 +13,12 @@ from library.log import LogOptions, start_logging
 from library.options import read_options
 from networks.inference.options import AppliedNetworkOptions
 
+OPTIONS = [*GENERATION, AppliedNetworkOptions, LogOptions]
+
 
 def main(argv: list[str] | None = None) -> None:
     arguments = with_stored_arguments(sys.argv[1:] if argv is None else argv)
-    groups = [*GENERATION, AppliedNetworkOptions, LogOptions]
-    options = read_options(__doc__, groups, arguments, checks=[check_generation])
+    options = read_options(__doc__, OPTIONS, arguments, checks=[check_generation])
     start_logging(options)
     networks = options[AppliedNetworkOptions]
 

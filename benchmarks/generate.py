@@ -102,11 +102,13 @@ def ours(models: "SdxlModels", chosen: GenerateOptions) -> Callable[[], "torch.T
         init_image=None, mask=None, guide_images=(), index=0, prompt_index=0,
     )  # fmt: skip
 
+    adapters = AppliedNetworks(AppliedNetworkOptions(), models)
+
     def draw() -> "torch.Tensor":
-        painter = SdxlPipeline(
-            models, PromptEncoder(models, None), AppliedNetworks(AppliedNetworkOptions(), models), v_prediction=False, zero_terminal_snr=False
+        pipeline = SdxlPipeline(
+            models, PromptEncoder(models, None), adapters, v_prediction=False, zero_terminal_snr=False
         )
-        pixels = models.decode_latents(unscale_latents(painter.latents([drawing])))[0]
+        pixels = models.decode_latents(unscale_latents(pipeline.latents([drawing])))[0]
         return (pixels / 2 + 0.5).clamp(0, 1)
 
     return draw

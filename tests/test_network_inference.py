@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import open_models
+from tolerance import assert_network
 
 from library.errors import OptionError
 from library.models import text_encoders
@@ -53,19 +54,18 @@ def test_golden_07_at_every_multiplier_and_0_restores_the_model_bit_for_bit(
     )
     for name in (name for name in golden if name.startswith("unet_out.mult")):
         networks.set_multipliers([float(name.removeprefix("unet_out.mult"))])
-        torch.testing.assert_close(predicted(own_models, golden), golden[name], rtol=0, atol=1e-4)
+        assert_network(predicted(own_models, golden), golden[name], name)
     networks.set_multipliers(None)
     with torch.no_grad():
         ids = [golden[f"input_ids{n}"].view(-1, 1, 77) for n in (1, 2)]
         text = text_encoders.encode(*ids, *own_models.text_encoders)
     for found, name in zip(text, ("hidden1", "hidden2", "pool"), strict=True):
-        torch.testing.assert_close(
-            found, golden[next(n for n in golden if name in n)], rtol=0, atol=1e-4
-        )
+        assert_network(found, golden[next(n for n in golden if name in n)])
     networks.set_multipliers([0.0])
     assert torch.equal(predicted(own_models, golden), plain)
 
 
+@pytest.mark.numeric
 def test_merged_and_attached_networks_add_up(golden, golden_lora, own_models):
     """Twice at 0.25, once merged and once attached, equals once at 0.5; the merged one's multiplier has no effect."""
     options = AppliedNetworkOptions(
@@ -79,7 +79,7 @@ def test_merged_and_attached_networks_add_up(golden, golden_lora, own_models):
     AppliedNetworks(
         AppliedNetworkOptions(network_weights=(golden_lora,), network_mul=(0.5,)), other
     )
-    torch.testing.assert_close(found, predicted(other, golden), rtol=0, atol=1e-4)
+    assert_network(found, predicted(other, golden))
     networks.set_multipliers([9.0, 0.25])
     assert torch.equal(predicted(own_models, golden), found)
 
@@ -89,6 +89,7 @@ def test_merged_and_attached_networks_add_up(golden, golden_lora, own_models):
 LINEAR, CONVOLUTION = torch.nn.Linear(12, 20), torch.nn.Conv2d(8, 12, 3, padding=1)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("layer", [LINEAR, CONVOLUTION], ids=["linear", "conv"])
 @pytest.mark.parametrize(
     "kind, module", [("locon", "LoConModule"), ("loha", "LohaModule"), ("lokr", "LokrModule")]
@@ -120,9 +121,10 @@ def test_every_kind_gives_the_delta_of_lycoris(kind, module, settings, layer):
     assert not unknown_tensors(tensors)
     weight = layer.weight.detach() + weight_delta(tensors, layer.weight.detach())
     found = torch.func.functional_call(layer, {"weight": weight, "bias": layer.bias}, (x,))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert_network(found, expected)
 
 
+@pytest.mark.numeric
 def test_dora_equals_peft(own_models, tmp_path):
     """A DoRA of one layer that PEFT made, with PEFT's keys."""
     peft = pytest.importorskip("peft")
@@ -153,12 +155,13 @@ def test_dora_equals_peft(own_models, tmp_path):
     AppliedNetworks(
         AppliedNetworkOptions(network_weights=(tmp_path / "dora.safetensors",)), own_models
     )
-    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert_network(layer(x), expected)
 
 
 # --------------------------------------------------------------------------------------------------------- key formats
 
 
+@pytest.mark.numeric
 def test_diffusers_and_peft_keys_give_the_same_network(golden, golden_lora, own_models, tmp_path):
     """By Diffusers' own converter, with the alphas in the metadata as Diffusers saves them."""
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as Loader
@@ -187,11 +190,12 @@ def test_diffusers_and_peft_keys_give_the_same_network(golden, golden_lora, own_
     assert theirs.keys() == ours.keys() and all(name.startswith("lora_unet_") for name in ours)
     by_name = {target.name: target.layer.weight for target in layers}
     for name, tensors in ours.items():
-        torch.testing.assert_close(
+        assert_network(
             weight_delta(theirs[name], by_name[name]), weight_delta(tensors, by_name[name])
         )
 
 
+@pytest.mark.numeric
 def test_alphas_are_read_from_the_configuration_in_pefts_folder(golden_lora, own_models, tmp_path):
     """Of one module that PEFT saves: its alpha, and that of rank-stabilized LoRA."""
     import peft
@@ -218,7 +222,7 @@ def test_alphas_are_read_from_the_configuration_in_pefts_folder(golden_lora, own
             allow_partial=False,
         )
         (tensors,) = read.values()
-        torch.testing.assert_close(weight_delta(tensors, layer.weight), delta.detach())
+        assert_network(weight_delta(tensors, layer.weight), delta.detach())
 
 
 class _Config:
@@ -316,6 +320,7 @@ def test_regional_networks_by_hand(golden, golden_lora, own_models):
         networks.prepare_batch(guide_images=(), sub_contexts=[context], mask=halves, num_branches=2)
 
 
+@pytest.mark.numeric
 def test_merged_networks_have_no_region(golden, golden_lora, own_models):
     options = AppliedNetworkOptions(
         network_weights=(golden_lora, golden_lora), network_merge_n_models=1
@@ -513,9 +518,7 @@ def test_control_nets_add_up_and_end_after_their_share_of_the_steps(golden_model
     )
     inputs = [golden[name] for name in ("latents", "timesteps", "context", "y")]
     with torch.no_grad():
-        torch.testing.assert_close(
-            golden_models.unet(*inputs, at(3, 4)), golden["out.mult0.5"], rtol=0, atol=1e-5
-        )
+        assert_network(golden_models.unet(*inputs, at(3, 4)), golden["out.mult0.5"])
         both = golden_models.unet(*inputs, at(2, 4))
     assert (both - golden["out.mult0.5"]).abs().max() > 1e-3
     assert at(0, 4) is at(2, 4)  # the control inputs of all steps are one object
@@ -524,7 +527,7 @@ def test_control_nets_add_up_and_end_after_their_share_of_the_steps(golden_model
     )
     with torch.no_grad():
         twice = golden_models.unet(*(torch.cat([value, value]) for value in inputs), doubled(3, 4))
-    torch.testing.assert_close(twice, torch.cat([golden["out.mult0.5"]] * 2), rtol=0, atol=1e-5)
+    assert_network(twice, torch.cat([golden["out.mult0.5"]] * 2))
     assert (
         networks.prepare_batch(guide_images=(), sub_contexts=(), mask=None, num_branches=2)(0, 4)
         is None

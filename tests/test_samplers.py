@@ -8,6 +8,8 @@ from library.generation.pipeline import noise_init_latents
 from library.generation.samplers import SAMPLERS, make_sampler, set_steps
 from library.models.noise_schedule import NoiseSchedule
 
+pytestmark = pytest.mark.numeric
+
 # These stop at the noise level of the first timestep instead of at none.
 LEAVE_NOISE = {"pndm", "dpmsolver"}
 # Samplers with more timesteps than steps.

@@ -304,9 +304,10 @@ def _sharpen(x: "Tensor", unsharp: tuple[int, float, float, bool] | None) -> "Te
     if unsharp is None:
         return x
     size, sigma, strength, _ = unsharp
-    offsets = torch.arange(size, dtype=torch.float32, device=x.device) - (size - 1) / 2
-    kernel = torch.exp(-((offsets / sigma) ** 2) / 2)
-    kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, 1, size)
+    offsets = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    weights = torch.exp(-((offsets / sigma) ** 2) / 2)
+    weights = (weights / weights.sum()).to(x.device, torch.float32)
+    kernel = weights.expand(x.shape[1], 1, 1, size)
     half = size // 2
     blurred = F.pad(x, (half, half, half, half), mode="reflect")
     blurred = F.conv2d(blurred, kernel, groups=x.shape[1])
