@@ -10,9 +10,10 @@ from library.data.options import CacheOptions
 from library.errors import Mistake
 from library.options import OptionGroup, Options, option
 from library.training.options.compatibility import check_trained_shards
+from library.training.options.distributed import ShardingOptions
 from library.training.options.memory import MemoryOptions
 from library.training.options.objective import LossOptions
-from library.training.options.optimizer import OptimizerOptions, UpdateOptions
+from library.training.options.optimizer import EmaOptions, OptimizerOptions, UpdateOptions
 from library.training.options.output import is_plain_name
 from library.training.options.run import RunOptions
 from networks.options import NUM_BLOCKS, NetworkOptions, check_weights
@@ -258,6 +259,8 @@ def check_fine_tune(options: Options) -> Iterable[Mistake]:
     texts = [base if own is None else own for own in chosen.text_encoder_lrs] if chosen.train_text_encoder else []
     rates = (1.0,) if list(chosen.mistakes()) else chosen.block_lrs or (base,)
     if any(rates):
-        yield from check_trained_shards(options)
+        yield from check_trained_shards(
+            options[OptimizerOptions], options[UpdateOptions], options[EmaOptions], options[ShardingOptions]
+        )
     elif not any(texts):
         yield Mistake("nothing is trained: every learning rate is 0", ("learning_rate", "block_lr"))
