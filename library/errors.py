@@ -50,7 +50,9 @@ def run(main: Callable[[], None]) -> None:
             print(f"error: {mistake.text}", file=sys.stderr)
         raise SystemExit(2) from None
     except RunError as error:
-        print(f"error: {error}" if rank == 0 else f"error on process {rank}: {error}", file=sys.stderr)
+        print(
+            f"error: {error}" if rank == 0 else f"error on process {rank}: {error}", file=sys.stderr
+        )
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,7 +1,8 @@
 """The imports of transformers and diffusers, which take seconds and trip over a torchvision that doesn't fit torch.
 
-Both ask only whether a package named torchvision exists, then import it. PyPI's torchvision beside another build of torch
-raises on import, and then no model of theirs can be imported. Nothing here needs torchvision, so it is hidden from them.
+Both ask only whether a package named torchvision exists, then import it. PyPI's torchvision beside
+another build of torch raises on import, and then no model of theirs can be imported. Nothing here
+needs torchvision, so it is hidden from them.
 """
 
 import importlib.util

@@ -26,11 +26,13 @@ class LogOptions(OptionGroup, affects_result=False, stored_in_image=False):
 
     console_log_level: str | None = option(
         None,
-        "least level of the records shown; INFO when unset",
+        "lowest level of the records that are shown; INFO when unset",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     )
     console_log_file: Path | None = option(
-        None, "write log records to this file, emptied at the start, in place of the console", private=True
+        None,
+        "write log records to this file instead of the console; it is emptied at the start",
+        private=True,
     )
     console_log_simple: bool = option(False, "plain lines on stdout, without time and level")
 
@@ -50,7 +52,9 @@ def start_logging(options: Options) -> None:
         handler = _ConsoleHandler(sys.stdout if chosen.console_log_simple else sys.stderr)
     simple = chosen.console_log_simple and chosen.console_log_file is None
     handler.setFormatter(
-        logging.Formatter("%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+        logging.Formatter(
+            "%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"
+        )
     )
     level = chosen.console_log_level or "INFO"
     log.handlers[:] = [handler]
@@ -77,7 +81,9 @@ def _file_handler(path: Path) -> logging.Handler:
             return logging.FileHandler(path, mode="w", encoding="utf-8")
         return logging.FileHandler(path, mode="a", encoding="utf-8", delay=True)
     except OSError as error:
-        raise OptionError(f"--console_log_file {path}: can't be written: {error.strerror}") from None
+        raise OptionError(
+            f"--console_log_file {path}: can't be written: {error.strerror}"
+        ) from None
 
 
 def progress_bar(what: str, total: int, unit: str = "it") -> "tqdm":

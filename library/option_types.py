@@ -21,7 +21,8 @@ class DatasetKey:
     """How an option is a key of the dataset file.
 
     Attributes:
-        tables: the levels of the tables in which the key may be given: "general", "dataset", "subset".
+        tables: the levels of the tables in which the key may be given: "general", "dataset",
+            "subset".
         name: the key, where it isn't the option's name.
         type: the annotation, where the file's type isn't the option's.
         default: the default, where it isn't the option's.
@@ -105,7 +106,9 @@ def specs_of(group: type) -> list[Spec]:
 def _kinds(hint: Any) -> tuple[tuple[type, ...], bool]:
     if isinstance(hint, types.UnionType):
         parts = [_kinds(arg) for arg in typing.get_args(hint) if arg is not type(None)]
-        return tuple(kind for kinds, _ in parts for kind in kinds), any(is_list for _, is_list in parts)
+        return tuple(kind for kinds, _ in parts for kind in kinds), any(
+            is_list for _, is_list in parts
+        )
     if typing.get_origin(hint) in (tuple, list):
         return (typing.get_args(hint)[0],), True
     return (hint,), False
@@ -121,8 +124,8 @@ _WANTED = {
 def read_value(value: Any, spec: Spec) -> Any:
     """The value as the option's type, or UNSET. Raises ValueError with what was expected.
 
-    Takes what real config files carry: whole numbers for floats, 0 and 1 for switches, quoted numbers, one value for a
-    list of one; `[]`, "" and (for what is no switch) false say "not set".
+    Takes what real config files carry: whole numbers for floats, 0 and 1 for switches, quoted
+    numbers, one value for a list of one; `[]`, "" and (for what is no switch) false say "not set".
     """
     if value in ("", []) or value in spec.unset_values or (value is False and not spec.is_switch):
         return UNSET
@@ -140,7 +143,9 @@ def _read_single(value: Any, spec: Spec) -> Any:
     if rules["choices"] is not None and read not in rules["choices"]:
         near = nearest(str(read), [str(choice) for choice in rules["choices"]])
         hint = f" (did you mean {near!r}?)" if near else ""
-        raise ValueError(f"expected one of {', '.join(str(choice) for choice in rules['choices'])}{hint}")
+        raise ValueError(
+            f"expected one of {', '.join(str(choice) for choice in rules['choices'])}{hint}"
+        )
     if isinstance(read, float) and not math.isfinite(read):
         raise ValueError("expected a finite number")
     for rule, holds, words in (
@@ -159,7 +164,11 @@ def _read_bool(value: Any) -> bool | None:
 
 def _read_int(value: Any) -> int | None:
     number = _read_float(value)
-    return int(number) if number is not None and math.isfinite(number) and number == int(number) else None
+    return (
+        int(number)
+        if number is not None and math.isfinite(number) and number == int(number)
+        else None
+    )
 
 
 def _read_float(value: Any) -> float | None:
@@ -218,7 +227,11 @@ def edits(a: str, b: str) -> int:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name within two edits of `name`, if there is one."""
-    close = [(edits(name, other), other) for other in known if abs(len(other) - len(name)) <= MAX_TYPO_EDITS]
+    close = [
+        (edits(name, other), other)
+        for other in known
+        if abs(len(other) - len(name)) <= MAX_TYPO_EDITS
+    ]
     distance, other = min(close, default=(MAX_TYPO_EDITS + 1, ""))
     return other if distance <= MAX_TYPO_EDITS else None
 
@@ -235,7 +248,11 @@ def as_toml(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{as_toml(key)} = {as_toml(item)}" for key, item in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{as_toml(key)} = {as_toml(item)}" for key, item in value.items())
+            + "}"
+        )
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(as_toml, value))}]"
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,7 +1,8 @@
 """Options: dataclass fields that are also command-line options, filled from command line > --config_file > default.
 
-Each room declares its own groups beside the code they configure (its `options.py`). Nothing here imports torch, so a
-mistake is told in a fraction of a second, and all mistakes of a run are told together.
+Each room declares its own groups beside the code they configure (its `options.py`). Nothing here
+imports torch, so a mistake is told in a fraction of a second, and all mistakes of a run are told
+together.
 """
 
 import argparse
@@ -16,7 +17,16 @@ from typing import Any, ClassVar, TypeVar
 
 from library.errors import Mistake, OptionError, RunError
 from library.foreign_keys import FOREIGN_KEYS
-from library.option_types import UNSET, DatasetKey, Spec, as_toml, did_you_mean, nearest, read_value, specs_of
+from library.option_types import (
+    UNSET,
+    DatasetKey,
+    Spec,
+    as_toml,
+    did_you_mean,
+    nearest,
+    read_value,
+    specs_of,
+)
 
 # ------------------------------------------------------------------------------------------------ declaring options
 
@@ -42,8 +52,10 @@ def option(
 
     Args:
         default: the value where neither the command line nor the config file sets the option.
-        help: one lower-case phrase: effect, unit, what it excludes. The help printer adds the default.
-        choices: the accepted values. Like the bounds, they are checked for the command line and for TOML.
+        help: one lower-case phrase: effect, unit, what it excludes. The help printer adds the
+            default.
+        choices: the accepted values. Like the bounds, they are checked for the command line and for
+            TOML.
         at_least: the lower bound, inclusive.
         above: the lower bound, exclusive.
         at_most: the upper bound, inclusive.
@@ -79,15 +91,21 @@ class OptionGroup:
     """Base of all option groups: an instance that breaks its own rules can't be made.
 
     Attributes:
-        affects_result: whether options of this group affect what a run learns, unless they say otherwise.
-        stored_in_image: whether generated images store options of this group, unless they say otherwise.
+        affects_result: whether options of this group affect what a run learns, unless they say
+            otherwise.
+        stored_in_image: whether generated images store options of this group, unless they say
+            otherwise.
     """
 
     affects_result: ClassVar[bool] = True
     stored_in_image: ClassVar[bool] = True
 
     def __init_subclass__(
-        cls, *, affects_result: bool | None = None, stored_in_image: bool | None = None, **keywords: Any
+        cls,
+        *,
+        affects_result: bool | None = None,
+        stored_in_image: bool | None = None,
+        **keywords: Any,
     ):
         super().__init_subclass__(**keywords)
         if affects_result is not None:
@@ -113,7 +131,9 @@ G = TypeVar("G", bound=OptionGroup)
 class Options:
     """The options of one run, by group: `options[LossOptions].min_snr_gamma`."""
 
-    def __init__(self, groups: Iterable[OptionGroup], where: Mapping[str, str], notices: Sequence[str]):
+    def __init__(
+        self, groups: Iterable[OptionGroup], where: Mapping[str, str], notices: Sequence[str]
+    ):
         self._groups = {type(group): group for group in groups}
         self._where = dict(where)
         self.notices = list(notices)
@@ -172,12 +192,14 @@ class ConfigOptions(OptionGroup, affects_result=False, stored_in_image=False):
     """Configuration file"""
 
     config_file: Path | None = option(
-        None, "TOML file with option values; the command line wins over it; .toml is added when missing", private=True
+        None,
+        "TOML file with option values; the command line wins over it; .toml is added when missing",
+        private=True,
     )
-    output_config: bool = option(False, "write the options that differ from their defaults to --config_file, and exit")
-    strict_config: bool = option(
-        False, "refuse every key of --config_file that this script doesn't know, instead of warning"
+    output_config: bool = option(
+        False, "write the options that differ from their defaults to --config_file, and exit"
     )
+    strict_config: bool = option(False, "refuse unknown keys in --config_file, instead of warning")
 
 
 def read_options(
@@ -194,15 +216,19 @@ def read_options(
     Args:
         description: the script's docstring, the head of its --help.
         checks: functions that look for contradictions between groups.
-        refused: options of the reference that can't be used, each with the reason and the alternative.
-        unused: options of the reference that change nothing, each with the reason; said in one line when set.
+        refused: options of the reference that can't be used, each with the reason and the
+            alternative.
+        unused: options of the reference that change nothing, each with the reason; said in one line
+            when set.
 
     Raises OptionError with every mistake found. Exits 0 after --help and --output_config.
     """
     groups = [ConfigOptions, *groups]
     specs = {spec.name: spec for group in groups for spec in specs_of(group)}
     reader = _Reader(specs, refused or {}, unused or {})
-    reader.read_command_line(_make_parser(description, groups, [*reader.refused, *reader.unused]), argv)
+    reader.read_command_line(
+        _make_parser(description, groups, [*reader.refused, *reader.unused]), argv
+    )
     config_file = reader.config_file()
     writing = reader.raw.get("output_config", (False, ""))[0]
     if config_file is not None and not writing:
@@ -210,7 +236,9 @@ def read_options(
     values = reader.values()
 
     made = [_unchecked(group, values) for group in groups]
-    options = Options(made, {name: where for name, (_, where) in reader.raw.items()}, reader.notices)
+    options = Options(
+        made, {name: where for name, (_, where) in reader.raw.items()}, reader.notices
+    )
     for group in made:
         reader.add(group.mistakes())
     for check in checks:
@@ -226,21 +254,27 @@ def read_options(
 class _Reader:
     """Collects raw values, their places, and every mistake on the way."""
 
-    def __init__(self, specs: Mapping[str, Spec], refused: Mapping[str, str], unused: Mapping[str, str]):
+    def __init__(
+        self, specs: Mapping[str, Spec], refused: Mapping[str, str], unused: Mapping[str, str]
+    ):
         self.specs = specs
         self.refused = refused
         self.unused = unused
         self.raw: dict[str, tuple[Any, str]] = {}  # option -> value as given, where it was given
         self.mistakes: list[Mistake] = []
         self.notices: list[str] = []
-        self.broken: set[str] = set()  # options with a mistake of their own: what follows from them isn't told
+        self.broken: set[str] = (
+            set()
+        )  # options with a mistake of their own: what follows from them isn't told
 
     def add(self, mistakes: Iterable[Mistake]) -> None:
         self.mistakes += [m for m in mistakes if not self.broken.intersection(m.about)]
 
     def config_file(self) -> Path | None:
         value = self.raw.get("config_file", (None, ""))[0]
-        return None if value is None else Path(value if value.endswith(".toml") else value + ".toml")
+        return (
+            None if value is None else Path(value if value.endswith(".toml") else value + ".toml")
+        )
 
     def read_command_line(self, parser: "_Parser", argv: Sequence[str] | None) -> None:
         try:
@@ -254,12 +288,20 @@ class _Reader:
         for word in unknown:
             if word.startswith("-"):
                 name = word.lstrip("-").split("=")[0]
-                elsewhere = f"; it is {FOREIGN_KEYS[name]}" if name in FOREIGN_KEYS else did_you_mean(name, self.specs)
+                elsewhere = (
+                    f"; it is {FOREIGN_KEYS[name]}"
+                    if name in FOREIGN_KEYS
+                    else did_you_mean(name, self.specs)
+                )
                 dashes = "" if word.startswith("--") else " (options start with two dashes)"
-                self.mistakes.append(Mistake(f"{word.split('=')[0]} is no option of this script{elsewhere}{dashes}"))
+                self.mistakes.append(
+                    Mistake(f"{word.split('=')[0]} is no option of this script{elsewhere}{dashes}")
+                )
                 follows_unknown = True
             elif not follows_unknown:
-                self.mistakes.append(Mistake(f"unexpected word {word!r} on the command line; see --help"))
+                self.mistakes.append(
+                    Mistake(f"unexpected word {word!r} on the command line; see --help")
+                )
 
     def read_toml(self, path: Path) -> None:
         """Raises OptionError if the file can't be read at all: what would follow from its absence isn't worth telling."""
@@ -269,10 +311,18 @@ class _Reader:
         except FileNotFoundError:
             raise OptionError(*self.mistakes, f"--config_file {path}: no such file") from None
         except UnicodeDecodeError:
-            raise OptionError(*self.mistakes, f"--config_file {path}: it is not UTF-8; save it as UTF-8") from None
+            raise OptionError(
+                *self.mistakes, f"--config_file {path}: it is not UTF-8; save it as UTF-8"
+            ) from None
         except (OSError, tomllib.TOMLDecodeError) as error:
-            hint = "; write Windows paths in 'single quotes', or with /" if "Unescaped" in str(error) else ""
-            raise OptionError(*self.mistakes, f"--config_file {path}: can't be read as TOML: {error}{hint}") from None
+            hint = (
+                "; write Windows paths in 'single quotes', or with /"
+                if "Unescaped" in str(error)
+                else ""
+            )
+            raise OptionError(
+                *self.mistakes, f"--config_file {path}: can't be read as TOML: {error}{hint}"
+            ) from None
         values: dict[str, Any] = {}
         for key, value in tables.items():  # section names only group keys for the reader
             values |= value if isinstance(value, dict) else {key: value}
@@ -283,16 +333,22 @@ class _Reader:
             if key in self.specs or key in self.refused or key in self.unused:
                 self.raw.setdefault(key, (value, where))
             elif key not in FOREIGN_KEYS and nearest(key, self.specs):
-                self.mistakes.append(Mistake(f"{where} is no option of this script{did_you_mean(key, self.specs)}"))
+                self.mistakes.append(
+                    Mistake(f"{where} is no option of this script{did_you_mean(key, self.specs)}")
+                )
             elif strict:
                 why = FOREIGN_KEYS.get(key, "unknown")
                 self.mistakes.append(
-                    Mistake(f"{where} is no option of this script ({why}), and --strict_config is set")
+                    Mistake(
+                        f"{where} is no option of this script ({why}), and --strict_config is set"
+                    )
                 )
             else:
                 foreign.append(f"{key} ({FOREIGN_KEYS[key]})" if key in FOREIGN_KEYS else key)
         if foreign:
-            self.notices.append(f"{path}: no options of this script, ignored: {', '.join(sorted(foreign))}")
+            self.notices.append(
+                f"{path}: no options of this script, ignored: {', '.join(sorted(foreign))}"
+            )
 
     def values(self) -> dict[str, Any]:
         """The value of every option; a broken one has its default, and a mistake."""
@@ -338,7 +394,9 @@ def _unchecked(group: type[OptionGroup], values: Mapping[str, Any]) -> OptionGro
 def _line_of(text: str, key: str) -> int:
     """The line that sets `key` last, as later sections win; 1 if the key is spelt in a way that isn't searched for."""
     lines = [
-        n for n, line in enumerate(text.splitlines(), 1) if re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line)
+        n
+        for n, line in enumerate(text.splitlines(), 1)
+        if re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line)
     ]
     return lines[-1] if lines else 1
 
@@ -354,7 +412,9 @@ def write_config(path: Path | None, options: Options) -> None:
                 if name not in about_the_file:
                     file.write(f"{name} = {as_toml(value)}\n")
     except FileExistsError:
-        raise RunError(f"--output_config: {path} exists already; remove it or name another --config_file") from None
+        raise RunError(
+            f"--output_config: {path} exists already; remove it or name another --config_file"
+        ) from None
     print(f"options written to {path}")
 
 
@@ -370,13 +430,17 @@ class _Parser(argparse.ArgumentParser):
         raise _CommandLineError(message)
 
 
-def _make_parser(description: str, groups: Sequence[type[OptionGroup]], hidden: Iterable[str]) -> _Parser:
+def _make_parser(
+    description: str, groups: Sequence[type[OptionGroup]], hidden: Iterable[str]
+) -> _Parser:
     """A parser that only splits words: types and choices are checked by read_value, for command line and TOML alike."""
     parser = _Parser(
         usage="%(prog)s [options]",
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-    )  # fmt: skip
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     for group in groups:
         title = (group.__doc__ or "").splitlines()[0].rstrip(".")
         section = parser.add_argument_group(title)
@@ -387,10 +451,15 @@ def _make_parser(description: str, groups: Sequence[type[OptionGroup]], hidden: 
             else:
                 nargs = "*" if spec.is_list else None
                 metavar = spec.rules["metavar"] or (
-                    None if spec.rules["choices"] is None else "{" + ",".join(map(str, spec.rules["choices"])) + "}"
+                    None
+                    if spec.rules["choices"] is None
+                    else "{" + ",".join(map(str, spec.rules["choices"])) + "}"
                 )
                 section.add_argument(
-                    f"--{spec.name}", nargs=nargs, help=text, metavar=metavar or _METAVARS.get(spec.kinds, "VALUE")
+                    f"--{spec.name}",
+                    nargs=nargs,
+                    help=text,
+                    metavar=metavar or _METAVARS.get(spec.kinds, "VALUE"),
                 )
     for name in hidden:
         parser.add_argument(f"--{name}", nargs="*", action=_GivenAtAll, help=argparse.SUPPRESS)
@@ -409,5 +478,7 @@ class _GivenAtAll(argparse.Action):
 
 def _help(spec: Spec) -> str:
     default = "" if spec.default in (None, False, "") else f" (default: {spec.default})"
-    no_effect = f"; changes nothing here: {spec.rules['no_effect']}" if spec.rules["no_effect"] else ""
+    no_effect = (
+        f"; changes nothing here: {spec.rules['no_effect']}" if spec.rules["no_effect"] else ""
+    )
     return (spec.rules["help"] + no_effect + default).replace("%", "%%")

@@ -1,9 +1,11 @@
 """OptimizerInBackward: the step is taken within backward, so that gradients are never in memory all at once.
 
-Where weights are sharded, a shard steps when its averaged gradient is ready: FSDP2 calls the hooks after its reduction.
+Where weights are sharded, a shard steps when its averaged gradient is ready: FSDP2 calls the hooks
+after its reduction.
 
-Sources: Lv et al. 2023, arXiv:2306.09782 (LOMO); sd-scripts' --fused_backward_pass and --fused_optimizer_groups (contract:
-training_math.md section 5), which clip each tensor by its own norm.
+Sources: Lv et al. 2023, arXiv:2306.09782 (LOMO); sd-scripts' --fused_backward_pass and
+--fused_optimizer_groups (contract: training_math.md section 5), which clip each tensor by its own
+norm.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +19,12 @@ from library.data.batch_sampler import BatchPosition
 from library.param_group import ParamGroup
 from library.training.distributed.sharding import Shards
 from library.training.optim.master_weights import MasterWeightOptimizer
-from library.training.optim.optimizer_step import GradientStep, StepStats, clip_factor, gradient_norms
+from library.training.optim.optimizer_step import (
+    GradientStep,
+    StepStats,
+    clip_factor,
+    gradient_norms,
+)
 
 
 class OptimizerInBackward(GradientStep):
@@ -39,13 +46,21 @@ class OptimizerInBackward(GradientStep):
 
         Args:
             optimizer: what steps the parameters.
-            buckets: parameters that step together when the last one's gradient is ready; of one group each.
-            max_grad_norm: of each gradient by itself, or of all in the step before; 0 disables clipping.
-            clips_by_previous: clip by the global gradient norm of the step before. The first step clips each gradient by itself.
-            shards: of the parameters, where some are sharded. The others wait until their gradients are averaged, after backward.
+            buckets: parameters that step together when the last one's gradient is ready; of one
+                group each.
+            max_grad_norm: of each gradient by itself, or of all in the step before; 0 disables
+                clipping.
+            clips_by_previous: clip by the global gradient norm of the step before. The first step
+                clips each gradient by itself.
+            shards: of the parameters, where some are sharded. The others wait until their gradients
+                are averaged, after backward.
         """
         self.optimizer = optimizer
-        self._max_grad_norm, self._clips_by_previous, self._shards = max_grad_norm, clips_by_previous, shards
+        self._max_grad_norm, self._clips_by_previous, self._shards = (
+            max_grad_norm,
+            clips_by_previous,
+            shards,
+        )
         self._previous: Tensor | None = None
         self._buckets = [list(bucket) for bucket in buckets]
         self._num_ready = [0] * len(self._buckets)  # gradients of each bucket
@@ -64,7 +79,9 @@ class OptimizerInBackward(GradientStep):
     def _add_hook(self, parameter: nn.Parameter, bucket_index: int) -> None:
         source = parameter if self._shards is None else self._shards.source(parameter)
         if source is not None:
-            source.register_post_accumulate_grad_hook(lambda _: self._on_gradient(parameter, bucket_index))
+            source.register_post_accumulate_grad_hook(
+                lambda _: self._on_gradient(parameter, bucket_index)
+            )
 
     def _on_gradient(self, parameter: nn.Parameter, bucket_index: int) -> None:
         """Step the bucket if this gradient is its last one. Called when a micro-batch's gradient is complete."""
@@ -80,7 +97,9 @@ class OptimizerInBackward(GradientStep):
     @torch.no_grad()
     def _step(self, bucket_index: int) -> None:
         """Clip and step the parameters of a bucket that have gradients, and free these."""
-        params = [parameter for parameter in self._buckets[bucket_index] if parameter.grad is not None]
+        params = [
+            parameter for parameter in self._buckets[bucket_index] if parameter.grad is not None
+        ]
         self._num_ready[bucket_index] = 0
         self.is_partly_taken = True
         norms = gradient_norms(params, self.optimizer.device)
@@ -88,7 +107,9 @@ class OptimizerInBackward(GradientStep):
             norms = self._shards.norms(norms, params)
         for parameter, norm in zip(params, norms, strict=True):
             self._norms[self._index[parameter]] = norm
-        factor = clip_factor(norms if self._previous is None else self._previous, self._max_grad_norm)
+        factor = clip_factor(
+            norms if self._previous is None else self._previous, self._max_grad_norm
+        )
         if len(params) == 1 and factor.ndim:
             factor = factor[0]
         self.optimizer.step_params(params, self._steps_done, factor, norms.isfinite().all())
@@ -128,14 +149,17 @@ class OptimizerInBackward(GradientStep):
             self._previous = previous.to(self._norms.device)
 
 
-def param_buckets(groups: Sequence[ParamGroup], shards: Shards | None = None) -> list[list[nn.Parameter]]:
+def param_buckets(
+    groups: Sequence[ParamGroup], shards: Shards | None = None
+) -> list[list[nn.Parameter]]:
     """Return what steps together: each large tensor by itself, and all small ones of a group.
 
     The small ones are half of all tensors, and a thousandth of the parameters.
 
     Args:
         groups: the parameters that are trained.
-        shards: of the parameters. Ranks must agree, so the sizes of full tensors count, not those of shards.
+        shards: of the parameters. Ranks must agree, so the sizes of full tensors count, not those
+            of shards.
     """
     buckets = []
     for group in groups:

@@ -13,7 +13,12 @@ from library.param_group import ParamGroup, split_groups
 from library.training.distributed.sharding import Shards
 from library.training.optim.backward_step import OptimizerInBackward, param_buckets
 from library.training.optim.lr_schedules import make_scheduler
-from library.training.optim.master_weights import MasterWeightOptimizer, compute_device, fp32_params, is_separable
+from library.training.optim.master_weights import (
+    MasterWeightOptimizer,
+    compute_device,
+    fp32_params,
+    is_separable,
+)
 from library.training.optim.optimizer_step import GradientStep, OptimizerStep, StandardStep
 from library.training.optim.optimizers import is_schedule_free, make_optimizer, start_training
 from library.training.optim.rounding import StochasticSums
@@ -21,7 +26,12 @@ from library.training.optim.state_offload import OffloadedOptimizerState
 from library.training.options.compatibility import check_ema, check_schedule_free
 from library.training.options.distributed import ShardingOptions, offloads_optimizer
 from library.training.options.memory import MemoryOptions
-from library.training.options.optimizer import EmaOptions, OptimizerOptions, ScheduleOptions, UpdateOptions
+from library.training.options.optimizer import (
+    EmaOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+    UpdateOptions,
+)
 from library.training.options.run import RunOptions
 
 
@@ -49,13 +59,17 @@ def build_optimizer_step(
     update, optimizing = options[UpdateOptions], options[OptimizerOptions]
     if update.fused_optimizer_groups:
         groups = split_groups(groups, update.fused_optimizer_groups)
-    optimizer, scheduler = _make(fp32_params(groups), optimizing, options[ScheduleOptions], total_steps)
+    optimizer, scheduler = _make(
+        fp32_params(groups), optimizing, options[ScheduleOptions], total_steps
+    )
     start_training(optimizer)
     device = compute_device(groups) if shards is None else shards.device
     offloads = offloads_optimizer(options[MemoryOptions], options[ShardingOptions])
     offloaded_state = None
     if offloads:
-        offloaded_state = OffloadedOptimizerState(optimizer, OffloadStream(torch.device("cpu"), device))
+        offloaded_state = OffloadedOptimizerState(
+            optimizer, OffloadStream(torch.device("cpu"), device)
+        )
     stepper = MasterWeightOptimizer(
         optimizer,
         groups,
@@ -85,7 +99,9 @@ def build_optimizer_step(
             full_norms=None if shards is None else shards.norms,
         )
     sums = None if update.rounding_used == "nearest" else StochasticSums(groups, seed)
-    return OptimizerStep(loss_module, groups, gradient_step, scheduler, sums, world_size=processes, shards=shards)
+    return OptimizerStep(
+        loss_module, groups, gradient_step, scheduler, sums, world_size=processes, shards=shards
+    )
 
 
 def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:
@@ -98,15 +114,23 @@ def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:
     Raises:
         OptionError: they can't.
     """
-    optimizing, memory, sharding = options[OptimizerOptions], options[MemoryOptions], options[ShardingOptions]
+    optimizing, memory, sharding = (
+        options[OptimizerOptions],
+        options[MemoryOptions],
+        options[ShardingOptions],
+    )
     optimizer, _ = _make(groups, optimizing, options[ScheduleOptions], total_steps=1000)
     name, mistakes = optimizing.name, []
     if not optimizing.spec.is_known and is_schedule_free(optimizer):
-        mistakes += [*check_ema(name, options[EmaOptions]), *check_schedule_free(name, memory, sharding)]
+        mistakes += [
+            *check_ema(name, options[EmaOptions]),
+            *check_schedule_free(name, memory, sharding),
+        ]
     if offloads_optimizer(memory, sharding) and not _is_separable(optimizing):
         mistakes.append(
             Mistake(
-                f"--optimizer_offload: --optimizer_type {name} looks at all gradients together, so its complete state is needed "
+                f"--optimizer_offload: --optimizer_type {name} looks at all gradients together, so "
+                "its complete state is needed "
                 "at once; leave it out",
                 ("optimizer_offload", "optimizer_type"),
             )
@@ -114,8 +138,10 @@ def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:
     if options[UpdateOptions].fused_backward_pass and not _is_separable(optimizing):
         mistakes.append(
             Mistake(
-                f"--fused_backward_pass: --optimizer_type {name} looks at all gradients together, so it can't step one tensor "
-                "alone; leave it out, or use --fused_optimizer_groups, where each group is stepped as if it were the only one",
+                f"--fused_backward_pass: --optimizer_type {name} looks at all gradients together, "
+                "so it can't step one tensor "
+                "alone; leave it out, or use --fused_optimizer_groups, where each group is "
+                "stepped as if it were the only one",
                 ("fused_backward_pass", "optimizer_type"),
             )
         )
@@ -124,13 +150,18 @@ def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:
 
 
 def _make(
-    groups: Sequence[ParamGroup], options: OptimizerOptions, schedule: ScheduleOptions, total_steps: int
+    groups: Sequence[ParamGroup],
+    options: OptimizerOptions,
+    schedule: ScheduleOptions,
+    total_steps: int,
 ) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
     optimizer = _make_optimizer(groups, options)
     return optimizer, make_scheduler(optimizer, schedule, total_steps, options.learning_rate)
 
 
-def _make_optimizer(groups: Sequence[ParamGroup], options: OptimizerOptions) -> torch.optim.Optimizer:
+def _make_optimizer(
+    groups: Sequence[ParamGroup], options: OptimizerOptions
+) -> torch.optim.Optimizer:
     return make_optimizer(options.name, options.arguments, groups, options.learning_rate)
 
 

@@ -1,7 +1,8 @@
 """Learning-rate schedules: a schedule is a function from the optimizer step to a factor of each group's learning rate.
 
-Steps are optimizer steps, whatever the number of processes. Names and formulas are those of transformers' schedulers,
-which sd-scripts uses (contract: training_math.md section 5), without importing transformers.
+Steps are optimizer steps, whatever the number of processes. Names and formulas are those of
+transformers' schedulers, which sd-scripts uses (contract: training_math.md section 5), without
+importing transformers.
 """
 
 import importlib
@@ -44,7 +45,8 @@ def make_scheduler(
         if options.lr_scheduler != "adafactor":
             _warn_unused(
                 options,
-                "Adafactor finds its own rate; relative_step=False in --optimizer_args leaves it to the schedule",
+                "Adafactor finds its own rate; relative_step=False in --optimizer_args leaves it "
+                "to the schedule",
             )
         return import_transformers().optimization.AdafactorSchedule(optimizer, lr)
     if options.lr_scheduler_type:
@@ -54,19 +56,29 @@ def make_scheduler(
 
 def _warn_unused(options: ScheduleOptions, reason: str) -> None:
     if options.lr_scheduler != "constant" or options.lr_scheduler_type:
-        log.warning("--lr_scheduler %s changes nothing: %s", options.lr_scheduler_type or options.lr_scheduler, reason)
+        log.warning(
+            "--lr_scheduler %s changes nothing: %s",
+            options.lr_scheduler_type or options.lr_scheduler,
+            reason,
+        )
 
 
-def _by_class(optimizer: torch.optim.Optimizer, name: str, arguments: dict[str, Any]) -> LRScheduler:
+def _by_class(
+    optimizer: torch.optim.Optimizer, name: str, arguments: dict[str, Any]
+) -> LRScheduler:
     module, _, attribute = name.rpartition(".")
     try:
-        scheduler_class = getattr(importlib.import_module(module or "torch.optim.lr_scheduler"), attribute)
+        scheduler_class = getattr(
+            importlib.import_module(module or "torch.optim.lr_scheduler"), attribute
+        )
         scheduler = scheduler_class(optimizer, **arguments)
         if "metrics" in inspect.signature(scheduler.step).parameters:
             raise ValueError("it needs a metric at every step, which training doesn't have")
         return scheduler
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise OptionError(f"--lr_scheduler_type {name} with --lr_scheduler_args {arguments}: {error}") from None
+        raise OptionError(
+            f"--lr_scheduler_type {name} with --lr_scheduler_args {arguments}: {error}"
+        ) from None
 
 
 def num_steps(steps_or_fraction: int | float, total: int) -> int:
@@ -127,7 +139,9 @@ def factor(options: ScheduleOptions, total: int, lr: float, arguments: dict[str,
         "linear": lambda step: max(0.0, 1 - progress(step)),
         "cosine": lambda step: _half_waves(0.5, progress(step)),
         "cosine_with_restarts": cosine_with_restarts,
-        "cosine_with_min_lr": lambda step: max(0.0, _between(lowest, _half_waves(cycles / 2, progress(step)))),
+        "cosine_with_min_lr": lambda step: max(
+            0.0, _between(lowest, _half_waves(cycles / 2, progress(step)))
+        ),
         "polynomial": polynomial,
         "inverse_sqrt": inverse_sqrt,
     }
@@ -155,7 +169,8 @@ def _piecewise_constant(rules: str) -> Factor:
         final = float(last)
     except ValueError:
         raise OptionError(
-            f"--lr_scheduler_args step_rules={rules!r}: expected factor:step,factor:step,factor as in '1:10,0.1:20,0.01'"
+            f"--lr_scheduler_args step_rules={rules!r}: expected factor:step,factor:step,factor as "
+            "in '1:10,0.1:20,0.01'"
         ) from None
     limits.sort()
 

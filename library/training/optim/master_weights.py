@@ -1,7 +1,8 @@
 """MasterWeightOptimizer: steps all parameters or some of them, 16-bit ones by way of float32 master weights.
 
-The optimizer of 16-bit weights is made over float32 parameters that have memory only while they are stepped. So its state is that of
-float32 weights (AdamW: 8 bytes per parameter), and the updated master weights are rounded back.
+The optimizer of 16-bit weights is made over float32 parameters that have memory only while they are
+stepped. So its state is that of float32 weights (AdamW: 8 bytes per parameter), and the updated
+master weights are rounded back.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +16,17 @@ from library.log import silence_logging
 from library.param_group import ParamGroup
 from library.rng import seed_of
 from library.training.optim.optimizer_state import optimizer_state, restore_optimizer
-from library.training.optim.optimizers import is_schedule_free, start_training, takes_scaled_gradients
+from library.training.optim.optimizers import (
+    is_schedule_free,
+    start_training,
+    takes_scaled_gradients,
+)
 from library.training.optim.rounding import compensate, round_stochastically
 from library.training.optim.state_offload import OffloadedOptimizerState
 
-FP32_BUCKET_NUMEL = 1 << 24  # parameters that are in float32 at once: 64 MB of weights, and as much of gradients
+FP32_BUCKET_NUMEL = (
+    1 << 24
+)  # parameters that are in float32 at once: 64 MB of weights, and as much of gradients
 
 Params = Sequence[nn.Parameter]
 
@@ -41,7 +48,9 @@ def _fp32_param(parameter: nn.Parameter) -> nn.Parameter:
 
 def compute_device(groups: Sequence[ParamGroup]) -> torch.device:
     """Return the device that computes: that of the parameters that aren't offloaded to RAM."""
-    return _compute_device([parameter for group in groups for parameter in group.parameters.values()])
+    return _compute_device(
+        [parameter for group in groups for parameter in group.parameters.values()]
+    )
 
 
 def _compute_device(parameters: Params) -> torch.device:
@@ -57,7 +66,8 @@ class MasterWeightOptimizer:
     Attributes:
         base_optimizer: the optimizer, over fp32_params of the groups.
         parameters: those of all groups.
-        skips_on_device: whether the optimizer itself skips a step whose gradients are not finite, without the host.
+        skips_on_device: whether the optimizer itself skips a step whose gradients are not finite,
+            without the host.
     """
 
     def __init__(
@@ -89,8 +99,12 @@ class MasterWeightOptimizer:
         self._names: dict[nn.Parameter, str] = {}
         self._group_of: dict[nn.Parameter, int] = {}
         self._fp32: dict[nn.Parameter, nn.Parameter] = {}  # a float32 parameter is its own
-        for i, (group, param_group) in enumerate(zip(groups, base_optimizer.param_groups, strict=True)):
-            for (name, parameter), fp32 in zip(group.parameters.items(), param_group["params"], strict=True):
+        for i, (group, param_group) in enumerate(
+            zip(groups, base_optimizer.param_groups, strict=True)
+        ):
+            for (name, parameter), fp32 in zip(
+                group.parameters.items(), param_group["params"], strict=True
+            ):
                 self._names[parameter], self._group_of[parameter] = name, i
                 self._fp32[parameter] = fp32
         self.parameters = list(self._names)
@@ -123,15 +137,19 @@ class MasterWeightOptimizer:
             self.step_params(bucket, step, factor, is_finite)
         self.commit()
 
-    def step_params(self, params: Params, step: int, factor: Tensor, is_finite: Tensor | None = None) -> None:
+    def step_params(
+        self, params: Params, step: int, factor: Tensor, is_finite: Tensor | None = None
+    ) -> None:
         """Step parameters of one group, as if it had no others. What the optimizer counts by group advances with commit() only.
 
         Args:
-            params: parameters that have gradients. Gradients are modified in place, and freed for 16-bit parameters.
+            params: parameters that have gradients. Gradients are modified in place, and freed for
+                16-bit parameters.
             step: optimizer steps done before this one.
             factor: of all gradients, [], or of each, [params]; float32.
-            is_finite: whether the gradients are, []; None: they are. If not, weights stay unchanged where the optimizer skips the
-                step on the device (`skips_on_device`), and are stepped with gradients of 0 where it doesn't.
+            is_finite: whether the gradients are, []; None: they are. If not, weights stay unchanged
+                where the optimizer skips the step on the device (`skips_on_device`), and are
+                stepped with gradients of 0 where it doesn't.
         """
         with self._only(params):
             self._step(params, step, factor, is_finite)
@@ -168,12 +186,16 @@ class MasterWeightOptimizer:
         for bucket, weights in zip(buckets, master_weights, strict=True):
             self._store_rounded(bucket, weights, step)
 
-    def _scale_gradients(self, gradients: list[Tensor], factor: Tensor, is_finite: Tensor | None) -> None:
+    def _scale_gradients(
+        self, gradients: list[Tensor], factor: Tensor, is_finite: Tensor | None
+    ) -> None:
         """Multiply gradients by the factor, and see to those that aren't finite; by the optimizer's kernel where it can."""
         if factor.ndim:
             torch._foreach_mul_(gradients, list(factor))
             factor = factor.new_ones(())
-        if self.skips_on_device:  # the kernel divides by grad_scale and heeds found_inf: the host needn't wait
+        if (
+            self.skips_on_device
+        ):  # the kernel divides by grad_scale and heeds found_inf: the host needn't wait
             found_inf = None if is_finite is None else (~is_finite).float()
             self.base_optimizer.grad_scale = 1 / factor  # type: ignore[attr-defined]
             self.base_optimizer.found_inf = found_inf  # type: ignore[attr-defined]
@@ -236,7 +258,9 @@ class MasterWeightOptimizer:
 
     def _buckets_by_group(self, params: Params) -> Iterator[list[nn.Parameter]]:
         for i in range(len(self.base_optimizer.param_groups)):
-            yield from _buckets([parameter for parameter in params if self._group_of[parameter] == i])
+            yield from _buckets(
+                [parameter for parameter in params if self._group_of[parameter] == i]
+            )
 
     # ---------------------------------------------------------------------------------------- evaluation and saved states
 
@@ -244,7 +268,8 @@ class MasterWeightOptimizer:
     def eval_weights(self) -> Iterator[None]:
         """Context manager: schedule-free parameters have the weights that are evaluated instead of those that are trained.
 
-        Switching there and back rounds, so the trained ones are kept: a run that saves often ends as one that doesn't.
+        Switching there and back rounds, so the trained ones are kept: a run that saves often ends
+        as one that doesn't.
         """
         if not is_schedule_free(self.base_optimizer):
             yield
@@ -282,12 +307,21 @@ class MasterWeightOptimizer:
         """
         if self._offloaded_state is not None:
             self._offloaded_state.wait()
-        compensation = {names[id(parameter)]: tensor for parameter, tensor in self._compensation.items()}
-        return {**optimizer_state(self.base_optimizer, self._with_fp32(names)), _COMPENSATION: compensation}
+        compensation = {
+            names[id(parameter)]: tensor for parameter, tensor in self._compensation.items()
+        }
+        return {
+            **optimizer_state(self.base_optimizer, self._with_fp32(names)),
+            _COMPENSATION: compensation,
+        }
 
-    def restore(self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool) -> None:
+    def restore(
+        self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool
+    ) -> None:
         """Restore what state() returned."""
-        restore_optimizer(self.base_optimizer, state, self._with_fp32(names), same_options=same_options)
+        restore_optimizer(
+            self.base_optimizer, state, self._with_fp32(names), same_options=same_options
+        )
         if self._offloaded_state is None:
             self._state_to_compute_device()
         if self._rounding != "kahan":
@@ -354,20 +388,29 @@ def _views(flat: Tensor, params: Params) -> list[Tensor]:
 def is_separable(make: Callable[[list[ParamGroup]], torch.optim.Optimizer]) -> bool:
     """Return whether an optimizer that steps parameters one by one ends where it does if it steps them together.
 
-    It is tried on two small ones. Optimizers that find their learning rate from all gradients don't.
+    It is tried on two small ones. Optimizers that find their learning rate from all gradients
+    don't.
 
     Args:
         make: makes the optimizer over groups.
     """
     with silence_logging():
-        alone, together = _weights_after_steps(make, alone=True), _weights_after_steps(make, alone=False)
+        alone, together = (
+            _weights_after_steps(make, alone=True),
+            _weights_after_steps(make, alone=False),
+        )
     return torch.allclose(alone, together, rtol=1e-4, atol=0)
 
 
-def _weights_after_steps(make: Callable[[list[ParamGroup]], torch.optim.Optimizer], *, alone: bool) -> Tensor:
+def _weights_after_steps(
+    make: Callable[[list[ParamGroup]], torch.optim.Optimizer], *, alone: bool
+) -> Tensor:
     params = [nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(5))]
     group = ParamGroup("all", dict(zip("ab", params, strict=True)), 1.0)
-    optimizer, generator = MasterWeightOptimizer(make([group]), [group]), torch.Generator().manual_seed(0)
+    optimizer, generator = (
+        MasterWeightOptimizer(make([group]), [group]),
+        torch.Generator().manual_seed(0),
+    )
     start_training(optimizer.base_optimizer)
     buckets = [[parameter] for parameter in params] if alone else [params]
     for step in range(4):

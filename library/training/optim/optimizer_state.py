@@ -36,7 +36,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) 
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool = True
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    names: Mapping[int, str],
+    *,
+    same_options: bool = True,
 ) -> None:
     """Restore an optimizer's state, bit by bit: torch's own load_state_dict casts to the parameters' dtype.
 
@@ -44,19 +48,23 @@ def restore_optimizer(
         optimizer: whose state it is.
         saved: what optimizer_state() returned.
         names: of the parameters, by their id.
-        same_options: whether the options are those of the state; if not, what they decide is as they say.
+        same_options: whether the options are those of the state; if not, what they decide is as
+            they say.
 
     Raises:
         RunError: the state doesn't fit.
     """
     if saved["kind"] != _class_name(optimizer):
         log.warning(
-            "the state was saved with %s; the optimizer state is reset for %s", saved["kind"], _class_name(optimizer)
+            "the state was saved with %s; the optimizer state is reset for %s",
+            saved["kind"],
+            _class_name(optimizer),
         )
         return
     if len(saved["groups"]) != len(optimizer.param_groups):
         raise RunError(
-            f"the state has {len(saved['groups'])} groups of learning rates, this run has {len(optimizer.param_groups)}; "
+            f"the state has {len(saved['groups'])} groups of learning rates, this run has "
+            f"{len(optimizer.param_groups)}; "
             "give the learning rates and network options that it was saved with"
         )
     ignored = {"params"}
@@ -72,27 +80,42 @@ def restore_optimizer(
                 continue
             for key, entry in entries.items():
                 _check_fits(optimizer, name, parameter, key, entry["value"])
-            optimizer.state[parameter] = {key: _restored(entry, parameter, optimizer) for key, entry in entries.items()}
+            optimizer.state[parameter] = {
+                key: _restored(entry, parameter, optimizer) for key, entry in entries.items()
+            }
 
 
 def _class_name(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__name__}"
 
 
-# Keys of the state of torch's and bitsandbytes' optimizers; 8-bit ones number state, absmax and qmap.
-_LIKE_THE_PARAMETER = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "state1", "state2"}
+# Keys of the state of torch's and bitsandbytes' optimizers; 8-bit ones number state, absmax and
+# qmap.
+_LIKE_THE_PARAMETER = {
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+    "sum",
+    "state1",
+    "state2",
+}
 _SCALES = {"absmax1", "absmax2"}
 _CODEBOOKS = {"qmap1", "qmap2"}
 
 
-def _check_fits(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, key: str, value: object) -> None:
+def _check_fits(
+    optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, key: str, value: object
+) -> None:
     """Raise RunError for tensors of a wrong shape, which the kernels of torch and bitsandbytes don't check."""
     package = type(optimizer).__module__.partition(".")[0]
     if not isinstance(value, Tensor) or package not in ("torch", "bitsandbytes"):
         return
     shape = tuple(value.shape)
     if key in _LIKE_THE_PARAMETER:
-        fits = shape[value.ndim - parameter.ndim :] == tuple(parameter.shape)  # AdEMAMix has two in one
+        fits = shape[value.ndim - parameter.ndim :] == tuple(
+            parameter.shape
+        )  # AdEMAMix has two in one
     elif key in _SCALES:
         fits = value.ndim > 0 and shape[-1] == -(-parameter.numel() // _BLOCK)
     elif key in _CODEBOOKS:
@@ -100,7 +123,10 @@ def _check_fits(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, 
     else:
         fits = True
     if not fits:
-        raise RunError(f"the state's {key} of {name} is {list(shape)}, which doesn't fit {list(parameter.shape)}")
+        raise RunError(
+            f"the state's {key} of {name} is {list(shape)}, which doesn't fit "
+            f"{list(parameter.shape)}"
+        )
 
 
 def _restored(entry: Mapping[str, Any], parameter: Tensor, optimizer: torch.optim.Optimizer) -> Any:
@@ -111,7 +137,9 @@ def _restored(entry: Mapping[str, Any], parameter: Tensor, optimizer: torch.opti
     if value.shape == parameter.shape:
         if is_on_its_device:  # some kernels rely on the parameter's memory layout
             return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-        if getattr(optimizer, "is_paged", False):  # bitsandbytes: managed memory, which the GPU reads from RAM
+        if getattr(
+            optimizer, "is_paged", False
+        ):  # bitsandbytes: managed memory, which the GPU reads from RAM
             return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # type: ignore[attr-defined]
     return value.to(parameter.device) if is_on_its_device else value
 

@@ -100,7 +100,8 @@ class GradientStep(ABC):
 class OptimizerStep:
     """Accumulates the gradients of micro-batches and steps all weights by them.
 
-    Every image of a step counts the same, whatever the sizes of its micro-batches and the number of processes.
+    Every image of a step counts the same, whatever the sizes of its micro-batches and the number of
+    processes.
 
     Attributes:
         loss_module: what the loop calls for losses.
@@ -147,10 +148,14 @@ class OptimizerStep:
     def accumulation(self, position: BatchPosition) -> Iterator[None]:
         """Context manager of a micro-batch's forward and backward: ranks exchange gradients only with a step's last one."""
         if self._world_size == 1:  # several exchange the gradients of all that they started with
-            # Before the forward, which checkpointing does again in backward: both must see the same.
+            # Before the forward, which checkpointing does again in backward: both must see the
+            # same.
             for parameter in self._stopped(position.step):
                 parameter.requires_grad_(False)
-        if isinstance(self.loss_module, DistributedDataParallel) and not position.is_last_microbatch:
+        if (
+            isinstance(self.loss_module, DistributedDataParallel)
+            and not position.is_last_microbatch
+        ):
             with self.loss_module.no_sync():
                 yield
         else:
@@ -172,7 +177,8 @@ class OptimizerStep:
         """Finish the step, and advance the schedule.
 
         Args:
-            stop_requested: a signal asked this process to stop, which the others learn with the loss.
+            stop_requested: a signal asked this process to stop, which the others learn with the
+                loss.
         """
         sums = torch.stack([self._loss, torch.full_like(self._loss, float(stop_requested))])
         loss, stop_requests = self._sum_over_ranks(sums)
@@ -207,13 +213,16 @@ class OptimizerStep:
             _GRADIENT_STEP: self.gradient_step.state(),
         }
 
-    def restore(self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool) -> None:
+    def restore(
+        self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool
+    ) -> None:
         """Restore what state() returned.
 
         Args:
             state: of optimizer, schedule and loss scale.
             names: of the parameters, by their id.
-            same_options: whether learning rates and schedule are those of the state, not those of the options.
+            same_options: whether learning rates and schedule are those of the state, not those of
+                the options.
         """
         self.gradient_step.optimizer.restore(state["optimizer"], names, same_options=same_options)
         if self._scheduler is not None and state["schedule"] is not None:
@@ -271,7 +280,8 @@ class StandardStep(GradientStep):
         Args:
             optimizer: what steps the parameters.
             max_grad_norm: of all gradients together; 0 disables clipping.
-            scales_loss: whether gradients are float16, and the loss is scaled so that they don't underflow.
+            scales_loss: whether gradients are float16, and the loss is scaled so that they don't
+                underflow.
             full_norms: of gradients that are sharded.
         """
         self.optimizer = optimizer
@@ -325,7 +335,9 @@ def gradient_norms(parameters: Sequence[nn.Parameter], device: torch.device) -> 
     indices = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
-        for i, norm in zip(indices, torch._foreach_norm(gradients, 2, dtype=torch.float32), strict=True):
+        for i, norm in zip(
+            indices, torch._foreach_norm(gradients, 2, dtype=torch.float32), strict=True
+        ):
             norms[i] = norm
     return torch.stack(norms)
 
@@ -370,7 +382,8 @@ class LossScale:
             self.value, self._good_steps = self.value * 2, 0
         if self._overflows >= _MAX_OVERFLOWS:
             raise RunError(
-                f"float16 gradients overflowed in {_MAX_OVERFLOWS} steps in a row; take --mixed_precision bf16 or no, or a lower learning rate"
+                f"float16 gradients overflowed in {_MAX_OVERFLOWS} steps in a row; take "
+                "--mixed_precision bf16 or no, or a lower learning rate"
             )
 
     def state(self) -> dict[str, Any]:

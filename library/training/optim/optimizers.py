@@ -1,6 +1,7 @@
 """Optimizers: made by name, from the package that has them, with the user's arguments.
 
-What is known about each is in library/training/options/optimizer_table.py. Packages are imported only when asked for.
+What is known about each is in library/training/options/optimizer_table.py. Packages are imported
+only when asked for.
 """
 
 import importlib
@@ -34,7 +35,8 @@ def find_optimizer(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, An
     except ImportError as error:
         raise OptionError(
             Mistake(
-                f"--optimizer_type {name}: {spec.package} can't be imported ({error}); pip install {spec.package}",
+                f"--optimizer_type {name}: {spec.package} can't be imported ({error}); pip install "
+                f"{spec.package}",
                 ("optimizer_type",),
             )
         ) from None
@@ -62,7 +64,9 @@ def make_optimizer(
     if spec.finds_lr:
         _check_same_rate(name, groups)
     keywords = {**implied, **arguments}
-    param_groups: list[dict[str, Any]] = [{"params": list(group.parameters.values())} for group in groups]
+    param_groups: list[dict[str, Any]] = [
+        {"params": list(group.parameters.values())} for group in groups
+    ]
     if spec.finds_relative_step(arguments):
         keywords |= {"relative_step": True, "lr": None}
     else:
@@ -75,7 +79,9 @@ def make_optimizer(
         return cls(param_groups, **keywords)
     except (TypeError, ValueError, AssertionError) as error:
         given = " ".join(f"{key}={value}" for key, value in arguments.items()) or "its defaults"
-        raise OptionError(f"--optimizer_args: {cls.__name__} doesn't take {given}: {error}") from None
+        raise OptionError(
+            f"--optimizer_args: {cls.__name__} doesn't take {given}: {error}"
+        ) from None
 
 
 def _check_arguments(name: str, cls: Any, arguments: Mapping[str, Any]) -> None:
@@ -89,7 +95,9 @@ def _check_arguments(name: str, cls: Any, arguments: Mapping[str, Any]) -> None:
     unknown = [key for key in arguments if key not in accepted]
     if unknown:
         keys = "; ".join(f"{key!r}{did_you_mean(key, accepted)}" for key in unknown)
-        raise OptionError(f"--optimizer_args: {cls.__name__} has no {keys}. It takes {', '.join(accepted)}")
+        raise OptionError(
+            f"--optimizer_args: {cls.__name__} has no {keys}. It takes {', '.join(accepted)}"
+        )
 
 
 def _check_same_rate(name: str, groups: Sequence[ParamGroup]) -> None:
@@ -97,10 +105,14 @@ def _check_same_rate(name: str, groups: Sequence[ParamGroup]) -> None:
     rates = {group.lr for group in groups}
     if len(rates) > 1:
         by_group = ", ".join(f"{group.name} {group.lr:g}" for group in groups)
-        raise OptionError(f"--optimizer_type {name} takes one learning rate for everything, usually 1; got {by_group}")
+        raise OptionError(
+            f"--optimizer_type {name} takes one learning rate for everything, usually 1; got "
+            f"{by_group}"
+        )
     if max(rates) <= _LOW_FACTOR:
         log.warning(
-            "--optimizer_type %s finds the learning rate itself and takes --learning_rate as a factor, usually 1; it is %g",
+            "--optimizer_type %s finds the learning rate itself and takes --learning_rate as a "
+            "factor, usually 1; it is %g",
             name,
             max(rates),
         )
@@ -117,7 +129,9 @@ def format_optimizer(optimizer: torch.optim.Optimizer, arguments: Mapping[str, A
 
 def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the optimizer trains other weights than it evaluates: it has a mode for each, and needs no schedule."""
-    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+    return callable(getattr(optimizer, "train", None)) and callable(
+        getattr(optimizer, "eval", None)
+    )
 
 
 def start_training(optimizer: torch.optim.Optimizer) -> None:
@@ -137,7 +151,9 @@ def current_rate(optimizer: torch.optim.Optimizer, param_group: Mapping[str, Any
     Before its first step, it is the lowest that it can have: that of small weights.
     """
     get_lr = getattr(optimizer, "_get_lr", None)
-    if param_group.get("relative_step") and get_lr is not None:  # it ignores what a schedule writes into "lr"
+    if (
+        param_group.get("relative_step") and get_lr is not None
+    ):  # it ignores what a schedule writes into "lr"
         state = optimizer.state.get(param_group["params"][0]) or {"step": 1, "RMS": 0.0}
         return float(get_lr(param_group, state))
     return float(param_group["lr"])

@@ -1,7 +1,8 @@
 """Rounding: from float32 to the fewer bits of a 16-bit weight, so that steps smaller than its last bit aren't lost.
 
-A bfloat16 has 8 significant bits: of a weight of 0.02 the last one is 0.00012, a hundred times a step at learning rate 1e-6, and the
-nearest value is the old one. Source: Zamirai et al. 2020, arXiv:2010.06192.
+A bfloat16 has 8 significant bits: of a weight of 0.02 the last one is 0.00012, a hundred times a
+step at learning rate 1e-6, and the nearest value is the old one. Source: Zamirai et al. 2020,
+arXiv:2010.06192.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,18 +21,22 @@ _LOWER_HALF = 1 << 16
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     """Return one of the two bfloat16 neighbors of each value, the nearer with the higher probability, so that the mean is the value.
 
-    A bfloat16 is the upper half of a float32: random bits are added to the lower half, which is then cut off. Values that a
-    bfloat16 represents exactly stay; infinities and NaN too.
+    A bfloat16 is the upper half of a float32: random bits are added to the lower half, which is
+    then cut off. Values that a bfloat16 represents exactly stay; infinities and NaN too.
 
     Args:
         values: float32.
         generator: of random numbers on their device.
     """
-    bits = torch.randint(_LOWER_HALF, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    bits = torch.randint(
+        _LOWER_HALF, values.shape, dtype=torch.int32, device=values.device, generator=generator
+    )
     bits += values.view(torch.int32)
     bits &= -_LOWER_HALF
     rounded = bits.view(torch.float32).to(torch.bfloat16)
-    return rounded.masked_fill_(values.isnan(), float("nan"))  # some NaNs have all bits set, and would overflow
+    return rounded.masked_fill_(
+        values.isnan(), float("nan")
+    )  # some NaNs have all bits set, and would overflow
 
 
 class Compensated(NamedTuple):

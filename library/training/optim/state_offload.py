@@ -33,7 +33,9 @@ class OffloadedOptimizerState:
 
     def _load(self, parameter: nn.Parameter) -> None:
         state = self._optimizer.state.get(parameter, {})
-        copies = {key: self._stream.fetch(value) for key, value in state.items() if _is_offloaded(value)}
+        copies = {
+            key: self._stream.fetch(value) for key, value in state.items() if _is_offloaded(value)
+        }
         for key, copy in copies.items():
             state[key] = copy.tensor()
 

@@ -20,25 +20,33 @@ class ShardingOptions(OptionGroup, affects_result=False):
     """Sharding over several GPUs"""
 
     deepspeed: bool = option(
-        False, "shard the U-Net over all processes by --zero_stage; PyTorch does it, DeepSpeed is not needed"
+        False,
+        "shard the U-Net over all processes by --zero_stage; PyTorch does it, DeepSpeed is not "
+        "needed",
     )
     zero_stage: int = option(
         2,
-        "with --deepspeed: 0: no sharding; 1: shard the optimizer state and the weights, which are gathered from a "
-        "block's forward to its backward; 2: shard the gradients too; 3: gather weights only while their block computes",
+        "with --deepspeed: 0: no sharding; 1: shard the optimizer state and the weights, which "
+        "are gathered from a "
+        "block's forward to its backward; 2: shard the gradients too; 3: gather weights only "
+        "while their block computes",
         choices=(0, 1, 2, 3),
     )
     offload_optimizer_device: str | None = option(
         None,
-        "with --deepspeed: cpu: keep the shards of the optimizer state in RAM, as with --optimizer_offload",
+        "with --deepspeed: cpu: keep the shards of the optimizer state in RAM, as with "
+        "--optimizer_offload",
         choices=("cpu", "nvme"),
     )
     offload_param_device: str | None = option(
         None,
-        "with --deepspeed: cpu: keep the shards of weights and gradients in RAM, on the GPU only while they are stepped",
+        "with --deepspeed: cpu: keep the shards of weights and gradients in RAM, on the GPU only "
+        "while they are stepped",
         choices=("cpu", "nvme"),
     )
-    zero3_init_flag: bool = option(False, "", no_effect="every process reads the complete model and shards it at once")
+    zero3_init_flag: bool = option(
+        False, "", no_effect="every process reads the complete model and shards it at once"
+    )
     zero3_save_16bit_model: bool = option(
         False, "", no_effect="saved files are always complete, and --save_precision is their dtype"
     )
@@ -53,15 +61,19 @@ class ShardingOptions(OptionGroup, affects_result=False):
                 continue
             if not self.deepspeed:
                 yield Mistake(
-                    f"--{name} {device} needs --deepspeed; in one process use --optimizer_offload or --blocks_to_swap",
+                    f"--{name} {device} needs --deepspeed; in one process use --optimizer_offload "
+                    "or --blocks_to_swap",
                     (name, "deepspeed"),
                 )
                 continue
             if device == "nvme":
-                yield Mistake(f"--{name} nvme: nothing is moved to NVMe drives here; take cpu", (name,))
+                yield Mistake(
+                    f"--{name} nvme: nothing is moved to NVMe drives here; take cpu", (name,)
+                )
             if not self.zero_stage:
                 yield Mistake(
-                    f"--{name} needs --zero_stage 1 or more; with 0 use {without_shards}", (name, "zero_stage")
+                    f"--{name} needs --zero_stage 1 or more; with 0 use {without_shards}",
+                    (name, "zero_stage"),
                 )
 
 
@@ -69,9 +81,9 @@ class ShardingConfig(NamedTuple):
     """A ZeRO stage, and which shards are offloaded to RAM.
 
     Attributes:
-        stage: 0: nothing is sharded. 1 and 2: weights are gathered from their block's forward to its backward. 3: they are
-            gathered for each. With 1, gradients are complete until the last micro-batch of a step; with 2 and 3 they are
-            sharded after each micro-batch.
+        stage: 0: nothing is sharded. 1 and 2: weights are gathered from their block's forward to
+            its backward. 3: they are gathered for each. With 1, gradients are complete until the
+            last micro-batch of a step; with 2 and 3 they are sharded after each micro-batch.
         weights_in_ram: shards of weights and gradients are offloaded.
         state_in_ram: shards of the optimizer state are offloaded.
     """
@@ -127,7 +139,9 @@ def _requested(options: ShardingOptions) -> Mapping[str, ShardingConfig]:
         )
     if _is_set(_FSDP):
         stage = 2 if _reshards() == "false" else 3
-        requested["FSDP in accelerate's configuration"] = ShardingConfig(stage, _is_set("FSDP_OFFLOAD_PARAMS"))
+        requested["FSDP in accelerate's configuration"] = ShardingConfig(
+            stage, _is_set("FSDP_OFFLOAD_PARAMS")
+        )
     return requested
 
 
@@ -135,23 +149,37 @@ def check_sharding(options: ShardingOptions) -> Iterable[Mistake]:
     """Yield what accelerate's configuration asks for in vain, and where it contradicts the options."""
     requested = _requested(options)
     if len({config.stage for config in requested.values()}) > 1:
-        sources = " and ".join(f"{source} (ZeRO-{config.stage})" for source, config in requested.items())
-        yield Mistake(f"{sources} ask for different things; leave one of them out", ("deepspeed", "zero_stage"))
+        sources = " and ".join(
+            f"{source} (ZeRO-{config.stage})" for source, config in requested.items()
+        )
+        yield Mistake(
+            f"{sources} ask for different things; leave one of them out",
+            ("deepspeed", "zero_stage"),
+        )
     prefix = "accelerate's configuration: "
     if _is_set(_FSDP):
         version = os.environ.get("FSDP_VERSION", "1")
         if version != "2":
-            yield Mistake(f"{prefix}fsdp_version is {version}; take 2 (configs/accelerate/fsdp2.yaml)")
+            yield Mistake(
+                f"{prefix}fsdp_version is {version}; take 2 (configs/accelerate/fsdp2.yaml)"
+            )
         elif _reshards() not in ("true", "false"):
-            yield Mistake(f"{prefix}fsdp_reshard_after_forward is {_reshards()}; take true (ZeRO-3) or false (ZeRO-2)")
+            yield Mistake(
+                f"{prefix}fsdp_reshard_after_forward is {_reshards()}; take true (ZeRO-3) or false "
+                "(ZeRO-2)"
+            )
     if _is_set(_DEEPSPEED):
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
         if file:
-            yield Mistake(f"{prefix}deepspeed_config_file {file} isn't read here; give zero_stage instead")
+            yield Mistake(
+                f"{prefix}deepspeed_config_file {file} isn't read here; give zero_stage instead"
+            )
         for name in ("param", "optimizer"):
             device = _deepspeed_device(name)
             if device not in ("none", "cpu"):
-                yield Mistake(f"{prefix}offload_{name}_device is {device}; here it can be none or cpu")
+                yield Mistake(
+                    f"{prefix}offload_{name}_device is {device}; here it can be none or cpu"
+                )
 
 
 def _reshards() -> str:
@@ -167,7 +195,11 @@ def _is_set(variable: str) -> bool:
 
 
 def sharding_notices(
-    options: ShardingOptions, *, zero_stage_source: str | None, accumulation: int, max_grad_norm: float
+    options: ShardingOptions,
+    *,
+    zero_stage_source: str | None,
+    accumulation: int,
+    max_grad_norm: float,
 ) -> Iterator[str]:
     """Yield what has no effect, or another one here, of --deepspeed and of accelerate's configuration of DeepSpeed.
 

@@ -1,7 +1,8 @@
 """OptimizerSpec: the one table of what the program knows about optimizers. Torch-free.
 
-Names are sd-scripts' (contract: training_math.md section 5) and case-insensitive. Any other name is a class of torch.optim or,
-with dots, of any package. An optimizer gets a short name by a row in OPTIMIZERS.
+Names are sd-scripts' (contract: training_math.md section 5) and case-insensitive. Any other name is
+a class of torch.optim or, with dots, of any package. An optimizer gets a short name by a row in
+OPTIMIZERS.
 """
 
 import dataclasses
@@ -20,12 +21,15 @@ class OptimizerSpec:
         class_name: the class.
         package: what pip installs.
         defaults: arguments that the short name implies.
-        bytes_per_param: size of the state for each float32 parameter, counted after a step. The state of paged optimizers is counted
-            too, though the driver may move it to RAM.
+        bytes_per_param: size of the state for each float32 parameter, counted after a step. The
+            state of paged optimizers is counted too, though the driver may move it to RAM.
         is_factored: the state of a matrix is a row and a column.
-        is_elementwise: each element of a tensor is known to be stepped by itself, so that a shard is stepped as within its tensor.
-        finds_lr: finds the learning rate from all gradients together, and takes --learning_rate as a factor, one for all groups.
-        is_relative_step: computes the learning rate from the step and the size of the weights unless relative_step=False is given.
+        is_elementwise: each element of a tensor is known to be stepped by itself, so that a shard
+            is stepped as within its tensor.
+        finds_lr: finds the learning rate from all gradients together, and takes --learning_rate as
+            a factor, one for all groups.
+        is_relative_step: computes the learning rate from the step and the size of the weights
+            unless relative_step=False is given.
         is_schedule_free: averages the weights itself, and needs no schedule.
         is_paged: keeps its state where the GPU can page it to RAM.
         is_known: the optimizer is in the table.
@@ -46,7 +50,9 @@ class OptimizerSpec:
 
     def finds_relative_step(self, arguments: Mapping[str, Any]) -> bool:
         """Return whether the optimizer computes its learning rate with these arguments, so that it takes none."""
-        return self.is_relative_step and bool(arguments.get("relative_step", True) or arguments.get("warmup_init"))
+        return self.is_relative_step and bool(
+            arguments.get("relative_step", True) or arguments.get("warmup_init")
+        )
 
     def state_bytes(self, shapes: Iterable[Sequence[int]]) -> int:
         """Return the size of the state for parameters of these shapes; that of AdamW for an unknown optimizer."""
