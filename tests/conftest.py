@@ -95,8 +95,8 @@ def images(tmp_path) -> Path:
     """A train_data_dir with four small captioned pictures of four sizes, shown twice an epoch each."""
     from tools.make_tiny_dataset import make_images
 
-    make_images(tmp_path / "pictures" / "2_shapes", 4)
-    return tmp_path / "pictures"
+    make_images(tmp_path / "images" / "2_shapes", 4)
+    return tmp_path / "images"
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from PIL import Image
 from scanning import samples_of, scanned, stub_text, stub_vae
 
 from library.data.augment import load_pixels
+from library.data.cache import npz
 from library.data.cache.fill import audit, fill_latents, fill_text, refuse_or_skip
 from library.data.cache.latents import (
     CaptionVariants,
@@ -116,6 +117,35 @@ def test_fault_45_a_file_that_isnt_valid_is_told_why_and_made_again(damage, reas
     assert reason in cache.problem(samples[0])
     assert fill_latents(samples, cache, stub_vae, 2) == []
     assert torch.equal(cache.read(samples[0])[0], good)
+
+
+def test_arrays_are_read_however_another_program_laid_them_out(tmp_path):
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.float64(2.5),
+        "c": np.arange(4).reshape(2, 2).T,
+    }
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "x.npz", **arrays)
+        found = npz.read(tmp_path / "x.npz", list(arrays))
+        for name, array in arrays.items():
+            assert np.array_equal(found[name], array) and found[name].dtype == np.asarray(array).dtype
+            assert found[name].flags.writeable
+
+
+def test_objects_and_damaged_arrays_are_never_read(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, a=np.array([{}], dtype=object))
+    with pytest.raises(npz.BadFile):
+        npz.read(path, ["a"])
+    npz.write(path, {"a": np.zeros(1000, np.float32)}, {})
+    raw = bytearray(path.read_bytes())
+    raw[1000] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(npz.BadFile, match="CRC"):
+        npz.read(path, ["a"])
+    with pytest.raises(npz.BadFile):
+        npz.read(tmp_path / "missing.npz", ["a"])
 
 
 def test_fault_43_another_resolution_makes_the_latents_again(images):

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import open_models
+from golden_model import live_tensors
 
 from library.errors import OptionError, RunError
 from library.models.checkpoint.key_maps import PARTS
 from library.models.checkpoint.reader import choose_weights, locate_vae, open_checkpoint
-from library.models.checkpoint.writer import module_tensors, save_diffusers, save_single_file
+from library.models.checkpoint.writer import save_diffusers, save_single_file
 from library.models.sdxl import vae_tensors
 from library.models.size_conditioning import conditioning_vector
 from library.models.tokenizer import load_tokenizers
@@ -108,9 +109,7 @@ def test_saving_what_was_not_trained_gives_the_same_bytes(golden_model, tmp_path
 
 
 def test_saving_the_live_modules_gives_the_same_bytes(golden_model, golden_models, tmp_path):
-    live = {"unet": golden_models.unet, "vae": golden_models.vae}
-    live |= {f"text_encoder_{n}": encoder for n, encoder in enumerate(golden_models.text_encoders, 1)}
-    changed = {part: module_tensors(module, part) for part, module in live.items()}
+    changed = live_tensors(golden_models)
     save_single_file(tmp_path / "live.safetensors", golden_models.checkpoint, changed, {"format": "pt"})
     assert (tmp_path / "live.safetensors").read_bytes() == golden_model.read_bytes()
 
@@ -135,7 +134,7 @@ def test_position_ids_are_dropped(golden_model, tmp_path):
 
 
 def test_only_what_was_trained_changes_and_precision_is_of_all(golden_model, golden_models, tmp_path):
-    changed = module_tensors(golden_models.unet, "unet")
+    changed = golden_models.unet.state_dict()
     changed["out.2.bias"] = changed["out.2.bias"] + 1
     save_single_file(tmp_path / "x.safetensors", golden_models.checkpoint, {"unet": changed}, {}, v_prediction=True)
     saved, original = load_tensors(tmp_path / "x.safetensors")[0], load_tensors(golden_model)[0]

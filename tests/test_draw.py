@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from library.generation.adapters import NoChanges
 from library.generation.deep_shrink import DeepShrink
 from library.generation.gradual_latent import GradualLatent, GrowingEuler, _sharpened
 from library.generation.init_images import as_tensor, read_image, resized
@@ -23,6 +22,8 @@ from library.generation.samplers import make_sampler
 from library.models.unet import Shrink
 from library.models.vae import scale_latents
 from library.safetensors_io import load_tensors
+from networks.inference.adapters import AppliedNetworks
+from networks.inference.options import AppliedNetworkOptions
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {
@@ -80,9 +81,9 @@ def drawing_of(case, **changes):
 
 
 def painter_of(models, changes=None):
-    return SdxlPipeline(
-        models, PromptEncoder(models, 3), changes or NoChanges(), v_prediction=False, zero_terminal_snr=False
-    )
+    """A painter with the changes of `changes`, by default none."""
+    changes = changes or AppliedNetworks(AppliedNetworkOptions(), models)
+    return SdxlPipeline(models, PromptEncoder(models, 3), changes, v_prediction=False, zero_terminal_snr=False)
 
 
 def assert_golden(latents, name):
@@ -259,8 +260,6 @@ def test_the_first_noise_and_the_vector_are_the_references(golden_models):
 @pytest.mark.parametrize("name", cases(WITH_CHANGES))
 def test_final_latents_with_networks_are_the_references(name, own_models, tmp_path):
     """Of files trained in golden 10: a LoRA beside the layers and merged, a ControlNet-LLLite, a new word."""
-    from networks.inference.adapters import AppliedNetworks
-    from networks.inference.options import AppliedNetworkOptions
 
     options, runs = CASES[name]["options"], GOLDEN / "10_training"
     files = {"lora_te.safetensors": "lora_te", "lllite.safetensors": "lllite", "mytoken.safetensors": "ti"}

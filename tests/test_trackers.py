@@ -351,7 +351,7 @@ def test_the_tracker_configs_tables_are_arguments_and_win_over_the_run_name(wand
     "text, expected",
     [
         ("[wandb\n", "can't be read as TOML"),
-        ("[wanbd]\nname = 'x'\n", r"'wanbd' is no tracker; expected the tables \[tensorboard\] and \[wandb\]"),
+        ("[wanbd]\nname = 'x'\n", r"'wanbd' is not a tracker; expected the tables \[tensorboard\] and \[wandb\]"),
         ("wandb = 'x'\n", r"wandb is a single value; expected a table, \[wandb\]"),
         ("[wandb]\nnaem = 'x'\n", r"\[wandb\]: got an unexpected keyword argument 'naem'"),
         ("[wandb]\nsettings = 'x'\n", r"settings must be a table, \[wandb.settings\]"),

@@ -6,10 +6,10 @@ Shapes: B batch, N queries, M keys, H heads, D channels per head (64 in every SD
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from library.log import log
-from library.models.products import attention
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, H, N, D], k [B, H, M, D], v [B, H, M, D]) -> [B, H, N, D], all of one dtype."""
@@ -19,7 +19,7 @@ QUERIES_AT_ONCE = 1024
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's own attention: flash or memory-efficient kernels where the card has them."""
-    return attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from library.models.attention import AttentionFunction
 from library.models.control import AttentionExtra, BlockControl, steered
-from library.models.products import conv2d, linear
 from library.models.unet_config import HEAD_CHANNELS
 
 GROUPS = 32
@@ -35,12 +34,12 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype))
 
 
 class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype), self.stride, self.padding)
+        return F.conv2d(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype), self.stride, self.padding)
 
 
 class GroupNorm(nn.GroupNorm):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.device import Arriving
+from library.device import PendingScalars
 from library.errors import RunError
 from library.log import log, progress_bar
 from library.training.monitoring.trackers import Trackers
@@ -32,7 +32,7 @@ class MicrobatchLoss(NamedTuple):
 class _Pending(NamedTuple):
     step: int
     epoch: int
-    numbers: Arriving
+    numbers: PendingScalars
     overflowed: bool
     seen: Sequence[MicrobatchLoss]
     rates: Mapping[str, float]
@@ -94,7 +94,7 @@ class MetricsLogger:
         """Take note of a step (counted from 1); tell of the one before it."""
         self.flush()
         self._pending = _Pending(
-            step, epoch, Arriving(updated.loss, updated.grad_norm, updated.stop_requested), updated.overflowed, seen, rates,
+            step, epoch, PendingScalars(updated.loss, updated.grad_norm, updated.stop_requested), updated.overflowed, seen, rates,
             time.monotonic() - self._started,
         )  # fmt: skip
 

@@ -46,9 +46,9 @@ class OffloadedOptimizerState:
                 continue
             buffer = self._cpu_buffers.get((parameter, key))
             if buffer is None:
-                buffer = self._stream.at_home(value)
+                buffer = self._stream.empty_on_cpu(value)
                 self._cpu_buffers[parameter, key] = buffer
-            self._stream.send(value, buffer)
+            self._stream.offload(value, buffer)
             state[key] = buffer
 
 
