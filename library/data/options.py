@@ -1,4 +1,4 @@
-"""Options of the data room. No torch here."""
+"""Options of datasets, captions and caches. Torch-free."""
 
 import re
 from collections.abc import Iterable
@@ -12,7 +12,9 @@ from library.options import OptionGroup, option
 from library.size import INTERPOLATIONS, Size
 
 DEFAULT_CAPTION_EXTENSION = ".caption"
-_MULTIPLE = 32  # SDXL's bucket sides: three halvings of the latents, which are an eighth of the pixels, less one
+_MULTIPLE = (
+    32  # of bucket sides: latents are an eighth of the pixels, and the U-Net halves them twice
+)
 
 _DATASET_KEY = DatasetKey(("general", "dataset"))
 _SUBSET_KEY = DatasetKey(("general", "dataset", "subset"))
@@ -192,7 +194,7 @@ class DatasetOptions(OptionGroup):
 
 
 def parse_resolution(text: str) -> Size | None:
-    """Size of "1024" or "832,1216"; None for anything else."""
+    """Return the size that "1024" or "832,1216" gives; None for anything else."""
     match = re.fullmatch(r"\s*(\d+)\s*(?:,\s*(\d+)\s*)?", text)
     if match is None or int(match[1]) < _MULTIPLE or (match[2] and int(match[2]) < _MULTIPLE):
         return None
@@ -200,7 +202,7 @@ def parse_resolution(text: str) -> Size | None:
 
 
 def parse_range(text: str) -> tuple[float, float] | None:
-    """(1.0, 2.5) of "1.0,2.5"; None for anything else."""
+    """Return (1.0, 2.5) for "1.0,2.5"; None for anything else."""
     try:
         low, high = map(float, text.split(","))
     except ValueError:

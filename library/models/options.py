@@ -1,4 +1,4 @@
-"""Options of the models room. No torch here."""
+"""Options of the base model and how it is loaded. Torch-free."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ class ModelOptions(OptionGroup):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a caption, markers not counted."""
+        """Tokens per caption, without start and end tokens."""
         return self.max_token_length or 75
 
     def mistakes(self) -> Iterable[Mistake]:

@@ -1,4 +1,4 @@
-"""Loss: from prediction and target to one loss per sample, and its weights by signal-to-noise ratio (SNR).
+"""Loss of each sample, and its weights by signal-to-noise ratio (SNR).
 
 Shapes: B samples, C, H and W of the latents. Everything is float32. Pure functions.
 """
@@ -96,7 +96,7 @@ def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 def huber_threshold(
     timesteps: Tensor, schedule: NoiseSchedule, kind: str, *, c: float, scale: float
 ) -> Tensor:
-    """Return the threshold at each timestep, [B]: constant, falling exponentially to c, or by the SNR.
+    """Return the threshold at each timestep, [B]: constant, falling to c, or by the SNR.
 
     Args:
         timesteps: [B].
@@ -136,13 +136,13 @@ def min_snr_weight(snr: Tensor, gamma: float, *, v_prediction: bool) -> Tensor:
 
 
 def noise_like_weight(snr: Tensor) -> Tensor:
-    """Return the weight that makes a velocity loss weigh timesteps as a noise loss does: snr / (snr + 1), [B]."""
+    """Return the weights of a velocity loss like a noise loss: snr / (snr + 1), [B]."""
     snr = snr.clamp(max=_MAX_SNR)
     return snr / (snr + 1)
 
 
 def v_like_weight(snr: Tensor, strength: float) -> Tensor:
-    """Return the weight that adds a velocity loss times `strength` to a noise loss: 1 + strength (snr + 1) / snr, [B]."""
+    """Return the weights that add a velocity loss: 1 + strength (snr + 1) / snr, [B]."""
     snr = snr.clamp(max=_MAX_SNR)
     return 1 + strength * (snr + 1) / snr
 

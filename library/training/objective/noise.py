@@ -1,4 +1,4 @@
-"""Noise: from clean latents to the noisy ones that the U-Net sees, and the target that it should predict.
+"""Noise: from clean latents to the noised ones that the U-Net sees, and what it should predict.
 
 Shapes: B samples, C = 4 latent channels, H and W of the latents. Every function is pure; random
 numbers are arguments, and those of a sample come from its position (library/rng.py), where
@@ -64,7 +64,7 @@ def add_training_noise(
 
 
 def sample_noise(scaled: Tensor, rng: SampleRng, options: NoiseOptions) -> Tensor:
-    """Return the noise of each sample with offset and pyramid noise, in the shape of the latents."""
+    """Return the noise of each sample with offset and pyramid noise, [B, C, H, W]."""
     noise = rng.normal("noise", scaled.shape[1:])
     if options.noise_offset:
         strength = _strength(
@@ -125,7 +125,7 @@ def logit_normal(normal: Tensor, *, mean: float, std: float) -> Tensor:
 
 
 def mode(uniform: Tensor, scale: float) -> Tensor:
-    """Return timestep fractions with more (scale above 0) or fewer of the middle; scale 0 is uniform.
+    """Return timestep fractions with more (scale > 0) or fewer of the middle; 0 is uniform.
 
     Source: Esser et al. 2024, arXiv:2403.03206, equation 20.
     """
@@ -133,7 +133,7 @@ def mode(uniform: Tensor, scale: float) -> Tensor:
 
 
 def cosmap(uniform: Tensor) -> Tensor:
-    """Return timestep fractions in the density of the cosine schedule, 2 / (pi - 2 pi t + 2 pi t^2).
+    """Return timestep fractions of the cosine schedule's density, 2 / (pi - 2 pi t + 2 pi t^2).
 
     Source: Esser et al. 2024, arXiv:2403.03206, equation 21.
     """
@@ -148,7 +148,7 @@ def offset_noise(
     latents: Tensor,
     adaptive: float | None,
 ) -> Tensor:
-    """Return noise that also shifts each channel, so that very dark and very bright images can be learned.
+    """Return noise that also shifts each channel, for very dark and very bright images.
 
     Args:
         noise: [B, C, H, W].
@@ -165,7 +165,7 @@ def offset_noise(
 
 
 def pyramid_noise(noise: Tensor, levels: Sequence[Tensor], discount: float) -> Tensor:
-    """Return noise with coarser noise added, level i times discount^i, scaled back to a standard deviation of 1.
+    """Return noise with coarser noise added, level i times discount^i, of standard deviation 1.
 
     Args:
         noise: [B, C, H, W]; the deviation is taken over all of it.
@@ -184,7 +184,9 @@ def pyramid_noise(noise: Tensor, levels: Sequence[Tensor], discount: float) -> T
 def pyramid_sizes(
     height: int, width: int, iterations: int, uniform: Sequence[float]
 ) -> list[tuple[int, int]]:
-    """Return the size of each pyramid level: sides divided by r^i, with another random r in 2..4 each; ends with a side of 1.
+    """Return the size of each pyramid level: sides divided by r^i, with a random r in 2..4 each.
+
+    The last level has a side of 1.
 
     Args:
         height: of the latents.

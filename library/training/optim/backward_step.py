@@ -1,4 +1,4 @@
-"""OptimizerInBackward: the step is taken within backward, so that gradients are never in memory all at once.
+"""OptimizerInBackward: a step within backward, so that gradients are never in memory together.
 
 Where weights are sharded, a shard steps when its averaged gradient is ready: FSDP2 calls the hooks
 after its reduction.
@@ -28,7 +28,7 @@ from library.training.optim.optimizer_step import (
 
 
 class OptimizerInBackward(GradientStep):
-    """Each gradient is used and freed as it comes in the last micro-batch's backward; those before it accumulate.
+    """Uses and frees each gradient as it comes in the last micro-batch's backward.
 
     A gradient that isn't finite steps no weight; but others may have been stepped before it came.
     """
@@ -84,7 +84,7 @@ class OptimizerInBackward(GradientStep):
             )
 
     def _on_gradient(self, parameter: nn.Parameter, bucket_index: int) -> None:
-        """Step the bucket if this gradient is its last one. Called when a micro-batch's gradient is complete."""
+        """Step the bucket if this gradient, which is complete, is its last one."""
         if parameter in self._stopped:
             parameter.grad = None
         elif self._is_last_microbatch:
@@ -119,7 +119,7 @@ class OptimizerInBackward(GradientStep):
                 self._shards.store_shard(parameter)
 
     def finish(self) -> StepStats:
-        """Step buckets that wait for a gradient that doesn't come, and parameters that aren't sharded where others are."""
+        """Step what is left: incomplete buckets, and parameters that aren't sharded."""
         for parameter in self._stopped:
             parameter.grad = None
         for i, bucket in enumerate(self._buckets):

@@ -1,4 +1,4 @@
-"""Build what turns gradients into optimizer steps: the optimizer, its schedule, and how each step is taken."""
+"""Build the optimizer, its schedule, and the step that uses both."""
 
 from collections.abc import Sequence
 
@@ -70,7 +70,7 @@ def build_optimizer_step(
         offloaded_state = OffloadedOptimizerState(
             optimizer, OffloadStream(torch.device("cpu"), device)
         )
-    stepper = MasterWeightOptimizer(
+    master_optimizer = MasterWeightOptimizer(
         optimizer,
         groups,
         rounding=update.rounding_used,
@@ -85,7 +85,7 @@ def build_optimizer_step(
         if update.fused_optimizer_groups:
             buckets = [list(group.parameters.values()) for group in groups]
         gradient_step = OptimizerInBackward(
-            stepper,
+            master_optimizer,
             buckets,
             max_grad_norm=optimizing.max_grad_norm,
             clips_by_previous=update.fused_clip == "previous_norm",
@@ -93,7 +93,7 @@ def build_optimizer_step(
         )
     else:
         gradient_step = StandardStep(
-            stepper,
+            master_optimizer,
             max_grad_norm=optimizing.max_grad_norm,
             scales_loss=options[RunOptions].mixed_precision == "fp16",
             full_norms=None if shards is None else shards.norms,
@@ -166,7 +166,7 @@ def _make_optimizer(
 
 
 def _is_separable(options: OptimizerOptions) -> bool:
-    """Return whether the optimizer may step parameters one by one; of an unknown optimizer, an experiment says."""
+    """Return whether the optimizer may step parameters one by one; unknown ones are tried."""
     if options.spec.is_known:
         return not options.spec.finds_lr
     return is_separable(lambda groups: _make_optimizer(groups, options))

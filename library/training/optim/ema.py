@@ -10,7 +10,9 @@ from library.training.trainable import Trainable
 
 
 class Ema:
-    """average <- d * average + (1 - d) * weights after every step, with d = min(decay, (1 + steps) / (10 + steps)).
+    """Averages the weights after every step: average <- d * average + (1 - d) * weights.
+
+    The decay warms up: d = min(decay, (1 + steps) / (10 + steps)).
 
     The average is float32 whatever the weights are, so that small steps aren't lost. Early on it
     forgets faster, as the initial weights aren't worth remembering. Source: Polyak & Juditsky 1992;

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a schedule is a function from the optimizer step to a factor of each group's learning rate.
+"""Learning-rate schedules: functions from the optimizer step to a factor of the learning rates.
 
 Steps are optimizer steps, whatever the number of processes. Names and formulas are those of
 transformers' schedulers, which sd-scripts uses (contract: training_math.md section 5), without
@@ -159,7 +159,7 @@ def _between(lowest: float, fraction: float) -> float:
 
 
 def _piecewise_constant(rules: str) -> Factor:
-    """Return factors up to steps: "1:10,0.1:20,0.01" is 1 up to step 10, 0.1 up to 20, then 0.01. As in Diffusers."""
+    """Return Diffusers' schedule: "1:10,0.1:20,0.01" is 1 to step 10, 0.1 to 20, then 0.01."""
     try:
         *pieces, last = rules.split(",")
         limits = []

@@ -1,4 +1,4 @@
-"""MasterWeightOptimizer: steps all parameters or some of them, 16-bit ones by way of float32 master weights.
+"""MasterWeightOptimizer: steps parameters, 16-bit ones by way of float32 master weights.
 
 The optimizer of 16-bit weights is made over float32 parameters that have memory only while they are
 stepped. So its state is that of float32 weights (AdamW: 8 bytes per parameter), and the updated
@@ -32,7 +32,7 @@ Params = Sequence[nn.Parameter]
 
 
 def fp32_params(groups: Sequence[ParamGroup]) -> list[ParamGroup]:
-    """Return the groups that an optimizer is made over: float32 parameters without memory in place of 16-bit ones."""
+    """Return the groups for an optimizer: 16-bit parameters become float32 ones without memory."""
     fp32_groups = []
     for group in groups:
         parameters = {name: _fp32_param(parameter) for name, parameter in group.parameters.items()}
@@ -118,7 +118,7 @@ class MasterWeightOptimizer:
         """The device that computes; some parameters may be in RAM."""
         return self._device or _compute_device(self.parameters)
 
-    # ------------------------------------------------------------------------------------------------------- stepping
+    # ---------------------------------------------------------------------- stepping
 
     def step_all(self, step: int, factor: Tensor, is_finite: Tensor | None = None) -> None:
         """Step every parameter that has a gradient.
@@ -140,7 +140,9 @@ class MasterWeightOptimizer:
     def step_params(
         self, params: Params, step: int, factor: Tensor, is_finite: Tensor | None = None
     ) -> None:
-        """Step parameters of one group, as if it had no others. What the optimizer counts by group advances with commit() only.
+        """Step parameters of one group, as if it had no others.
+
+        What the optimizer counts by group advances with commit() only.
 
         Args:
             params: parameters that have gradients. Gradients are modified in place, and freed for
@@ -155,14 +157,14 @@ class MasterWeightOptimizer:
             self._step(params, step, factor, is_finite)
 
     def commit(self) -> None:
-        """Advance what the optimizer counts by group, once everything that has a gradient is stepped."""
+        """Advance what the optimizer counts by group, once all gradients are used."""
         for group, counters in self._pending_counters.items():
             self.base_optimizer.param_groups[group].update(counters)
         self._pending_counters.clear()
 
     @contextmanager
     def _only(self, params: Params) -> Iterator[None]:
-        """Context manager: the optimizer has these parameters of one group alone, and the counters from before the step."""
+        """Context manager: the optimizer has only these parameters, and its old counters."""
         groups, i = self.base_optimizer.param_groups, self._group_of[params[0]]
         alone = {**groups[i], "params": [self._fp32[parameter] for parameter in params]}
         self.base_optimizer.param_groups = [alone]
@@ -189,7 +191,7 @@ class MasterWeightOptimizer:
     def _scale_gradients(
         self, gradients: list[Tensor], factor: Tensor, is_finite: Tensor | None
     ) -> None:
-        """Multiply gradients by the factor, and see to those that aren't finite; by the optimizer's kernel where it can."""
+        """Scale gradients, and keep NaN and Inf from the weights; in the kernel where it can."""
         if factor.ndim:
             torch._foreach_mul_(gradients, list(factor))
             factor = factor.new_ones(())
@@ -210,14 +212,14 @@ class MasterWeightOptimizer:
             return nullcontext()
         return self._offloaded_state.on_device(fp32)
 
-    # -------------------------------------------------------------------------------------------------- master weights
+    # ---------------------------------------------------------------------- master weights
 
     def _low_precision_params(self, params: Params) -> list[nn.Parameter]:
         """Return those that are stepped by way of float32 master weights."""
         return [parameter for parameter in params if self._fp32[parameter] is not parameter]
 
     def _load_master_weights(self, bucket: Params) -> Tensor:
-        """Give the float32 parameters of a bucket their weights. Returns the memory of all of them, [numel]."""
+        """Give the float32 parameters of a bucket their weights, and return these, [numel]."""
         flat, views = _flat(bucket)
         torch._foreach_copy_(views, list(bucket))
         for parameter, view in zip(bucket, views, strict=True):
@@ -262,11 +264,11 @@ class MasterWeightOptimizer:
                 [parameter for parameter in params if self._group_of[parameter] == i]
             )
 
-    # ---------------------------------------------------------------------------------------- evaluation and saved states
+    # ---------------------------------------------------------------------- evaluation and saved states
 
     @contextmanager
     def eval_weights(self) -> Iterator[None]:
-        """Context manager: schedule-free parameters have the weights that are evaluated instead of those that are trained.
+        """Context manager: parameters have the weights that a schedule-free optimizer evaluates.
 
         Switching there and back rounds, so the trained ones are kept: a run that saves often ends
         as one that doesn't.
@@ -285,7 +287,7 @@ class MasterWeightOptimizer:
 
     @torch.no_grad()
     def _switch(self, mode: Callable[[], object]) -> None:
-        """Put the optimizer into the mode, in float32 too, and round the weights that it makes to nearest."""
+        """Put the optimizer into a mode by way of float32, and round the weights to nearest."""
         if not self._low_precision_params(self.parameters):
             mode()
             return
@@ -334,7 +336,7 @@ class MasterWeightOptimizer:
                 self._compensation[parameter] = torch.empty_like(parameter).copy_(saved[name])
 
     def _state_to_compute_device(self) -> None:
-        """Move restored state of parameters that are in RAM between steps to the device that steps them."""
+        """Move the restored state of parameters in RAM to the device that steps them."""
         for parameter in self.parameters:
             if parameter.device == self.device:
                 continue
@@ -360,7 +362,7 @@ def _gradients(params: Params) -> list[Tensor]:
 
 
 def _buckets(params: Params) -> list[list[nn.Parameter]]:
-    """Return neighbors that are stepped together: of one dtype and device, up to FP32_BUCKET_NUMEL at a time."""
+    """Return neighbors of one dtype and device, up to FP32_BUCKET_NUMEL at a time."""
     buckets: list[list[nn.Parameter]] = []
     room, kind = 0, None
     for parameter in params:
@@ -386,7 +388,7 @@ def _views(flat: Tensor, params: Params) -> list[Tensor]:
 
 
 def is_separable(make: Callable[[list[ParamGroup]], torch.optim.Optimizer]) -> bool:
-    """Return whether an optimizer that steps parameters one by one ends where it does if it steps them together.
+    """Return whether an optimizer may step parameters one by one, with the same result.
 
     It is tried on two small ones. Optimizers that find their learning rate from all gradients
     don't.

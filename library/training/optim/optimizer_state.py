@@ -42,7 +42,7 @@ def restore_optimizer(
     *,
     same_options: bool = True,
 ) -> None:
-    """Restore an optimizer's state, bit by bit: torch's own load_state_dict casts to the parameters' dtype.
+    """Restore an optimizer's state, bit by bit: load_state_dict would cast it.
 
     Args:
         optimizer: whose state it is.
@@ -107,7 +107,7 @@ _CODEBOOKS = {"qmap1", "qmap2"}
 def _check_fits(
     optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, key: str, value: object
 ) -> None:
-    """Raise RunError for tensors of a wrong shape, which the kernels of torch and bitsandbytes don't check."""
+    """Raise RunError for wrong shapes, which the kernels of torch and bitsandbytes don't check."""
     package = type(optimizer).__module__.partition(".")[0]
     if not isinstance(value, Tensor) or package not in ("torch", "bitsandbytes"):
         return

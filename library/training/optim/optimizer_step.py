@@ -1,4 +1,4 @@
-"""OptimizerStep: gradients of accumulated micro-batches become one step of all weights, and the schedule advances."""
+"""OptimizerStep: accumulated gradients become one step of all weights and of the schedule."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from library.training.optim.rounding import StochasticSums
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 FullNorms = Callable[[Tensor, Sequence[nn.Parameter]], Tensor]
-"""From the norms of this rank's gradient shards, [n], and their parameters to the norms of the full gradients."""
+"""From norms of this rank's gradient shards, [n], and their parameters to those of gradients."""
 
 
 class StepResult(NamedTuple):
@@ -82,7 +82,7 @@ class GradientStep(ABC):
 
     @abstractmethod
     def finish(self) -> StepStats:
-        """Step all parameters and clear their gradients. Called after the last micro-batch's backward."""
+        """Step all parameters and clear their gradients, after the last micro-batch's backward."""
 
     @abstractmethod
     def discard(self) -> None:
@@ -146,7 +146,7 @@ class OptimizerStep:
 
     @contextmanager
     def accumulation(self, position: BatchPosition) -> Iterator[None]:
-        """Context manager of a micro-batch's forward and backward: ranks exchange gradients only with a step's last one."""
+        """Context manager of a micro-batch: only that of the last one exchanges gradients."""
         if self._world_size == 1:  # several exchange the gradients of all that they started with
             # Before the forward, which checkpointing does again in backward: both must see the
             # same.
@@ -198,7 +198,7 @@ class OptimizerStep:
         return stopped
 
     def eval_weights(self) -> AbstractContextManager[None]:
-        """Context manager: weights are those to evaluate and save, where the optimizer trains other ones."""
+        """Context manager: weights are those to evaluate and save."""
         return self.gradient_step.optimizer.eval_weights()
 
     def state(self, names: Mapping[int, str]) -> dict[str, Any]:
@@ -252,7 +252,7 @@ class OptimizerStep:
         return value
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the learning rate of each group, by its name; times the factor d where the optimizer finds one (d*lr/NAME)."""
+        """Return the learning rate of each group, by name; times Prodigy's d as d*lr/NAME."""
         rates = {}
         for group, param_group in zip(self._groups, self.optimizer.param_groups, strict=True):
             rates[group.name] = current_rate(self.optimizer, param_group)
@@ -265,7 +265,7 @@ _GRADIENT_STEP = "descent"  # key of saved states
 
 
 class StandardStep(GradientStep):
-    """Gradients accumulate in the parameters; after the last micro-batch they are clipped together, and all weights step."""
+    """Clips all gradients together after the last micro-batch, and steps all weights."""
 
     def __init__(
         self,
@@ -330,7 +330,7 @@ class StandardStep(GradientStep):
 
 
 def gradient_norms(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
-    """Return the norm of each parameter's gradient, 0 where it has none: [n], float32, on the device that computes."""
+    """Return the norm of each parameter's gradient, 0 without one: [n], float32, on `device`."""
     norms = [torch.zeros((), device=device)] * len(parameters)
     indices = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -343,7 +343,7 @@ def gradient_norms(parameters: Sequence[nn.Parameter], device: torch.device) -> 
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """Return the factor that scales gradients of this norm down to `max_norm`; 1 where they are within it, or it is 0."""
+    """Return the factor that clips gradients of this norm to `max_norm`; 1 if that is 0."""
     if not max_norm:
         return torch.ones_like(norm)
     return (max_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
@@ -355,7 +355,7 @@ _MAX_OVERFLOWS = 20
 
 
 class LossScale:
-    """Factor of float16 losses: halved when gradients overflow, doubled after 2000 steps without; 1 for other dtypes.
+    """Scale of float16 losses: halved when gradients overflow, doubled after 2000 steps without.
 
     Source: Micikevicius et al. 2018, arXiv:1710.03740; the values are torch.amp.GradScaler's.
     """

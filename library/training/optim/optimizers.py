@@ -101,7 +101,7 @@ def _check_arguments(name: str, cls: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def _check_same_rate(name: str, groups: Sequence[ParamGroup]) -> None:
-    """Check the rates of an optimizer that finds its rate and takes the learning rate as a factor, one for all groups."""
+    """Check that there is one learning rate, a factor of the one that the optimizer finds."""
     rates = {group.lr for group in groups}
     if len(rates) > 1:
         by_group = ", ".join(f"{group.name} {group.lr:g}" for group in groups)
@@ -128,7 +128,7 @@ def format_optimizer(optimizer: torch.optim.Optimizer, arguments: Mapping[str, A
 
 
 def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimizer trains other weights than it evaluates: it has a mode for each, and needs no schedule."""
+    """Return whether the optimizer trains other weights than it evaluates, with a mode for each."""
     return callable(getattr(optimizer, "train", None)) and callable(
         getattr(optimizer, "eval", None)
     )
@@ -141,14 +141,15 @@ def start_training(optimizer: torch.optim.Optimizer) -> None:
 
 
 def takes_scaled_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the step divides gradients by `grad_scale` and skips itself on `found_inf`, both on the device."""
+    """Return whether the step divides by `grad_scale` and heeds `found_inf`, both on the device."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def current_rate(optimizer: torch.optim.Optimizer, param_group: Mapping[str, Any]) -> float:
-    """Return a group's learning rate; of Adafactor, where it finds its own, that of the first tensor's last step.
+    """Return a group's learning rate.
 
-    Before its first step, it is the lowest that it can have: that of small weights.
+    Where Adafactor finds its own, it is that of the first tensor's last step; before its first
+    step, the lowest that it can have: that of small weights.
     """
     get_lr = getattr(optimizer, "_get_lr", None)
     if (

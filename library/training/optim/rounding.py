@@ -1,4 +1,4 @@
-"""Rounding: from float32 to the fewer bits of a 16-bit weight, so that steps smaller than its last bit aren't lost.
+"""Rounding of float32 to 16 bits, so that steps smaller than the last bit aren't lost.
 
 A bfloat16 has 8 significant bits: of a weight of 0.02 the last one is 0.00012, a hundred times a
 step at learning rate 1e-6, and the nearest value is the old one. Source: Zamirai et al. 2020,
@@ -19,7 +19,7 @@ _LOWER_HALF = 1 << 16
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Return one of the two bfloat16 neighbors of each value, the nearer with the higher probability, so that the mean is the value.
+    """Round each value up or down to bfloat16 at random, so that the mean is the value.
 
     A bfloat16 is the upper half of a float32: random bits are added to the lower half, which is
     then cut off. Values that a bfloat16 represents exactly stay; infinities and NaN too.
@@ -60,7 +60,7 @@ def compensate(values: Tensor, dtype: torch.dtype) -> Compensated:
 
 
 class StochasticSums:
-    """Rounds each sum of a bfloat16 gradient and the one accumulated before stochastically; autograd would round to nearest."""
+    """Rounds accumulated bfloat16 gradients stochastically; autograd would round to nearest."""
 
     def __init__(self, groups: Sequence[ParamGroup], seed: int):
         """Add a hook to each bfloat16 parameter.

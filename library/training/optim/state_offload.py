@@ -1,4 +1,4 @@
-"""CPU offload of optimizer state: it stays in pinned RAM, and on the GPU only while its parameters are stepped (--optimizer_offload)."""
+"""CPU offload of optimizer state: it is on the GPU only while its parameters are stepped."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ class OffloadedOptimizerState:
 
     @contextmanager
     def on_device(self, params: Sequence[nn.Parameter]) -> Iterator[None]:
-        """Context manager: keeps these parameters' optimizer state on the GPU for the duration of a step."""
+        """Context manager: keeps these parameters' state on the GPU for the duration of a step."""
         for parameter in params:
             self._load(parameter)
         yield

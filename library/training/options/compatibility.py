@@ -1,4 +1,4 @@
-"""Compatibility: which groups of options and which features go together, and what of sd-scripts can't. Torch-free.
+"""Compatibility: which option groups and which features go together. Torch-free.
 
 Every pair of features that isn't INCOMPATIBLE works, and has a test (tests/test_compatibility.py);
 docs/memory.md shows the table.
@@ -65,7 +65,7 @@ COMMON_TRAINING = (
 )
 """The groups of every training script."""
 
-# --------------------------------------------------------------------------------------------- options of sd-scripts
+# ---------------------------------------------------------------------- options of sd-scripts
 
 UNSUPPORTED = {
     "fp16_master_weights_and_gradients": "trained weights that are sharded are float32, and so "
@@ -81,7 +81,7 @@ NO_EFFECT = {
 }
 """Options that only mean something together with unsupported ones, with what a notice says."""
 
-# ----------------------------------------------------------------------------------------- contradictions of groups
+# ---------------------------------------------------------------------- contradictions of groups
 
 
 def check_training(options: Options) -> Iterable[Mistake]:
@@ -151,7 +151,7 @@ def _check_upload(upload: UploadOptions, states: ResumeOptions) -> Iterable[Mist
         )
 
 
-# ------------------------------------------------------------------------------------------------ pairs of features
+# ---------------------------------------------------------------------- pairs of features
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def check_pairs(options: Options) -> Iterable[Mistake]:
 def check_schedule_free(
     optimizer: str, memory: MemoryOptions, sharding: ShardingOptions
 ) -> Iterable[Mistake]:
-    """Yield what can't go with an optimizer that needs all weights and state at once to switch to those it evaluates.
+    """Yield what can't go with a schedule-free optimizer, which needs weights and state together.
 
     Args:
         optimizer: its name.
@@ -262,7 +262,7 @@ def check_schedule_free(
 
 
 def check_ema(optimizer: str, ema: EmaOptions) -> Iterable[Mistake]:
-    """Yield an EMA that is asked for with a schedule-free optimizer of this name, which averages the weights itself."""
+    """Yield the EMA of a schedule-free optimizer, which averages the weights itself."""
     if ema.ema_decay:
         yield Mistake(
             f"--ema_decay: --optimizer_type {optimizer} averages the weights itself; leave it out",
@@ -300,14 +300,16 @@ def check_trained_shards(
     """Yield what can't go with a sharded U-Net that is trained itself."""
     if not is_sharded(sharding):
         return
-    mistakes = {
-        "--full_bf16, --full_fp16": update.is_16_bit,
-        "--ema_decay": ema.ema_decay is not None,
-        f"--optimizer_type {optimizer.name}, which isn't known to step each element by itself,": not optimizer.spec.is_elementwise,
-    }
-    for flag, is_on in mistakes.items():
-        if is_on:
-            yield Mistake(f"{flag} can't go with {sharding_flag(sharding)}; leave one of them out")
+    refused = []
+    if update.is_16_bit:
+        refused.append("--full_bf16, --full_fp16")
+    if ema.ema_decay is not None:
+        refused.append("--ema_decay")
+    if not optimizer.spec.is_elementwise:
+        name = optimizer.name
+        refused.append(f"--optimizer_type {name}, which may not step each element by itself,")
+    for flag in refused:
+        yield Mistake(f"{flag} can't go with {sharding_flag(sharding)}; leave one of them out")
 
 
 def _world_size() -> int:

@@ -1,4 +1,4 @@
-"""Options of sharding: ZeRO stages by --deepspeed or by accelerate's configuration, where FSDP2 is a stage too. Torch-free."""
+"""Options of sharding: ZeRO stages by --deepspeed or accelerate's configuration. Torch-free."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -146,7 +146,7 @@ def _requested(options: ShardingOptions) -> Mapping[str, ShardingConfig]:
 
 
 def check_sharding(options: ShardingOptions) -> Iterable[Mistake]:
-    """Yield what accelerate's configuration asks for in vain, and where it contradicts the options."""
+    """Yield what accelerate's configuration can't have, and where it contradicts the options."""
     requested = _requested(options)
     if len({config.stage for config in requested.values()}) > 1:
         sources = " and ".join(
@@ -201,7 +201,7 @@ def sharding_notices(
     accumulation: int,
     max_grad_norm: float,
 ) -> Iterator[str]:
-    """Yield what has no effect, or another one here, of --deepspeed and of accelerate's configuration of DeepSpeed.
+    """Yield settings of DeepSpeed that have no effect, or another one here.
 
     Args:
         options: the options.

@@ -1,4 +1,4 @@
-"""Options that trade speed for memory. No torch here."""
+"""Options that trade speed for memory. Torch-free."""
 
 import math
 from collections.abc import Iterable
@@ -66,15 +66,19 @@ class MemoryOptions(OptionGroup):
 
     @property
     def quantized(self) -> dict[str, str]:
-        """How the base model's parts are kept, where not in the compute dtype."""
+        """The quantization of each component of the base model that is quantized."""
         kind = "fp8" if self.fp8_base or self.fp8_base_unet else self.base_quant
-        parts = ("unet",) if self.fp8_base_unet else ("unet", "text_encoder_1", "text_encoder_2")
-        return {} if kind is None else dict.fromkeys(parts, kind)
+        if kind is None:
+            return {}
+        components = ["unet"]
+        if not self.fp8_base_unet:
+            components += ["text_encoder_1", "text_encoder_2"]
+        return dict.fromkeys(components, kind)
 
     def mistakes(self) -> Iterable[Mistake]:
         if self.memory_plan not in (None, "fast", "auto") and not _is_size(str(self.memory_plan)):
             yield Mistake(
-                f"--memory_plan {self.memory_plan!r}: expected fast, auto, or the card's memory in "
+                f"--memory_plan {self.memory_plan!r}: expected fast, auto, or the GPU's memory in "
                 "GB, say 12",
                 ("memory_plan",),
             )
@@ -83,18 +87,16 @@ class MemoryOptions(OptionGroup):
                 yield Mistake(
                     f"--{name} needs --gradient_checkpointing", (name, "gradient_checkpointing")
                 )
-        if self.blocks_to_swap and not (
-            self.gradient_checkpointing and self.checkpoint_policy == "full"
-        ):
+        recomputes_blocks = self.gradient_checkpointing and self.checkpoint_policy == "full"
+        if self.blocks_to_swap and not recomputes_blocks:
             yield Mistake(
-                "--blocks_to_swap needs --gradient_checkpointing, and that whole blocks are "
-                "computed again (--checkpoint_policy full): "
-                "activations that are kept for backward would hold the weights on the card",
+                "--blocks_to_swap needs --gradient_checkpointing with --checkpoint_policy full: "
+                "activations that are saved for backward would keep the weights on the GPU",
                 ("blocks_to_swap", "gradient_checkpointing", "checkpoint_policy"),
             )
         if self.base_quant and (self.fp8_base or self.fp8_base_unet):
             yield Mistake(
-                "--base_quant and --fp8_base both say how the base model is kept; give one",
+                "--base_quant and --fp8_base both quantize the base model; give one",
                 ("base_quant",),
             )
 

@@ -1,4 +1,4 @@
-"""Objective."""
+"""Options of the objective: noise, timesteps and loss. Torch-free."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -160,7 +160,7 @@ class ScheduleOptions(OptionGroup):
 def read_arguments(
     flag: str, pairs: Sequence[str] | None
 ) -> tuple[dict[str, object], list[Mistake]]:
-    """Return the key=value pairs of `flag` with values read as Python literals, and what is wrong with them."""
+    """Return the key=value pairs of `flag`, read as Python literals, and their mistakes."""
     values: dict[str, object] = {}
     mistakes = []
     for pair in pairs or ():

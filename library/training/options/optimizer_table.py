@@ -49,13 +49,13 @@ class OptimizerSpec:
     is_known: bool = True
 
     def finds_relative_step(self, arguments: Mapping[str, Any]) -> bool:
-        """Return whether the optimizer computes its learning rate with these arguments, so that it takes none."""
+        """Return whether the optimizer computes its learning rate itself with these arguments."""
         return self.is_relative_step and bool(
             arguments.get("relative_step", True) or arguments.get("warmup_init")
         )
 
     def state_bytes(self, shapes: Iterable[Sequence[int]]) -> int:
-        """Return the size of the state for parameters of these shapes; that of AdamW for an unknown optimizer."""
+        """Return the size of the state of parameters of these shapes; AdamW's if it is unknown."""
         if not self.is_factored:
             return self.bytes_per_param * sum(math.prod(shape) for shape in shapes)
         floats = 0

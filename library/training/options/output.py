@@ -1,4 +1,4 @@
-"""Options of what a run writes and where: saves, states, samples, metadata, trackers, uploads. No torch here."""
+"""Options of output: saves, states, sample images, metadata, trackers, uploads. Torch-free."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class SavingOptions(OptionGroup, affects_result=False):
 
     @property
     def name(self) -> str:
-        """What the final file is called, without its ending."""
+        """The name of the final file, without suffix."""
         return self.output_name or "last"
 
     def mistakes(self) -> Iterable[Mistake]:
@@ -60,7 +60,7 @@ class SavingOptions(OptionGroup, affects_result=False):
             ".pt",
         ):
             yield Mistake(
-                f"--output_name {self.output_name!r}: give it without its ending, which "
+                f"--output_name {self.output_name!r}: leave out the suffix, which "
                 "--save_model_as decides",
                 ("output_name",),
             )
@@ -131,13 +131,15 @@ class ResumeOptions(OptionGroup, affects_result=False):
             )
         if starts and not self.skip_until_initial_step:
             yield Mistake(
-                f"--{starts[0]} needs --skip_until_initial_step: without it the reference only "
+                f"--{starts[0]} needs --skip_until_initial_step: without it, sd-scripts only "
                 "numbers epochs otherwise",
                 (starts[0],),
             )
         if starts and (self.resume or self.auto_resume):
             yield Mistake(
-                f"--{starts[0]}: a state knows where it was saved; leave it out", (starts[0],)
+                f"--{starts[0]}: it can't be combined with a state, which already stores the step; "
+                "leave it out",
+                (starts[0],),
             )
         if self.verify_resume and not self.resume:
             yield Mistake(
@@ -156,7 +158,7 @@ _WINDOWS_DEVICES = {
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a file name stays in its folder and is a file's, on every system; its ending comes behind it."""
+    """Return whether a name without suffix names a file in its folder, on every system."""
     is_device = name.split(".")[0].lower() in _WINDOWS_DEVICES
     fits = not set(name) & set('/\\:*?"<>|') and name.isprintable() and len(name.encode()) <= 200
     return (

@@ -1,4 +1,4 @@
-"""Run."""
+"""Options of the run: steps, epochs, precision, processes, validation. Torch-free."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class RunOptions(OptionGroup):
             yield Mistake(
                 f"--stop_text_encoder_training {self.stop_text_encoder_training}: expected a "
                 "number of steps; "
-                "--network_train_unet_only leaves the text encoders alone",
+                "--network_train_unet_only freezes the text encoders",
                 ("stop_text_encoder_training",),
             )
 

@@ -1,4 +1,4 @@
-"""Options of one training script each, and their contradictions with others. No torch here."""
+"""Options of each training script, and their contradictions with others. Torch-free."""
 
 import math
 import re
@@ -56,15 +56,19 @@ class FineTuneOptions(OptionGroup):
 
     @property
     def block_lrs(self) -> tuple[float, ...] | None:
-        return (
-            None
-            if self.block_lr is None
-            else tuple(float(text) for text in self.block_lr.split(","))
-        )
+        """The learning rate of each of the U-Net's blocks; None: the base learning rate."""
+        if self.block_lr is None:
+            return None
+        return tuple(float(text) for text in self.block_lr.split(","))
 
     def kind(self, *, is_folder: bool) -> str:
-        """The format of saved models. Args: is_folder: the base model is a Diffusers folder."""
-        return self.save_model_as or ("diffusers_safetensors" if is_folder else "safetensors")
+        """Return the format of saved models.
+
+        Args:
+            is_folder: whether the base model is a Diffusers folder.
+        """
+        default = "diffusers_safetensors" if is_folder else "safetensors"
+        return self.save_model_as or default
 
     def mistakes(self) -> Iterable[Mistake]:
         if self.block_lr is not None:
@@ -110,7 +114,7 @@ class EmbeddingOptions(OptionGroup):
 
     def mistakes(self) -> Iterable[Mistake]:
         if not self.token_string or not self.token_string.strip():
-            yield Mistake("--token_string is missing: the new word", ("token_string",))
+            yield Mistake("--token_string is missing: the placeholder token", ("token_string",))
         elif len(self.token_string.split()) > 1:
             yield Mistake(
                 f"--token_string {self.token_string!r}: expected one word without spaces",
@@ -169,7 +173,8 @@ class PivotalOptions(OptionGroup):
         given += ["bundle_token"] if self.bundle_token else []
         if given and self.train_token is None:
             yield Mistake(
-                f"--{given[0]} needs --train_token, the new word", ("train_token", given[0])
+                f"--{given[0]} needs --train_token, the placeholder token",
+                ("train_token", given[0]),
             )
 
 
@@ -231,26 +236,26 @@ class LLLiteOptions(OptionGroup):
                     ("lllite_blocks",),
                 )
         if self.network_weights is not None and not self.network_weights.is_file():
-            found = (
-                "is a folder; a file is needed" if self.network_weights.is_dir() else "no such file"
-            )
+            problem = "no such file"
+            if self.network_weights.is_dir():
+                problem = "is a folder; a file is needed"
             yield Mistake(
-                f"--network_weights {self.network_weights}: {found}", ("network_weights",)
+                f"--network_weights {self.network_weights}: {problem}", ("network_weights",)
             )
 
 
 def check_network(options: Options) -> Iterable[Mistake]:
-    """Contradictions between the network's options and others."""
-    network, base = options[NetworkOptions], options[OptimizerOptions].learning_rate
-    unet, texts = network.unet_lr, network.text_encoder_lrs
-    trained = (
-        [options[PivotalOptions].token_lr or base] if options[PivotalOptions].train_token else []
-    )
-    trained += [] if network.network_train_text_encoder_only else [base if unet is None else unet]
-    trained += (
-        [] if network.network_train_unet_only else [base if one is None else one for one in texts]
-    )
-    if not any(trained):
+    """Yield contradictions between the network's options and others."""
+    network, pivotal = options[NetworkOptions], options[PivotalOptions]
+    lr = options[OptimizerOptions].learning_rate
+    lrs: list[float | None] = []
+    if pivotal.train_token:
+        lrs.append(pivotal.token_lr)
+    if not network.network_train_text_encoder_only:
+        lrs.append(network.unet_lr)
+    if not network.network_train_unet_only:
+        lrs += network.text_encoder_lrs
+    if not any(_or_default(lrs, lr)):
         yield Mistake(
             "nothing is trained: every learning rate is 0",
             ("learning_rate", "unet_lr", "text_encoder_lr"),
@@ -274,26 +279,32 @@ def check_network(options: Options) -> Iterable[Mistake]:
             "can't go with --fp8_base or --base_quant",
             ("network_module", "fp8_base", "base_quant"),
         )
-    pivotal = options[PivotalOptions]
     if pivotal.train_token is not None and options[CacheOptions].text:
         yield Mistake(
-            "--train_token: captions with a new word can't be encoded before training; leave out "
+            "--train_token: captions with a placeholder token can't be encoded before training; "
+            "leave out "
             "--cache_text_encoder_outputs",
             ("train_token", "cache_text_encoder_outputs"),
         )
 
 
+def _or_default(lrs: Iterable[float | None], default: float) -> list[float]:
+    """Return learning rates with the default in place of None."""
+    return [default if lr is None else lr for lr in lrs]
+
+
 def check_embedding(options: Options) -> Iterable[Mistake]:
-    """Contradictions between Textual Inversion's options and others."""
+    """Yield contradictions between the options of Textual Inversion and others."""
     if options[CacheOptions].text:
         yield Mistake(
-            "--cache_text_encoder_outputs: Textual Inversion changes what the encoders give, so "
+            "--cache_text_encoder_outputs: Textual Inversion changes the text encoders' outputs, "
+            "so "
             "captions can't be encoded before training",
             ("cache_text_encoder_outputs",),
         )
     if options[RunOptions].stop_text_encoder_training:
         yield Mistake(
-            "--stop_text_encoder_training: the embeddings are all that is trained; take fewer "
+            "--stop_text_encoder_training: only embeddings are trained; take fewer "
             "--max_train_steps",
             ("stop_text_encoder_training",),
         )
@@ -302,11 +313,11 @@ def check_embedding(options: Options) -> Iterable[Mistake]:
 
 
 def check_lllite(options: Options) -> Iterable[Mistake]:
-    """Contradictions between ControlNet-LLLite's options and others."""
+    """Yield contradictions between the options of ControlNet-LLLite and others."""
     if options[LossOptions].masked_loss:
         yield Mistake(
-            "--masked_loss: the images of conditioning_data_dir are conditions here, no masks; "
-            "--alpha_mask weighs the loss by alpha channels",
+            "--masked_loss: the images of conditioning_data_dir are conditions here, not masks; "
+            "--alpha_mask weights the loss by alpha channels",
             ("masked_loss",),
         )
     if options[RunOptions].stop_text_encoder_training:
@@ -319,38 +330,35 @@ def check_lllite(options: Options) -> Iterable[Mistake]:
 
 
 def check_fine_tune(options: Options) -> Iterable[Mistake]:
-    """Contradictions between fine-tuning's options and others."""
-    chosen, base = options[FineTuneOptions], options[OptimizerOptions].learning_rate
+    """Yield contradictions between the options of fine-tuning and others."""
+    fine_tune, lr = options[FineTuneOptions], options[OptimizerOptions].learning_rate
     if options[MemoryOptions].blocks_to_swap and not options[UpdateOptions].fused_backward_pass:
         yield Mistake(
             "--blocks_to_swap in full fine-tuning needs --fused_backward_pass: a block's weights "
-            "are stepped while they visit the card",
+            "are stepped while they are on the GPU",
             ("blocks_to_swap", "fused_backward_pass"),
         )
     if options[MemoryOptions].quantized:
         yield Mistake(
-            "--fp8_base, --fp8_base_unet and --base_quant are for networks beside a frozen model; "
+            "--fp8_base, --fp8_base_unet and --base_quant are for networks on a frozen model; "
             "here the model itself is trained",
             ("fp8_base", "fp8_base_unet", "base_quant"),
         )
-    if chosen.train_text_encoder and options[CacheOptions].text:
+    if fine_tune.train_text_encoder and options[CacheOptions].text:
         yield Mistake(
             "--train_text_encoder: captions that are encoded before training can't go with it; "
             "leave out --cache_text_encoder_outputs",
             ("train_text_encoder", "cache_text_encoder_outputs"),
         )
-    texts = (
-        [base if own is None else own for own in chosen.text_encoder_lrs]
-        if chosen.train_text_encoder
-        else []
-    )
-    rates = (1.0,) if list(chosen.mistakes()) else chosen.block_lrs or (base,)
-    if any(rates):
+    is_unreadable = bool(list(fine_tune.mistakes()))  # --block_lr, which is then not looked at
+    trains_unet = is_unreadable or any(fine_tune.block_lrs or (lr,))
+    trains_text = fine_tune.train_text_encoder and any(_or_default(fine_tune.text_encoder_lrs, lr))
+    if trains_unet:
         yield from check_trained_shards(
             options[OptimizerOptions],
             options[UpdateOptions],
             options[EmaOptions],
             options[ShardingOptions],
         )
-    elif not any(texts):
+    elif not trains_text:
         yield Mistake("nothing is trained: every learning rate is 0", ("learning_rate", "block_lr"))
