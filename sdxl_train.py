@@ -11,11 +11,13 @@ from library.training.main import run_training
 from library.training.options.compatibility import COMMON_TRAINING, NO_EFFECT, UNSUPPORTED, check_pairs, check_training
 from library.training.options.tasks import FineTuneOptions, check_fine_tune
 
+OPTIONS = [FineTuneOptions, *COMMON_TRAINING]
+
 
 def main(argv: list[str] | None = None) -> None:
     options = read_options(
         __doc__,
-        [FineTuneOptions, *COMMON_TRAINING],
+        OPTIONS,
         argv,
         checks=[check_training, check_pairs, check_datasets, check_fine_tune],
         refused=UNSUPPORTED,

@@ -11,11 +11,13 @@ from library.training.main import run_training
 from library.training.options.compatibility import COMMON_TRAINING, NO_EFFECT, UNSUPPORTED, check_pairs, check_training
 from library.training.options.tasks import LLLiteOptions, check_lllite
 
+OPTIONS = [LLLiteOptions, *COMMON_TRAINING]
+
 
 def main(argv: list[str] | None = None) -> None:
     options = read_options(
         __doc__,
-        [LLLiteOptions, *COMMON_TRAINING],
+        OPTIONS,
         argv,
         checks=[check_training, check_pairs, check_conditioned_datasets, check_lllite],
         refused=UNSUPPORTED,

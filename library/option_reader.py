@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import Mistake, OptionError
-from library.foreign_keys import FOREIGN_KEYS
+from library.foreign_keys import foreign_key
 from library.option_types import UNSET, Spec, did_you_mean, nearest, read_value, specs_of
 
-_OFF = (False, 0, "", "0", [], None)
-_UNSET = (False, "", [])
+_OFF: tuple[Any, ...] = (False, 0, "", "0", [], None)
+_UNSET: tuple[Any, ...] = (False, "", [])
 
 
 class OptionReader:
@@ -101,7 +101,7 @@ class OptionReader:
 
     def _unknown_option(self, word: str) -> str:
         name = word.lstrip("-").split("=")[0]
-        kind = FOREIGN_KEYS.get(name)
+        kind = foreign_key(name)
         hint = f"; it is {kind}" if kind else did_you_mean(name, self._specs)
         dashes = "" if word.startswith("--") else " (options start with two dashes)"
         return f"{word.split('=')[0]} is not an option of this script{hint}{dashes}"
@@ -123,7 +123,7 @@ class OptionReader:
             if key in self._specs or key in self._unsupported or key in self._no_effect:
                 self.raw.setdefault(key, (value, source))
                 continue
-            kind = FOREIGN_KEYS.get(key)
+            kind = foreign_key(key)
             if kind is None and nearest(key, self._specs):
                 hint = did_you_mean(key, self._specs)
                 self.mistakes.append(Mistake(f"{source} is not an option of this script{hint}"))

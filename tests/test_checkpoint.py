@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import open_models
 from golden_model import live_tensors
+from tolerance import assert_network
 
 from library.errors import OptionError, RunError
 from library.models.checkpoint.key_maps import PARTS
@@ -276,13 +277,13 @@ def test_the_folder_loads_in_diffusers_and_gives_the_same_numbers(folder, golden
         ).sample
         vector = conditioning_vector(pooled, sizes[:, :2], sizes[:, 2:4], sizes[:, 4:])
         ours = golden_models.unet(latents, timesteps, context, vector)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        assert_network(ours, theirs)
         # Without "!", which Diffusers' second tokenizer takes for a pad token.
         prompt = "a cat, don't (look), " + "very long " * 60
         context, _, pooled, _ = pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
         text = golden_models.encode_texts([prompt], 75)
-        torch.testing.assert_close(torch.cat([text.hidden_1, text.hidden_2], -1), context, rtol=0, atol=1e-5)
-        torch.testing.assert_close(text.pooled, pooled, rtol=0, atol=1e-5)
+        assert_network(torch.cat([text.hidden_1, text.hidden_2], -1), context)
+        assert_network(text.pooled, pooled)
 
 
 def test_a_trained_single_file_loads_in_diffusers_and_gives_the_same_numbers(golden_models, folder, tmp_path):
@@ -304,13 +305,13 @@ def test_a_trained_single_file_loads_in_diffusers_and_gives_the_same_numbers(gol
     with torch.no_grad():
         context, _, pooled, _ = pipeline.encode_prompt("a cat", device="cpu", do_classifier_free_guidance=False)
         text = models.encode_texts(["a cat"], 75)
-        torch.testing.assert_close(torch.cat([text.hidden_1, text.hidden_2], -1), context, rtol=0, atol=1e-5)
-        torch.testing.assert_close(text.pooled, pooled, rtol=0, atol=1e-5)
+        assert_network(torch.cat([text.hidden_1, text.hidden_2], -1), context)
+        assert_network(text.pooled, pooled)
         sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
         theirs = pipeline.unet(latents, timesteps, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample  # fmt: skip
         vector = conditioning_vector(pooled, sizes[:, :2], sizes[:, 2:4], sizes[:, 4:])
-        torch.testing.assert_close(models.unet(latents, timesteps, context, vector), theirs, rtol=0, atol=1e-5)
-        torch.testing.assert_close(models.decode_latents(latents), pipeline.vae.decode(latents).sample, rtol=0, atol=1e-5)  # fmt: skip
+        assert_network(models.unet(latents, timesteps, context, vector), theirs)
+        assert_network(models.decode_latents(latents), pipeline.vae.decode(latents).sample)  # fmt: skip
 
 
 def test_shards_variants_and_pickles_are_found():

@@ -32,7 +32,7 @@ class MicrobatchLoss(NamedTuple):
 class _Pending(NamedTuple):
     step: int
     epoch: int
-    numbers: PendingScalars
+    scalars: PendingScalars
     overflowed: bool
     seen: Sequence[MicrobatchLoss]
     rates: Mapping[str, float]
@@ -103,7 +103,7 @@ class MetricsLogger:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        loss, norm, asked = pending.numbers.read()
+        loss, norm, asked = pending.scalars.read()
         self.is_asked_to_end = asked > 0
         if not math.isfinite(loss) or not (pending.overflowed or math.isfinite(norm)):
             self._stop(pending, loss, norm)
