@@ -148,7 +148,7 @@ def gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Mic
                 raise _out_of_memory(
                     progress, error, f"the other processes can't begin it again with this one, and {_NOT_SAVED}"
                 ) from None
-            run.update.forget()
+            run.update.discard()
             if progress.splits >= max(len(batch) for batch in window):
                 save(run, progress, "step", stopped=True)
                 raise _out_of_memory(
@@ -172,7 +172,7 @@ def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Mi
             place = part.place._replace(is_last_microbatch=part.place.is_last_microbatch and number == len(parts) - 1)
             # For what draws inside modules: dropout.
             seed_global_rng(run.seed, place.epoch, place.microbatch_index, number)
-            with update.window(place):
+            with update.accumulation(place):
                 losses = update.loss_module(
                     part, SampleRng(run.seed, place.epoch, place.first_sample_index, len(part), device)
                 )
@@ -184,7 +184,7 @@ def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Mi
 def step(run: Run, progress: Progress, signals: Signals) -> StepResult:
     """Step the weights. Memory may run out here too: many optimizers make their state in the first step."""
     try:
-        return run.update.step(asked=signals.asked is not None)
+        return run.update.step(stop_requested=signals.asked is not None)
     except torch.OutOfMemoryError as error:
         told = f"some of its weights may be stepped already, so {_NOT_SAVED}"
         raise _out_of_memory(progress, error, told, "--optimizer_offload, an 8-bit --optimizer_type, --fused_backward_pass, ") from None  # fmt: skip

@@ -11,7 +11,7 @@ from library.models.options import ModelOptions
 from library.options import Options
 from library.training.optim.ema import Ema
 from library.training.optim.optimizer_step import OptimizerStep
-from library.training.optim.optimizers import optimizer_in_words
+from library.training.optim.optimizers import format_optimizer
 from library.training.options.optimizer import OptimizerOptions, read_arguments
 from library.training.options.output import ResumeOptions, SavingOptions, UploadOptions
 from library.training.options.run import ValidationOptions
@@ -43,7 +43,7 @@ def build_saver(
     facts = RunFacts(
         datasets=prepared.datasets,
         seed=plan.order.seed,
-        optimizer=optimizer_in_words(update.optimizer, arguments),
+        optimizer=format_optimizer(update.optimizer, arguments),
         batches_per_epoch=math.ceil(plan.order.batches_per_epoch / processes),
         num_epochs=plan.num_epochs,
         total_steps=plan.total_steps,

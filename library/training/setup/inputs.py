@@ -16,7 +16,7 @@ from library.models.checkpoint.reference_shapes import stand_in
 from library.models.options import ModelOptions
 from library.options import Options
 from library.safetensors_io import data_hash, read_header
-from library.training.options.distributed import sharding_notices
+from library.training.options.distributed import ShardingOptions, sharding_notices
 from library.training.options.objective import LossOptions
 from library.training.options.optimizer import OptimizerOptions
 from library.training.options.output import SavingOptions
@@ -46,7 +46,12 @@ def inspect_inputs(options: Options, conditioning: ConditioningKind = "masks") -
     """
     no_model: tuple[Mistake, ...] = ()
     run, max_grad_norm = options[RunOptions], options[OptimizerOptions].max_grad_norm
-    for notice in sharding_notices(options, accumulation=run.gradient_accumulation_steps, max_grad_norm=max_grad_norm):
+    for notice in sharding_notices(
+        options[ShardingOptions],
+        zero_stage_source=options.where("zero_stage") if options.given("zero_stage") else None,
+        accumulation=run.gradient_accumulation_steps,
+        max_grad_norm=max_grad_norm,
+    ):
         log.warning(notice)
     try:
         checkpoint = open_model(options[ModelOptions], prefer_fp16=options[RunOptions].mixed_precision == "fp16")

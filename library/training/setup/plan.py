@@ -23,8 +23,8 @@ from library.options import Options
 from library.param_group import ParamGroup, split_groups
 from library.size import Size
 from library.training.optim.lr_schedules import num_steps
-from library.training.optim.master_weights import AT_ONCE
-from library.training.options.distributed import keeps_state_in_ram
+from library.training.optim.master_weights import FP32_BUCKET_NUMEL
+from library.training.options.distributed import ShardingOptions, offloads_optimizer
 from library.training.options.memory import MemoryOptions
 from library.training.options.optimizer import EmaOptions, OptimizerOptions, UpdateOptions
 from library.training.options.run import RunOptions
@@ -148,7 +148,11 @@ def estimate_memory(
         frozen,
         work,
         trained=sum(map(math.prod, shapes)),
-        optimizer=_state_on_device(options[OptimizerOptions].name, shapes, at_home=keeps_state_in_ram(options)),
+        optimizer=_state_on_device(
+            options[OptimizerOptions].name,
+            shapes,
+            at_home=offloads_optimizer(options[MemoryOptions], options[ShardingOptions]),
+        ),
         average_on_device=ema.ema_decay is not None and ema.ema_device != "cpu",
         bytes_each=models.precision.trained.itemsize,
         has_rests=options[UpdateOptions].rounding == "kahan",
@@ -168,7 +172,7 @@ def _state_on_device(optimizer: str, shapes: Sequence[Sequence[int]], *, at_home
     """Bytes of an optimizer's state on the device; what visits it for a step, if it lies at home."""
     if not at_home:
         return state_bytes(optimizer, shapes)
-    return max(AT_ONCE * optimizer_bytes(optimizer), *(state_bytes(optimizer, [shape]) for shape in shapes))
+    return max(FP32_BUCKET_NUMEL * optimizer_bytes(optimizer), *(state_bytes(optimizer, [shape]) for shape in shapes))
 
 
 def _swapped_numbers(unet: UNet, count: int) -> int:
