@@ -28,21 +28,15 @@ from torch import Tensor
 
 from library.data.batch_sampler import BatchSampler
 from library.data.buckets import Fit
+from library.data.cache.disk import SourceStamp
 from library.data.cache.fill import _batches_by_bucket, fill_latents, fill_text
-from library.data.cache.latents import (
-    CaptionVariants,
-    Latents,
-    LatentsInMemory,
-    LatentsOnDisk,
-    SourceStamp,
-    TextInMemory,
-    TextOnDisk,
-)
+from library.data.cache.latents import Latents, LatentsInMemory, LatentsOnDisk
+from library.data.cache.text import CaptionVariants, TextInMemory, TextOnDisk
 from library.data.captions import CaptionSettings
 from library.data.dataset_config import read_datasets
 from library.data.file_index import FileIndex
 from library.data.loader import Batches, group_samples
-from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.data.options import DATA_OPTIONS
 from library.data.samples import PixelSettings, Sample, Subset
 from library.data.scan import Dataset, scan
 from library.log import log
@@ -90,7 +84,7 @@ def scanned(folder: Path, known: FileIndex, *words: object, resolution: int = 10
         2048,
         *words,
     ]
-    options = read_options("", [DatasetOptions, CaptionOptions, CacheOptions], [str(word) for word in argv])
+    options = read_options("", DATA_OPTIONS, [str(word) for word in argv])
     return scan(read_datasets(options)[0], known)
 
 
@@ -195,7 +189,7 @@ def text() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         samples = [replace(one, caption=f"caption {i}", cache_stem=f"{folder}/{i}") for i in range(512)]
         start = time.perf_counter()
-        fill_text(samples, TextOnDisk(77, known=FileIndex(Path(folder) / "index")), encode)
+        fill_text(samples, TextOnDisk(77, file_index=FileIndex(Path(folder) / "index")), encode)
         share = inside[0] / (time.perf_counter() - start)
         fill_text(samples, TextInMemory(CaptionVariants()), encode)
     return [("time inside the text encoders while caching their outputs to disk", "95 %", f"{share:.0%}")]
@@ -239,11 +233,11 @@ def a_million_rows(top: Path) -> Row:
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from library.data.dataset_config import read_datasets
-from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.data.options import DATA_OPTIONS
 from library.data.scan import scan
 from library.options import read_options
 argv = ["--in_json", {str(file)!r}, "--resolution", "1024", "--enable_bucket", "--max_bucket_reso", "2048"]
-options = read_options("", [DatasetOptions, CaptionOptions, CacheOptions], argv)
+options = read_options("", DATA_OPTIONS, argv)
 (dataset,) = scan(read_datasets(options)[0])
 assert len(dataset.samples) == {ROWS}
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 2**20)

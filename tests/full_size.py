@@ -71,6 +71,6 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
                     parameter.grad = torch.zeros_like(parameter)
             update.step()
             live.peak = live.now
-            update.backward(update.loss_module(batch, SampleRng(0, 0, 0, 1, torch.device("cpu"))), batch.place)
+            update.backward(update.loss_module(batch, SampleRng(0, 0, 0, 1, torch.device("cpu"))), batch.position)
             update.step()
             return live.peak, loaded

@@ -54,7 +54,7 @@ class Golden:
             len(b["images"]) for b in self.facts["batches"][i - i % accumulation : i - i % accumulation + accumulation]
         )
         return Batch(
-            place=BatchPosition(0, i // accumulation, i, 0, window, closes, False),
+            position=BatchPosition(0, i // accumulation, i, 0, window, closes, False),
             paths=tuple(facts["images"]),
             captions=tuple(facts["captions"]),
             images=None,
@@ -131,7 +131,7 @@ def replay(
         batch = golden.batch(i, accumulation=accumulation, text=text)
         batch = dataclasses.replace(batch, captions=tuple(map(caption, batch.captions)))
         losses = step(batch, golden.rng(i))
-        update.backward(losses, batch.place)
+        update.backward(losses, batch.position)
         context, vector, prediction = seen
         if i == 0 and "step0.context" in golden.trace:
             assert_network(context, golden.trace["step0.context"], "context")
@@ -143,7 +143,7 @@ def replay(
             assert_network(prediction, recorded, "first prediction")
         torch.testing.assert_close(prediction, recorded, rtol=0, atol=prediction_atol)
         assert abs(losses.mean().item() - expected) <= REPLAYED_LOSS, f"loss of step {i}"
-        if batch.place.is_last_microbatch:
+        if batch.position.is_last_microbatch:
             number = i // accumulation
             rates = list(update.learning_rates().values())
             updated = update.step()

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from library.data.dataset_config import read_datasets
-from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.data.options import DATA_OPTIONS
 from library.data.scan import Dataset, scan
 from library.models.text_encoders import EncodedText
 from library.options import read_options
@@ -26,7 +26,7 @@ BUCKETS = [
 def scanned(folder: Path, *argv: object, buckets: list[str] = BUCKETS, **settings) -> list[Dataset]:
     """Args: settings: scan()'s."""
     words = [str(word) for word in ["--train_data_dir", folder, *buckets, *argv]]
-    options = read_options("test", [DatasetOptions, CaptionOptions, CacheOptions], words)
+    options = read_options("test", DATA_OPTIONS, words)
     return scan(read_datasets(options)[0], **settings)
 
 

@@ -6,8 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from messages import mentioning
 
-from library.data.captions import BadCaption, CaptionSettings, caption_variants, process_caption, read_caption
+from library.data.captions import CaptionError, CaptionSettings, caption_variants, process_caption, read_caption
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "09_captions.json").read_text(encoding="utf-8"))
 EXACT = [case for case in GOLDEN["cases"] if case["kind"] == "exact"]
@@ -67,23 +68,23 @@ def test_all_lines_are_kept_for_wildcards(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "raw, reason",
+    "raw, tokens",
     [
-        ("ein Käse".encode("latin-1"), "not UTF-8"),
-        ("a cat".encode("utf-16"), "UTF-16"),
-        ("a cat".encode("utf-16-le"), "NUL"),
-        (b"a\0b", "NUL"),
-        (b"\xff\xd8\xff\xe0", "not UTF-8"),
+        ("ein Käse".encode("latin-1"), ["UTF-8", "byte 5"]),
+        ("a cat".encode("utf-16"), ["UTF-16"]),
+        ("a cat".encode("utf-16-le"), ["NUL"]),
+        (b"a\0b", ["NUL"]),
+        (b"\xff\xd8\xff\xe0", ["UTF-8", "byte 0"]),
     ],
 )
-def test_fault_34_what_is_no_utf8_text_is_told_with_the_reason(raw, reason, tmp_path):
+def test_fault_34_what_is_no_utf8_text_is_told_with_the_reason(raw, tokens, tmp_path):
     (tmp_path / "c.txt").write_bytes(raw)
-    with pytest.raises(BadCaption, match=reason):
+    with pytest.raises(CaptionError, match=mentioning(*tokens)):
         read_caption(tmp_path / "c.txt", all_lines=False)
 
 
 def test_settings_name_what_makes_captions_random():
-    assert CaptionSettings(caption_prefix="x", keep_tokens=2).random_parts() == []
+    assert CaptionSettings(caption_prefix="x", keep_tokens=2).random_settings() == []
     everything = CaptionSettings(
         True,
         caption_dropout_rate=0.1,
@@ -92,7 +93,7 @@ def test_settings_name_what_makes_captions_random():
         token_warmup_step=3,
         enable_wildcard=True,
     )
-    assert len(everything.random_parts()) == 6
+    assert len(everything.random_settings()) == 6
 
 
 @pytest.mark.parametrize("case", [case for case in RANDOM if "frequency" in case], ids=lambda case: f"{case['caption'][:20]!r} {case['options']}")  # fmt: skip

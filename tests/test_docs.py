@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from library.data.dataset_config import read_datasets
-from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.data.options import DATA_OPTIONS
 from library.errors import OptionError, RunError
 from library.generation.prompts.line import LINE_OPTIONS
 from library.generation.sample_prompts import INLINE_OPTIONS, read_sample_prompts
@@ -185,7 +185,7 @@ def check_dataset(block: Block, _: str) -> None:
     """A dataset file: read without a mistake or notice. --masked_loss stands for the runs that masks are meant for."""
     make_stand_ins(tomllib.loads(block.text))
     Path("data.toml").write_text(block.text, encoding="utf-8")
-    groups = [DatasetOptions, CaptionOptions, CacheOptions, LossOptions]
+    groups = [*DATA_OPTIONS, LossOptions]
     plans, notices = read_datasets(read_options("", groups, ["--dataset_config", "data.toml", "--masked_loss"]))
     assert plans and not notices, f"{block.name}: {notices}"
 

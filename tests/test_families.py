@@ -9,7 +9,7 @@ from PIL import Image
 from running import QUICK, tensors_of, train_network, without
 from tolerance import assert_network
 
-from library.data.inpainting_masks import draw_masks
+from library.data.inpainting_masks import random_masks
 from library.errors import OptionError
 from library.models import vae
 from library.models.checkpoint.reader import open_checkpoint
@@ -249,9 +249,9 @@ def test_masks_are_drawn_by_place_where_there_are_none(twins, images, seen, tmp_
     fine_tune(twins("inpainting"), images, tmp_path / "out", "--max_train_steps", "3")
     masks = [x[:, 4] for x, _, _ in seen]
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask.any() for mask in masks)
-    shares = [draw_masks(SampleRng(5, 0, place, 1), 64, 96).mean().item() for place in range(200)]
+    shares = [random_masks(SampleRng(5, 0, place, 1), 64, 96).mean().item() for place in range(200)]
     assert 0.15 < sum(share == 1 for share in shares) / 200 < 0.35 and min(shares) > 0
-    together, apart = draw_masks(SampleRng(5, 0, 3, 2), 64, 96), draw_masks(SampleRng(5, 0, 4, 1), 64, 96)
+    together, apart = random_masks(SampleRng(5, 0, 3, 2), 64, 96), random_masks(SampleRng(5, 0, 4, 1), 64, 96)
     assert torch.equal(together[1:], apart)
 
 

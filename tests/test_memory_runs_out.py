@@ -100,7 +100,7 @@ def test_a_batch_in_parts_has_every_sample_at_its_place(golden_model, images, tm
     monkeypatch.setattr(Batch, "parts", noted)
     train_network(golden_model, images, tmp_path / "out", "--train_batch_size", "4", "--max_train_steps", "1", quick=QUICK)  # fmt: skip
     whole, found = seen[0]
-    assert sum(map(len, found)) == len(whole) and found[0].place.first_sample_index == whole.place.first_sample_index
+    assert sum(map(len, found)) == len(whole) and found[0].position.first_sample_index == whole.position.first_sample_index
     assert tuple(path for part in found for path in part.paths) == whole.paths
     assert torch.equal(torch.cat([part.latents for part in found]), whole.latents)
     assert torch.equal(torch.cat([part.text.pooled for part in found]), whole.text.pooled)

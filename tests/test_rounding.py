@@ -137,7 +137,7 @@ def loss_falls(model: Path, rounding: str, *, full: bool) -> float:
     for number in range(count):
         losses = step(batch, golden.rng(0))
         found.append(losses.mean().item())
-        update.backward(losses, batch.place._replace(step=number))
+        update.backward(losses, batch.position._replace(step=number))
         update.step()
     return found[0] - found[-1]
 

@@ -1,4 +1,4 @@
-"""Encode the pictures of a dataset and keep their latents on disk, for training runs that use them.
+"""Encode the images of a dataset, and store the latents on disk for training runs.
 
 accelerate launch tools/cache_latents.py --config_file run.toml
 """
@@ -15,9 +15,13 @@ from library.training.setup.cache_tool import fill, read_tool_options
 
 def main(argv: list[str] | None = None) -> None:
     options = read_tool_options(
-        __doc__, argv, cache_latents=True, cache_latents_to_disk=True, cache_text_encoder_outputs=False,
+        __doc__,
+        argv,
+        cache_latents=True,
+        cache_latents_to_disk=True,
+        cache_text_encoder_outputs=False,
         cache_text_encoder_outputs_to_disk=False,
-    )  # fmt: skip
+    )
     start_logging(options)
     fill(options)
 

@@ -1,4 +1,4 @@
-"""Encode the captions of a dataset and keep the text encoders' outputs on disk, for training runs that use them.
+"""Encode the captions of a dataset, and store the text encoder outputs on disk for training runs.
 
 accelerate launch tools/cache_text_encoder_outputs.py --config_file run.toml
 """
@@ -15,9 +15,13 @@ from library.training.setup.cache_tool import fill, read_tool_options
 
 def main(argv: list[str] | None = None) -> None:
     options = read_tool_options(
-        __doc__, argv, cache_latents=False, cache_latents_to_disk=False, cache_text_encoder_outputs=True,
+        __doc__,
+        argv,
+        cache_latents=False,
+        cache_latents_to_disk=False,
+        cache_text_encoder_outputs=True,
         cache_text_encoder_outputs_to_disk=True,
-    )  # fmt: skip
+    )
     start_logging(options)
     fill(options)
 

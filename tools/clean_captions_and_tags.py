@@ -1,4 +1,4 @@
-"""Clean the tags and captions of a metadata file: tags that say nothing certain are dropped, words are made alike.
+"""Clean the tags and captions of a metadata file: drop ambiguous tags, and unify words.
 
 python tools/clean_captions_and_tags.py metadata.json clean.json
 """
@@ -11,13 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from library.data.metadata_merge import Metadata, ToolParser, read_metadata, start_tool_logging, write_metadata
+from library.data.metadata_file import Metadata, load_metadata, save_metadata
 from library.errors import RunError, run
 from library.log import log
+from tools.metadata_tool import ToolParser, start_tool_logging
 
 # Rules: contract, formats.md section 3; the tables are our own.
-# With several people, two tags of one group don't tell who has which. A whole tag must match.
-_COLOURS = "aqua|black|blonde|blue|brown|dark|green|grey|gray|light|orange|pink|platinum|purple|red|silver|white|yellow"
+# Groups of tags of which several are ambiguous when there are several people. A complete tag must
+# match.
+_COLORS = "aqua|black|blonde|blue|brown|dark|green|grey|gray|light|orange|pink|platinum|purple|red|silver|white|yellow"
 TAG_GROUPS = {
     "hair length": r"((very |absurdly )?(short|long)|medium|shoulder-length) hair|short hair with long locks",
     "hair cut": r"(bob|bowl|butch|buzz|crew|hime|pixie|wolf) cut|(short )?undercut|inverted bob|mullet",
@@ -25,10 +27,10 @@ TAG_GROUPS = {
     "sleeves": r"[\w-]+ sleeves",
     "hair style": r"((high|low|side|short|folded|front|single|french|crown|twin) )?(ponytail|braids?|twintails|drills?)"
     r"|(one|two) side up|half updo|((single|double|cone) )?(hair )?buns?|(drill|wavy|curly|straight|messy|spiked) hair",
-    "hair colour": rf"(({_COLOURS}|multicolored|two-tone|gradient|streaked|rainbow)[ -]?)+ hair",
+    "hair color": rf"(({_COLORS}|multicolored|two-tone|gradient|streaked|rainbow)[ -]?)+ hair",
 }
 
-# Tried from the top, again and again until none changes anything; none makes a caption longer.
+# They are applied in this order, repeatedly until nothing changes. None makes a caption longer.
 _STYLE = r"(?:anime|cartoon|manga)(?:[ -]styled?)?"
 CAPTION_REPLACEMENTS = (
     (r"\b(women|ladies|females|persons)\b", "girls"),
@@ -42,8 +44,8 @@ CAPTION_REPLACEMENTS = (
     (rf"\b{_STYLE}(, *| )", ""),
     (r"  +", " "),
 )
-MAX_PASSES = 100  # a guard, should a table change in circles
-SHOWN = 5  # names shown of a long list
+MAX_PASSES = 100  # in case replacements go in circles
+NUM_SHOWN = 5  # names of a long list that a warning shows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,25 +58,26 @@ def main(argv: list[str] | None = None) -> None:
     start_tool_logging(debug=given.debug)
     in_json, out_json = given.in_json, given.out_json
     if given.third is not None:
-        log.warning("%s is ignored: of three files the second is read and the third written", in_json)
+        log.warning(
+            "%s is ignored: of three files the second is read and the third written", in_json
+        )
         in_json, out_json = out_json, given.third
-    metadata = read_metadata(in_json)
-    wrong = [
-        f"{field} of {key!r}"
-        for key, entry in metadata.items()
-        for field in CLEANERS
-        if not isinstance(entry.get(field), str | None)
-    ]
+    metadata = load_metadata(in_json)
+    wrong = []
+    for key, entry in metadata.items():
+        for field in CLEANERS:
+            if not isinstance(entry.get(field), str | None):
+                wrong.append(f"{field} of {key!r}")
     if wrong:
         raise RunError(f"{in_json}: expected texts, found something else as {', '.join(wrong)}")
     for field, clean in CLEANERS.items():
         clean_field(metadata, field, clean)
-    write_metadata(out_json, metadata)
+    save_metadata(out_json, metadata)
     log.info("%s: %d entries cleaned", out_json, len(metadata))
 
 
 def clean_field(metadata: Metadata, field: str, clean: Callable[[str], str]) -> None:
-    """Clean one field of all entries, in place, and tell which entries lack it."""
+    """Clean one field of all entries, in place, and log which entries lack it."""
     missing = []
     for key, entry in metadata.items():
         if entry.get(field) is not None:
@@ -84,14 +87,21 @@ def clean_field(metadata: Metadata, field: str, clean: Callable[[str], str]) -> 
             missing.append(key)
             log.debug("%s: no %s", key, field)
     if missing:
-        more = f" and {len(missing) - SHOWN} more (--debug names all)" if len(missing) > SHOWN else ""
+        num_more = len(missing) - NUM_SHOWN
+        more = f" and {num_more} more (--debug names all)" if num_more > 0 else ""
         log.warning(
-            "%d of %d entries have no %s: %s", len(missing), len(metadata), field, ", ".join(missing[:SHOWN]) + more
+            "%d of %d entries have no %s: %s",
+            len(missing),
+            len(metadata),
+            field,
+            ", ".join(missing[:NUM_SHOWN]) + more,
         )
 
 
 def clean_tags(tags: str) -> str:
-    """Tags with spaces for underscores, without rating, ambiguous groups and words that another tag says better.
+    """Return the tags with spaces instead of underscores, without rating and ambiguous tags.
+
+    A word that is the last one of another tag is dropped, as that tag is more specific.
 
     >>> clean_tags("1girl, long_hair, ^_^, hair, rating:safe, score_9")
     '1girl, long hair, ^_^'
@@ -108,7 +118,7 @@ def clean_tags(tags: str) -> str:
 
 
 def _without_ambiguous(tags: Sequence[str]) -> list[str]:
-    """The tags without those of a group that occurs more than once."""
+    """Return the tags without the groups of which several tags occur."""
     kept = list(tags)
     for pattern in TAG_GROUPS.values():
         group = [tag for tag in tags if re.fullmatch(pattern, tag)]
@@ -117,8 +127,10 @@ def _without_ambiguous(tags: Sequence[str]) -> list[str]:
     return kept
 
 
-def clean_caption(caption: str, replacements: Sequence[tuple[str, str]] = CAPTION_REPLACEMENTS) -> str:
-    """The caption with every woman, lady, female and person a girl, and without talk of anime and cartoons.
+def clean_caption(
+    caption: str, replacements: Sequence[tuple[str, str]] = CAPTION_REPLACEMENTS
+) -> str:
+    """Return the caption with "girl" for woman, lady, female and person, and without anime styles.
 
     >>> clean_caption("An anime style picture of a young lady, anime style")
     'a young girl'

@@ -1,6 +1,6 @@
-"""Merge the captions beside pictures into a metadata file, as the `caption` of each picture's entry.
+"""Merge the caption files next to images into a metadata file, as the `caption` of each image's entry.
 
-python tools/merge_captions_to_metadata.py pictures metadata.json --caption_extension .txt
+python tools/merge_captions_to_metadata.py images metadata.json --caption_extension .txt
 """
 
 import argparse
@@ -9,8 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from library.data.metadata_merge import merge_parser, merge_texts, start_tool_logging
+from library.data.metadata_file import merge_texts
 from library.errors import run
+from tools.metadata_tool import merge_parser, start_tool_logging
 
 
 def main(argv: list[str] | None = None) -> None:

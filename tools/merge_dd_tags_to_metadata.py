@@ -1,6 +1,6 @@
-"""Merge the tags beside pictures (as a tagger writes them) into a metadata file, as the `tags` of each picture's entry.
+"""Merge the tag files next to images, as taggers write them, into a metadata file, as the `tags` of each image's entry.
 
-python tools/merge_dd_tags_to_metadata.py pictures metadata.json
+python tools/merge_dd_tags_to_metadata.py images metadata.json
 """
 
 import sys
@@ -8,8 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from library.data.metadata_merge import merge_parser, merge_texts, start_tool_logging
+from library.data.metadata_file import merge_texts
 from library.errors import run
+from tools.metadata_tool import merge_parser, start_tool_logging
 
 
 def main(argv: list[str] | None = None) -> None:

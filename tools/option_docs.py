@@ -16,11 +16,11 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from library.data.metadata_merge import ToolParser
 from library.errors import RunError, run
 from library.files import write_atomically
 from library.option_types import Spec, specs_of
 from library.options import Check, ConfigOptions, OptionGroup, option, read_options
+from tools.metadata_tool import ToolParser
 
 # In the order of the page. A new script is one line here.
 SCRIPTS = (

@@ -1,6 +1,6 @@
-"""Batch: what the loader yields. Raw latents or pictures, captions or cached text, sizes, weights.
+"""Batch: what the loader yields. Raw latents or images, captions or cached text, sizes, weights.
 
-Shapes: B samples of one bucket, H and W its pixels, T text tokens.
+Shapes: B samples of one bucket, H and W its pixels.
 """
 
 import dataclasses
@@ -20,24 +20,29 @@ class Batch:
     """One micro-batch.
 
     Attributes:
-        place: where it stands in the run.
-        paths: the pictures' files, for messages.
-        captions: processed captions; still there when `text` is cached.
-        images: [B, 3, H, W], float32 in -1..1; None if all that the model sees of them is cached.
-        masks: of the loss, from alpha channels, [B, H, W], float32 in 0..1; None if no sample has one.
-        conditioning: images that go with the pictures, [B, 3, H, W], float32 in -1..1; None without.
-        latents: raw latents, [B, 4, H/8, W/8], float32; None if not cached.
-        text: the encoders' outputs; None if not cached.
-        original_sizes, crop_top_lefts, target_sizes: [B, 2], int64: (height, width), (top, left), (height, width) in pixels.
-        weights: [B], float32: factor of each sample's loss; 0 in an idle batch.
-        aesthetic_scores: what a refiner is told of each picture, [B], float32; None where no model asks.
-        paint: what an inpainting model is to paint of `images`, [B, H, W], float32 in 0..1; None for other models.
-        raw_beside: what it sees of pictures whose masks are fixed, from a cache: the mask and raw latents, [B, 5, H/8, W/8].
-        beside: what it sees beside the noisy latents, [B, 5, H/8, W/8]; the step puts it there.
+        position: its position in the run.
+        paths: the images' files, for messages.
+        captions: processed captions. They are there when `text` is cached, too.
+        images: [B, 3, H, W], float32 in -1..1. None if all of the model's inputs are cached.
+        latents: raw latents, [B, 4, H/8, W/8], float32. None if not cached.
+        text: text encoder outputs. None if not cached.
+        original_sizes: [B, 2], int64: (height, width) in pixels.
+        crop_top_lefts: [B, 2], int64: (top, left) in pixels.
+        target_sizes: [B, 2], int64: (height, width) in pixels.
+        weights: [B], float32: factor of each sample's loss. It is 0 in a padding batch.
+        masks: loss masks from alpha channels, [B, H, W], float32 in 0..1. None if no sample has one.
+        conditioning: conditioning images, [B, 3, H, W], float32 in -1..1. None if there are none.
+        aesthetic_scores: the scores that a refiner gets, [B], float32. None for other models.
+        inpaint_masks: the areas of `images` to inpaint, [B, H, W], float32 in 0..1. None for models
+            that don't inpaint, and where they are cached.
+        cached_inpaint_channels: cached inputs of an inpainting model: masks and raw latents of the
+            masked images, [B, 5, H/8, W/8].
+        inpaint_channels: the additional input channels of an inpainting model, [B, 5, H/8, W/8].
+            The training forward sets them.
         attributes: the custom attributes of each sample's subset.
     """
 
-    place: BatchPosition
+    position: BatchPosition
     paths: tuple[str, ...]
     captions: tuple[str, ...]
     images: Tensor | None
@@ -50,45 +55,51 @@ class Batch:
     masks: Tensor | None = None
     conditioning: Tensor | None = None
     aesthetic_scores: Tensor | None = None
-    paint: Tensor | None = None
-    raw_beside: Tensor | None = None
-    beside: Tensor | None = None
+    inpaint_masks: Tensor | None = None
+    cached_inpaint_channels: Tensor | None = None
+    inpaint_channels: Tensor | None = None
     attributes: tuple[Mapping[str, Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def parts(self, count: int) -> "list[Batch]":
-        """The batch in at most so many parts, each with its place: random draws and losses are those of the whole."""
-        size = -(-len(self) // count)
-        return [self._part(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+    def split(self, count: int) -> "list[Batch]":
+        """Return the batch in at most `count` slices.
 
-    def _part(self, start: int, end: int) -> "Batch":
-        cut: dict[str, Any] = {}
+        Their positions are those of their samples, so that random numbers and losses are those of
+        the complete batch.
+        """
+        size = -(-len(self) // count)
+        return [self._slice(start, start + size) for start in range(0, len(self), size)]
+
+    def _slice(self, start: int, end: int) -> "Batch":
+        first = self.position.first_sample_index + start
+        sliced: dict[str, Any] = {"position": self.position._replace(first_sample_index=first)}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, EncodedText):
-                cut[field.name] = EncodedText(*(part[start:end] for part in value))
-            elif isinstance(value, Tensor) or (isinstance(value, tuple) and field.name != "place"):
-                cut[field.name] = value[start:end]
-        return dataclasses.replace(
-            self, place=self.place._replace(first_sample_index=self.place.first_sample_index + start), **cut
-        )
+                sliced[field.name] = EncodedText(*(tensor[start:end] for tensor in value))
+            elif isinstance(value, Tensor | tuple) and not isinstance(value, BatchPosition):
+                sliced[field.name] = value[start:end]
+        return dataclasses.replace(self, **sliced)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on `device`."""
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return the batch with its tensors on `device`."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory, from which it is copied to a card while the card computes (DataLoader calls it)."""
-        return self._with(Tensor.pin_memory)
+        """Return the batch in page-locked memory, for asynchronous copies to a GPU.
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        changed: dict[str, Any] = {}
+        DataLoader calls it.
+        """
+        return self._map_tensors(Tensor.pin_memory)
+
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        mapped: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                changed[field.name] = change(value)
+                mapped[field.name] = function(value)
             elif isinstance(value, EncodedText):
-                changed[field.name] = EncodedText(*map(change, value))
-        return dataclasses.replace(self, **changed)
+                mapped[field.name] = EncodedText(*map(function, value))
+        return dataclasses.replace(self, **mapped)

@@ -1,8 +1,9 @@
-"""Order: which pictures form which micro-batch, when, and on which process.
+"""BatchSampler: which samples form which micro-batch, in which step, and on which process.
 
-An epoch is cut into rounds of (processes x accumulation) micro-batches, all of one bucket; a round is one optimizer step.
-Micro-batches left over form mixed rounds at random places, so no picture is dropped or repeated within an epoch. The order
-depends on the seed and that product alone: two processes see in a step what one with twice the accumulation sees.
+An epoch is divided into steps of (processes x accumulation) micro-batches, all of one bucket.
+Leftover micro-batches form mixed steps at random positions, so no image is dropped or repeated
+within an epoch. The order depends on the seed and on that product alone: a step on two processes
+has the same samples as a step on one process with twice the accumulation.
 """
 
 import random
@@ -12,16 +13,16 @@ from typing import NamedTuple
 
 
 class BatchPosition(NamedTuple):
-    """Where a micro-batch stands in the run; random draws are functions of it.
+    """The position of a micro-batch in the run. Random numbers are functions of it.
 
     Attributes:
-        epoch: counted from 0.
-        step: optimizer steps done before this one.
-        micro: number of this micro-batch in the epoch's global order.
-        first: number of its first picture in the epoch's global order.
-        window_samples: pictures in this optimizer step, over all processes.
-        closes_window: the optimizer steps after it.
-        is_idle: it is another process's batch, computed with weight 0 because there is nothing else to do.
+        epoch: index of the epoch.
+        step: number of optimizer steps before this one.
+        microbatch_index: index of the micro-batch in the epoch's global order.
+        first_sample_index: index of its first sample in the epoch's global order.
+        global_batch_size: number of samples in this optimizer step, over all processes.
+        is_last_microbatch: the optimizer steps after it.
+        is_padding: a dummy batch with loss weight 0, which keeps this process in step with others.
     """
 
     epoch: int
@@ -34,34 +35,40 @@ class BatchPosition(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """The work of one forward: sample numbers, and their place."""
+    """The samples of one forward, by index, and its position."""
 
-    place: BatchPosition
+    position: BatchPosition
     samples: tuple[int, ...]
 
 
 class BucketGroup(NamedTuple):
-    """Sample numbers that may share a batch (one bucket of one dataset), repeats included."""
+    """Indices of samples that may share a batch (one bucket of one dataset), with repeats."""
 
     samples: tuple[int, ...]
     batch_size: int
 
 
-StepBatches = tuple[tuple[int, ...], ...]
+Indices = tuple[int, ...]
+
+StepBatches = tuple[Indices, ...]
+"""The micro-batches of one optimizer step, over all processes."""
 
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """The order of a whole run.
+    """The order of samples in a run.
 
     Attributes:
-        per_process: micro-batches of a round on each process (gradient accumulation).
+        groups: all samples.
+        seed: the seed of the order.
+        world_size: number of processes.
+        accumulation_steps: micro-batches of a step on each process.
     """
 
     groups: tuple[BucketGroup, ...]
     seed: int
-    processes: int = 1
-    per_process: int = 1
+    world_size: int = 1
+    accumulation_steps: int = 1
 
     @property
     def batches_per_epoch(self) -> int:
@@ -69,57 +76,83 @@ class BatchSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.batches_per_epoch // self.round_size)
+        return -(-self.batches_per_epoch // self.batches_per_step)
 
     @property
-    def round_size(self) -> int:
-        return self.processes * self.per_process
+    def batches_per_step(self) -> int:
+        return self.world_size * self.accumulation_steps
 
-    def epoch(self, number: int) -> list[StepBatches]:
-        """The rounds of one epoch."""
-        draw = random.Random(f"{self.seed} order {number}")
-        rounds: list[StepBatches] = []
-        left_over: list[tuple[int, ...]] = []
+    def epoch(self, index: int) -> list[StepBatches]:
+        """Return the steps of one epoch."""
+        rng = random.Random(f"{self.seed} order {index}")
+        steps: list[StepBatches] = []
+        leftover: list[Indices] = []
         for group in self.groups:
             samples = list(group.samples)
-            draw.shuffle(samples)
-            batches = [tuple(samples[i : i + group.batch_size]) for i in range(0, len(samples), group.batch_size)]
-            whole = len(batches) // self.round_size * self.round_size
-            rounds += _cut(batches[:whole], self.round_size)
-            left_over += batches[whole:]
-        draw.shuffle(left_over)
-        rounds += _cut(left_over, self.round_size)
-        draw.shuffle(rounds)
-        return rounds
+            rng.shuffle(samples)
+            batches = []
+            for start in range(0, len(samples), group.batch_size):
+                batches.append(tuple(samples[start : start + group.batch_size]))
+            complete = len(batches) // self.batches_per_step * self.batches_per_step
+            steps += self._divide(batches[:complete])
+            leftover += batches[complete:]
+        rng.shuffle(leftover)
+        steps += self._divide(leftover)
+        rng.shuffle(steps)
+        return steps
+
+    def _divide(self, batches: list[Indices]) -> list[StepBatches]:
+        size = self.batches_per_step
+        return [tuple(batches[i : i + size]) for i in range(0, len(batches), size)]
 
     def from_step(self, step: int, rank: int) -> Iterator[MicroBatch]:
-        """The micro-batches of one process from an optimizer step on, without end."""
+        """Yield the micro-batches of one process from an optimizer step on, without end."""
         while True:
-            epoch, skipped = divmod(step, self.steps_per_epoch)
-            microbatch_index = first_sample_index = 0
-            for number, members in enumerate(self.epoch(epoch)):
-                if number >= skipped:
-                    yield from self._share(members, rank, epoch, step, microbatch_index, first_sample_index)
+            epoch, num_skipped = divmod(step, self.steps_per_epoch)
+            batch_index = sample_index = 0
+            for i, batches in enumerate(self.epoch(epoch)):
+                if i >= num_skipped:
+                    yield from self._of_rank(batches, rank, epoch, step, batch_index, sample_index)
                     step += 1
-                microbatch_index += len(members)
-                first_sample_index += sum(map(len, members))
+                batch_index += len(batches)
+                sample_index += _num_samples(batches)
 
-    def _share(
-        self, members: StepBatches, rank: int, epoch: int, step: int, microbatch_index: int, first_sample_index: int
+    def _of_rank(
+        self,
+        batches: StepBatches,
+        rank: int,
+        epoch: int,
+        step: int,
+        first_batch: int,
+        first_sample: int,
     ) -> Iterator[MicroBatch]:
-        """What one process computes of a round: every so many-th micro-batch."""
-        firsts = [first_sample_index + sum(map(len, members[:i])) for i in range(len(members))]
-        slots = -(-len(members) // self.processes)
-        for slot in range(slots):
-            i = slot * self.processes + rank
-            is_padding = i >= len(members)
-            i = len(members) - 1 if is_padding else i
-            window = sum(map(len, members))
-            yield MicroBatch(
-                BatchPosition(epoch, step, microbatch_index + i, firsts[i], window, slot == slots - 1, is_padding),
-                members[i],
+        """Yield the micro-batches of a step that one process computes.
+
+        Args:
+            batches: the micro-batches of all processes.
+            rank: the process.
+            epoch: the epoch of the step.
+            step: the index of the step.
+            first_batch: index of the step's first micro-batch in the epoch.
+            first_sample: index of the step's first sample in the epoch.
+        """
+        num_rounds = -(-len(batches) // self.world_size)
+        for i in range(num_rounds):
+            index = i * self.world_size + rank
+            is_padding = index >= len(batches)
+            if is_padding:
+                index = len(batches) - 1
+            position = BatchPosition(
+                epoch,
+                step,
+                first_batch + index,
+                first_sample + _num_samples(batches[:index]),
+                global_batch_size=_num_samples(batches),
+                is_last_microbatch=i == num_rounds - 1,
+                is_padding=is_padding,
             )
+            yield MicroBatch(position, batches[index])
 
 
-def _cut(batches: list[tuple[int, ...]], size: int) -> list[StepBatches]:
-    return [tuple(batches[i : i + size]) for i in range(0, len(batches), size)]
+def _num_samples(batches: StepBatches) -> int:
+    return sum(map(len, batches))

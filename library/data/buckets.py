@@ -1,37 +1,42 @@
-"""Buckets: which size each picture is trained at, and how it gets there. Pure: sizes in, sizes out, no pixels.
+"""Buckets: the size that each image is trained at, and how it is resized and cropped to it.
+
+Pure functions of sizes, without pixels.
 
 Source: contract, dataset_config.md sections 5 and 6; golden 01.
 """
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from library.data.options import BucketOptions
 from library.size import Size
 
 
 @dataclass(frozen=True)
-class BucketPlan:
-    """The bucket settings of one dataset, sizes in pixels. `min_side` and `max_side` are not used with no_upscale."""
+class BucketSettings(BucketOptions):
+    """The bucket settings of one dataset, with sides in pixels.
 
-    resolution: Size
-    enabled: bool
-    min_side: int
-    max_side: int
-    step: int
-    no_upscale: bool
+    Attributes:
+        resolution: the size without buckets; with buckets, their largest area.
+    """
+
+    resolution: Size = field(kw_only=True)
 
 
 class Fit(NamedTuple):
-    """How one picture gets into its bucket: resize to `resized`, then crop the middle `bucket`."""
+    """How an image gets into its bucket: it is resized to `resized`, and its center of size `bucket` cropped."""
 
     bucket: Size
     resized: Size
 
 
 class Crop(NamedTuple):
-    """The rectangle that size conditioning speaks of, in pixels of the bucket's scale; not the pixels that are cut off."""
+    """The rectangle that size conditioning describes, in pixels at the bucket's scale.
+
+    It isn't the pixels that are cut off.
+    """
 
     left: float
     top: float
@@ -40,7 +45,9 @@ class Crop(NamedTuple):
 
 
 def make_buckets(resolution: Size, min_side: int, max_side: int, step: int) -> list[Size]:
-    """All bucket sizes of at most the resolution's area, sides multiples of `step`, sorted by width.
+    """Return all bucket sizes of at most the resolution's area, sorted by width.
+
+    Sides are multiples of `step`.
 
     >>> make_buckets(Size(128, 128), 96, 192, 32)
     [Size(width=96, height=160), Size(width=128, height=128), Size(width=160, height=96)]
@@ -55,46 +62,67 @@ def make_buckets(resolution: Size, min_side: int, max_side: int, step: int) -> l
 
 
 class Buckets:
-    """The buckets of one plan, and the fit of a picture to them."""
+    """The buckets of a dataset.
 
-    def __init__(self, plan: BucketPlan):
-        self.plan = plan
-        self.sizes: list[Size] = []  # by width; with no_upscale a bucket is made for each picture
-        if not plan.enabled:
-            self.sizes = [plan.resolution]
-        elif not plan.no_upscale:
-            self.sizes = make_buckets(plan.resolution, plan.min_side, plan.max_side, plan.step)
-        # The first of each aspect ratio, by ratio: a scan fits every picture, and most sizes come but once.
-        first = {size.aspect: i for i, size in reversed(list(enumerate(self.sizes)))}
+    Attributes:
+        settings: the bucket settings.
+        sizes: the buckets by width. With bucket_no_upscale none, as each image makes its own.
+    """
+
+    def __init__(self, settings: BucketSettings):
+        self.settings = settings
+        self.sizes: list[Size] = []
+        if not settings.enable_bucket:
+            self.sizes = [settings.resolution]
+        elif not settings.bucket_no_upscale:
+            self.sizes = make_buckets(
+                settings.resolution,
+                settings.min_bucket_reso,
+                settings.max_bucket_reso,
+                settings.bucket_reso_steps,
+            )
+        # Index of the first bucket of each aspect ratio, by ratio. A scan fits every image, and
+        # most of their sizes are unique, so this must be fast.
+        first: dict[float, int] = {}
+        for i, size in enumerate(self.sizes):
+            first.setdefault(size.aspect, i)
         self._by_aspect = sorted(first.items())
-        self._set = frozenset(self.sizes)
         self._aspects = [aspect for aspect, _ in self._by_aspect]
+        self._set = frozenset(self.sizes)
 
     def fit(self, image: Size) -> Fit:
-        """The bucket of a picture of this size, and the resize that covers it."""
-        if self.sizes:
-            return cover(image, image if image in self._set else self._nearest(image.aspect))
-        return fit_without_upscaling(image, self.plan.resolution.area, self.plan.step)
+        """Return the bucket of an image of this size, and the resize that covers it."""
+        if not self.sizes:
+            area, step = self.settings.resolution.area, self.settings.bucket_reso_steps
+            return fit_without_upscaling(image, area, step)
+        return cover(image, image if image in self._set else self._nearest(image.aspect))
 
     def _nearest(self, aspect: float) -> Size:
-        """The bucket nearest in aspect ratio, the first of equals."""
-        at = bisect_left(self._aspects, aspect)
-        (below, i), (above, j) = self._by_aspect[max(0, at - 1)], self._by_aspect[min(at, len(self._aspects) - 1)]
-        return self.sizes[i if (aspect - below, i) <= (above - aspect, j) or above < aspect else j]
+        """Return the bucket nearest in aspect ratio, the first of equals."""
+        position = bisect_left(self._aspects, aspect)
+        below, i = self._by_aspect[max(0, position - 1)]
+        above, j = self._by_aspect[min(position, len(self._aspects) - 1)]
+        is_below_nearer = (aspect - below, i) <= (above - aspect, j)
+        return self.sizes[i if is_below_nearer or above < aspect else j]
 
 
 def cover(image: Size, bucket: Size) -> Fit:
-    """The smallest resize of a picture that covers the bucket.
+    """Return the smallest resize of an image that covers the bucket.
 
     >>> cover(Size(1920, 1080), Size(1344, 768))
     Fit(bucket=Size(width=1344, height=768), resized=Size(width=1365, height=768))
     """
-    scale = bucket.height / image.height if image.aspect > bucket.aspect else bucket.width / image.width
+    is_wider = image.aspect > bucket.aspect
+    scale = bucket.height / image.height if is_wider else bucket.width / image.width
     return Fit(bucket, Size(_rounded(image.width * scale), _rounded(image.height * scale)))
 
 
 def fit_without_upscaling(image: Size, area: int, step: int) -> Fit:
-    """A bucket of the picture's own: at most `area` pixels, sides multiples of `step`, never larger than the picture."""
+    """Return a bucket for this image alone.
+
+    It has at most `area` pixels, sides that are multiples of `step`, and is never larger than the
+    image. A side is 0 if the image is thinner than a step.
+    """
     resized = image
     if image.area > area:
         aspect = image.aspect
@@ -120,7 +148,10 @@ def _rounded(x: float) -> int:
 
 
 def crop_for_conditioning(original: Size, bucket: Size) -> Crop:
-    """The picture fitted inside its bucket: what the model is told of the crop. Not truncated."""
+    """Return the rectangle of the image fitted inside its bucket, which conditions the model.
+
+    The sides aren't rounded.
+    """
     if bucket.aspect > original.aspect:
         width, height = bucket.height * original.aspect, float(bucket.height)
     else:

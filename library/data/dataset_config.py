@@ -1,378 +1,416 @@
-"""The dataset definition: --dataset_config, or the folders and metadata that the command line names, to DatasetPlans.
+"""The datasets of a run, from --dataset_config or from the folders and metadata of the command line.
 
-A value is looked up in the subset's table, the dataset's, [general], on the command line, and last is the default; so the
-file wins over the command line. Every mistake in the file is told together, with the table it stands in. Torch-free.
-Source: contract, dataset_config.md sections 1 and 2.
+A value is looked up in the subset's table, the dataset's, [general], on the command line, and last
+in the defaults, so the dataset file wins over the command line. All mistakes are reported together.
+Torch-free. Source: contract, dataset_config.md sections 1 and 2.
 """
 
 import dataclasses
-import json
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from library.data.buckets import BucketPlan
+from library.data.buckets import BucketSettings
 from library.data.captions import CaptionSettings
-from library.data.class_folders import implied_tables
-from library.data.dataset_keys import ALLOWED, FOLDER_KEYS, LEVELS, SPECS, default_of
-from library.data.options import CacheOptions, DatasetOptions, parse_range, parse_resolution
+from library.data.class_folders import command_line_dataset
+from library.data.dataset_file import (
+    KEYS,
+    DatasetTable,
+    Problems,
+    SubsetTable,
+    read_dataset_file,
+)
+from library.data.options import (
+    BucketOptions,
+    CacheOptions,
+    CaptionKeys,
+    DatasetOptions,
+    PixelKeys,
+    PixelOptions,
+    parse_range,
+    parse_resolution,
+)
 from library.data.samples import PRESERVE_OUTPUT, DatasetConfig, PixelSettings, Subset
 from library.errors import Mistake, OptionError
-from library.option_types import UNSET, did_you_mean, read_value
 from library.options import Options
 from library.size import Size
 
-# Command-line options that stand for a key of another name.
-_COMMAND_LINE_NAMES = {"batch_size": "train_batch_size"}
-# Keys in which empty text says something: class_tokens = "" that pictures have no caption.
-_MAY_BE_EMPTY = ("class_tokens", "keep_tokens_separator", "secondary_separator", "caption_prefix", "caption_suffix")
-_NOT_CROPPED_ALONG = "can't be used with conditioning_data_dir, whose pictures are not cropped along"
-# Options that --dataset_config takes the place of.
-_IMPLIED = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+_NOT_CROPPED = (
+    "can't be used with conditioning_data_dir, whose images are not cropped in the same way"
+)
+# Options that --dataset_config replaces.
+_REPLACED = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
 
 
 ConditioningKind = Literal["masks", "conditions", "unused"]
-"""What the images of conditioning_data_dir are: of the loss, of what is drawn (then each picture needs one), or nothing here."""
+"""What the images of conditioning_data_dir are: masks of the loss, conditions of the generated
+images (then each image needs one), or nothing that the run uses."""
+
+
+class DatasetDefinition:
+    """The dataset definition of a run, parsed once, when the options are checked.
+
+    Attributes:
+        conditioning_kind: what the images of conditioning_data_dir are.
+        configs: the datasets, once `check` has been called.
+        notices: what the user should know about them.
+    """
+
+    def __init__(self, conditioning_kind: ConditioningKind = "masks"):
+        self.conditioning_kind = conditioning_kind
+        self.configs: list[DatasetConfig] = []
+        self.notices: list[str] = []
+
+    def check(self, options: Options) -> Iterator[Mistake]:
+        """Parse the definition, and yield the mistakes in it and what caches can't hold."""
+        try:
+            self.configs, self.notices = read_datasets(options, self.conditioning_kind)
+        except OptionError as error:
+            yield from error.mistakes
+            return
+        yield from _check_caches(self.configs, options[CacheOptions])
 
 
 def read_datasets(
-    options: Options, conditioning: ConditioningKind = "masks", *, uses_masks: bool = True
+    options: Options, conditioning: ConditioningKind = "masks"
 ) -> tuple[list[DatasetConfig], list[str]]:
-    """The datasets of a run, and what the user should know of them. Raises OptionError with every mistake in them.
+    """Return the datasets of a run, and what the user should know about them.
 
-    Args: uses_masks: masks in conditioning_data_dir have a use in the run: for its loss, or for an inpainting model.
+    Raises:
+        OptionError: with all mistakes in the definition.
     """
-    chosen = options[DatasetOptions]
-    if chosen.dataset_config is not None:
-        name, tables, notices = str(chosen.dataset_config), _read_file(chosen.dataset_config), []
-        if unused := [f"--{option}" for option in _IMPLIED if getattr(chosen, option) is not None]:
-            notices = [f"{' and '.join(unused)} not used, as --dataset_config is given"]
+    data = options[DatasetOptions]
+    general: Mapping[str, Any] = {}
+    if data.dataset_config is not None:
+        problems = Problems(str(data.dataset_config))
+        general, tables = read_dataset_file(data.dataset_config, problems)
+        unused = [f"--{option}" for option in _REPLACED if getattr(data, option) is not None]
+        if unused:
+            names = " and ".join(unused)
+            problems.notices.append(f"{names} not used, as --dataset_config is given")
     else:
-        tables, notices = implied_tables(chosen)
-        name = f"--in_json {chosen.in_json}" if chosen.in_json else f"--train_data_dir {chosen.train_data_dir}"
-    definition = _Definition(name, tables, options, conditioning, uses_masks=uses_masks)
-    definition.notices += notices
-    return definition.plans(), definition.notices
+        table, notices = command_line_dataset(data, alpha_mask=options[PixelOptions].alpha_mask)
+        source = f"--train_data_dir {data.train_data_dir}"
+        if data.in_json is not None:
+            source = f"--in_json {data.in_json}"
+        problems, tables = Problems(source, notices=notices), [table]
+    builder = _Builder(
+        problems,
+        general,
+        conditioning,
+        command_line=_command_line_values(options),
+        caches_latents=options[CacheOptions].latents,
+        is_extension_given=options.given("caption_extension") or options.given("caption_extention"),
+    )
+    configs = [builder.dataset(table) for table in tables]
+    if problems.mistakes:
+        raise OptionError(*problems.mistakes)
+    return [config for config in configs if config is not None], problems.notices
 
 
-def check_conditioned_datasets(options: Options) -> Iterator[Mistake]:
-    """As check_datasets, where each picture comes with its condition."""
-    return check_datasets(options, "conditions")
+def _command_line_values(options: Options) -> dict[str, Any]:
+    """Return the values of options by name, with the types of the dataset file's keys."""
+    values = dict(options.items())
+    if values["caption_extention"]:
+        values["caption_extension"] = values["caption_extention"]
+    if values["face_crop_aug_range"]:
+        values["face_crop_aug_range"] = parse_range(values["face_crop_aug_range"])
+    return values
 
 
-def check_datasets(options: Options, conditioning: ConditioningKind = "masks") -> Iterator[Mistake]:
-    """The mistakes in the datasets' definition, and what can't be encoded once and for all."""
-    try:
-        plans, _ = read_datasets(options, conditioning)
-    except OptionError as error:
-        yield from error.mistakes
-        return
-    cache = options[CacheOptions]
-    for subset in (subset for plan in plans for subset in plan.subsets):
-        if cache.text:
-            yield from _against_text_cache(subset, variants=cache.text_cache_variants)
-        if cache.latents:
-            for name in subset.pixels.random_parts():
+def check_masks_are_used(configs: Iterable[DatasetConfig]) -> None:
+    """Raise OptionError if a subset has masks, for runs that don't use them."""
+    mistakes = []
+    for config in configs:
+        for subset in config.subsets:
+            if subset.conditioning_data_dir is not None and subset.conditioning_is_mask:
                 text = (
-                    f"{name} changes pixels from step to step, which --cache_latents rules out; leave one of them out"
+                    f"{subset.source}: conditioning_data_dir {subset.conditioning_data_dir} "
+                    "contains masks, which only inpainting models use; give --masked_loss to use "
+                    "them, or leave it out"
                 )
-                yield Mistake(f"{subset.source}: {text}", (name,))
+                mistakes.append(Mistake(text, ("conditioning_data_dir",)))
+    if mistakes:
+        raise OptionError(*mistakes)
+
+
+def _check_caches(configs: Iterable[DatasetConfig], cache: CacheOptions) -> Iterator[Mistake]:
+    """Yield the settings that vary from step to step, so that caches can't hold their results."""
+    for config in configs:
+        for subset in config.subsets:
+            if cache.text:
+                yield from _check_text_cache(subset, variants=cache.text_cache_variants)
+            if cache.latents:
+                yield from _check_latent_cache(subset)
     if cache.text_cache_variants and not cache.text:
-        text = "--text_cache_variants: there is no cache of text-encoder outputs; give --cache_text_encoder_outputs too"
-        yield Mistake(text, ("text_cache_variants", "cache_text_encoder_outputs"))
+        yield Mistake(
+            "--text_cache_variants: text encoder outputs are not cached; give "
+            "--cache_text_encoder_outputs too",
+            ("text_cache_variants", "cache_text_encoder_outputs"),
+        )
 
 
-def _against_text_cache(subset: Subset, *, variants: int | None) -> Iterator[Mistake]:
-    for name in subset.captions.random_parts():
+def _check_latent_cache(subset: Subset) -> Iterator[Mistake]:
+    for name in subset.pixels.random_settings():
+        text = f"{name} changes pixels from step to step, which --cache_latents rules out"
+        yield Mistake(f"{subset.source}: {text}; leave one of them out", (name,))
+
+
+def _check_text_cache(subset: Subset, *, variants: int | None) -> Iterator[Mistake]:
+    for name in subset.captions.random_settings():
+        rules_out = "which --cache_text_encoder_outputs rules out; leave one of them out"
         if name == "token_warmup_step":
-            text = f"{name} changes captions by the step, which --cache_text_encoder_outputs rules out; leave one of them out"
-            yield Mistake(f"{subset.source}: {text}", (name,))
+            text = f"{name} changes captions by the step, {rules_out}"
         elif variants is None:
             text = (
-                f"{name} changes captions from step to step, which --cache_text_encoder_outputs rules out; leave one of them "
-                "out, or give --text_cache_variants 8 to cache so many drawn captions of each picture"
+                f"{name} changes captions from step to step, {rules_out}, or give "
+                "--text_cache_variants 8 to cache 8 random variants of each caption"
             )
-            yield Mistake(f"{subset.source}: {text}", (name,))
-
-
-def _read_file(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        match path.suffix.lower():
-            case ".toml":
-                return tomllib.loads(text)
-            case ".json":
-                return json.loads(text)
-    except FileNotFoundError:
-        raise OptionError(f"--dataset_config {path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise OptionError(f"--dataset_config {path}: can't be read: {error}") from None
-    raise OptionError(f"--dataset_config {path}: expected a .toml or .json file")
-
-
-def _missing(folder: Path) -> str:
-    return "is a file; a folder is needed" if folder.exists() else "no such folder"
+        else:
+            continue
+        yield Mistake(f"{subset.source}: {text}", (name,))
 
 
 Tables = tuple[Mapping[str, Any], ...]
 
 
-class _Definition:
-    """One definition being read: its tables, and the mistakes found in them."""
+class _Builder:
+    """Makes the datasets from the values that are given for them, and collects the mistakes."""
 
-    def __init__(self, name: str, tables: Any, options: Options, conditioning: ConditioningKind, *, uses_masks: bool):
-        self.name = name
-        self.tables = tables
-        self.mistakes: list[Mistake] = []
-        self.notices: list[str] = []
-        self.command_line = dict(options.items())
+    def __init__(
+        self,
+        problems: Problems,
+        general: Mapping[str, Any],
+        conditioning: ConditioningKind,
+        *,
+        command_line: Mapping[str, Any],
+        caches_latents: bool,
+        is_extension_given: bool,
+    ):
+        self.problems = problems
+        self.general = general
         self.conditioning = conditioning
-        self.uses_masks = uses_masks
-        self.caches_latents = options[CacheOptions].latents
-        self.extension_given = options.given("caption_extension") or options.given("caption_extention")
-        if self.command_line["caption_extention"]:
-            self.command_line["caption_extension"] = self.command_line["caption_extention"]
-        if self.command_line["face_crop_aug_range"]:
-            self.command_line["face_crop_aug_range"] = parse_range(self.command_line["face_crop_aug_range"])
+        self.command_line = command_line
+        self.caches_latents = caches_latents
+        self.is_extension_given = is_extension_given
 
-    def plans(self) -> list[DatasetConfig]:
-        tables = self.tables if isinstance(self.tables, dict) else {}
-        for key in tables.keys() - {"general", "datasets"}:
-            self._mistake("top level", f"{key!r} is unknown{did_you_mean(key, ('general', 'datasets'))}")
-        general = self._read("general", "[general]", tables.get("general", {}))
-        datasets = self._list(tables.get("datasets", []), "datasets")
-        if not datasets:
-            self._mistake("top level", "it defines no [[datasets]]")
-        plans = [self._dataset(general, table, number) for number, table in enumerate(datasets, 1)]
-        if self.mistakes:
-            raise OptionError(*self.mistakes)
-        return [plan for plan in plans if plan is not None]
-
-    def _dataset(self, general: Mapping[str, Any], table: dict, number: int) -> DatasetConfig | None:
-        where = f"[[datasets]] {number}"
-        subset_tables = self._list(table.get("subsets", []), f"{where}: subsets")
-        own = self._read("dataset", where, {key: value for key, value in table.items() if key != "subsets"})
-        if not subset_tables:
-            self._mistake(where, "it has no [[datasets.subsets]]")
-        has_metadata = self._kind(where, subset_tables)
-        if has_metadata:
-            self._refuse_folder_keys(where, own)
-        subsets = [
-            self._subset((own, general), subset, f"{where}, subset {i}", in_metadata=has_metadata)
-            for i, subset in enumerate(subset_tables, 1)
-        ]
-        buckets = self._buckets(where, (own, general))
-        kept = tuple(self._without_duplicates([subset for subset in subsets if subset is not None]))
+    def dataset(self, table: DatasetTable) -> DatasetConfig | None:
+        """Return the dataset; None if it can't be made."""
+        where, tables = table.where, (table.values, self.general)
+        subsets = []
+        for subset_table in table.subsets:
+            subset = self._subset(subset_table, tables)
+            if subset is not None:
+                subsets.append(subset)
+        buckets = self._buckets(where, tables)
+        subsets = self._without_duplicates(subsets)
         if buckets is None:
             return None
-        if buckets.enabled and any(subset.pixels.face_crop_aug_range for subset in kept):
-            self.notices.append(f"{self.name}, {where}: face_crop_aug_range is not used with enable_bucket")
-            kept = tuple(_without_face_crops(subset) for subset in kept)
-        if any(subset.conditioning_data_dir and subset.pixels.face_crop_aug_range for subset in kept):
-            self._mistake(where, f"face_crop_aug_range {_NOT_CROPPED_ALONG}")
-        if self._value("network_multiplier", (own, general)) != 1.0:
-            self.notices.append(f"{self.name}, {where}: network_multiplier changes nothing in SDXL training")
+        if buckets.enable_bucket and any(subset.pixels.face_crop_aug_range for subset in subsets):
+            self.problems.notice(where, "face_crop_aug_range is not used with enable_bucket")
+            subsets = [_without_face_crops(subset) for subset in subsets]
+        for subset in subsets:
+            if subset.conditioning_data_dir and subset.pixels.face_crop_aug_range:
+                self.problems.mistake(where, f"face_crop_aug_range {_NOT_CROPPED}")
+                break
+        if self._value("network_multiplier", tables) != 1.0:
+            self.problems.notice(where, "network_multiplier changes nothing in SDXL training")
         return DatasetConfig(
-            self._value("batch_size", (own, general)),
+            self._value("batch_size", tables),
             buckets,
-            kept,
-            validation_split=self._value("validation_split", (own, general)),
-            validation_seed=self._value("validation_seed", (own, general)),
+            tuple(subsets),
+            validation_split=self._value("validation_split", tables),
+            validation_seed=self._value("validation_seed", tables),
         )
 
-    def _kind(self, where: str, subsets: list[dict]) -> bool:
-        """Whether the dataset's captions come from metadata; a dataset can't mix."""
-        with_metadata = sum("metadata_file" in subset for subset in subsets)
-        if 0 < with_metadata < len(subsets):
-            self._mistake(where, "some subsets have metadata_file and some haven't; put them into two [[datasets]]")
-        return with_metadata > 0
+    # ------------------------------------------------------------------------------------- buckets
 
-    def _buckets(self, where: str, tables: Tables) -> BucketPlan | None:
+    def _buckets(self, where: str, tables: Tables) -> BucketSettings | None:
         resolution = self._value("resolution", tables)
         size = parse_resolution(resolution) if isinstance(resolution, str) else None
-        if isinstance(resolution, tuple):
-            size = Size(resolution[0], resolution[-1]) if len(resolution) <= 2 else None
-        step, smallest, largest = (
-            self._value(key, tables) for key in ("bucket_reso_steps", "min_bucket_reso", "max_bucket_reso")
-        )
-        plan_enabled, no_upscale = self._value("enable_bucket", tables), self._value("bucket_no_upscale", tables)
+        if isinstance(resolution, tuple) and len(resolution) <= 2:
+            size = Size(resolution[0], resolution[-1])
         if size is None:
-            if resolution is None or isinstance(resolution, tuple):
-                self._mistake(
+            # A wrong text is a mistake of the option's own.
+            if not isinstance(resolution, str):
+                self.problems.mistake(
                     where,
                     "resolution is missing: give it here or as --resolution, as 1024 or [832, 1216]",
                     about=("resolution",),
                 )
             return None
-        if plan_enabled and step % 32:
-            self._mistake(where, f"bucket_reso_steps {step}: SDXL needs a multiple of 32")
-            return None
-        if plan_enabled:
-            if smallest > largest:
-                self._mistake(where, f"min_bucket_reso {smallest} is above max_bucket_reso {largest}")
-                return None
-            smallest, largest = max(smallest // step, 1) * step, -(-largest // step) * step
-            if min(size) < smallest and not no_upscale:
-                self._mistake(where, f"min_bucket_reso {smallest} is above the resolution's shorter side {min(size)}")
-            if max(size) > largest:
-                self._mistake(
-                    where,
-                    f"max_bucket_reso {largest} is below the resolution's longer side {max(size)}; raise it, say to {max(size) * 2}",
-                )
-        elif size.width % (side := 32 if self.conditioning == "conditions" else 8) or size.height % side:
-            self._mistake(where, f"resolution {size}: without buckets both sides must be multiples of {side}")
-        return BucketPlan(size, plan_enabled, smallest, largest, step, no_upscale)
+        values = self._values(BucketOptions, tables)
+        settings = BucketSettings(**values, resolution=size)
+        if settings.enable_bucket:
+            return self._rounded_buckets(where, settings)
+        side = 32 if self.conditioning == "conditions" else 8
+        if size.width % side or size.height % side:
+            text = f"resolution {size}: without buckets both sides must be multiples of {side}"
+            self.problems.mistake(where, text)
+        return settings
 
-    def _subset(self, defaults: Tables, table: dict, where: str, *, in_metadata: bool) -> Subset | None:
-        own = self._read("subset", where, table)
-        if in_metadata:
-            self._refuse_folder_keys(where, own)
-        tables = (own, *defaults)
+    def _rounded_buckets(self, where: str, settings: BucketSettings) -> BucketSettings | None:
+        """Return the settings with shortest and longest sides that are multiples of the step."""
+        size, step = settings.resolution, settings.bucket_reso_steps
+        smallest, largest = settings.min_bucket_reso, settings.max_bucket_reso
+        if step % 32:
+            text = f"bucket_reso_steps {step}: SDXL needs a multiple of 32"
+            self.problems.mistake(where, text)
+            return None
+        if smallest > largest:
+            text = f"min_bucket_reso {smallest} is above max_bucket_reso {largest}"
+            self.problems.mistake(where, text)
+            return None
+        smallest, largest = max(smallest // step, 1) * step, -(-largest // step) * step
+        if min(size) < smallest and not settings.bucket_no_upscale:
+            text = f"min_bucket_reso {smallest} is above the resolution's shorter side {min(size)}"
+            self.problems.mistake(where, text)
+        if max(size) > largest:
+            text = f"max_bucket_reso {largest} is below the resolution's longer side {max(size)}"
+            self.problems.mistake(where, f"{text}; raise it, for example to {max(size) * 2}")
+        return dataclasses.replace(settings, min_bucket_reso=smallest, max_bucket_reso=largest)
+
+    # ------------------------------------------------------------------------------------- subsets
+
+    def _subset(self, table: SubsetTable, dataset_tables: Tables) -> Subset | None:
+        where, own = table.where, table.values
+        tables = (own, *dataset_tables)
         folder, metadata = own.get("image_dir"), own.get("metadata_file")
-        if not self._sources_exist(own, where, in_metadata=in_metadata):
+        if not self._sources_exist(table):
             return None
-        repeats = self._repeats(tables, in_metadata=in_metadata)
+        repeats = self._repeats(tables)
         if repeats < 1:
-            self.notices.append(f"{self.name}, {where}: num_repeats is {repeats}, so {metadata or folder} is not used")
+            text = f"num_repeats is {repeats}, so {metadata or folder} is not used"
+            self.problems.notice(where, text)
             return None
-        captions = {
-            field.name: self._value(field.name, tables)
-            for field in dataclasses.fields(CaptionSettings)
-            if field.name in SPECS
-        }
+        captions = self._values(CaptionKeys, tables)
         captions["keep_tokens_separator"] = captions["keep_tokens_separator"] or None
-        extension = self._value("caption_extension", tables)
-        pixels = self._pixels(tables, where)
+        pixels = self._pixels(table, tables)
         if own.get("conditioning_data_dir") and pixels.random_crop:
-            self._mistake(where, f"random_crop {_NOT_CROPPED_ALONG}")
+            self.problems.mistake(where, f"random_crop {_NOT_CROPPED}")
         attributes = self._value("custom_attributes", tables) or {}
-        if idle := sorted(set(attributes) - {PRESERVE_OUTPUT}):
-            self.notices.append(f"{self.name}, {where}: custom_attributes {', '.join(idle)} change nothing in training")
+        unused = sorted(attributes.keys() - {PRESERVE_OUTPUT})
+        if unused:
+            names = ", ".join(unused)
+            self.problems.notice(where, f"custom_attributes {names} change nothing in training")
+        extension = self._value("caption_extension", tables)
         return Subset(
             image_dir=folder,
             num_repeats=repeats,
             captions=CaptionSettings(**captions),
             pixels=pixels,
             caption_extension=extension if extension.startswith(".") else f".{extension}",
-            extension_was_chosen=self.extension_given or any("caption_extension" in table for table in tables),
-            class_tokens=None if in_metadata else self._value("class_tokens", tables),
+            is_extension_given=self.is_extension_given
+            or any("caption_extension" in values for values in tables),
+            class_tokens=self._value("class_tokens", tables) if metadata is None else None,
             metadata_file=metadata,
             conditioning_data_dir=own.get("conditioning_data_dir"),
             conditioning_is_mask=self.conditioning != "conditions",
             is_reg=own.get("is_reg", False),
             recursive=self._value("recursive", tables),
-            cache_info=not in_metadata and self._value("cache_info", tables),
+            cache_info=metadata is None and self._value("cache_info", tables),
             custom_attributes=attributes,
         )
 
-    def _sources_exist(self, own: Mapping[str, Any], where: str, *, in_metadata: bool) -> bool:
-        """Whether the folders and files that the subset names are there; mistakes otherwise."""
-        before = len(self.mistakes)
-        folder, metadata, conditioning = (
-            own.get(key) for key in ("image_dir", "metadata_file", "conditioning_data_dir")
-        )
-        if folder is None and not in_metadata:
-            self._mistake(where, "image_dir is missing")
+    def _sources_exist(self, table: SubsetTable) -> bool:
+        """Return whether the files and folders of a subset exist and go together."""
+        num_mistakes = len(self.problems.mistakes)
+        own, mistake = table.values, self.problems.mistake
+        folder, metadata = own.get("image_dir"), own.get("metadata_file")
+        if folder is None and metadata is None:
+            mistake(table.where, "image_dir is missing")
         if folder is not None and not folder.is_dir():
-            self._mistake(where, f"image_dir {folder}: {_missing(folder)}")
+            mistake(table.where, f"image_dir {folder}: {_not_a_folder(folder)}")
         if metadata is not None and not metadata.is_file():
-            self._mistake(where, f"metadata_file {metadata}: no such file")
-        if in_metadata and own.get("is_reg"):
-            self._mistake(where, "is_reg is for folders, not for metadata_file")
-        if conditioning is None and self.conditioning == "conditions":
-            what = (
-                "it is for folders, not for metadata_file"
-                if in_metadata
-                else "a condition for each picture, of its name"
-            )
-            self._mistake(where, f"conditioning_data_dir is missing: {what}", ("conditioning_data_dir",))
-        if conditioning is not None:
-            if self.conditioning == "masks" and not self.uses_masks:
-                self._mistake(
-                    where,
-                    "conditioning_data_dir holds masks here, which only inpainting models see; give --masked_loss to use them, or leave it out",
-                )
-            if not conditioning.is_dir():
-                self._mistake(where, f"conditioning_data_dir {conditioning}: {_missing(conditioning)}")
-            if in_metadata:
-                self._mistake(where, "conditioning_data_dir is for folders, not for metadata_file")
-            if own.get("alpha_mask") and self.conditioning == "masks":
-                self._mistake(where, "alpha_mask and conditioning_data_dir both give masks; leave one of them out")
-        return len(self.mistakes) == before
+            mistake(table.where, f"metadata_file {metadata}: no such file")
+        if metadata is not None and own.get("is_reg"):
+            mistake(table.where, "is_reg is for folders and can't be used with metadata_file")
+        self._check_conditioning(table)
+        return len(self.problems.mistakes) == num_mistakes
 
-    def _repeats(self, tables: Tables, *, in_metadata: bool) -> int:
-        if in_metadata and not any("num_repeats" in table for table in tables):
+    def _check_conditioning(self, table: SubsetTable) -> None:
+        own, mistake = table.values, self.problems.mistake
+        folder, has_metadata = own.get("conditioning_data_dir"), "metadata_file" in own
+        if folder is None:
+            if self.conditioning == "conditions":
+                reason = "each image needs a condition of the same name"
+                if has_metadata:
+                    reason = "it is for folders and can't be used with metadata_file"
+                text = f"conditioning_data_dir is missing: {reason}"
+                mistake(table.where, text, ("conditioning_data_dir",))
+            return
+        if not folder.is_dir():
+            mistake(table.where, f"conditioning_data_dir {folder}: {_not_a_folder(folder)}")
+        if has_metadata:
+            text = "conditioning_data_dir is for folders and can't be used with metadata_file"
+            mistake(table.where, text)
+        if own.get("alpha_mask") and self.conditioning == "masks":
+            text = "alpha_mask and conditioning_data_dir both give masks; leave one of them out"
+            mistake(table.where, text)
+
+    def _repeats(self, tables: Tables) -> int:
+        is_given = any("num_repeats" in values for values in tables)
+        if "metadata_file" in tables[0] and not is_given:
             return self.command_line["dataset_repeats"]
         return self._value("num_repeats", tables)
 
-    def _pixels(self, tables: Tables, where: str) -> PixelSettings:
-        values = {field.name: self._value(field.name, tables) for field in dataclasses.fields(PixelSettings)}
-        own = tables[0]
-        gives_masks = self.conditioning == "masks" and own.get("conditioning_data_dir")
-        values["alpha_mask"] = own.get("alpha_mask", self.command_line["alpha_mask"]) and not gives_masks
-        range_ = values["face_crop_aug_range"]
-        if range_ is not None and not (len(range_) == 2 and range_[0] <= range_[1]):
-            self._mistake(where, f"face_crop_aug_range {list(range_)}: expected two numbers, [smallest, largest]")
-        elif range_ is not None and self.caches_latents:
-            self.notices.append(f"{self.name}, {where}: face_crop_aug_range is not used with --cache_latents")
-            values["face_crop_aug_range"] = None
-        return PixelSettings(**values)
+    def _pixels(self, table: SubsetTable, tables: Tables) -> PixelSettings:
+        values = self._values(PixelKeys, tables)
+        if self.conditioning == "masks" and table.values.get("conditioning_data_dir"):
+            values["alpha_mask"] = False
+        face_range = self._value("face_crop_aug_range", tables)
+        if face_range is not None:
+            if len(face_range) != 2 or face_range[0] > face_range[1]:
+                text = f"face_crop_aug_range {list(face_range)}: expected two numbers, [smallest, largest]"
+                self.problems.mistake(table.where, text)
+            elif self.caches_latents:
+                text = "face_crop_aug_range is not used with --cache_latents"
+                self.problems.notice(table.where, text)
+                face_range = None
+        return PixelSettings(**values, face_crop_aug_range=face_range)
 
-    def _without_duplicates(self, subsets: list[Subset]) -> Iterator[Subset]:
-        seen = set()
+    def _without_duplicates(self, subsets: Iterable[Subset]) -> list[Subset]:
+        seen, kept = set(), []
         for subset in subsets:
             key = (subset.source.resolve(), subset.conditioning_data_dir)
             if key in seen:
-                self.notices.append(f"{self.name}: {subset.source} is there twice in one dataset; the first is used")
+                self.problems.notice(
+                    "", f"{subset.source} is there twice in one dataset; the first is used"
+                )
             else:
-                yield subset
+                kept.append(subset)
             seen.add(key)
+        return kept
 
-    def _value(self, key: str, tables: Tables) -> Any:
-        for table in tables:
-            if key in table:
-                return table[key]
-        return self.command_line.get(_COMMAND_LINE_NAMES.get(key, key), default_of(key))
+    # -------------------------------------------------------------------------------------- values
 
-    def _read(self, level: str, where: str, table: Any) -> dict[str, Any]:
-        """The checked values of one table."""
-        if not isinstance(table, dict):
-            self._mistake(where, f"expected a table, got {table!r}")
-            return {}
-        values = {}
-        for key, raw in table.items():
-            if key not in SPECS:
-                self._mistake(where, f"{key!r} is unknown{did_you_mean(key, SPECS)}")
-            elif level not in ALLOWED[key]:
-                places = " or ".join(LEVELS[allowed] for allowed in ALLOWED[key])
-                self._mistake(where, f"{key!r} belongs in {places}")
-            else:
-                try:
-                    value = "" if raw == "" and key in _MAY_BE_EMPTY else read_value(raw, SPECS[key])
-                except ValueError as error:
-                    self._mistake(where, f"{key}: {error}, got {raw!r}")
-                    continue
-                if value is not UNSET:
-                    values[key] = value
-        return values
+    def _values(self, group: type, tables: Tables) -> dict[str, Any]:
+        """Return the values of all settings that a group of options declares."""
+        return {field.name: self._value(field.name, tables) for field in dataclasses.fields(group)}
 
-    def _refuse_folder_keys(self, where: str, table: Mapping[str, Any]) -> None:
-        for key in FOLDER_KEYS:
-            if key in table:
-                self._mistake(where, f"{key!r} is for folders of pictures, not for metadata_file")
+    def _value(self, name: str, tables: Tables) -> Any:
+        for values in tables:
+            if name in values:
+                return values[name]
+        key = KEYS[name]
+        return self.command_line.get(key.option, key.spec.default)
 
-    def _list(self, value: Any, where: str) -> list[dict]:
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            self._mistake(
-                where, "expected a list of tables: write [[datasets]] and [[datasets.subsets]] with double brackets"
-            )
-            return []
-        return value
 
-    def _mistake(self, where: str, text: str, about: tuple[str, ...] = ()) -> None:
-        self.mistakes.append(Mistake(f"{self.name}, {where}: {text}", about))
+def _not_a_folder(path: Path) -> str:
+    return "is a file; a folder is needed" if path.exists() else "no such folder"
 
 
 def _without_face_crops(subset: Subset) -> Subset:
-    return dataclasses.replace(subset, pixels=dataclasses.replace(subset.pixels, face_crop_aug_range=None))
+    return dataclasses.replace(
+        subset, pixels=dataclasses.replace(subset.pixels, face_crop_aug_range=None)
+    )
+
+
+def check_datasets(options: Options, conditioning: ConditioningKind = "masks") -> Iterator[Mistake]:
+    """Yield the mistakes in the dataset definition, and what caches can't hold."""
+    return DatasetDefinition(conditioning).check(options)
+
+
+def check_conditioned_datasets(options: Options) -> Iterator[Mistake]:
+    """Do the same as `check_datasets` where each image comes with its condition."""
+    return check_datasets(options, "conditions")

@@ -1,7 +1,7 @@
-"""Inpainting masks: drawn where pictures have none of their own.
+"""Random inpainting masks for images that have no mask.
 
-Source: the card of stable-diffusion-inpainting (runwayml, 2022): synthetic masks, and in a quarter of the samples everything
-is masked.
+Source: the model card of stable-diffusion-inpainting (runwayml, 2022): synthetic masks, and in a
+quarter of the samples everything is masked.
 """
 
 import torch
@@ -9,27 +9,33 @@ from torch import Tensor
 
 from library.rng import SampleRng
 
-_EVERYTHING = 0.25  # share of the pictures that are to be painted whole
-_MOST_BOXES = 4
-_SMALLEST, _LARGEST = 0.1, 0.7  # sides of a box, as shares of the picture's
+_EVERYTHING = 0.25  # fraction of the samples in which everything is masked
+_MAX_BOXES = 4
+_SMALLEST, _LARGEST = 0.1, 0.7  # sides of a box, as fractions of the image's sides
+_NUMBERS_PER_BOX = 5
 
 
-def draw_masks(rng: SampleRng, height: int, width: int) -> Tensor:
-    """A mask for each sample, on the CPU: [B, H, W], 0 or 1, float32. Everything, or one to four boxes, is 1."""
-    chances = rng.uniform("mask", (1 + 5 * _MOST_BOXES,))
-    masks = torch.zeros(len(chances), height, width)
-    for mask, (whole, *numbers) in zip(masks, chances.tolist(), strict=True):
-        if whole < _EVERYTHING:
+def random_masks(rng: SampleRng, height: int, width: int) -> Tensor:
+    """Return a mask for each sample, on the CPU: [B, H, W], 0 or 1, float32.
+
+    Either everything is 1, or one to four boxes are.
+    """
+    uniform = rng.uniform("mask", (1 + _NUMBERS_PER_BOX * _MAX_BOXES,))
+    masks = torch.zeros(len(uniform), height, width)
+    for mask, (first, *numbers) in zip(masks, uniform.tolist(), strict=True):
+        if first < _EVERYTHING:
             mask.fill_(1)
-        for number in range(_MOST_BOXES):
-            is_there, tall, wide, down, right = numbers[5 * number : 5 * number + 5]
-            if number and is_there < 0.5:
+            continue
+        for i in range(_MAX_BOXES):
+            start = _NUMBERS_PER_BOX * i
+            exists, tall, wide, down, right = numbers[start : start + _NUMBERS_PER_BOX]
+            if i and exists < 0.5:
                 continue
-            box_height, box_width = (int(_share(side) * of) for side, of in ((tall, height), (wide, width)))
+            box_height, box_width = int(_side(tall) * height), int(_side(wide) * width)
             top, left = int(down * (height - box_height)), int(right * (width - box_width))
             mask[top : top + box_height, left : left + box_width] = 1
     return masks
 
 
-def _share(chance: float) -> float:
-    return _SMALLEST + chance * (_LARGEST - _SMALLEST)
+def _side(uniform: float) -> float:
+    return _SMALLEST + uniform * (_LARGEST - _SMALLEST)

@@ -12,9 +12,8 @@ from library.options import OptionGroup, option
 from library.size import INTERPOLATIONS, Size
 
 DEFAULT_CAPTION_EXTENSION = ".caption"
-_MULTIPLE = (
-    32  # of bucket sides: latents are an eighth of the pixels, and the U-Net halves them twice
-)
+# Of bucket sides: latents are an eighth of the pixels, and the U-Net halves them twice.
+_MULTIPLE = 32
 
 _DATASET_KEY = DatasetKey(("general", "dataset"))
 _SUBSET_KEY = DatasetKey(("general", "dataset", "subset"))
@@ -69,63 +68,6 @@ class DatasetOptions(OptionGroup):
         "images per batch and process",
         at_least=1,
         dataset_key=replace(_DATASET_KEY, name="batch_size"),
-    )
-    enable_bucket: bool = option(
-        False,
-        "train each image in the bucket of the nearest aspect ratio, instead of all at --resolution",
-        dataset_key=_DATASET_KEY,
-    )
-    min_bucket_reso: int = option(
-        256,
-        "shortest bucket side in pixels; unused with --bucket_no_upscale",
-        at_least=_MULTIPLE,
-        dataset_key=_DATASET_KEY,
-    )
-    max_bucket_reso: int = option(
-        1024,
-        "longest bucket side in pixels; unused with --bucket_no_upscale",
-        at_least=_MULTIPLE,
-        dataset_key=_DATASET_KEY,
-    )
-    bucket_reso_steps: int = option(
-        64,
-        "bucket sides are multiples of this number of pixels, itself a multiple of 32",
-        at_least=_MULTIPLE,
-        dataset_key=_DATASET_KEY,
-    )
-    bucket_no_upscale: bool = option(
-        False,
-        "make buckets from the images' own sizes and never enlarge an image",
-        dataset_key=_DATASET_KEY,
-    )
-    resize_interpolation: str | None = option(
-        None,
-        "filter of all resizes; unset: area where both sides shrink, else lanczos",
-        choices=INTERPOLATIONS,
-        dataset_key=_SUBSET_KEY,
-    )
-    flip_aug: bool = option(
-        False, "mirror each image with probability 0.5", dataset_key=_SUBSET_KEY
-    )
-    color_aug: bool = option(
-        False,
-        "change hue or gamma slightly in a third of the samples; excludes --cache_latents",
-        dataset_key=_SUBSET_KEY,
-    )
-    random_crop: bool = option(
-        False,
-        "crop at a random position instead of the center; excludes --cache_latents",
-        dataset_key=_SUBSET_KEY,
-    )
-    face_crop_aug_range: str | None = option(
-        None,
-        "smallest,largest: the shorter side of the image per face side when cropping around the "
-        "face that a file name ends in (_x_y_width_height); only without buckets and "
-        "--cache_latents",
-        dataset_key=replace(_SUBSET_KEY, type=tuple[float, ...] | None, rules={"above": 0}),
-    )
-    alpha_mask: bool = option(
-        False, "weight the loss by the images' alpha channel", dataset_key=_OWN_KEY
     )
     conditioning_data_dir: Path | None = option(
         None,
@@ -185,6 +127,83 @@ class DatasetOptions(OptionGroup):
                 "width,height like 832,1216",
                 ("resolution",),
             )
+
+
+@dataclass(frozen=True)
+class BucketOptions(OptionGroup):
+    """Buckets (values in --dataset_config win over these)"""
+
+    enable_bucket: bool = option(
+        False,
+        "train each image in the bucket of the nearest aspect ratio, instead of all at --resolution",
+        dataset_key=_DATASET_KEY,
+    )
+    min_bucket_reso: int = option(
+        256,
+        "shortest bucket side in pixels; unused with --bucket_no_upscale",
+        at_least=_MULTIPLE,
+        dataset_key=_DATASET_KEY,
+    )
+    max_bucket_reso: int = option(
+        1024,
+        "longest bucket side in pixels; unused with --bucket_no_upscale",
+        at_least=_MULTIPLE,
+        dataset_key=_DATASET_KEY,
+    )
+    bucket_reso_steps: int = option(
+        64,
+        "bucket sides are multiples of this number of pixels, itself a multiple of 32",
+        at_least=_MULTIPLE,
+        dataset_key=_DATASET_KEY,
+    )
+    bucket_no_upscale: bool = option(
+        False,
+        "make buckets from the images' own sizes and never enlarge an image",
+        dataset_key=_DATASET_KEY,
+    )
+
+
+@dataclass(frozen=True)
+class PixelKeys(OptionGroup):
+    """How the pixels of images are processed: command-line options, and settings of each subset."""
+
+    resize_interpolation: str | None = option(
+        None,
+        "filter of all resizes; unset: area where both sides shrink, else lanczos",
+        choices=INTERPOLATIONS,
+        dataset_key=_SUBSET_KEY,
+    )
+    flip_aug: bool = option(
+        False, "mirror each image with probability 0.5", dataset_key=_SUBSET_KEY
+    )
+    color_aug: bool = option(
+        False,
+        "change hue or gamma slightly in a third of the samples; excludes --cache_latents",
+        dataset_key=_SUBSET_KEY,
+    )
+    random_crop: bool = option(
+        False,
+        "crop at a random position instead of the center; excludes --cache_latents",
+        dataset_key=_SUBSET_KEY,
+    )
+    alpha_mask: bool = option(
+        False, "weight the loss by the images' alpha channel", dataset_key=_OWN_KEY
+    )
+
+
+@dataclass(frozen=True)
+class PixelOptions(PixelKeys):
+    """Resizing, augmentation and alpha (values in --dataset_config win over these)"""
+
+    face_crop_aug_range: str | None = option(
+        None,
+        "smallest,largest: the shorter side of the image per face side when cropping around the "
+        "face that a file name ends in (_x_y_width_height); only without buckets and "
+        "--cache_latents",
+        dataset_key=replace(_SUBSET_KEY, type=tuple[float, ...] | None, rules={"above": 0}),
+    )
+
+    def mistakes(self) -> Iterable[Mistake]:
         if self.face_crop_aug_range is not None and parse_range(self.face_crop_aug_range) is None:
             yield Mistake(
                 f"--face_crop_aug_range {self.face_crop_aug_range!r}: expected two numbers above "
@@ -193,33 +212,10 @@ class DatasetOptions(OptionGroup):
             )
 
 
-def parse_resolution(text: str) -> Size | None:
-    """Return the size that "1024" or "832,1216" gives; None for anything else."""
-    match = re.fullmatch(r"\s*(\d+)\s*(?:,\s*(\d+)\s*)?", text)
-    if match is None or int(match[1]) < _MULTIPLE or (match[2] and int(match[2]) < _MULTIPLE):
-        return None
-    return Size(int(match[1]), int(match[2] or match[1]))
-
-
-def parse_range(text: str) -> tuple[float, float] | None:
-    """Return (1.0, 2.5) for "1.0,2.5"; None for anything else."""
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        return None
-    return (low, high) if 0 < low <= high else None
-
-
 @dataclass(frozen=True)
-class CaptionOptions(OptionGroup):
-    """Captions (values in --dataset_config win over these)"""
+class CaptionKeys(OptionGroup):
+    """How captions are processed: command-line options, and settings of each subset."""
 
-    caption_extension: str = option(
-        DEFAULT_CAPTION_EXTENSION,
-        "suffix of caption files; unset: .txt where a folder has no .caption files",
-        dataset_key=_FOLDER_KEY,
-    )
-    caption_extention: str | None = option(None, "old spelling of --caption_extension")
     shuffle_caption: bool = option(
         False,
         "shuffle a caption's tags for every sample; excludes --cache_text_encoder_outputs",
@@ -232,11 +228,11 @@ class CaptionOptions(OptionGroup):
         at_least=0,
         dataset_key=_SUBSET_KEY,
     )
-    keep_tokens_separator: str = option(
+    keep_tokens_separator: str | None = option(
         "",
         "mark in a caption: tags before the first one stay first, those after a second one stay "
         "last",
-        dataset_key=replace(_SUBSET_KEY, type=str | None, default=None),
+        dataset_key=_SUBSET_KEY,
     )
     secondary_separator: str | None = option(
         None,
@@ -269,9 +265,6 @@ class CaptionOptions(OptionGroup):
         at_most=1,
         dataset_key=_SUBSET_KEY,
     )
-    weighted_captions: bool = option(
-        False, "read (word:1.2), (word) and [word] in captions as weights"
-    )
     token_warmup_min: int = option(
         1, "number of tags used at step 0 of the tag warm-up", at_least=1, dataset_key=_SUBSET_KEY
     )
@@ -280,6 +273,21 @@ class CaptionOptions(OptionGroup):
         "optimizer step at which all tags are in use; below 1 a fraction of all steps",
         at_least=0,
         dataset_key=_SUBSET_KEY,
+    )
+
+
+@dataclass(frozen=True)
+class CaptionOptions(CaptionKeys):
+    """Captions (values in --dataset_config win over these)"""
+
+    caption_extension: str = option(
+        DEFAULT_CAPTION_EXTENSION,
+        "suffix of caption files; unset: .txt where a folder has no .caption files",
+        dataset_key=_FOLDER_KEY,
+    )
+    caption_extention: str | None = option(None, "old spelling of --caption_extension")
+    weighted_captions: bool = option(
+        False, "read (word:1.2), (word) and [word] in captions as weights"
     )
 
 
@@ -351,3 +359,24 @@ class CacheOptions(OptionGroup):
     @property
     def text(self) -> bool:
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
+
+
+DATA_OPTIONS = (DatasetOptions, BucketOptions, PixelOptions, CaptionOptions, CacheOptions)
+"""The groups that describe datasets."""
+
+
+def parse_resolution(text: str) -> Size | None:
+    """Return the size that "1024" or "832,1216" gives; None for anything else."""
+    match = re.fullmatch(r"\s*(\d+)\s*(?:,\s*(\d+)\s*)?", text)
+    if match is None or int(match[1]) < _MULTIPLE or (match[2] and int(match[2]) < _MULTIPLE):
+        return None
+    return Size(int(match[1]), int(match[2] or match[1]))
+
+
+def parse_range(text: str) -> tuple[float, float] | None:
+    """Return (1.0, 2.5) for "1.0,2.5"; None for anything else."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        return None
+    return (low, high) if 0 < low <= high else None

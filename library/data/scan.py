@@ -1,16 +1,12 @@
-"""Scan: the folders and metadata of the datasets become Samples. Reads directory entries, headers and captions; no pixels.
+"""Scan: turns the folders and metadata files of datasets into Samples.
 
-What was learnt of a picture before is taken from the index (known_files.py) while the file stays as it is.
+It reads directory entries, image headers and captions, but no pixels. Facts about files that are
+unchanged since an earlier scan come from the file index (file_index.py).
 """
 
 import dataclasses
 import gc
-import hashlib
-import itertools
-import math
 import os
-import random
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,11 +15,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from library.data.buckets import Buckets
-from library.data.captions import BadCaption, read_caption
+from library.data.cache.stems import CacheStems
+from library.data.captions import CaptionError, read_caption
 from library.data.file_index import FileIndex, FileStamp, file_stamp
-from library.data.metadata_file import BadMetadata, read_metadata
-from library.data.samples import DatasetConfig, Sample, Subset
-from library.data.sidecars import CaptionFolder, ConditioningFolder, MetadataCache, MetadataKeyResolver, some
+from library.data.metadata_file import MetadataError, read_entries
+from library.data.samples import DatasetConfig, Sample, Subset, balance, split
+from library.data.sidecars import (
+    CaptionFolder,
+    ConditioningFolder,
+    MetadataCache,
+    MetadataKeyResolver,
+    some,
+)
 from library.errors import OptionError
 from library.images import PLUGINS, ImageError, is_large, read_image_info, readable_extensions
 from library.log import log
@@ -32,74 +35,91 @@ from library.size import Size
 
 @dataclass(frozen=True)
 class Dataset:
-    """What was found for one DatasetPlan: its samples, in folder and name order.
+    """The samples of one DatasetConfig, sorted by folder and name.
 
     Attributes:
+        config: the dataset's settings.
+        samples: the samples to train on.
         validation: samples that are held out, each once.
     """
 
-    plan: DatasetConfig
+    config: DatasetConfig
     samples: tuple[Sample, ...]
     validation: tuple[Sample, ...] = ()
 
     @property
     def num_samples(self) -> int:
-        """Pictures of an epoch, repeats counted."""
+        """The number of samples per epoch, with repeats."""
         return sum(sample.repeats for sample in self.samples)
 
-    def kept(self, left_out: Iterable[Sample]) -> "Dataset":
-        """The dataset without these samples."""
-        files = {id(sample) for sample in left_out}
-        samples, validation = (
-            tuple(sample for sample in part if id(sample) not in files) for part in (self.samples, self.validation)
+    def without(self, rejected: Iterable[Sample]) -> "Dataset":
+        """Return the dataset without these samples."""
+        ids = {id(sample) for sample in rejected}
+        return dataclasses.replace(
+            self,
+            samples=tuple(sample for sample in self.samples if id(sample) not in ids),
+            validation=tuple(sample for sample in self.validation if id(sample) not in ids),
         )
-        return dataclasses.replace(self, samples=samples, validation=validation)
 
 
 def scan(
-    plans: Sequence[DatasetConfig],
-    known: FileIndex | None = None,
+    configs: Sequence[DatasetConfig],
+    file_index: FileIndex | None = None,
     *,
     skip_bad_images: bool = False,
     allow_missing_captions: bool = False,
     cache_dir: Path | None = None,
     seed: int = 0,
 ) -> list[Dataset]:
-    """Find the pictures and captions of the datasets.
+    """Find the images and captions of datasets.
 
     Args:
-        known: what was learnt of the files before; what is learnt now is added.
-        cache_dir: where cache files lie; None: beside the pictures.
-        seed: chooses the pictures that are held out where a plan has no seed of its own.
+        configs: the datasets' settings.
+        file_index: what is known of files from earlier scans. New facts are added.
+        skip_bad_images: skip images whose header can't be read.
+        allow_missing_captions: use empty captions where a folder has no file of the extension that
+            the user gave.
+        cache_dir: folder of all cache files. None means next to the images.
+        seed: for choosing the images that are held out, where a dataset has no seed of its own.
 
-    Raises OptionError with all folders, captions and picture headers that can't be used, or if nothing is left.
+    Raises:
+        OptionError: folders, captions or images can't be used, or there are no images. It names
+            all of them.
     """
-    scanner = _Scanner(known or FileIndex(), cache_dir, allow_missing_captions=allow_missing_captions)
+    scanner = _Scanner(
+        file_index or FileIndex(), cache_dir, allow_missing_captions=allow_missing_captions
+    )
     with _without_garbage_collection():
-        datasets = [scanner.dataset(number, plan, seed) for number, plan in enumerate(plans)]
-    scanner.tell(skip_bad_images=skip_bad_images)
+        datasets = [scanner.dataset(i, config, seed) for i, config in enumerate(configs)]
+    scanner.report(skip_bad_images=skip_bad_images)
     if scanner.mistakes:
         raise OptionError(*scanner.mistakes)
     if not any(dataset.samples for dataset in datasets):
-        sources = ", ".join(str(subset.source) for plan in plans for subset in plan.subsets) or "no folder at all"
-        raise OptionError(f"no pictures to train on: looked for {' '.join(readable_extensions())} in {sources}")
+        sources = [str(subset.source) for config in configs for subset in config.subsets]
+        raise OptionError(
+            f"no images to train on: looked for {' '.join(readable_extensions())} in "
+            f"{', '.join(sources) or 'no folder at all'}"
+        )
     return datasets
 
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Nearly all objects that a scan makes are kept, and looking for garbage among them takes a quarter of its time."""
-    was_on = gc.isenabled()
+    """Context manager: turns garbage collection off.
+
+    Nearly all objects that a scan makes are kept, and searching them takes a quarter of its time.
+    """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             gc.enable()
 
 
-class _Found(NamedTuple):
-    """A picture before its size is known."""
+class _FoundImage(NamedTuple):
+    """An image whose header may not have been read yet."""
 
     folder: str
     name: str
@@ -109,115 +129,115 @@ class _Found(NamedTuple):
     size: Size | None = None
     aesthetic_score: float | None = None
 
+    @property
+    def file(self) -> str:
+        return f"{self.folder}{os.sep}{self.name}"
+
 
 class _Scanner:
-    def __init__(self, known: FileIndex, cache_dir: Path | None, *, allow_missing_captions: bool):
-        self.known = known
-        self.cache_dir = cache_dir
+    def __init__(
+        self, file_index: FileIndex, cache_dir: Path | None, *, allow_missing_captions: bool
+    ):
+        self.file_index = file_index
         self.allow_missing_captions = allow_missing_captions
         self.extensions = readable_extensions()
         self.mistakes: list[str] = []
         self.bad_images: list[str] = []
         self.without_caption: list[str] = []
         self.empty_captions: list[str] = []
-        self.cache_stems: set[str] = set()
-        self._real_folders: dict[str, str] = {}
-        self.looks: Counter[str] = Counter()
+        self.num_turned = self.num_animated = self.num_large = 0
+        self.cache_stems = CacheStems(cache_dir)
 
-    # ------------------------------------------------------------------------------------------------------- datasets
+    # ----------------------------------------------------------------------------------- datasets
 
-    def dataset(self, number: int, plan: DatasetConfig, seed: int) -> Dataset:
-        buckets = Buckets(plan.buckets)
+    def dataset(self, index: int, config: DatasetConfig, seed: int) -> Dataset:
+        """Scan one dataset."""
+        buckets = Buckets(config.buckets)
+        if config.validation_seed is not None:
+            seed = config.validation_seed
         training: list[Sample] = []
         validation: list[Sample] = []
-        regularisation: list[Sample] = []
-        for subset in plan.subsets:
-            samples = list(self._samples(subset, number, buckets))
+        regularization: list[Sample] = []
+        for subset in config.subsets:
+            samples = list(self._samples(subset, index, buckets))
             if subset.is_reg:
-                regularisation += samples
-                continue
-            kept, held_out = split(samples, plan.validation_split, seed if plan.validation_seed is None else plan.validation_seed)  # fmt: skip
-            training += kept
-            validation += held_out
-        if regularisation:
-            training += self._balanced(regularisation, sum(sample.repeats for sample in training))
-        return Dataset(plan, tuple(training), tuple(validation))
+                regularization += samples
+            else:
+                kept, held_out = split(samples, config.validation_split, seed)
+                training += kept
+                validation += held_out
+        if regularization:
+            num_training = sum(sample.repeats for sample in training)
+            training += self._balanced(regularization, num_training)
+        return Dataset(config, tuple(training), tuple(validation))
 
     def _balanced(self, samples: Sequence[Sample], wanted: int) -> list[Sample]:
         kept = balance(samples, wanted)
-        if len(kept) < len(samples):
-            log.warning("%d of %d regularisation pictures are not used: there are more than training pictures", len(samples) - len(kept), len(samples))  # fmt: skip
+        num_unused = len(samples) - len(kept)
+        if num_unused:
+            log.warning(
+                "%d of %d regularization images are not used: there are more than training images",
+                num_unused,
+                len(samples),
+            )
         return kept
 
-    def _samples(self, subset: Subset, number: int, buckets: Buckets) -> Iterator[Sample]:
-        found = self._in_metadata(subset) if subset.metadata_file else self._in_folders(subset)
-        conditioning = ConditioningFolder(subset, self.extensions) if subset.conditioning_data_dir else None
-        smallest = buckets.plan.step
-        for folder, name, stamp, caption, tags, size, score in found:
-            file = f"{folder}{os.sep}{name}"
+    def _samples(self, subset: Subset, index: int, buckets: Buckets) -> Iterator[Sample]:
+        images = self._in_metadata(subset) if subset.metadata_file else self._in_folders(subset)
+        conditioning = None
+        if subset.conditioning_data_dir:
+            conditioning = ConditioningFolder(subset, self.extensions)
+        for image in images:
+            file = image.file
             try:
-                size = size or self._size(folder, name, stamp, file)
+                size = image.size or self._size(image.folder, image.name, image.stamp)
                 fit = buckets.fit(size)
                 if 0 in fit.bucket:
-                    raise ImageError(f"its size {size} is below one bucket step of {smallest} pixels")
-                partner = conditioning.of(name, size) if conditioning else None
+                    step = buckets.settings.bucket_reso_steps
+                    raise ImageError(f"its size {size} is below one bucket step of {step} pixels")
+                conditioning_file = None
+                if conditioning is not None:
+                    conditioning_file = conditioning.path_of(image.name, size)
             except ImageError as error:
                 self.bad_images.append(f"{file}: {error}")
                 continue
-            stem = self._cache_stem(subset, folder, name, number, fit.bucket)
-            yield Sample(file, caption, tags, subset, number, size, fit, stem, subset.num_repeats, partner, score)
-        if conditioning:
-            conditioning.tell()
+            yield Sample(
+                file,
+                image.caption,
+                image.tags,
+                subset,
+                index,
+                size,
+                fit,
+                self.cache_stems.unique(image.folder, image.name, fit.bucket, index),
+                subset.num_repeats,
+                conditioning_file,
+                image.aesthetic_score,
+            )
+        if conditioning is not None:
+            conditioning.log_unused()
 
-    def _size(self, folder: str, name: str, stamp: FileStamp | None, file: str) -> Size:
-        kept = self.known.get(folder, name, stamp).get("look") if stamp else None
-        if kept is None:
-            look = read_image_info(file)
-            kept = [*look.size, look.is_turned, look.is_animated]
+    def _size(self, folder: str, name: str, stamp: FileStamp | None) -> Size:
+        """Return the size of an image, from the file index or its header."""
+        facts = self.file_index.get(folder, name, stamp).get("look") if stamp else None
+        if facts is None:
+            info = read_image_info(f"{folder}{os.sep}{name}")
+            facts = [*info.size, info.is_turned, info.is_animated]
             if stamp:
-                self.known.learn(folder, name, stamp, look=kept)
-        width, height, is_turned, is_animated = kept
+                self.file_index.record(folder, name, stamp, look=facts)
+        width, height, is_turned, is_animated = facts
         size = Size(width, height)
-        if is_turned or is_animated or is_large(size):
-            self.looks["turned"] += is_turned
-            self.looks["animated"] += is_animated
-            self.looks["large"] += is_large(size)
+        if is_turned:
+            self.num_turned += 1
+        if is_animated:
+            self.num_animated += 1
+        if is_large(size):
+            self.num_large += 1
         return size
 
-    def _cache_stem(self, subset: Subset, folder: str, name: str, number: int, bucket: Size) -> str:
-        """Where the sample's caches lie, without endings: the picture's path without its own, made longer where another
-        sample has that already (docs/differences.md)."""
-        base = f"{folder if self.cache_dir is None else self._cache_folder(folder)}{os.sep}{name}"
-        stem = base.rpartition(".")[0]
-        return next(free for free in self._stems(stem, base, bucket, number) if self._take(free))
+    # ------------------------------------------------------------------------------------ folders
 
-    def _take(self, stem: str) -> bool:
-        """Whether no sample has this stem yet, however its folder was spelled; now one has."""
-        folder, _, name = stem.rpartition(os.sep)
-        if folder not in self._real_folders:
-            self._real_folders[folder] = os.path.realpath(folder)
-        key = os.path.normcase(f"{self._real_folders[folder]}{os.sep}{name}")
-        is_free = key not in self.cache_stems
-        self.cache_stems.add(key)
-        return is_free
-
-    def _stems(self, stem: str, base: str, bucket: Size, number: int) -> Iterator[str]:
-        yield stem
-        if number > 0:
-            yield f"{stem}_{bucket}"
-        yield base
-        yield f"{base}_{bucket}"
-        yield from (f"{base}_{count}" for count in itertools.count(2))
-
-    def _cache_folder(self, folder: str) -> str:
-        assert self.cache_dir is not None
-        full = os.path.abspath(folder)
-        digest = hashlib.blake2b(full.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
-        return os.path.join(self.cache_dir, f"{os.path.basename(full)}-{digest}")
-
-    # -------------------------------------------------------------------------------------------------------- folders
-
-    def _in_folders(self, subset: Subset) -> Iterator[_Found]:
+    def _in_folders(self, subset: Subset) -> Iterator[_FoundImage]:
         assert subset.image_dir is not None
         any_image = False
         for folder in _folders(subset.image_dir) if subset.recursive else [str(subset.image_dir)]:
@@ -228,168 +248,174 @@ class _Scanner:
                 self.mistakes.append(f"{folder}: can't be read: {error.strerror}")
                 continue
             images = [entry for entry in entries if entry.name.lower().endswith(self.extensions)]
-            any_image = any_image or bool(images)
-            self._tell_missing_plugins(folder, entries)
+            self._warn_of_missing_plugins(folder, entries)
             if images:
-                yield from self._in_folder(subset, folder, images, {entry.name: entry for entry in entries})
+                any_image = True
+                by_name = {entry.name: entry for entry in entries}
+                yield from self._in_folder(subset, folder, images, by_name)
         if not any_image:
             names = sorted(os.listdir(subset.image_dir))
-            log.warning("%s: no pictures in it (%s)", subset.image_dir, some(names) or "empty")
+            log.warning("%s: no images in it (%s)", subset.image_dir, some(names) or "empty")
 
     def _in_folder(
-        self, subset: Subset, folder: str, images: Sequence[os.DirEntry], entries: Mapping[str, os.DirEntry]
-    ) -> Iterator[_Found]:
+        self,
+        subset: Subset,
+        folder: str,
+        images: Sequence[os.DirEntry],
+        entries: Mapping[str, os.DirEntry],
+    ) -> Iterator[_FoundImage]:
         captions = CaptionFolder(subset, folder, [entry.name for entry in images], entries)
         if captions.problem and not self.allow_missing_captions:
             self.mistakes.append(captions.problem)
-        info = MetadataCache(folder) if subset.cache_info else None
+        cache = MetadataCache(folder) if subset.cache_info else None
         for entry in images:
-            own = self._caption(subset, captions, entry.name, info)
-            caption = (subset.class_tokens or "") if own is None else own
+            own_caption = self._caption(subset, captions, entry.name, cache)
+            caption = (subset.class_tokens or "") if own_caption is None else own_caption
             try:
                 stamp = file_stamp(entry)
             except OSError:
-                self.bad_images.append(f"{entry.path}: the link leads nowhere")
+                self.bad_images.append(f"{entry.path}: the link points to no file")
                 continue
             size = None
-            if info:
-                with suppress(ImageError):  # _samples tells
-                    size = self._size(folder, entry.name, stamp, entry.path)
-            yield _Found(folder, entry.name, stamp, caption, caption, size)
-            if info and size:
-                info.add(entry.name, own or "", size)  # without the class tokens, which may be others next time
-        if info:
-            info.save()
+            if cache is not None:
+                with suppress(ImageError):  # _samples reports it
+                    size = self._size(folder, entry.name, stamp)
+            yield _FoundImage(folder, entry.name, stamp, caption, caption, size)
+            if cache is not None and size is not None:
+                # Without the class tokens, which may be different next time.
+                cache.add(entry.name, own_caption or "", size)
+        if cache is not None:
+            cache.save()
 
     def _caption(
-        self, subset: Subset, captions: "CaptionFolder", name: str, info: "MetadataCache | None"
+        self, subset: Subset, captions: CaptionFolder, name: str, cache: MetadataCache | None
     ) -> str | None:
-        """The picture's own caption; None if it has none."""
+        """Return the image's own caption; None if it has none."""
         file = captions.file_of(name.rpartition(".")[0])
         if file is None:
-            remembered = info.caption(name) if info else None
-            if remembered is None and subset.class_tokens is None:
+            cached = cache.caption(name) if cache else None
+            if cached is None and subset.class_tokens is None:
                 self.without_caption.append(os.path.join(captions.folder, name))
-            return remembered
+            return cached
         entry = captions.entries[file]
         try:
             caption = self._lines(captions.folder, entry)
-        except (OSError, BadCaption) as error:
-            reason = str(error) if isinstance(error, BadCaption) else f"can't be read: {error.strerror}"
-            self.mistakes.append(f"{entry.path}: {reason}")
+        except CaptionError as error:
+            self.mistakes.append(f"{entry.path}: {error}")
+            return ""
+        except OSError as error:
+            self.mistakes.append(f"{entry.path}: can't be read: {error.strerror}")
             return ""
         if not caption:
             self.empty_captions.append(entry.path)
         return caption if subset.captions.enable_wildcard else caption.partition("\n")[0]
 
     def _lines(self, folder: str, entry: os.DirEntry) -> str:
-        """All lines of a caption file. Raises OSError, BadCaption."""
+        """Return all lines of a caption file. Raises OSError and CaptionError."""
         stamp = file_stamp(entry)
-        lines = self.known.get(folder, entry.name, stamp).get("lines")
+        lines = self.file_index.get(folder, entry.name, stamp).get("lines")
         if lines is None:
             lines = read_caption(entry.path, all_lines=True)
-            self.known.learn(folder, entry.name, stamp, lines=lines)
+            self.file_index.record(folder, entry.name, stamp, lines=lines)
         return lines
 
-    def _tell_missing_plugins(self, folder: str, entries: Sequence[os.DirEntry]) -> None:
-        missing = tuple(ending for ending in PLUGINS if ending not in self.extensions)
-        names = [entry.name.lower() for entry in entries if entry.name.lower().endswith(missing)]
-        for ending in missing:
-            if count := sum(name.endswith(ending) for name in names):
-                _, package = PLUGINS[ending]
-                log.warning("%s: %d %s pictures are not used; they need: pip install %s", folder, count, ending, package)  # fmt: skip
+    def _warn_of_missing_plugins(self, folder: str, entries: Sequence[os.DirEntry]) -> None:
+        for extension, (_, package) in PLUGINS.items():
+            if extension in self.extensions:
+                continue
+            count = sum(entry.name.lower().endswith(extension) for entry in entries)
+            if count:
+                log.warning(
+                    "%s: %d %s images are not used; they need: pip install %s",
+                    folder,
+                    count,
+                    extension,
+                    package,
+                )
 
-    # ------------------------------------------------------------------------------------------------------- metadata
+    # ----------------------------------------------------------------------------------- metadata
 
-    def _in_metadata(self, subset: Subset) -> Iterator[_Found]:
+    def _in_metadata(self, subset: Subset) -> Iterator[_FoundImage]:
         assert subset.metadata_file is not None
         relative: list[str] = []
         missing: list[str] = []
-        stems = MetadataKeyResolver(self.extensions)
+        resolver = MetadataKeyResolver(self.extensions)
         try:
-            for entry in read_metadata(subset.metadata_file, subset.captions):
-                if os.path.isabs(entry.key):
-                    base = ""
-                elif subset.image_dir is None:
-                    relative.append(entry.key)
-                    continue
-                else:
-                    base = str(subset.image_dir)
-                path = stems.resolve(os.path.join(base, entry.key), trusted=entry.size is not None)
+            for entry in read_entries(subset.metadata_file, subset.captions):
+                key = entry.key
+                if not os.path.isabs(key):
+                    if subset.image_dir is None:
+                        relative.append(key)
+                        continue
+                    key = os.path.join(subset.image_dir, key)
+                path = resolver.resolve(key, trusted=entry.size is not None)
                 if path is None:
                     missing.append(entry.key)
                     continue
-                folder, name = os.path.split(path)
                 if not entry.caption:
                     self.without_caption.append(path)
-                yield _Found(
-                    folder, name, stems.stamp(path), entry.caption, entry.tags, entry.size, entry.aesthetic_score
+                folder, name = os.path.split(path)
+                yield _FoundImage(
+                    folder,
+                    name,
+                    resolver.stamp(path),
+                    entry.caption,
+                    entry.tags,
+                    entry.size,
+                    entry.aesthetic_score,
                 )
-        except BadMetadata as error:
+        except MetadataError as error:
             self.mistakes += str(error).splitlines()
         if relative:
-            self.mistakes.append(f"{subset.metadata_file}: {len(relative)} pictures have relative paths, which need image_dir: {some(relative)}")  # fmt: skip
-        if missing:
-            self.bad_images += [f"{key}: no such picture in {subset.image_dir or 'any folder'} ({subset.metadata_file})" for key in missing]  # fmt: skip
+            self.mistakes.append(
+                f"{subset.metadata_file}: {len(relative)} images have relative paths, which need "
+                f"image_dir: {some(relative)}"
+            )
+        where = f"{subset.image_dir or 'any folder'} ({subset.metadata_file})"
+        self.bad_images += [f"{key}: no such image in {where}" for key in missing]
 
-    # ----------------------------------------------------------------------------------------------------------- told
+    # ------------------------------------------------------------------------------------- report
 
-    def tell(self, *, skip_bad_images: bool) -> None:
-        """Say what was found odd; what stops the run becomes mistakes."""
+    def report(self, *, skip_bad_images: bool) -> None:
+        """Log warnings about what was found. What stops the run is added to the mistakes."""
         if self.bad_images and skip_bad_images:
             listed = "\n  ".join(self.bad_images)
-            log.warning("%d pictures can't be read and are left out (--skip_bad_images):\n  %s", len(self.bad_images), listed)  # fmt: skip
+            count = len(self.bad_images)
+            log.warning(
+                "%d images can't be read and are skipped (--skip_bad_images):\n  %s", count, listed
+            )
         elif self.bad_images:
-            self.mistakes += [*self.bad_images, "mend or remove these pictures, or go on without them by --skip_bad_images"]  # fmt: skip
+            self.mistakes += self.bad_images
+            self.mistakes.append("fix or remove these images, or skip them with --skip_bad_images")
         if self.without_caption:
-            shown = some(self.without_caption)
-            log.warning("%d pictures have no caption and are trained with an empty one: %s", len(self.without_caption), shown)  # fmt: skip
+            log.warning(
+                "%d images have no caption and are trained with an empty one: %s",
+                len(self.without_caption),
+                some(self.without_caption),
+            )
         if self.empty_captions:
-            log.warning("%d caption files are empty: %s", len(self.empty_captions), some(self.empty_captions))
-        for kind, words in (
-            ("turned", "pictures are turned upright as their EXIF says"),
-            ("animated", "pictures are animated; their first frame is used"),
-            ("large", "pictures have more than 89 million pixels; decoding them takes long and much memory"),
-        ):
-            if self.looks[kind]:
-                (log.info if kind == "turned" else log.warning)("%d %s", self.looks[kind], words)
-
-
-def split(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """The samples that are trained and those held out, `share` of them, each in the given order; held out ones once."""
-    count = len(samples) - math.ceil(len(samples) * (1 - share))
-    if not count:
-        return list(samples), []
-    shuffled = list(range(len(samples)))
-    random.Random(seed).shuffle(shuffled)
-    held_out = set(shuffled[len(samples) - count :])
-    return (
-        [sample for i, sample in enumerate(samples) if i not in held_out],
-        [dataclasses.replace(samples[i], repeats=1) for i in sorted(held_out)],
-    )
-
-
-def balance(samples: Sequence[Sample], wanted: int) -> list[Sample]:
-    """Regularisation samples, as many as `wanted` with repeats: first ones first, all once more often if they are too few."""
-    kept: list[Sample] = []
-    count = 0
-    for sample in samples:
-        if count >= wanted:
-            break
-        kept.append(sample)
-        count += sample.repeats
-    more, rest = divmod(max(0, wanted - count), len(kept)) if kept else (0, 0)
-    return [dataclasses.replace(sample, repeats=sample.repeats + more + (i < rest)) for i, sample in enumerate(kept)]
+            count, listed = len(self.empty_captions), some(self.empty_captions)
+            log.warning("%d caption files are empty: %s", count, listed)
+        if self.num_turned:
+            log.info("%d images are rotated or mirrored as their EXIF says", self.num_turned)
+        if self.num_animated:
+            log.warning("%d images are animated; their first frame is used", self.num_animated)
+        if self.num_large:
+            log.warning(
+                "%d images have more than 89 million pixels; decoding them takes long and a lot "
+                "of RAM",
+                self.num_large,
+            )
 
 
 def _folders(top: Path) -> Iterator[str]:
-    """`top` and all folders in it, sorted; links are followed, each folder is visited once."""
+    """Yield `top` and all folders in it, sorted. Links are followed; each folder is visited once."""
     visited: set[str] = set()
-    for folder, below, _ in os.walk(top, followlinks=True):
+    for folder, subfolders, _ in os.walk(top, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited:
-            below.clear()
+            subfolders.clear()
             continue
         visited.add(real)
-        below.sort()
+        subfolders.sort()
         yield folder

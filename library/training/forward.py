@@ -38,7 +38,7 @@ class DiffusionLoss(nn.Module):
         latents = scale_latents(self._raw_latents(batch, rng))
         mask = self._mask(batch)
         if task.unet.config.is_inpainting:
-            batch = dataclasses.replace(batch, beside=self._beside(batch, rng))
+            batch = dataclasses.replace(batch, inpaint_channels=self._inpaint_channels(batch, rng))
         text = task.encode_text(batch)
         noisy = add_training_noise(latents, rng, objective.schedule, self._noise, timesteps)
         prediction = task.predict(noisy, text, batch)
@@ -56,14 +56,14 @@ class DiffusionLoss(nn.Module):
         return batch.masks
 
     @torch.no_grad()
-    def _beside(self, batch: Batch, rng: SampleRng) -> Tensor:
+    def _inpaint_channels(self, batch: Batch, rng: SampleRng) -> Tensor:
         """What an inpainting model sees beside the noisy latents: [B, 5, H/8, W/8], float32."""
-        if batch.raw_beside is not None:
-            return with_scaled_latents(batch.raw_beside)
-        assert batch.images is not None and batch.paint is not None
+        if batch.cached_inpaint_channels is not None:
+            return with_scaled_latents(batch.cached_inpaint_channels)
+        assert batch.images is not None and batch.inpaint_masks is not None
         height, width = batch.images.shape[2:]
         noise = rng.normal("masked posterior", (4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT))
-        return inpainting_channels(batch.images, batch.paint, lambda shown: self._encode_images(shown, noise))
+        return inpainting_channels(batch.images, batch.inpaint_masks, lambda shown: self._encode_images(shown, noise))
 
     @torch.no_grad()
     def _raw_latents(self, batch: Batch, rng: SampleRng) -> Tensor:

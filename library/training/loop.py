@@ -103,10 +103,10 @@ def loop(run: Run, progress: Progress, signals: Signals) -> None:
         for part in run.parts:
             part.after_step()
         progress.step += 1
-        progress.samples += window[0].place.global_batch_size
+        progress.samples += window[0].position.global_batch_size
         if run.ema is not None:
             run.ema.update(progress.step)
-        report.step(progress.step, window[0].place.epoch, updated, seen, rates)
+        report.step(progress.step, window[0].position.epoch, updated, seen, rates)
         run.pace.step()
         if progress.step == 1:
             check_equal(run.replicated, run.accelerator.num_processes, progress.step)
@@ -166,10 +166,10 @@ def _gradients(run: Run, progress: Progress, window: Sequence[Batch]) -> list[Mi
     update, device = run.update, run.accelerator.device
     seen = []
     for batch in window:
-        parts = batch.parts(progress.splits)
+        parts = batch.split(progress.splits)
         for number, part in enumerate(parts):
             part = part.to(device)
-            place = part.place._replace(is_last_microbatch=part.place.is_last_microbatch and number == len(parts) - 1)
+            place = part.position._replace(is_last_microbatch=part.position.is_last_microbatch and number == len(parts) - 1)
             # For what draws inside modules: dropout.
             seed_global_rng(run.seed, place.epoch, place.microbatch_index, number)
             with update.accumulation(place):

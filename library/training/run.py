@@ -88,7 +88,7 @@ class Run:
         window: list[Batch] = []
         for batch in self.pace.batches(batches):
             window.append(batch)
-            if batch.place.is_last_microbatch:
+            if batch.position.is_last_microbatch:
                 yield window
                 window = []
 

@@ -1,18 +1,15 @@
-"""Fill caches: decode and encode what they lack, before training. And the audit of pictures that no cache will decode.
+"""Filling caches before training: the missing samples are decoded, encoded and written.
 
-The one pass that decodes runs to its end and tells all pictures that can't be used. Decoding, encoding and writing go on at
-the same time: threads decode ahead, another writes behind.
+Decoding, encoding and writing overlap: threads decode ahead, and another thread writes. A sample
+that can't be used doesn't stop the others, so that all of them are reported together.
 """
 
 import functools
-import os
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import islice
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +17,11 @@ from torch import Tensor
 
 from library import images
 from library.data.augment import Pixels, load_conditioning, load_pixels
-from library.data.cache.latents import LatentCache, Latents, SourceStamp, TextCache, source_stamp
-from library.data.file_index import FileIndex, file_stamp
+from library.data.cache.audit import RejectedSample, read_error
+from library.data.cache.background import background_writer, map_batches
+from library.data.cache.disk import SourceStamp, source_stamp
+from library.data.cache.latents import LatentCache, Latents
+from library.data.cache.text import TextCache
 from library.data.samples import Sample
 from library.errors import RunError
 from library.files import make_writable_folder, remove_left_over
@@ -29,7 +29,7 @@ from library.images import ImageError
 from library.log import log, progress_bar
 from library.models.inpainting import masked_images
 from library.models.text_encoders import EncodedText
-from library.models.vae import finite_samples
+from library.models.vae import PIXELS_PER_LATENT, finite_samples
 from library.rng import generator
 from library.size import Size
 
@@ -37,39 +37,39 @@ EncodeImages = Callable[[Tensor, Tensor], Tensor]
 """(images [B, 3, H, W] in -1..1, noise [B, 4, H/8, W/8]) -> raw latents, on the CPU"""
 
 EncodeTexts = Callable[[Sequence[str]], EncodedText]
-"""captions -> their encoder outputs, [B, ...], on the CPU"""
+"""captions -> text encoder outputs, [B, ...], on the CPU"""
 
-TEXTS_AT_ONCE = 64
-_THREADS = max(2, min(8, os.cpu_count() or 1))
-_WRITES_AHEAD = 4  # batches
-
-T = TypeVar("T")
-R = TypeVar("R")
+TEXTS_PER_BATCH = 64
 
 
-class RejectedSample(NamedTuple):
-    """A sample that can't be trained on, and why."""
-
-    sample: Sample
-    reason: str
-
-
-class _Loaded(NamedTuple):
-    """A decoded picture, what is to be encoded of it, and what to remember of its file.
+class _LoadedSample(NamedTuple):
+    """A decoded image, and the inputs of the VAE.
 
     Attributes:
-        inputs: of the VAE, by the names of Latents: an image [3, H, W] and the noise of its posterior sample [4, H/8, W/8].
-        cells: what an inpainting model is to paint, [1, H/8, W/8], for those of the inputs that it sees.
+        sample: the sample.
+        pixels: its pixels.
+        source: its file.
+        inputs: by field of Latents: an image [3, H, W], and the noise of its posterior sample
+            [4, H/8, W/8].
+        masks: by the same names, for inpainting: the latent cells to inpaint, [1, H/8, W/8].
     """
 
     sample: Sample
     pixels: Pixels
-    origin: SourceStamp
+    source: SourceStamp
     inputs: dict[str, tuple[Tensor, Tensor]]
-    cells: dict[str, Tensor]
+    masks: dict[str, Tensor]
 
 
-# ------------------------------------------------------------------------------------------------------------- latents
+class _EncodedSample(NamedTuple):
+    """A sample with its latents."""
+
+    sample: Sample
+    latents: Latents
+    source: SourceStamp
+
+
+# --------------------------------------------------------------------------------------- latents
 
 
 def fill_latents(
@@ -78,301 +78,283 @@ def fill_latents(
     encode: EncodeImages,
     batch_size: int,
     *,
-    share: tuple[int, int] = (0, 1),
-    anew: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    overwrite: bool = False,
 ) -> list[RejectedSample]:
-    """Encode the samples whose latents the cache lacks; returns those that can't be.
+    """Encode the samples whose latents the cache lacks.
 
     Args:
-        batch_size: pictures that are encoded at once, mirrored ones counted.
-        anew: encode those that it has, too; each is kept until its new one is whole.
-        share: (rank, processes): look after every so many-th sample. Shares are cut from all samples, not from the missing
-            ones, which change while other processes write.
+        samples: all samples.
+        cache: the cache to fill.
+        encode: the VAE's encoder.
+        batch_size: images that are encoded at once, including mirrored ones.
+        rank: this process. Processes divide all samples, not the missing ones, which change while
+            other processes write.
+        world_size: the number of processes.
+        overwrite: encode all samples. Each existing file is kept until its new one is complete.
+
+    Returns:
+        The samples that can't be encoded.
     """
-    rank, processes = share
-    mine = samples[rank::processes]
-    missing = list(mine) if anew else _missing(mine, cache, "latents")
+    missing = samples[rank::world_size]
+    if not overwrite:
+        missing = _missing(missing, cache, "latents")
     if not missing:
         return []
-    _try_folders(sample.latents_file.parent for sample in missing if not cache.in_memory)
-    bad: list[RejectedSample] = []
-    with progress_bar("caching latents", len(missing), unit="pictures") as bar, _background_writer() as write:
-        load = functools.partial(_load, for_inpainting=cache.for_inpainting)
-        batches = _batches_by_bucket(missing, batch_size, for_inpainting=cache.for_inpainting)
-        for batch, loaded in _ahead_in_batches(load, batches):
-            good = [one for one in loaded if isinstance(one, _Loaded)]
-            bad += [one for one in loaded if isinstance(one, RejectedSample)]
-            if good:
-                found, encoded = _encode(good, encode, batch_size)
-                bad += found
-                write(_write_latents, cache, encoded)
+    if not cache.in_memory:
+        _make_writable({sample.latents_file.parent for sample in missing})
+    rejected: list[RejectedSample] = []
+    load = functools.partial(_load, for_inpainting=cache.for_inpainting)
+    batches = batches_by_bucket(missing, batch_size, for_inpainting=cache.for_inpainting)
+    with (
+        progress_bar("caching latents", len(missing), unit="images") as bar,
+        background_writer() as write,
+    ):
+        for batch, results in map_batches(load, batches):
+            loaded = []
+            for result in results:
+                if isinstance(result, RejectedSample):
+                    rejected.append(result)
+                else:
+                    loaded.append(result)
+            encoded, not_finite = _encode(loaded, encode, batch_size)
+            rejected += not_finite
+            write(_write_latents, cache, encoded)
             bar.update(len(batch))
-    return bad
+    return rejected
 
 
-def _load(sample: Sample, *, for_inpainting: bool) -> _Loaded | RejectedSample:
-    mask = None
-    try:
-        raw, origin = source_stamp(sample.path)
-        pixels = load_pixels(sample, content=raw)
-        if for_inpainting and sample.has_mask:
-            mask = pixels.alpha
-            if mask is None:
-                origin, mask = _with_mask(sample, origin)
-    except (OSError, ImageError) as error:
-        return RejectedSample(
-            sample, str(error) if isinstance(error, ImageError) else f"can't be read: {error.strerror}"
-        )
-    inputs, cells = {}, {}
-    for name, how, turned in (("plain", "", slice(None)), ("flipped", " mirrored", slice(None, None, -1))):
-        if name == "flipped" and not sample.subset.pixels.flip_aug:
-            continue
-        image = torch.from_numpy(images.normalized(pixels.rgb[:, turned]))
-        inputs[name] = image, _noise(image, f"{origin.content}{how}")
-        if mask is not None:
-            seen = "inpainting" if name == "plain" else "inpainting_flipped"
-            shown, hidden = masked_images(image[None], torch.from_numpy(mask[:, turned].copy())[None])
-            inputs[seen] = shown[0], _noise(image, f"{origin.content} masked{how}")
-            cells[seen] = hidden[0]
-    return _Loaded(sample, pixels, origin, inputs, cells)
+def batches_by_bucket(
+    samples: Iterable[Sample], batch_size: int, *, for_inpainting: bool
+) -> list[list[Sample]]:
+    """Return batches of one bucket each, with at most `batch_size` inputs of the VAE.
 
-
-def _with_mask(sample: Sample, origin: SourceStamp) -> tuple[SourceStamp, np.ndarray]:
-    """The mask of the sample's conditioning image, and what to remember of both files. Raises OSError, BadImage."""
-    assert sample.conditioning is not None
-    try:
-        raw, own = source_stamp(Path(sample.conditioning))
-        mask = load_conditioning(sample, flipped=False, content=raw)[..., 0].astype(np.float32) / 255
-    except (OSError, ImageError) as error:
-        reason = f"can't be read: {error.strerror}" if isinstance(error, OSError) else str(error)
-        raise ImageError(f"its conditioning image {sample.conditioning}: {reason}") from None
-    return origin._replace(mask=own), mask
-
-
-def _noise(image: Tensor, content: str) -> Tensor:
-    """The noise of a posterior sample: a function of the picture's content."""
-    height, width = image.shape[1] // 8, image.shape[2] // 8
-    return torch.randn(4, height, width, generator=generator("posterior", content, width, height))
-
-
-def _encode(loaded: Sequence[_Loaded], encode: EncodeImages, batch_size: int) -> tuple[list[RejectedSample], list[tuple[Sample, Latents, SourceStamp]]]:  # fmt: skip
-    jobs = [(one, name) for name in Latents._fields for one in loaded if name in one.inputs]
-    inputs = [one.inputs[name] for one, name in jobs]
-    encoded = [
-        encode(*map(torch.stack, zip(*inputs[i : i + batch_size], strict=True)))
-        for i in range(0, len(inputs), batch_size)
-    ]
-    latents = torch.cat(encoded).cpu().float()
-    finite = finite_samples(latents).tolist()
-    found: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    are_finite = dict.fromkeys(map(id, loaded), True)
-    for (one, name), own, is_finite in zip(jobs, latents, finite, strict=True):
-        found[id(one)][name] = torch.cat([one.cells[name], own]) if name in one.cells else own.clone()
-        are_finite[id(one)] &= is_finite
-    bad, good = [], []
-    for one in loaded:
-        if are_finite[id(one)]:
-            mask = None if one.pixels.alpha is None else torch.from_numpy(one.pixels.alpha.copy())
-            good.append((one.sample, Latents(**found[id(one)], mask=mask), one.origin))
-        else:
-            bad.append(RejectedSample(one.sample, "the VAE gives latents that aren't finite, in float32 too"))
-    return bad, good
-
-
-def _write_latents(cache: LatentCache, encoded: Iterable[tuple[Sample, Latents, SourceStamp]]) -> None:
-    for sample, latents, origin in encoded:
-        cache.write(sample, latents, origin)
-
-
-def _batches_by_bucket(samples: Iterable[Sample], batch_size: int, *, for_inpainting: bool) -> list[list[Sample]]:
-    """Batches of one bucket each, of at most `batch_size` inputs of the VAE: mirrored and masked pictures count, too."""
-    by_bucket: dict[tuple[Size, int], list[Sample]] = defaultdict(list)
+    Mirrored and masked images are inputs of their own.
+    """
+    groups: dict[tuple[Size, int], list[Sample]] = defaultdict(list)
     for sample in samples:
-        views = (2 if sample.subset.pixels.flip_aug else 1) * (2 if for_inpainting and sample.has_mask else 1)
-        by_bucket[sample.fit.bucket, views].append(sample)
+        num_inputs = 1
+        if sample.subset.pixels.flip_aug:
+            num_inputs *= 2
+        if for_inpainting and sample.has_mask:
+            num_inputs *= 2
+        groups[sample.fit.bucket, num_inputs].append(sample)
     batches = []
-    for (_, views), group in by_bucket.items():
-        size = max(1, batch_size // views)
+    for (_, num_inputs), group in groups.items():
+        size = max(1, batch_size // num_inputs)
         batches += [group[i : i + size] for i in range(0, len(group), size)]
     return batches
 
 
-# --------------------------------------------------------------------------------------------------------------- audit
-
-
-def audit(samples: Sequence[Sample], known: FileIndex, *, share: tuple[int, int] = (0, 1)) -> list[RejectedSample]:
-    """Decode every picture once, to find those that can't be used before training starts.
-
-    What was decoded whole before, and hasn't changed since, isn't decoded again.
-    """
-    rank, processes = share
-    wanted: dict[str, Size | None] = {}
-    for sample in samples[rank::processes]:
-        wanted[sample.file] = sample.size
-        if sample.conditioning is not None:
-            wanted.setdefault(sample.conditioning, None)
-    unseen = [(file, size) for file, size in wanted.items() if not _was_decoded(file, known)]
-    reasons: dict[str, str] = {}
-    with progress_bar("checking pictures", len(unseen), unit="pictures") as bar:
-        for (file, _), found in _ahead(_decode_once, unseen):
-            if isinstance(found, SourceStamp):
-                known.learn(*os.path.split(file), found.stamp, decoded=True, content=found.content)
-            else:
-                reasons[file] = found
-            bar.update()
-    return [
-        RejectedSample(
-            sample, reasons[file] if file == sample.file else f"its conditioning image {file}: {reasons[file]}"
-        )
-        for sample in samples
-        for file in (sample.file, sample.conditioning)
-        if file in reasons
-    ]
-
-
-def _was_decoded(file: str, known: FileIndex) -> bool:
+def _load(sample: Sample, *, for_inpainting: bool) -> _LoadedSample | RejectedSample:
+    mask = None
     try:
-        return "decoded" in known.get(*os.path.split(file), file_stamp(file))
-    except OSError:
-        return False
-
-
-def _decode_once(wanted: tuple[str, Size | None]) -> SourceStamp | str:
-    """What to remember of the file, or why it can't be used."""
-    file, size = wanted
-    try:
-        raw, origin = source_stamp(Path(file))
-        pixels = images.decode(raw, file)
+        content, source = source_stamp(sample.path)
+        pixels = load_pixels(sample, content=content)
+        if for_inpainting and sample.has_mask:
+            mask = pixels.alpha
+            if mask is None:
+                mask, mask_source = _load_mask(sample)
+                source = source._replace(mask=mask_source)
     except (OSError, ImageError) as error:
-        return str(error) if isinstance(error, ImageError) else f"can't be read: {error.strerror}"
-    found = Size(pixels.shape[1], pixels.shape[0])
-    return origin if size in (None, found) else f"it was {size} when the dataset was read, and is {found} now"
+        return RejectedSample(sample, read_error(error))
+    loaded = _LoadedSample(sample, pixels, source, {}, {})
+    _add_inputs(loaded, pixels.rgb, mask, flipped=False)
+    if sample.subset.pixels.flip_aug:
+        mirrored_mask = None if mask is None else mask[:, ::-1]
+        _add_inputs(loaded, pixels.rgb[:, ::-1], mirrored_mask, flipped=True)
+    return loaded
 
 
-def refuse_or_skip(bad: Sequence[RejectedSample], *, skip: bool) -> None:
-    """Tell all pictures that can't be used; raises RunError unless they may be left out."""
-    told = "\n  ".join(f"{sample.path}: {reason}" for sample, reason in bad)
-    if bad and not skip:
-        raise RunError(
-            f"{len(bad)} pictures can't be used; mend or remove them, or go on without them by --skip_bad_images:\n  {told}"
-        )
-    if bad:
-        log.warning("%d pictures can't be used and are left out (--skip_bad_images):\n  %s", len(bad), told)
+def _add_inputs(
+    loaded: _LoadedSample, rgb: np.ndarray, mask: np.ndarray | None, *, flipped: bool
+) -> None:
+    """Add the VAE's inputs for an image, or its mirrored image.
+
+    The noise is a function of the file's content, so that caches that are made again are the same.
+    """
+    content = loaded.source.content
+    suffix = " mirrored" if flipped else ""
+    image = torch.from_numpy(images.normalized(rgb))
+    loaded.inputs["flipped" if flipped else "latents"] = image, _noise(image, f"{content}{suffix}")
+    if mask is None:
+        return
+    name = "inpainting_flipped" if flipped else "inpainting"
+    masked, cells = masked_images(image[None], torch.from_numpy(mask.copy())[None])
+    loaded.inputs[name] = masked[0], _noise(image, f"{content} masked{suffix}")
+    loaded.masks[name] = cells[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
+def _load_mask(sample: Sample) -> tuple[np.ndarray, SourceStamp]:
+    """Return the mask in the sample's conditioning image, [H, W] in 0..1, and the file's stamp.
+
+    Raises:
+        ImageError: it can't be read.
+    """
+    assert sample.conditioning is not None
+    try:
+        content, source = source_stamp(Path(sample.conditioning))
+        pixels = load_conditioning(sample, flipped=False, content=content)
+    except (OSError, ImageError) as error:
+        reason = read_error(error)
+        raise ImageError(f"its conditioning image {sample.conditioning}: {reason}") from None
+    return pixels[..., 0].astype(np.float32) / 255, source
+
+
+def _noise(image: Tensor, content: str) -> Tensor:
+    """Return the noise of a posterior sample, [4, H/8, W/8]."""
+    height, width = (side // PIXELS_PER_LATENT for side in image.shape[1:])
+    return torch.randn(4, height, width, generator=generator("posterior", content, width, height))
+
+
+def _encode(
+    loaded: Sequence[_LoadedSample], encode: EncodeImages, batch_size: int
+) -> tuple[list[_EncodedSample], list[RejectedSample]]:
+    """Return the samples with their latents, and those whose latents are not finite."""
+    # Jobs are sorted by field, not by sample: posterior samples are the same in any batch, but the
+    # rounding of a batch may depend on it.
+    jobs = []
+    for name in Latents._fields:
+        for i, sample in enumerate(loaded):
+            if name in sample.inputs:
+                jobs.append((i, name))
+    encoded: list[dict[str, Tensor]] = [{} for _ in loaded]
+    not_finite = set()
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        inputs = [loaded[i].inputs[name] for i, name in batch]
+        stacked = [torch.stack(tensors) for tensors in zip(*inputs, strict=True)]
+        latents = encode(*stacked).cpu().float()
+        finite = finite_samples(latents).tolist()
+        for (i, name), own, is_finite in zip(batch, latents, finite, strict=True):
+            if not is_finite:
+                not_finite.add(i)
+            mask = loaded[i].masks.get(name)
+            encoded[i][name] = own.clone() if mask is None else torch.cat([mask, own])
+    good, rejected = [], []
+    for i, sample in enumerate(loaded):
+        if i in not_finite:
+            reason = "the VAE gives latents that aren't finite, in float32 too"
+            rejected.append(RejectedSample(sample.sample, reason))
+            continue
+        alpha = sample.pixels.alpha
+        loss_mask = None if alpha is None else torch.from_numpy(alpha.copy())
+        latents_of_sample = Latents(**encoded[i], mask=loss_mask)
+        good.append(_EncodedSample(sample.sample, latents_of_sample, sample.source))
+    return good, rejected
+
+
+def _write_latents(cache: LatentCache, encoded: Iterable[_EncodedSample]) -> None:
+    for sample, latents, source in encoded:
+        cache.write(sample, latents, source)
+
+
+# --------------------------------------------------------------------------------------- text
 
 
 def fill_text(
-    samples: Sequence[Sample], cache: TextCache, encode: EncodeTexts, *, share: tuple[int, int] = (0, 1)
+    samples: Sequence[Sample],
+    cache: TextCache,
+    encode: EncodeTexts,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> None:
-    """Encode the texts whose outputs the cache lacks; each different one once, as far as they stand near each other."""
-    rank, processes = share
-    missing = _missing(samples[rank::processes], cache, "text-encoder outputs")
+    """Encode the texts whose outputs the cache lacks.
+
+    Args:
+        samples: all samples.
+        cache: the cache to fill.
+        encode: the text encoders.
+        rank: this process.
+        world_size: the number of processes, which divide the samples.
+    """
+    missing = _missing(samples[rank::world_size], cache, "text encoder outputs")
     if not missing:
         return
-    _try_folders(sample.text_file.parent for sample in missing if not cache.in_memory)
-    texts = {id(sample): cache.texts.of(sample) for sample in missing}
-    # By length, so that a batch isn't as long as one odd text in it; equal captions stand beside each other.
-    missing.sort(key=lambda sample: (len(texts[id(sample)][0]), texts[id(sample)]))
+    if not cache.in_memory:
+        _make_writable({sample.text_file.parent for sample in missing})
+    pairs = [(cache.variants.texts(sample), sample) for sample in missing]
+    # Sorted by length, so that one long text doesn't make a batch of short ones longer, and so that
+    # equal texts are next to each other and encoded once.
+    pairs.sort(key=lambda pair: (len(pair[0][0]), pair[0]))
     with (
-        progress_bar("caching text-encoder outputs", len(missing), unit="captions") as bar,
-        _background_writer() as write,
+        progress_bar("caching text encoder outputs", len(missing), unit="captions") as bar,
+        background_writer() as write,
     ):
-        for some in _windows(missing, lambda sample: texts[id(sample)]):
-            encoded = _encode_texts({text for sample in some for text in texts[id(sample)]}, encode)
-            rows = [(sample, [encoded[text] for text in texts[id(sample)]]) for sample in some]
-            write(_write_texts, cache, rows)
-            bar.update(len(some))
+        for batch in _text_batches(pairs):
+            encoded = _encode_texts(set(chain.from_iterable(texts for texts, _ in batch)), encode)
+            write(_write_texts, cache, batch, encoded)
+            bar.update(len(batch))
 
 
-def _windows(samples: Sequence[Sample], texts_of: Callable[[Sample], Sequence[str]]) -> Iterator[list[Sample]]:
-    """Runs of samples with a batch's worth of different texts."""
-    window: list[Sample] = []
+TextsOfSample = tuple[tuple[str, ...], Sample]
+
+
+def _text_batches(pairs: Iterable[TextsOfSample]) -> Iterator[list[TextsOfSample]]:
+    """Yield the samples in lists that have about a batch of different texts."""
+    batch: list[TextsOfSample] = []
     different: set[str] = set()
-    for sample in samples:
-        window.append(sample)
-        different.update(texts_of(sample))
-        if len(different) >= TEXTS_AT_ONCE:
-            yield window
-            window, different = [], set()
-    if window:
-        yield window
+    for texts, sample in pairs:
+        batch.append((texts, sample))
+        different.update(texts)
+        if len(different) >= TEXTS_PER_BATCH:
+            yield batch
+            batch, different = [], set()
+    if batch:
+        yield batch
 
 
 def _encode_texts(texts: Iterable[str], encode: EncodeTexts) -> dict[str, EncodedText]:
+    """Return the outputs of each text."""
     ordered = sorted(texts)
     encoded: dict[str, EncodedText] = {}
-    for start in range(0, len(ordered), TEXTS_AT_ONCE):
-        batch = ordered[start : start + TEXTS_AT_ONCE]
+    for start in range(0, len(ordered), TEXTS_PER_BATCH):
+        batch = ordered[start : start + TEXTS_PER_BATCH]
         outputs = encode(batch)
         for i, text in enumerate(batch):
-            encoded[text] = EncodedText(*(part[i].clone() for part in outputs))
+            encoded[text] = EncodedText(*(tensor[i].clone() for tensor in outputs))
     return encoded
 
 
-def _write_texts(cache: TextCache, rows: Iterable[tuple[Sample, Sequence[EncodedText]]]) -> None:
-    for sample, encoded in rows:
-        cache.write(sample, encoded)
+def _write_texts(
+    cache: TextCache, batch: Iterable[TextsOfSample], encoded: Mapping[str, EncodedText]
+) -> None:
+    for texts, sample in batch:
+        cache.write(sample, [encoded[text] for text in texts])
 
 
-# -------------------------------------------------------------------------------------------------------------- common
+# --------------------------------------------------------------------------------------- common
 
 
 def _missing(samples: Sequence[Sample], cache: LatentCache | TextCache, what: str) -> list[Sample]:
-    """The samples whose cache isn't valid; how many, and why, is told."""
+    """Return the samples whose cache isn't valid, and log how many they are and why."""
     reasons: Counter[str] = Counter()
     missing = []
     for sample in samples:
-        if reason := cache.problem(sample):
+        reason = cache.invalid_reason(sample)
+        if reason is not None:
             missing.append(sample)
             reasons[reason] += 1
-    told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    log.info("%s: %d of %d are cached%s", what, len(samples) - len(missing), len(samples), f"; to encode: {told}" if told else "")  # fmt: skip
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    to_encode = f"; to encode: {counts}" if missing else ""
+    num_cached = len(samples) - len(missing)
+    log.info("%s: %d of %d are cached%s", what, num_cached, len(samples), to_encode)
     return missing
 
 
-def _try_folders(folders: Iterable[Path]) -> None:
-    """Make the folders and write in them, before anything is encoded; what killed processes left there is removed."""
-    for folder in set(folders):
+def _make_writable(folders: Iterable[Path]) -> None:
+    """Create folders and test writing to them, before anything is encoded.
+
+    Temporary files that killed processes have left there are removed.
+    """
+    for folder in folders:
         try:
             make_writable_folder(folder)
         except OSError as error:
             raise RunError(
-                f"{folder}: caches can't be written here ({error.strerror}); give --cache_dir a folder where they can"
+                f"{folder}: caches can't be written here ({error.strerror}); choose a writable "
+                "folder with --cache_dir"
             ) from None
         remove_left_over(folder)
-
-
-@contextmanager
-def _background_writer() -> Iterator[Callable[..., None]]:
-    """Calls functions one after the other on a thread, a few behind; what one raises is raised at a later call or the end."""
-    waiting: deque[Future] = deque()
-    with ThreadPoolExecutor(1) as pool:
-
-        def call(function: Callable[..., None], *arguments: object) -> None:
-            while waiting and (len(waiting) >= _WRITES_AHEAD or waiting[0].done()):
-                waiting.popleft().result()
-            waiting.append(pool.submit(function, *arguments))
-
-        yield call
-        while waiting:
-            waiting.popleft().result()
-
-
-def _ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-    """(item, function(item)) in order, computed a few ahead by threads (decoding releases the interpreter lock)."""
-    items = iter(items)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        waiting = deque((item, pool.submit(function, item)) for item in islice(items, 2 * _THREADS))
-        while waiting:
-            item, future = waiting.popleft()
-            yield item, future.result()
-            waiting.extend((item, pool.submit(function, item)) for item in islice(items, 1))
-
-
-def _ahead_in_batches(function: Callable[[T], R], batches: Sequence[Sequence[T]]) -> Iterator[tuple[Sequence[T], list[R]]]:  # fmt: skip
-    """(batch, [function(item) of each]), the items computed ahead across batches."""
-    results = _ahead(function, (item for batch in batches for item in batch))
-    for batch in batches:
-        yield batch, [result for _, result in islice(results, len(batch))]

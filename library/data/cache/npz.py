@@ -1,7 +1,8 @@
-"""Numpy's .npz files: written whole, looked at without reading their arrays, read, verified.
+"""Numpy's .npz files: writing them completely or not at all, reading and verifying them.
 
-A file holds, beside its arrays, a fingerprint: JSON with what they were made of, and their checksums. So arrays that
-another program changed, keeping ours (sd-scripts merges into existing files), are seen.
+Next to its arrays, a file contains a fingerprint: JSON with what they were made from, and their
+checksums. They show when another program has changed some arrays and kept others, as sd-scripts
+does when it writes to existing files.
 """
 
 import io
@@ -18,36 +19,59 @@ import numpy as np
 from library.files import write_atomically
 
 FINGERPRINT = "fingerprint"
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, MemoryError, SyntaxError, zipfile.BadZipFile, zlib.error)  # fmt: skip
+# What zipfile and numpy raise for damaged files.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
-class BadFile(ValueError):
-    """A file that holds no arrays of ours; the text says why, without the path."""
+class NpzError(ValueError):
+    """A file without valid arrays. The text gives the reason, without the path."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file says of itself.
+    """What a file contains, without the values of its arrays.
 
     Attributes:
         arrays: name -> (dtype kind, shape).
-        fingerprint: what the arrays were made of; None if the file doesn't say.
+        fingerprint: what the arrays were made from. None if the file has no fingerprint.
     """
 
     arrays: Mapping[str, tuple[str, tuple[int, ...]]]
     fingerprint: Mapping[str, Any] | None
 
     def as_json(self) -> list[Any]:
-        return [{name: [kind, list(shape)] for name, (kind, shape) in self.arrays.items()}, self.fingerprint]
+        arrays = {}
+        for name, (kind, shape) in self.arrays.items():
+            arrays[name] = [kind, list(shape)]
+        return [arrays, self.fingerprint]
 
     @classmethod
     def from_json(cls, value: Any) -> "Contents":
-        arrays, fingerprint = value
-        return cls({name: (kind, tuple(shape)) for name, (kind, shape) in arrays.items()}, fingerprint)
+        """Return the contents that `as_json` turned into JSON."""
+        stored, fingerprint = value
+        arrays = {}
+        for name, (kind, shape) in stored.items():
+            arrays[name] = (kind, tuple(shape))
+        return cls(arrays, fingerprint)
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], fingerprint: Mapping[str, Any]) -> Contents:
-    """Write the arrays and the fingerprint; returns what the file says then. Raises RunError."""
+    """Write the arrays and the fingerprint, and return the contents of the file.
+
+    Raises:
+        RunError: the file can't be written.
+    """
     members = {name: _as_npy(array) for name, array in arrays.items()}
     checksums = {name: zlib.crc32(member) for name, member in members.items()}
     text = json.dumps({**fingerprint, "arrays": checksums}, sort_keys=True)
@@ -59,7 +83,8 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], fingerprint: Mapping[str
                 archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member)
 
     write_atomically(path, write_zip)
-    return Contents({name: (array.dtype.kind, array.shape) for name, array in arrays.items()}, json.loads(text))
+    shapes = {name: (array.dtype.kind, array.shape) for name, array in arrays.items()}
+    return Contents(shapes, json.loads(text))
 
 
 def _as_npy(array: np.ndarray) -> bytes:
@@ -69,9 +94,14 @@ def _as_npy(array: np.ndarray) -> bytes:
 
 
 def verify(path: Path) -> Contents:
-    """Read the whole file and compare its checksums. Raises FileNotFoundError; BadFile with the reason.
+    """Read the complete file, compare its checksums, and return its contents.
 
-    Sizes are looked at before arrays are read, so a header that claims terabytes does no harm; objects are never unpickled.
+    Sizes are checked before arrays are read, so a header that claims terabytes is harmless. Objects
+    are never unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        NpzError: the file is damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -82,64 +112,81 @@ def verify(path: Path) -> Contents:
                 with archive.open(info) as member:
                     shape, _, dtype = _header(member)
                     if dtype.hasobject:
-                        raise BadFile(f"its {name} are objects, not numbers")
+                        raise NpzError(f"its {name} are objects, not numbers")
                     _check_content(member, name, shape, dtype, info.file_size)
                 arrays[name] = (dtype.kind, shape)
             fingerprint = _fingerprint(archive, checksums) if FINGERPRINT in arrays else None
-    except (FileNotFoundError, BadFile):
+    except (FileNotFoundError, NpzError):
         raise
     except _UNREADABLE as error:
-        raise BadFile("unreadable") from error
+        raise NpzError("unreadable") from error
     arrays.pop(FINGERPRINT, None)
     return Contents(arrays, fingerprint)
 
 
 def _header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(member)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    return np.lib.format.read_array_header_2_0(member)
 
 
-def _check_content(member: Any, name: str, shape: Sequence[int], dtype: np.dtype, file_size: int) -> None:
+def _check_content(
+    member: Any, name: str, shape: Sequence[int], dtype: np.dtype, file_size: int
+) -> None:
     expected = int(np.prod(shape, dtype=np.float64)) * dtype.itemsize
     if expected > file_size:
-        raise BadFile("unreadable")
-    content = member.read()  # checks the sum
+        raise NpzError("unreadable")
+    content = member.read()  # compares the checksum
     if len(content) != expected:
-        raise BadFile("unreadable")
+        raise NpzError("unreadable")
     if dtype.kind == "f" and not np.isfinite(np.frombuffer(content, dtype)).all():
-        raise BadFile(f"its {name} aren't finite")
+        raise NpzError(f"its {name} aren't finite")
 
 
 def _fingerprint(archive: zipfile.ZipFile, checksums: Mapping[str, int]) -> Mapping[str, Any]:
     with archive.open(f"{FINGERPRINT}.npy") as member:
         fingerprint = json.loads(str(np.lib.format.read_array(member, allow_pickle=False)))
-    if any(checksums.get(name) != checksum for name, checksum in fingerprint["arrays"].items()):
-        raise BadFile("changed by another program")
+    for name, checksum in fingerprint["arrays"].items():
+        if checksums.get(name) != checksum:
+            raise NpzError("changed by another program")
     return fingerprint
 
 
 def read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of these names, checked against their sums. Raises BadFile, for a missing file too."""
+    """Return the arrays of these names, checked against their checksums.
+
+    Raises:
+        NpzError: the file is missing or damaged.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             return {name: _as_array(archive.read(f"{name}.npy")) for name in names}
     except _UNREADABLE as error:
-        raise BadFile(str(error)) from error
+        raise NpzError(str(error)) from error
 
 
 def _as_array(content: bytes) -> np.ndarray:
-    """The array of an .npy member, in one copy; numpy's own read_array takes several times as long over the latents."""
+    """Return the array of an .npy member, copied once.
+
+    Numpy's own read_array takes several times as long for latents.
+    """
     member = io.BytesIO(content)
     shape, fortran_order, dtype = _header(member)
     order: Literal["F", "C"] = "F" if fortran_order else "C"
-    return np.frombuffer(member.getbuffer(), dtype, offset=member.tell()).reshape(shape, order=order)
+    return np.frombuffer(member.getbuffer(), dtype, offset=member.seek(0, io.SEEK_CUR)).reshape(
+        shape, order=order
+    )
 
 
 def foreign_arrays(path: Path, ours: Iterable[str]) -> dict[str, np.ndarray]:
-    """The arrays of a file that aren't ours, which a new version keeps; nothing of a file that can't be read."""
+    """Return the arrays of a file that aren't ours; none if the file can't be read.
+
+    They are kept when the file is written again.
+    """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files if name not in ours and name != FINGERPRINT}
+            names = set(arrays.files).difference(ours, [FINGERPRINT])
+            return {name: arrays[name] for name in arrays.files if name in names}
     except _UNREADABLE:
         return {}

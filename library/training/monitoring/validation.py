@@ -52,7 +52,7 @@ class Validation:
         try:
             for micro in self.micro_batches[rank::processes]:
                 batch = self.batches[micro].to(device)
-                rng = SampleRng(seed_of(self.seed, "validation"), 0, micro.place.first_sample_index, len(batch), device)
+                rng = SampleRng(seed_of(self.seed, "validation"), 0, micro.position.first_sample_index, len(batch), device)
                 for timestep in self.timesteps:
                     losses: Tensor = loss_module(batch, rng, torch.full((len(batch),), timestep, device=device))
                     total += losses.sum()

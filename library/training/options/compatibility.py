@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.data.options import DATA_OPTIONS
 from library.errors import Mistake
 from library.log import LogOptions
 from library.models.options import ModelOptions
@@ -41,9 +41,7 @@ from library.training.options.run import RunOptions, ValidationOptions
 
 COMMON_TRAINING = (
     ModelOptions,
-    DatasetOptions,
-    CaptionOptions,
-    CacheOptions,
+    *DATA_OPTIONS,
     RunOptions,
     ShardingOptions,
     MemoryOptions,

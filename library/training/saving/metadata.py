@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.data.options import CacheOptions, CaptionOptions, DatasetOptions, parse_range, parse_resolution
+from library.data.options import (
+    BucketOptions,
+    CacheOptions,
+    CaptionOptions,
+    DatasetOptions,
+    PixelOptions,
+    parse_range,
+    parse_resolution,
+)
 from library.data.samples import Sample, Subset
 from library.data.scan import Dataset
 from library.log import log
@@ -203,7 +211,7 @@ def dataset_metadata(
     Args:
         per_process: micro-batches of an optimizer step on each process.
     """
-    data = options[DatasetOptions]
+    data, pixels = options[DatasetOptions], options[PixelOptions]
     values: dict[str, Any] = {
         "ss_num_train_images": sum(_count_shown(dataset.samples, is_reg=False) for dataset in datasets),
         "ss_num_reg_images": sum(_count_shown(dataset.samples, is_reg=True) for dataset in datasets),
@@ -211,8 +219,8 @@ def dataset_metadata(
         "ss_validation_split": data.validation_split,
         "ss_validation_seed": data.validation_seed,
         "ss_prior_loss_weight": data.prior_loss_weight,
-        "ss_face_crop_aug_range": parse_range(data.face_crop_aug_range) if data.face_crop_aug_range else None,
-        "ss_resize_interpolation": data.resize_interpolation,
+        "ss_face_crop_aug_range": parse_range(pixels.face_crop_aug_range) if pixels.face_crop_aug_range else None,
+        "ss_resize_interpolation": pixels.resize_interpolation,
     }
     described: dict[str, Any] = _datasets(datasets) if data.dataset_config else _folders(options, datasets[0])
     if not data.dataset_config:
@@ -238,7 +246,7 @@ def _datasets(datasets: Sequence[Dataset]) -> dict[str, str]:
     folders: dict[str, Any] = {}
     described = []
     for dataset in datasets:
-        plan = dataset.plan
+        plan = dataset.config
         own_frequencies = {}
         for subset in plan.subsets:
             name = _free_name(subset.source.name, frequencies)
@@ -251,9 +259,9 @@ def _datasets(datasets: Sequence[Dataset]) -> dict[str, str]:
             "num_train_images": _count_shown(dataset.samples, is_reg=False),
             "num_reg_images": _count_shown(dataset.samples, is_reg=True),
             "resolution": list(plan.buckets.resolution),
-            "enable_bucket": plan.buckets.enabled,
-            "min_bucket_reso": plan.buckets.min_side,
-            "max_bucket_reso": plan.buckets.max_side,
+            "enable_bucket": plan.buckets.enable_bucket,
+            "min_bucket_reso": plan.buckets.min_bucket_reso,
+            "max_bucket_reso": plan.buckets.max_bucket_reso,
             "tag_frequency": own_frequencies,
             "bucket_info": bucket_info(dataset),
             "resize_interpolation": None,
@@ -297,19 +305,20 @@ def _folder(subset: Subset, dataset: Dataset) -> dict[str, int]:
 def _folders(options: Options, dataset: Dataset) -> dict[str, Any]:
     """The keys of a run without --dataset_config: one dataset, its numbers one by one."""
     data, captions = options[DatasetOptions], options[CaptionOptions]
+    buckets, pixels = options[BucketOptions], options[PixelOptions]
     resolution = parse_resolution(data.resolution or "")
-    subsets = dataset.plan.subsets
+    subsets = dataset.config.subsets
     return {
         "ss_batch_size_per_device": data.train_batch_size,
-        "ss_resolution": tuple(resolution or dataset.plan.buckets.resolution),
-        "ss_color_aug": data.color_aug,
-        "ss_flip_aug": data.flip_aug,
-        "ss_random_crop": data.random_crop,
+        "ss_resolution": tuple(resolution or dataset.config.buckets.resolution),
+        "ss_color_aug": pixels.color_aug,
+        "ss_flip_aug": pixels.flip_aug,
+        "ss_random_crop": pixels.random_crop,
         "ss_shuffle_caption": captions.shuffle_caption,
-        "ss_enable_bucket": data.enable_bucket,
-        "ss_bucket_no_upscale": data.bucket_no_upscale,
-        "ss_min_bucket_reso": dataset.plan.buckets.min_side,
-        "ss_max_bucket_reso": dataset.plan.buckets.max_side,
+        "ss_enable_bucket": buckets.enable_bucket,
+        "ss_bucket_no_upscale": buckets.bucket_no_upscale,
+        "ss_min_bucket_reso": dataset.config.buckets.min_bucket_reso,
+        "ss_max_bucket_reso": dataset.config.buckets.max_bucket_reso,
         "ss_keep_tokens": captions.keep_tokens,
         "ss_dataset_dirs": json.dumps({s.source.name: _folder(s, dataset) for s in subsets if not s.is_reg}),
         "ss_reg_dataset_dirs": json.dumps({s.source.name: _folder(s, dataset) for s in subsets if s.is_reg}),
@@ -320,7 +329,7 @@ def _folders(options: Options, dataset: Dataset) -> dict[str, Any]:
 
 def bucket_info(dataset: Dataset) -> dict[str, Any] | None:
     """Pictures per bucket, repeats counted, and the mean aspect error of pictures; None where bucketing is off."""
-    if not dataset.plan.buckets.enabled:
+    if not dataset.config.buckets.enable_bucket:
         return None
     counts: Counter = Counter()
     for sample in dataset.samples:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from library.data.options import CacheOptions, DatasetOptions
+from library.data.samples import DatasetConfig
 from library.data.scan import Dataset
 from library.errors import OptionError, RunError
 from library.hub import download_folder
@@ -118,7 +119,7 @@ def run_signature(options: Options, datasets: Sequence[Dataset], *, seed: int) -
 def _dataset_facts(datasets: Sequence[Dataset], options: DatasetOptions) -> dict[str, str]:
     digest = hashlib.sha256()
     for dataset in datasets:
-        digest.update(repr((dataset.plan.batch_size, dataset.plan.buckets)).encode())
+        digest.update(_bucket_text(dataset.config).encode())
         for samples in (dataset.samples, dataset.validation):
             for sample in samples:
                 name = sample.file.replace("\\", "/").rpartition("/")[2]
@@ -131,9 +132,22 @@ def _dataset_facts(datasets: Sequence[Dataset], options: DatasetOptions) -> dict
     shown = sum(dataset.num_samples for dataset in datasets)
     return {
         "pictures": f"{sum(len(dataset.samples) for dataset in datasets)}, {shown} with repeats",
-        "batch sizes": ", ".join(str(dataset.plan.batch_size) for dataset in datasets),
+        "batch sizes": ", ".join(str(dataset.config.batch_size) for dataset in datasets),
         "files, sizes and captions": digest.hexdigest()[:16],
     }
+
+
+def _bucket_text(config: DatasetConfig) -> str:
+    """Return batch size and bucket settings as text.
+
+    It is part of the signature in saved states, so its names are those of earlier versions.
+    """
+    buckets = config.buckets
+    return (
+        f"({config.batch_size!r}, BucketPlan(resolution={buckets.resolution!r}, enabled={buckets.enable_bucket!r}, "
+        f"min_side={buckets.min_bucket_reso!r}, max_side={buckets.max_bucket_reso!r}, step={buckets.bucket_reso_steps!r}, "
+        f"no_upscale={buckets.bucket_no_upscale!r}))"
+    )
 
 
 def check_same(saved: Mapping[str, str], now: Mapping[str, str], *, anyway: bool) -> bool:

@@ -293,7 +293,7 @@ def sample_prompts(options: Options, found: RunInputs) -> list[SamplePrompt]:
         log.warning("--sample_prompts: %d prompts have no condition (--cn FILE)", len(prompts) - with_condition)
     if not prompts:
         log.warning("--sample_prompts %s: no prompts in it; no samples are drawn", chosen.sample_prompts)
-    size = found.datasets[0].plan.buckets.resolution
+    size = found.datasets[0].config.buckets.resolution
     return [at_size(prompt, size.width, size.height) for prompt in prompts]
 
 
@@ -328,7 +328,7 @@ def _make_validation(
     if samples:
         log.info("%d pictures are held out for validation", len(samples))
     elif chosen.validate_every_n_steps or chosen.validate_every_n_epochs or chosen.keeps_best:
-        shares = [dataset.plan.validation_split for dataset in prepared.datasets]
+        shares = [dataset.config.validation_split for dataset in prepared.datasets]
         if any(shares):
             log.warning("there is nothing to validate on: validation_split %g of the pictures is none", max(shares))
         else:

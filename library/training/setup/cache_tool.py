@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.data.dataset_config import check_datasets
-from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+from library.data.options import DATA_OPTIONS, CacheOptions, CaptionOptions, DatasetOptions
 from library.errors import Mistake
 from library.log import LogOptions
 from library.models.options import ModelOptions
@@ -31,7 +31,7 @@ class ToolOptions(OptionGroup):
     sdxl: bool = option(False, "the model is an SDXL", no_effect="it always is")
 
 
-GROUPS = (ToolOptions, ModelOptions, DatasetOptions, CaptionOptions, CacheOptions, LogOptions)
+GROUPS = (ToolOptions, ModelOptions, *DATA_OPTIONS, LogOptions)
 
 _FLUX = (
     "weighting_scheme logit_mean logit_std mode_scale blocks_to_swap clip_l t5xxl ae controlnet_model_name_or_path"

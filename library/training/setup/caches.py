@@ -9,16 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from library.data.cache.fill import RejectedSample, audit, fill_latents, fill_text, refuse_or_skip
-from library.data.cache.latents import (
-    CaptionVariants,
-    LatentCache,
-    LatentsInMemory,
-    LatentsOnDisk,
-    TextCache,
-    TextInMemory,
-    TextOnDisk,
-)
+from library.data.cache.audit import RejectedSample, audit, refuse_or_skip
+from library.data.cache.fill import fill_latents, fill_text
+from library.data.cache.latents import LatentCache, LatentsInMemory, LatentsOnDisk
+from library.data.cache.text import CaptionVariants, TextCache, TextInMemory, TextOnDisk
 from library.data.file_index import FileIndex
 from library.data.options import CacheOptions
 from library.data.samples import Sample
@@ -73,7 +67,7 @@ def fill_caches(
     if options.latents:
         latents, found = cache_latents(samples, models, options, known, share)
     elif audits:
-        found = audit(samples, known, share=share)
+        found = audit(samples, known, rank=share[0], world_size=share[1])
     kept = without_bad(kept, _of_all_processes(found, samples), skip=skip_bad_images)
     if options.text:
         text = cache_text(
@@ -91,7 +85,7 @@ def all_samples(datasets: Sequence[Dataset]) -> list[Sample]:
 def without_bad(datasets: Sequence[Dataset], bad: Sequence[RejectedSample], *, skip: bool) -> list[Dataset]:
     """The datasets without their bad samples, if those may be left out. Raises RunError if not, or if nothing is left."""
     refuse_or_skip(bad, skip=skip)
-    kept = [dataset.kept([one.sample for one in bad]) for dataset in datasets]
+    kept = [dataset.without([one.sample for one in bad]) for dataset in datasets]
     if not any(dataset.samples for dataset in kept):
         raise RunError("none of the pictures can be used")
     return kept
@@ -102,12 +96,14 @@ def cache_latents(
 ) -> tuple[LatentCache, list[RejectedSample]]:
     """The filled cache, and the samples that can't be in it. Args: share: (rank, processes)."""
     cache = latent_cache(models, options, known)
+    rank, world_size = _share(share, cache)
     return cache, fill_latents(
         samples,
         cache,
         models.encode_images,
         options.vae_batch_size,
-        share=_share(share, cache),
+        rank=rank,
+        world_size=world_size,
     )
 
 
@@ -137,7 +133,8 @@ def cache_text(
         return EncodedText(*(part.cpu() for part in models.encode_texts(captions, num_tokens, weighted=weighted)))
 
     cache = text_cache(models, options, known, num_tokens=num_tokens, weighted=weighted)
-    fill_text(samples, cache, encode, share=_share(share, cache))
+    rank, world_size = _share(share, cache)
+    fill_text(samples, cache, encode, rank=rank, world_size=world_size)
     return cache
 
 
@@ -170,7 +167,7 @@ def finish_caches(
         if holes:
             raise RunError(f"{len(holes)} pictures have no cache after caching: {', '.join(holes[:5])}")
         if isinstance(cache, LatentsOnDisk | TextOnDisk):
-            cache.settle()
+            cache.record_written()
     if accelerator.is_main_process:
         known.save()
     known.forget()
@@ -187,7 +184,7 @@ def _identity(models: SdxlModels, parts: Sequence[str], dtype: torch.dtype, know
         found = known.get(folder, name, stamp).get(fact)
         if found is None:
             found = weights_hash(models.stored(part))
-            known.learn(folder, name, stamp, **{fact: found})
+            known.record(folder, name, stamp, **{fact: found})
         hashes.append(found)
     return f"{' '.join(hashes)} in {str(dtype).removeprefix('torch.')}"
 

@@ -68,12 +68,12 @@ def _bucket_table(dataset: Dataset) -> Table:
         repeated = sum(sample.repeats for sample in samples)
         scale = sum(sample.fit.resized.width / sample.size.width for sample in samples) / len(samples)
         lost = sum(map(_lost, samples)) / len(samples)
-        batches = -(-repeated // dataset.plan.batch_size)
+        batches = -(-repeated // dataset.config.batch_size)
         rows.append(
             (f"{bucket[0]}x{bucket[1]}", str(len(samples)), str(repeated), str(batches), f"{scale:.2f}", f"{lost:.1%}")
         )
     columns = ("bucket", "pictures", "with repeats", "batches", "mean scale", "mean crop loss")
-    plan = dataset.plan
+    plan = dataset.config
     title = f"Dataset at {plan.buckets.resolution}, batches of {plan.batch_size}"
     held_out = f"; {len(dataset.validation)} pictures held out" if dataset.validation else ""
     return Table(title + held_out, columns, rows)
@@ -139,7 +139,7 @@ def _captions(sample: Sample, seed: int) -> list[str]:
     settings = sample.subset.captions
     drawn = [
         process_caption(sample.caption, settings, python_rng(seed, "debug", sample.file, i), epoch=1, step=0, max_train_steps=1)
-        for i in range(DRAWN_CAPTIONS if settings.random_parts() else 1)
+        for i in range(DRAWN_CAPTIONS if settings.random_settings() else 1)
     ]  # fmt: skip
     return list(dict.fromkeys(drawn))
 

@@ -19,8 +19,9 @@ import torch
 
 from library.data.batch import Batch
 from library.data.batch_sampler import BatchPosition
-from library.data.cache.fill import audit
-from library.data.cache.latents import LATENT_CHANNELS, CaptionVariants
+from library.data.cache.audit import audit
+from library.data.cache.latents import LATENT_CHANNELS
+from library.data.cache.text import CaptionVariants
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.samples import Sample
 from library.data.scan import Dataset
@@ -217,7 +218,7 @@ def _look_at_images(page: _Page, options: Options, found: RunInputs, models: Sdx
             problem, size = _text_problem(options, found, models), _text_bytes(options, models)
             _cached(caches, "text", all_samples(datasets), problem, size)
     empty = sum(not sample.caption for sample in samples)
-    sources = dict.fromkeys(str(subset.source) for dataset in found.datasets for subset in dataset.plan.subsets)
+    sources = dict.fromkeys(str(subset.source) for dataset in found.datasets for subset in dataset.config.subsets)
     held_out = sum(len(dataset.validation) for dataset in found.datasets)
     rows = [
         ("from", ", ".join(sources)),
@@ -333,7 +334,7 @@ def _latent_problem(options: Options, found: RunInputs, models: SdxlModels) -> P
     files = (file for s in all_samples(found.datasets) for file in (s.latents_file, s.old_latents_file))
     if cache.cache_latents_to_disk and not any(file.exists() for file in files):
         return lambda sample: "not there"
-    return latent_cache(models, cache, found.known).problem
+    return latent_cache(models, cache, found.known).invalid_reason
 
 
 def _text_problem(options: Options, found: RunInputs, models: SdxlModels) -> Problem:
@@ -341,7 +342,7 @@ def _text_problem(options: Options, found: RunInputs, models: SdxlModels) -> Pro
     if cache.cache_text_encoder_outputs_to_disk and not any(s.text_file.exists() for s in all_samples(found.datasets)):
         return lambda sample: "not there"
     weighted, num_tokens = options[CaptionOptions].weighted_captions, options[ModelOptions].num_tokens
-    return text_cache(models, cache, found.known, num_tokens=num_tokens, weighted=weighted).problem
+    return text_cache(models, cache, found.known, num_tokens=num_tokens, weighted=weighted).invalid_reason
 
 
 def _looked_at(options: Options, found: RunInputs) -> CacheOptions:
@@ -363,7 +364,7 @@ def _latent_bytes(*, for_inpainting: bool) -> Callable[[Sample], int]:
 def _text_bytes(options: Options, models: SdxlModels) -> Callable[[Sample], int]:
     texts, tokens = CaptionVariants(options[CacheOptions].text_cache_variants), options[ModelOptions].num_tokens + 2
     one, two = (token_width(models, f"text_encoder_{number}") for number in (1, 2))
-    return lambda sample: 4 * len(texts.of(sample)) * (tokens * (one + two) + two)
+    return lambda sample: 4 * len(texts.texts(sample)) * (tokens * (one + two) + two)
 
 
 # --------------------------------------------------------------------------------------------------------- measurement
@@ -389,7 +390,7 @@ def _time(page: _Page, plan: Plan, buckets: Sequence[Bucket], device: torch.devi
             page.problems.append(Mistake(f"a single picture of {largest.size} doesn't fit the device's memory"))
         return [("", f"a batch of {largest.largest} at {largest.size} doesn't fit the device: {first_line(error)}")]
     of_pixel = seconds / (largest.size.area * largest.largest)
-    epoch = of_pixel * sum(bucket.size.area * bucket.shown for bucket in buckets) / plan.order.processes
+    epoch = of_pixel * sum(bucket.size.area * bucket.shown for bucket in buckets) / plan.order.world_size
     whole = epoch * plan.total_steps / plan.order.steps_per_epoch
     batch = f"batches of {largest.largest} at {largest.size}"
     return [
@@ -424,7 +425,7 @@ def measure(
         if number == 1:
             _wait(device)
             started = time.monotonic()
-        update.backward(update.loss_module(batch, SampleRng(0, 0, 0, len(batch), device)), batch.place)
+        update.backward(update.loss_module(batch, SampleRng(0, 0, 0, len(batch), device)), batch.position)
         update.step()
     _wait(device)
     seconds = (time.monotonic() - started) / _STEPS
@@ -444,7 +445,7 @@ def made_up(options: Options, models: SdxlModels, largest: Bucket, samples: Sequ
     is_inpainting = models.checkpoint.unet.is_inpainting
     has_images = encodes_images(models, cache, are_masked=largest.are_masked)
     return Batch(
-        place=BatchPosition(
+        position=BatchPosition(
             epoch=0,
             step=0,
             microbatch_index=0,
@@ -457,8 +458,8 @@ def made_up(options: Options, models: SdxlModels, largest: Bucket, samples: Sequ
         captions=tuple(samples[i % len(samples)].caption if samples else "" for i in range(count)),
         images=torch.rand(count, 3, height, width) * 2 - 1 if has_images else None,
         latents=torch.randn(count, LATENT_CHANNELS, *cells) if cache.latents else None,
-        paint=torch.ones(count, height, width) if is_inpainting and has_images else None,
-        raw_beside=torch.randn(count, 1 + LATENT_CHANNELS, *cells) if is_inpainting and not has_images else None,
+        inpaint_masks=torch.ones(count, height, width) if is_inpainting and has_images else None,
+        cached_inpaint_channels=torch.randn(count, 1 + LATENT_CHANNELS, *cells) if is_inpainting and not has_images else None,
         text=text,
         original_sizes=sizes,
         crop_top_lefts=torch.zeros_like(sizes),

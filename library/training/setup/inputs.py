@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.data.dataset_config import ConditioningKind, read_datasets
+from library.data.dataset_config import ConditioningKind, check_masks_are_used, read_datasets
 from library.data.file_index import FileIndex
 from library.data.options import CacheOptions, DatasetOptions
 from library.data.scan import Dataset, scan
@@ -88,12 +88,14 @@ def inspect_datasets(
         uses_masks: the run has a use for masks in conditioning_data_dir: in its loss, or because the model is to paint there.
     """
     data, cache_dir = options[DatasetOptions], options[CacheOptions].cache_dir
-    plans, notices = read_datasets(options, conditioning, uses_masks=uses_masks)
+    configs, notices = read_datasets(options, conditioning)
+    if not uses_masks:
+        check_masks_are_used(configs)
     for notice in notices:
         log.warning(notice)
     known = FileIndex(None if cache_dir is None else cache_dir / "index")
     datasets = scan(
-        plans,
+        configs,
         known,
         skip_bad_images=data.skip_bad_images,
         allow_missing_captions=data.allow_missing_captions,

@@ -255,7 +255,7 @@ def format_steps(plan: Plan, datasets: Sequence[Dataset]) -> list[str]:
     """The arithmetic from pictures to steps."""
     order = plan.order
     shown = sum(dataset.num_samples for dataset in datasets)
-    share = f"({order.processes} processes x {order.per_process} accumulated)"
+    share = f"({order.world_size} processes x {order.accumulation_steps} accumulated)"
     return [
         f"{len(samples_of(datasets))} pictures, {shown} with repeats, in {len(order.groups)} buckets",
         f"{order.batches_per_epoch} batches / {share} = {order.steps_per_epoch} steps an epoch; "

@@ -71,7 +71,7 @@ class Task:
 
     def model_input(self, noisy: NoisedLatents, batch: Batch) -> Tensor:
         """What the U-Net sees, [B, 4, H/8, W/8]; of inpainting models [B, 9, H/8, W/8]."""
-        seen = noisy.latents if batch.beside is None else torch.cat([noisy.latents, batch.beside], dim=1)
+        seen = noisy.latents if batch.inpaint_channels is None else torch.cat([noisy.latents, batch.inpaint_channels], dim=1)
         return seen.to(self.compute_dtype)
 
     def vector(self, text: TextConditioning, batch: Batch) -> Tensor:

@@ -22,7 +22,7 @@ def file(tmp_path) -> Path:
 
 def learn(home: Path, file: Path, **facts) -> None:
     known = FileIndex(home)
-    known.learn(str(file.parent), file.name, file_stamp(file), **facts)
+    known.record(str(file.parent), file.name, file_stamp(file), **facts)
     known.save()
 
 

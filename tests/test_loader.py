@@ -5,12 +5,14 @@ from itertools import islice
 
 import pytest
 import torch
+from messages import mentioning, mentions
 from scanning import samples_of, scanned, stub_text, stub_vae
 
 from library.data.augment import load_pixels
 from library.data.batch_sampler import BatchPosition, BatchSampler, MicroBatch
 from library.data.cache.fill import fill_latents, fill_text
-from library.data.cache.latents import CaptionVariants, LatentsInMemory, LatentsOnDisk, TextInMemory
+from library.data.cache.latents import LatentsInMemory, LatentsOnDisk
+from library.data.cache.text import CaptionVariants, TextInMemory
 from library.data.loader import Batches, group_samples, load_batches
 from library.errors import RunError
 
@@ -33,7 +35,7 @@ def loaded(batches, order, count=12, **settings):
 
 
 def assert_same(one, two):
-    assert one.place == two.place and one.paths == two.paths and one.captions == two.captions
+    assert one.position == two.position and one.paths == two.paths and one.captions == two.captions
     for name in ("images", "latents", "original_sizes", "crop_top_lefts", "target_sizes", "weights"):
         a, b = getattr(one, name), getattr(two, name)
         assert (a is None and b is None) or torch.equal(a, b), name
@@ -128,16 +130,16 @@ def test_skipped_steps_decode_nothing(images, monkeypatch):
 def test_cached_variants_are_drawn_and_captions_dropped_as_often_as_asked(images):
     """--text_cache_variants: of each picture's drawn captions one per sample, the empty one by the dropout rate."""
     words = ["--shuffle_caption", "--caption_dropout_rate", 0.25, "--caption_dropout_every_n_epochs", 4]
-    plan = CaptionVariants(3)
-    batches, order = set_up(images, *words, latents=LatentsInMemory(), text=TextInMemory(plan))
+    variants = CaptionVariants(3)
+    batches, order = set_up(images, *words, latents=LatentsInMemory(), text=TextInMemory(variants))
     per_epoch = len(order.epoch(0))
     seen = loaded(batches, order, 100 * per_epoch)
     for sample in batches.samples:
-        texts = plan.of(sample)
-        own = [batch.captions[0] for batch in seen if batch.paths == (sample.file,) and batch.place.epoch % 4 != 3]
+        texts = variants.texts(sample)
+        own = [batch.captions[0] for batch in seen if batch.paths == (sample.file,) and batch.position.epoch % 4 != 3]
         assert len(texts) == 4 and set(own) == set(texts) and texts[-1] == ""
         assert abs(own.count("") / len(own) - 0.25) < 4 * (0.25 * 0.75 / len(own)) ** 0.5
-    assert {batch.captions for batch in seen if batch.place.epoch % 4 == 3} == {("",)}
+    assert {batch.captions for batch in seen if batch.position.epoch % 4 == 3} == {("",)}
     assert all(batch.text.pooled[0, 0] == len(batch.captions[0]) for batch in seen)
 
 
@@ -179,13 +181,13 @@ def test_conditioning_images_come_with_their_images(images, tmp_path):
         f"[[datasets.subsets]]\nimage_dir = '{images / '2_shapes'}'\nconditioning_data_dir = '{tmp_path / 'masks'}'\n"
     )
     from library.data.dataset_config import read_datasets
-    from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
+    from library.data.options import DATA_OPTIONS
     from library.data.scan import scan
     from library.options import read_options
     from library.training.options.objective import LossOptions
 
     words = ["--dataset_config", str(tmp_path / "d.toml"), "--masked_loss"]
-    options = read_options("", [DatasetOptions, CaptionOptions, CacheOptions, LossOptions], words)
+    options = read_options("", [*DATA_OPTIONS, LossOptions], words)
     datasets = scan(read_datasets(options)[0])
     samples = samples_of(datasets)
     batches = Batches(samples, None, None, seed=3, max_train_steps=10)
@@ -219,9 +221,9 @@ def test_each_image_for_inpainting_has_its_own_mask_or_a_drawn_one_whatever_its_
         batches[MicroBatch(BatchPosition(0, 0, 0, first, 2, True, False), numbers)]
         for first, numbers in ((0, (0,)), (1, (1,)), (0, (0, 1)))
     )
-    assert fixed.images is None and fixed.conditioning is None and fixed.raw_beside.shape[:2] == (1, 5)
-    assert drawn.raw_beside is None and torch.equal(drawn.paint[0], mixed.paint[1])
-    assert torch.equal(mixed.paint[0], mixed.conditioning[0, 0] / 2 + 0.5) and mixed.images.shape[0] == 2
+    assert fixed.images is None and fixed.conditioning is None and fixed.cached_inpaint_channels.shape[:2] == (1, 5)
+    assert drawn.cached_inpaint_channels is None and torch.equal(drawn.inpaint_masks[0], mixed.inpaint_masks[1])
+    assert torch.equal(mixed.inpaint_masks[0], mixed.conditioning[0, 0] / 2 + 0.5) and mixed.images.shape[0] == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -229,13 +231,15 @@ def test_a_image_that_vanishes_during_the_run_is_one_sentence(workers, images):
     batches, order = set_up(images)
     for sample in batches.samples:
         sample.path.unlink()
-    with pytest.raises(RunError, match=r"^\S+picture\d.png: can't be read any more"):
+    with pytest.raises(RunError) as error:
         loaded(batches, order, 1, num_workers=workers, start_method="fork" if workers else None)
+    assert any(mentions(str(error.value), sample.path.name, "No such file") for sample in batches.samples)
+    assert "\n" not in str(error.value)
 
 
 def test_a_cache_that_is_damaged_during_the_run_is_one_sentence(images):
     batches, order = set_up(images, latents=LatentsOnDisk())
     for sample in batches.samples:
         sample.latents_file.write_bytes(b"")
-    with pytest.raises(RunError, match=r"_sdxl.npz: the cache was changed or damaged since the run began"):
+    with pytest.raises(RunError, match=mentioning("_sdxl.npz", "cache", "File is not a zip file")):
         loaded(batches, order, 1)
