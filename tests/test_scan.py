@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import scanning
+import sdxl_train
 from messages import mentioning, mentions
 from PIL import Image
 
@@ -21,6 +22,7 @@ from library.images import readable_extensions
 from library.options import read_options
 from library.size import Size
 from library.training.options.objective import LossOptions
+from library.training.saving.resume import run_signature
 
 
 def make(folder: Path, *names: str, size=(64, 64)) -> None:
@@ -405,3 +407,19 @@ def test_images_that_need_a_plugin_are_told(tmp_path, caplog):
     scanned(tmp_path)
     if ".jxl" not in readable_extensions():
         assert mentions(caplog.text, "WARNING", "1 .jxl", "pip install pillow-jxl-plugin")
+
+
+def test_the_signature_of_a_dataset_is_that_of_earlier_versions(tmp_path):
+    """States that were saved before settings were renamed can be resumed: their text is hashed."""
+    make(tmp_path / "2_x", "a.png", size=(128, 128))
+    make(tmp_path / "2_x", "b.png", size=(160, 112))
+    words = ["--keep_tokens_separator", "|||", "--shuffle_caption", "--token_warmup_step", "5"]
+    facts = []
+    for more in ([], words):
+        arguments = ["--train_data_dir", str(tmp_path), *scanning.BUCKETS, *more, "--output_dir", "out"]
+        arguments += ["--output_name", "x", "--pretrained_model_name_or_path", "model.safetensors"]
+        options = read_options("test", sdxl_train.OPTIONS, arguments)
+        datasets = scan(read_datasets(options)[0])
+        signature = run_signature(options, datasets, seed=0)
+        facts.append(signature["files, sizes and captions"])
+    assert facts == ["d64b8408bfc82ede", "ef1ae0c6bca8977a"]
