@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import scanning
-import sdxl_train
 from messages import mentioning, mentions
 from PIL import Image
 
+import sdxl_train
 from library.data.dataset_config import check_masks_are_used, read_datasets
 from library.data.file_index import FileIndex
 from library.data.options import DATA_OPTIONS
