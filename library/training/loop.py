@@ -42,7 +42,7 @@ def train(kind: type[Task], options: Options, found: RunInputs) -> list[Path]:
     end_with_parent()
     resumed = find_resume_point(options, found.datasets)
     if resumed is not None and resumed.is_finished and not options[ResumeOptions].verify_resume:
-        steps = resumed.facts["step"]
+        steps = resumed.metadata.step
         log.info("%s: this run is finished, after %d steps; there is nothing left to do", resumed.folder, steps)
         return []
     saving = options[SavingOptions]

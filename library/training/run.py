@@ -24,9 +24,9 @@ from library.training.options.output import (
     ResumeOptions,
 )
 from library.training.progress import Progress
-from library.training.saving.resume import ResumePoint, _damage_told, initial_step
+from library.training.saving.resume import ResumePoint, initial_step
 from library.training.saving.saver import Saver
-from library.training.saving.state import State, read_state
+from library.training.saving.state import State, StateMetadata, damaged_state_errors, read_state
 from library.training.trainable import Trainable
 
 
@@ -110,46 +110,46 @@ def copy_weights(saved: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter]
 def capture(run: Run, progress: Progress, *, finished: bool) -> State:
     """The run's state after an optimizer step whose numbers are settled. Args: finished: and after its final save."""
     names = {id(parameter): name for name, parameter in run.trained.items()}
-    facts = {
-        "step": progress.step,
-        "epoch": progress.epoch,
-        "samples": progress.samples,
-        "splits": progress.splits,
-        "finished": finished,
-        "total_steps": run.total_steps,
-        "session_id": run.session_id,
-        "run": dict(run.facts),
-        "report": run.report.state(),
-        "best": run.best.state(),
-        "saved": run.saver.saved,
-    }
+    metadata = StateMetadata(
+        step=progress.step,
+        epoch=progress.epoch,
+        samples=progress.samples,
+        splits=progress.splits,
+        finished=finished,
+        total_steps=run.total_steps,
+        session_id=run.session_id,
+        signature=run.facts,
+        metrics=run.report.state(),
+        best=run.best.state(),
+        saved=run.saver.saved,
+    )
     weights = {name: tensor for part in run.parts for name, tensor in part.values().items()}
     update = run.update.state(names)
     if run.shards is not None:
         update["optimizer"] = run.shards.gathered(update["optimizer"])
-    return State(facts, weights, update, {} if run.ema is None else run.ema.averages)
+    return State(metadata, weights, update, {} if run.ema is None else run.ema.averages)
 
 
 def restore(run: Run, resumed: ResumePoint) -> Progress:
     """Bring the run to where the state was saved. Raises OptionError if it doesn't fit, RunError if it is damaged."""
-    state, facts = read_state(resumed.folder), resumed.facts
+    state, metadata = read_state(resumed.folder), resumed.metadata
     copy_weights(state.weights, {name: tensor for part in run.parts for name, tensor in part.tensors().items()})
     names = {id(parameter): name for name, parameter in run.trained.items()}
-    with _damage_told(resumed.folder):
+    with damaged_state_errors(resumed.folder):
         if run.shards is not None:
             state.optimizer["optimizer"] = run.shards.cut(state.optimizer["optimizer"])
         run.update.restore(state.optimizer, names, same_options=resumed.is_same)
         if run.ema is not None:
             run.ema.restore(state.ema or state.weights)
-        run.report.restore(facts["report"], facts["step"])
-        run.best.restore(facts["best"])
-        run.saver.remember({**facts["saved"], resumed.folder.name: [str(resumed.folder)]})
+        run.report.restore(metadata.metrics, metadata.step)
+        run.best.restore(metadata.best)
+        run.saver.remember({**metadata.saved, resumed.folder.name: [str(resumed.folder)]})
     run.preview.recall()
-    log.info("resumed from %s: %d of %d steps are done", resumed.folder, facts["step"], run.total_steps)
-    epochs, steps_into_it = divmod(facts["step"], run.order.steps_per_epoch)
+    log.info("resumed from %s: %d of %d steps are done", resumed.folder, metadata.step, run.total_steps)
+    epochs, steps_into_it = divmod(metadata.step, run.order.steps_per_epoch)
     # A save between an epoch's last step and its end hasn't counted it yet.
-    is_before_end = not steps_into_it and facts["epoch"] == epochs - 1
-    return Progress(epochs - is_before_end, facts["step"], facts["samples"], facts["splits"])
+    is_before_end = not steps_into_it and metadata.epoch == epochs - 1
+    return Progress(epochs - is_before_end, metadata.step, metadata.samples, metadata.splits)
 
 
 def place_to_start(run: Run, options: ResumeOptions) -> Progress:

@@ -94,7 +94,7 @@ def build_run(kind: type[Task], options: Options, found: RunInputs, resumed: Res
     )
     is_main, processes = accelerator.is_main_process, accelerator.num_processes
     trackers = _open_trackers(kind, options) if is_main else None
-    seed = _shared_seed(run.seed if resumed is None else int(resumed.facts["run"]["seed"]))
+    seed = _shared_seed(run.seed if resumed is None else resumed.metadata.seed)
     states, validating = options[ResumeOptions], options[ValidationOptions]
     models, options, begins = check_before_caching(kind, options, found, accelerator, seed)
     prepared, make_preview = fill_caches_and_encode_prompts(models, options, found, accelerator, seed)
@@ -102,12 +102,12 @@ def build_run(kind: type[Task], options: Options, found: RunInputs, resumed: Res
     learning = _build(kind, models, options, found, plan, accelerator, seed)
     task = learning.task
     ema = build_ema(task, options[EmaOptions])
-    session_id = str(secrets.randbits(32)) if resumed is None else resumed.facts["session_id"]
+    session_id = str(secrets.randbits(32)) if resumed is None else resumed.metadata.session_id
     saver = build_saver(
         task, options, found, prepared, plan, learning.update, ema, open_uploads(options[UploadOptions]) if is_main else None,
         session_id=session_id, processes=processes, is_main=is_main,
     )  # fmt: skip
-    done = Progress() if resumed is None else Progress(resumed.facts["epoch"], resumed.facts["step"])
+    done = Progress() if resumed is None else Progress(resumed.metadata.epoch, resumed.metadata.step)
     if resumed is not None:
         saver.own = saved_files(saver.log_file, session_id)
     _tell(plan, prepared, learning, saver, models, options)
@@ -137,7 +137,7 @@ def build_run(kind: type[Task], options: Options, found: RunInputs, resumed: Res
             is_main=is_main,
             trackers=trackers,
             log_file=None if states.verify_resume else saver.log_file,
-            done=0 if resumed is None else resumed.facts["step"],
+            done=0 if resumed is None else resumed.metadata.step,
         ),
         saver=saver,
         states=states,

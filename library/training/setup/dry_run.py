@@ -269,7 +269,7 @@ def _first_step(options: Options, found: RunInputs, plan: Plan) -> str:
         return f"at step {first}"
     if resumed.is_finished:
         return f"not at all: {resumed.folder} is the state of a finished run"
-    step = resumed.facts["step"]
+    step = resumed.metadata.step
     return f"at step {step}, from {resumed.folder}; {plan.total_steps - step} steps are left"
 
 
@@ -278,7 +278,7 @@ def _done(options: Options, found: RunInputs) -> Progress:
     if not (options[ResumeOptions].resume and options[UploadOptions].resume_from_huggingface):
         with silence_logging(), suppress(OptionError, RunError):
             if (resumed := find_resume_point(options, found.datasets)) is not None:
-                return Progress(resumed.facts["epoch"], resumed.facts["step"])
+                return Progress(resumed.metadata.epoch, resumed.metadata.step)
     return Progress()
 
 
