@@ -13,11 +13,13 @@ from library.training.options.compatibility import check_pairs
 from library.training.options.tasks import LLLiteOptions, check_lllite
 from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 
+OPTIONS = [LLLiteOptions, *COMMON_TRAINING]
+
 
 def main(argv: list[str] | None = None) -> None:
     options = read_options(
         __doc__,
-        [LLLiteOptions, *COMMON_TRAINING],
+        OPTIONS,
         argv,
         checks=[check_training, check_pairs, check_conditioned_datasets, check_lllite],
         refused=UNSUPPORTED,

@@ -139,7 +139,7 @@ def test_encoders_and_vae_leave_once_caches_are_filled_and_are_never_loaded_when
     build_loss_module = start.build_loss_module
     monkeypatch.setattr(
         start,
-        "make_step",
+        "build_loss_module",
         lambda task, models, *rest: loaded.append(set(vars(models))) or build_loss_module(task, models, *rest),
     )
     train_network(golden_model, images, tmp_path / "filling", *words)

@@ -12,9 +12,9 @@ from accelerate.utils import gather_object
 
 from library.data.batch import Batch
 from library.errors import RunError, first_line
+from library.files import OutputLock
 from library.log import is_main_process, log
 from library.options import Options
-from library.output_lock import OutputLock
 from library.rng import SampleRng, seed_global_rng
 from library.signals import Signals, end_with_parent, exit_status
 from library.training.monitoring.metrics import MetricsLogger, MicrobatchLoss, read_log

@@ -14,7 +14,7 @@ from library.data.samples import Sample
 from library.data.scan import Dataset
 from library.errors import Mistake, OptionError
 from library.models.memory.block_swap import largest_blocks
-from library.models.memory.quantization import BYTES_OF, large_linears, numbers_of
+from library.models.memory.quantization import BYTES_OF, count_parameters, large_linears
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import text_encoder_config
@@ -173,7 +173,7 @@ def _state_on_device(optimizer: str, shapes: Sequence[Sequence[int]], *, at_home
 
 def _swapped_numbers(unet: UNet, count: int) -> int:
     """The numbers of the blocks that lie in RAM, without the two that visit the device at once."""
-    sizes = [numbers_of(block) for block in largest_blocks(unet.blocks, count)]
+    sizes = [count_parameters(block) for block in largest_blocks(unet.blocks, count)]
     return max(0, sum(sizes) - 2 * max(sizes, default=0))
 
 
@@ -183,7 +183,7 @@ def _frozen(part: str, numbers: int, unet: UNet, models: SdxlModels) -> Iterator
     if kind is not None:
         if part == "unet":
             whole = sum(layer.in_features * layer.out_features for _, layer in large_linears(unet))
-            share = whole / numbers_of(unet)
+            share = whole / count_parameters(unet)
         else:
             stored = models.stored(part)
             share = sum(t.numel() for n, t in stored.items() if ".layers." in n and t.ndim == 2) / sum(
@@ -213,7 +213,7 @@ def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions, *, are_mas
     """
     trained = {name: parameter for part in task.parts for name, parameter in part.tensors().items()}
     ids = {id(parameter) for parameter in trained.values()}
-    yield "unet", numbers_of(task.unet) - sum(p.numel() for p in task.unet.parameters() if id(p) in ids)
+    yield "unet", count_parameters(task.unet) - sum(p.numel() for p in task.unet.parameters() if id(p) in ids)
     absent = [
         *(["text_encoder_1", "text_encoder_2"] if cache.text else []),
         *([] if encodes_images(models, cache, are_masked=are_masked) else ["vae"]),
