@@ -93,15 +93,15 @@ def measure_bar(name: str, model: Path) -> None:
     from library.training.setup.build import build_on_meta, open_models
     from library.training.setup.dry_run import measure
     from library.training.setup.inputs import RunInputs
-    from library.training.setup.plan import Bucket, estimate_memory, trained_groups
+    from library.training.setup.plan import Bucket, estimate_memory
 
     most, task, words = BARS[name]
     kind, options = kind_of(task), options_of(task, words)
     found = RunInputs(open_checkpoint(str(model)), False, False, (), None)  # type: ignore[arg-type]
     models, buckets = open_models(kind, options, found, torch.device("cuda")), [Bucket(Size(1024, 1024), 1, 1, 1)]
-    skeleton = build_on_meta(kind, models, options)
+    skeleton = build_on_meta(kind, models, options, found, 10)
     assert skeleton is not None
-    estimated = estimate_memory(skeleton, models, trained_groups(skeleton, 10), buckets, options).total
+    estimated = estimate_memory(skeleton, models, skeleton.param_groups(), buckets, options).total
     measured = measure(kind, options, found, models, buckets, []).peak
     print(
         f"{name:12}{most:8.1f}{estimated / GIB:12.2f}{measured / GIB:12.2f}{measured / estimated - 1:12.0%}", flush=True

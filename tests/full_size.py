@@ -16,10 +16,10 @@ from library.offload import OffloadStream
 from library.rng import SampleRng
 from library.size import Size
 from library.training.optim.build import build_optimizer_step
-from library.training.setup.build import build_loss_module, open_models
+from library.training.setup.build import build_loss_module, build_task, open_models
 from library.training.setup.dry_run import made_up
 from library.training.setup.inputs import RunInputs
-from library.training.setup.plan import Bucket, trained_groups
+from library.training.setup.plan import Bucket
 
 at_home = OffloadStream.at_home
 
@@ -61,8 +61,8 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
         ):
             live.leave_out(*(tensor for file in files for tensor in file._tensors.values()))
             models = open_models(kind, options, found, torch.device("cpu"))
-            task_ = kind.from_options(models, options)
-            groups = trained_groups(task_, 10)
+            task_ = build_task(kind, models, options, found, 10)
+            groups = task_.param_groups()
             update = build_optimizer_step(
                 build_loss_module(task_, models, options, found), groups, options, 10, seed=0, processes=1
             )

@@ -365,7 +365,7 @@ def test_what_an_optimizer_keeps_is_what_the_estimate_counts(name):
 def test_what_a_state_holds_of_the_optimizer_depends_on_the_optimizer():
     """By hand: Adafactor keeps 20 + 30 numbers for a matrix, AdamW 2 x 600; Kahan's rounding a 16-bit number for each."""
     group = ParamGroup("unet", {"a": nn.Parameter(torch.zeros(20, 30, dtype=torch.bfloat16))}, 1.0)
-    task = SimpleNamespace(parts=[SimpleNamespace(groups=lambda: [group])])
+    task = SimpleNamespace(param_groups=lambda: [group])
     for name, rounding, expected in (("Adafactor", None, 200), ("AdamW", None, 4800), ("AdamW", "kahan", 6000)):
         options = {OptimizerOptions: SimpleNamespace(name=name), UpdateOptions: SimpleNamespace(rounding=rounding)}
         assert optimizer_in_state(task, options) == expected

@@ -22,7 +22,7 @@ from library.training.setup import build_run as start
 from library.training.setup.build import build_on_meta, open_models
 from library.training.setup.inputs import RunInputs
 from library.training.setup.memory_estimate import GIB, fit
-from library.training.setup.plan import Bucket, estimate_memory, trained_groups
+from library.training.setup.plan import Bucket, estimate_memory
 from library.training.tasks.base import Task
 
 PRESETS = [path for kind in ("sdxl_finetune", "lora") for path in sorted((ROOT / "configs").glob(f"{kind}_*gb.toml"))]
@@ -34,7 +34,7 @@ def skeleton(task: str) -> Task:
     """The task without weights. What these tests vary changes nothing of it."""
     kind = kind_of(task)
     options = options_of(task, FULL if kind.__name__ == "FineTune" else LORA)
-    made = build_on_meta(kind, open_models(kind, options, found(), torch.device("cpu")), options)
+    made = build_on_meta(kind, open_models(kind, options, found(), torch.device("cpu")), options, found(), 10)
     assert made is not None
     return made
 
@@ -48,7 +48,7 @@ def rehearsed(task: str, words: list[str]):
     """Options, and the estimate that others would have, from headers alone."""
     options = options_of(task, words)
     models = open_models(kind_of(task), options, found(), torch.device("cpu"))
-    groups, buckets = trained_groups(skeleton(task), 10), [Bucket(Size(1024, 1024), 1, 1, 1)]
+    groups, buckets = skeleton(task).param_groups(), [Bucket(Size(1024, 1024), 1, 1, 1)]
     return options, lambda tried: estimate_memory(skeleton(task), models, groups, buckets, tried)
 
 

@@ -100,8 +100,8 @@ def loop(run: Run, progress: Progress, signals: Signals) -> None:
         seen = gradients(run, progress, window)
         updated = step(run, progress, signals)
         run.watch.note_gradients(updated.norms)
-        for part in run.parts:
-            part.after_step()
+        for trainable in run.trainables:
+            trainable.after_step()
         progress.step += 1
         progress.samples += window[0].place.global_batch_size
         if run.ema is not None:
@@ -264,8 +264,8 @@ def save(run: Run, progress: Progress, when: When, *, stopped: bool = False) -> 
     run.report.flush()
     check_equal(run.replicated, run.accelerator.num_processes, progress.step)
     with ExitStack() as whole:
-        for part in run.parts:
-            whole.enter_context(part.whole())
+        for trainable in run.trainables:
+            whole.enter_context(trainable.gathered())
         with run.update.eval_weights():
             paths = run.saver.save(when, progress, run.total_steps)
         if paths:
@@ -289,7 +289,7 @@ def write_page(run: Run, progress: Progress) -> None:
         ("steps", f"{progress.step} of {run.total_steps}, {run.order.steps_per_epoch} an epoch"),
         (
             "trained",
-            f"{sum(p.numel() for part in run.parts for group in part.groups() for p in group.parameters.values()):,} numbers",
+            f"{sum(p.numel() for trainable in run.trainables for group in trainable.groups() for p in group.parameters.values()):,} numbers",
         ),
         ("processes", str(run.accelerator.num_processes)),
         ("device", str(run.accelerator.device)),

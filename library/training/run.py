@@ -45,7 +45,7 @@ class Run:
     """
 
     accelerator: Accelerator
-    parts: Sequence[Trainable]
+    trainables: Sequence[Trainable]
     shards: Shards | None
     trained: Mapping[str, nn.Parameter]
     update: OptimizerStep
@@ -123,7 +123,7 @@ def capture(run: Run, progress: Progress, *, finished: bool) -> State:
         "best": run.best.state(),
         "saved": run.saver.saved,
     }
-    weights = {name: tensor for part in run.parts for name, tensor in part.values().items()}
+    weights = {name: tensor for trainable in run.trainables for name, tensor in trainable.full_tensors().items()}
     update = run.update.state(names)
     if run.shards is not None:
         update["optimizer"] = run.shards.gathered(update["optimizer"])
@@ -133,7 +133,9 @@ def capture(run: Run, progress: Progress, *, finished: bool) -> State:
 def restore(run: Run, resumed: ResumePoint) -> Progress:
     """Bring the run to where the state was saved. Raises OptionError if it doesn't fit, RunError if it is damaged."""
     state, facts = read_state(resumed.folder), resumed.facts
-    copy_weights(state.weights, {name: tensor for part in run.parts for name, tensor in part.tensors().items()})
+    copy_weights(
+        state.weights, {name: tensor for trainable in run.trainables for name, tensor in trainable.tensors().items()}
+    )
     names = {id(parameter): name for name, parameter in run.trained.items()}
     with _damage_told(resumed.folder):
         if run.shards is not None:

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import re
 import shutil
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -68,7 +68,7 @@ class Saver:
         self,
         options: SavingOptions,
         states: ResumeOptions,
-        parts: list[Trainable],
+        parts: Sequence[Trainable],
         metadata: MakeMetadata,
         dtype: torch.dtype | None,
         num_epochs: int,

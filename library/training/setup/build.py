@@ -1,11 +1,12 @@
 """Build: models, rehearsal and step of a run, from options; dry runs and benchmarks build them too."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from library.data.options import CacheOptions
+from library.data.options import CacheOptions, CaptionOptions
 from library.data.scan import Dataset
 from library.device import Precision, lacks_bf16
 from library.errors import Mistake, OptionError
@@ -15,7 +16,7 @@ from library.models.memory.activation_checkpointing import ActivationPolicy
 from library.models.noise_schedule import NoiseSchedule
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
-from library.options import Options
+from library.options import OptionGroup, Options
 from library.param_group import ParamGroup
 from library.training.forward import DiffusionLoss
 from library.training.objective.prediction import Objective
@@ -23,13 +24,13 @@ from library.training.optim.build import try_optimizer
 from library.training.optim.ema import Ema
 from library.training.options.memory import MemoryOptions
 from library.training.options.objective import LossOptions, NoiseOptions
-from library.training.options.optimizer import EmaOptions, UpdateOptions
+from library.training.options.optimizer import EmaOptions, OptimizerOptions, UpdateOptions
 from library.training.options.output import SavingOptions
 from library.training.options.run import RunOptions
 from library.training.setup.inputs import RunInputs
 from library.training.setup.memory_estimate import fit
-from library.training.setup.plan import buckets_of, estimate_memory, make_plan, trained_groups
-from library.training.tasks.base import Task
+from library.training.setup.plan import buckets_of, estimate_memory, make_plan
+from library.training.tasks.base import Task, TaskSettings
 
 
 def open_models(kind: type[Task], options: Options, found: RunInputs, device: torch.device) -> SdxlModels:
@@ -51,13 +52,36 @@ def open_models(kind: type[Task], options: Options, found: RunInputs, device: to
         attention=choose_attention(mem_eff_attn=model.mem_eff_attn, use_xformers=model.xformers),
         checkpointing=activation_policy(options[MemoryOptions]),
     )
-    models.trained = kind.trained_parts(options)
+    groups = task_options(kind, options)
+    models.trained = kind.trained_components(options[OptimizerOptions].learning_rate, groups)
     # Caches are filled by whole encoders: other runs read them too.
     whole = ("text_encoder_1", "text_encoder_2") if options[CacheOptions].text else ()
     models.swapped_blocks = options[MemoryOptions].blocks_to_swap or 0
     models.quantized = {part: how for part, how in options[MemoryOptions].quantized.items() if part not in whole}
-    models.change = kind.change(models.without_weights(), options)
+    models.change = kind.weight_patch(models.without_weights(), groups)
     return models
+
+
+def task_options(kind: type[Task[Any]], options: Options) -> tuple[OptionGroup, ...]:
+    """Return the option groups that only this task has."""
+    return tuple(options[group] for group in kind.option_groups)
+
+
+def build_task(
+    kind: type[Task[Any]], models: SdxlModels, options: Options, found: RunInputs, total_steps: int
+) -> Task[Any]:
+    """Build the task on top of the models; on the meta device nothing is loaded."""
+    settings = TaskSettings(
+        lr=options[OptimizerOptions].learning_rate,
+        num_tokens=options[ModelOptions].num_tokens,
+        total_steps=total_steps,
+        text_is_cached=options[CacheOptions].text,
+        weighted_captions=options[CaptionOptions].weighted_captions,
+        text_last_step=options[RunOptions].stop_text_encoder_training,
+        v_prediction=found.v_prediction,
+        zero_terminal_snr=found.zero_terminal_snr,
+    )
+    return kind(models, settings, task_options(kind, options))
 
 
 def activation_policy(options: MemoryOptions) -> ActivationPolicy:
@@ -82,16 +106,18 @@ def build_loss_module(task: Task, models: SdxlModels, options: Options, found: R
     return DiffusionLoss(task, objective, options[NoiseOptions], options[LossOptions], encode_images).train()
 
 
-def build_on_meta(kind: type[Task], models: SdxlModels, options: Options) -> Task | None:
+def build_on_meta(
+    kind: type[Task[Any]], models: SdxlModels, options: Options, found: RunInputs, total_steps: int
+) -> Task[Any] | None:
     """Build network, optimizer and schedule without weights: what can't work is told before hours of caching.
 
     Returns the task, on the meta device; None if it can't be built there.
     """
     try:
-        task = kind.from_options(models.without_weights(), options)
+        task = build_task(kind, models.without_weights(), options, found, total_steps)
     except NotImplementedError:  # another package's network that needs numbers
         return None
-    groups = [group for part in task.parts for group in part.groups()]
+    groups = task.param_groups()
     if not groups:
         raise OptionError("nothing is trained: every learning rate is 0")
     fp32_params = [
@@ -111,7 +137,7 @@ def fit_memory(
             Mistake("--memory_plan: this network's size isn't known before its weights are there", ("memory_plan",))
         )
     plan = make_plan(options[RunOptions], datasets, processes=processes, seed=0)
-    groups, buckets = trained_groups(task, plan.total_steps), buckets_of(plan, datasets)
+    groups, buckets = task.param_groups(), buckets_of(plan, datasets)
     trains_base = bool(models.trained)
     return fit(
         options, models.device, lambda tried: estimate_memory(task, models, groups, buckets, tried),
@@ -122,4 +148,4 @@ def fit_memory(
 def build_ema(task: Task, options: EmaOptions) -> Ema | None:
     if options.ema_decay is None:
         return None
-    return Ema(task.parts, options.ema_decay, torch.device("cpu") if options.ema_device == "cpu" else None)
+    return Ema(task.trainables, options.ema_decay, torch.device("cpu") if options.ema_device == "cpu" else None)

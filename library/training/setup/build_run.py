@@ -51,7 +51,14 @@ from library.training.saving.resume import ResumePoint, initial_step, run_signat
 from library.training.saving.run_file import write_run_file
 from library.training.saving.saver import Saver
 from library.training.saving.uploads import open_uploads
-from library.training.setup.build import build_ema, build_loss_module, build_on_meta, fit_memory, open_models
+from library.training.setup.build import (
+    build_ema,
+    build_loss_module,
+    build_on_meta,
+    build_task,
+    fit_memory,
+    open_models,
+)
 from library.training.setup.build_saver import build_saver
 from library.training.setup.caches import CachedData, all_samples, fill_caches
 from library.training.setup.inputs import RunInputs
@@ -66,7 +73,6 @@ from library.training.setup.plan import (
     format_saves,
     format_steps,
     make_plan,
-    trained_groups,
 )
 from library.training.tasks.base import Task
 
@@ -118,7 +124,7 @@ def build_run(kind: type[Task], options: Options, found: RunInputs, resumed: Res
     batches = _make_batches(prepared, options, found, seed, plan.total_steps)
     return Run(
         accelerator=accelerator,
-        parts=task.parts,
+        trainables=task.trainables,
         shards=learning.shards,
         trained={name: parameter for group in learning.stepped for name, parameter in group.parameters.items()},
         update=learning.update,
@@ -165,9 +171,9 @@ def check_before_caching(
     )
     models = open_models(kind, options, found, accelerator.device)
     with silence_logging():
-        rehearsed = build_on_meta(kind, models, options)
+        rehearsed = build_on_meta(kind, models, options, found, plan.total_steps)
     if rehearsed is not None:
-        check_lasting(trained_groups(rehearsed, plan.total_steps), plan.total_steps)
+        check_lasting(rehearsed.param_groups(), plan.total_steps)
     if options[MemoryOptions].memory_plan is not None:
         options = fit_memory(rehearsed, models, options, found.datasets, processes)
         models = open_models(kind, options, found, accelerator.device)
@@ -226,8 +232,8 @@ def _build(
     zero = sharding_config(options[ShardingOptions])
     if zero.stage:
         shard(models.unet, device, processes, zero)
-    task = kind.from_options(models, options)
-    groups = trained_groups(task, plan.total_steps)
+    task = build_task(kind, models, options, found, plan.total_steps)
+    groups = task.param_groups()
     check_lasting(groups, plan.total_steps)  # again, for networks that can't be rehearsed
     compiling = options[CompileOptions]
     if compiling.torch_compile:

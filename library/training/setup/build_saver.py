@@ -15,7 +15,7 @@ from library.training.optim.optimizers import optimizer_in_words
 from library.training.options.optimizer import OptimizerOptions, read_arguments
 from library.training.options.output import ResumeOptions, SavingOptions, UploadOptions
 from library.training.options.run import ValidationOptions
-from library.training.saving.metadata import RunFacts, at_save, model_metadata, modelspec
+from library.training.saving.metadata import RunFacts, at_save, model_metadata, modelspec, training_metadata
 from library.training.saving.saver import Saver
 from library.training.saving.uploads import Uploads
 from library.training.setup.caches import CachedData
@@ -55,7 +55,7 @@ def build_saver(
             wanted=is_main and not task.is_terse,
         ),
     )
-    settled = functools.cache(lambda: task.metadata(options, facts))
+    settled = functools.cache(lambda: task.metadata({} if task.is_terse else training_metadata(options, facts)))
 
     def metadata(steps: int, epoch: int) -> dict[str, str]:
         described = modelspec(
@@ -66,7 +66,7 @@ def build_saver(
 
     dtype = Precision.decide("no", options[SavingOptions].save_precision, no_half_vae=True).save
     return Saver(
-        options[SavingOptions], options[ResumeOptions], task.parts, metadata, dtype, plan.num_epochs,
+        options[SavingOptions], options[ResumeOptions], task.trainables, metadata, dtype, plan.num_epochs,
         session_id=session_id, is_main=is_main, keeps_best=options[ValidationOptions].keeps_best, ema=ema, uploads=uploads,
         sends_states=options[UploadOptions].save_state_to_huggingface,
         optimizer_bytes=optimizer_in_state(task, options),

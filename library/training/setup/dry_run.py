@@ -44,7 +44,14 @@ from library.training.options.run import RunOptions, ValidationOptions
 from library.training.progress import Progress
 from library.training.saving.resume import find_resume_point, initial_step
 from library.training.saving.saver import Saver, format_bytes
-from library.training.setup.build import build_ema, build_loss_module, build_on_meta, fit_memory, open_models
+from library.training.setup.build import (
+    build_ema,
+    build_loss_module,
+    build_on_meta,
+    build_task,
+    fit_memory,
+    open_models,
+)
 from library.training.setup.build_run import sample_prompts
 from library.training.setup.caches import all_samples, latent_cache, text_cache, token_width, without_bad
 from library.training.setup.inputs import RunInputs
@@ -66,7 +73,6 @@ from library.training.setup.plan import (
     make_plan,
     optimizer_in_state,
     samples_of,
-    trained_groups,
 )
 from library.training.tasks.base import Task
 
@@ -94,13 +100,14 @@ def dry_run(kind: type[Task], options: Options, found: RunInputs) -> None:
     models = open_models(kind, options, found, accelerator.device)
     task: Task | None = None
     with page.checked():
-        task = build_on_meta(kind, models, options)
+        steps = make_plan(options[RunOptions], found.datasets, processes=accelerator.num_processes, seed=0).total_steps
+        task = build_on_meta(kind, models, options, found, steps)
     looked = _look_at_images(page, options, found, models)
     plan = make_plan(
         options[RunOptions], looked.datasets, processes=accelerator.num_processes, seed=options[RunOptions].seed or 0
     )
     buckets = buckets_of(plan, looked.datasets)
-    groups = [] if task is None else trained_groups(task, plan.total_steps)
+    groups = [] if task is None else task.param_groups()
     with page.checked():
         check_lasting(groups, plan.total_steps)
     if options[MemoryOptions].memory_plan is not None:
@@ -288,7 +295,7 @@ def _output(page: _Page, options: Options, found: RunInputs, task: Task, plan: P
     ema = build_ema(task, dataclasses.replace(options[EmaOptions], ema_device="accelerator"))  # the meta device here
     dtype = Precision.decide("no", saving.save_precision, no_half_vae=True).save
     saver = Saver(
-        saving, options[ResumeOptions], task.parts, lambda steps, epoch: {}, dtype, plan.num_epochs, session_id="", is_main=True, ema=ema,
+        saving, options[ResumeOptions], task.trainables, lambda steps, epoch: {}, dtype, plan.num_epochs, session_id="", is_main=True, ema=ema,
         keeps_best=options[ValidationOptions].keeps_best, optimizer_bytes=optimizer_in_state(task, options),
     )  # fmt: skip
     with page.checked():
@@ -408,10 +415,10 @@ def measure(
 ) -> Measured:
     """Load the model and do some steps on made-up pictures of the largest batch; what is trained is thrown away."""
     device, largest = models.device, largest_of(buckets)
-    task = kind.from_options(models, options)
+    task = build_task(kind, models, options, found, _STEPS)
     update = build_optimizer_step(
         build_loss_module(task, models, options, found),
-        trained_groups(task, _STEPS),
+        task.param_groups(),
         options,
         _STEPS + 1,
         seed=0,

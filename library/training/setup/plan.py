@@ -1,6 +1,5 @@
 """Plan: how much work a run is, what it trains, what it writes and what memory it takes, known before the first step."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,7 +21,6 @@ from library.models.unet import UNet
 from library.options import Options
 from library.param_group import ParamGroup, split_groups
 from library.size import Size
-from library.training.optim.lr_schedules import num_steps
 from library.training.optim.master_weights import AT_ONCE
 from library.training.options.distributed import keeps_state_in_ram
 from library.training.options.memory import MemoryOptions
@@ -90,21 +88,14 @@ def largest_of(buckets: Sequence[Bucket]) -> Bucket:
     return max(buckets, key=lambda bucket: bucket.size.area * bucket.largest)
 
 
-def trained_groups(task: Task, total_steps: int) -> list[ParamGroup]:
-    """What is trained at which learning rate; ends that are shares of the run are in steps."""
-    groups = [group for part in task.parts for group in part.groups()]
-    return [
-        group if group.stops_at is None else dataclasses.replace(group, stops_at=num_steps(group.stops_at, total_steps))
-        for group in groups
-    ]
-
-
 def check_lasting(groups: Sequence[ParamGroup], total_steps: int) -> None:
     """Raises OptionError if all that is trained stops before the run ends."""
-    ends = [total_steps if group.stops_at is None else int(group.stops_at) for group in groups]
+    ends = [total_steps if group.last_step is None else group.last_step for group in groups]
     last = max(ends, default=total_steps)
     if last < total_steps:
-        names = dict.fromkeys("ti_stop_ratio" if g.name == "token" else "stop_text_encoder_training" for g in groups)
+        names = dict.fromkeys(
+            "ti_stop_ratio" if g.component == "token" else "stop_text_encoder_training" for g in groups
+        )
         flags = " and ".join(f"--{name}" for name in names)
         raise OptionError(
             Mistake(
@@ -120,7 +111,7 @@ def estimate_memory(
     """The peak of a step on the largest batch. Reads headers of the model alone, so the task may be on the meta device."""
     cache, ema = options[CacheOptions], options[EmaOptions]
     largest, are_masked = largest_of(buckets), all(bucket.are_masked for bucket in buckets)
-    trains_text = any(group.name.startswith(("text", "token")) for group in groups)
+    trains_text = any(group.needs_text_gradients for group in groups)
     memory = options[MemoryOptions]
     shapes = [parameter.shape for group in groups for parameter in group.parameters.values()]
     swapped = _swapped_numbers(task.unet, memory.blocks_to_swap or 0)
@@ -159,7 +150,7 @@ def estimate_memory(
 
 def optimizer_in_state(task: Task, options: Options) -> int:
     """About the bytes that a saved state has of the optimizer, and of what Kahan's rounding keeps."""
-    parameters = [p for part in task.parts for group in part.groups() for p in group.parameters.values()]
+    parameters = [p for group in task.param_groups() for p in group.parameters.values()]
     rests = sum(p.nbytes for p in parameters) if options[UpdateOptions].rounding == "kahan" else 0
     return state_bytes(options[OptimizerOptions].name, [p.shape for p in parameters]) + rests
 
@@ -211,7 +202,7 @@ def frozen_parts(task: Task, models: SdxlModels, cache: CacheOptions, *, are_mas
 
     Args: are_masked: as for encodes_pictures.
     """
-    trained = {name: parameter for part in task.parts for name, parameter in part.tensors().items()}
+    trained = {name: parameter for trainable in task.trainables for name, parameter in trainable.tensors().items()}
     ids = {id(parameter) for parameter in trained.values()}
     yield "unet", numbers_of(task.unet) - sum(p.numel() for p in task.unet.parameters() if id(p) in ids)
     absent = [
@@ -265,7 +256,7 @@ def format_groups(groups: Sequence[ParamGroup]) -> list[str]:
     lines = [f"{'trained'.ljust(width)}  tensors        numbers  learning rate"]
     for group in groups:
         count = sum(parameter.numel() for parameter in group.parameters.values())
-        until = "" if group.stops_at is None else f" until step {group.stops_at}"
+        until = "" if group.last_step is None else f" until step {group.last_step}"
         lines.append(f"{group.name.ljust(width)}  {len(group.parameters):7d}  {count:13,}  {group.lr:g}{until}")
     return lines
 
