@@ -21,7 +21,7 @@ SECONDS_BETWEEN_LINES = 15.0  # of a progress bar that is written to a file
 
 
 @dataclass(frozen=True)
-class LogOptions(OptionGroup):
+class LogOptions(OptionGroup, affects_result=False, stored_in_image=False):
     """Console"""
 
     console_log_level: str | None = option(
@@ -30,7 +30,7 @@ class LogOptions(OptionGroup):
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     )
     console_log_file: Path | None = option(
-        None, "write log records to this file, emptied at the start, in place of the console"
+        None, "write log records to this file, emptied at the start, in place of the console", private=True
     )
     console_log_simple: bool = option(False, "plain lines on stdout, without time and level")
 

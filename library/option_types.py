@@ -13,15 +13,71 @@ from typing import Any
 MAX_TYPO_EDITS = 2  # an unknown key this close to an option is taken for a misspelling
 
 
+_SAME = object()
+
+
+@dataclass(frozen=True)
+class DatasetKey:
+    """How an option is a key of the dataset file.
+
+    Attributes:
+        tables: the levels of the tables in which the key may be given: "general", "dataset", "subset".
+        name: the key, where it isn't the option's name.
+        type: the annotation, where the file's type isn't the option's.
+        default: the default, where it isn't the option's.
+        rules: bounds of option(), where they differ from the option's.
+        folders_only: whether only subsets whose captions are files next to the images have the key.
+    """
+
+    tables: tuple[str, ...]
+    name: str | None = None
+    type: Any = _SAME
+    default: Any = _SAME
+    rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    folders_only: bool = False
+
+
 @dataclass(frozen=True)
 class Spec:
-    """What is known of one option: its name, type and checks."""
+    """What is known about one option.
+
+    Attributes:
+        name: without dashes.
+        default: its value when nothing sets it.
+        kinds: the types that a single value may have, without None.
+        is_list: whether it takes several values.
+        rules: the arguments of option().
+        affects_result: whether a resumed run must use the same value.
+        stored_in_image: whether generated images store it.
+    """
 
     name: str
     default: Any
-    kinds: tuple[type, ...]  # the types a single value may have, None left out
+    kinds: tuple[type, ...]
     is_list: bool
-    rules: Mapping[str, Any]  # the arguments of option()
+    rules: Mapping[str, Any]
+    affects_result: bool = True
+    stored_in_image: bool = True
+
+    @property
+    def is_private(self) -> bool:
+        """Whether trackers never get the value."""
+        return self.rules["private"] or self.rules["secret"]
+
+    @property
+    def dataset_key(self) -> DatasetKey | None:
+        return self.rules["dataset_key"]
+
+    def as_dataset_key(self) -> "Spec":
+        """Return the spec of the dataset file's key that this option also is."""
+        key = self.dataset_key
+        assert key is not None
+        kinds, is_list, default = self.kinds, self.is_list, self.default
+        if key.type is not _SAME:
+            kinds, is_list = _kinds(key.type)
+        if key.default is not _SAME:
+            default = key.default
+        return Spec(key.name or self.name, default, kinds, is_list, {**self.rules, **key.rules})
 
     @property
     def unset_values(self) -> list[Any]:
@@ -33,13 +89,17 @@ class Spec:
 
 
 def specs_of(group: type) -> list[Spec]:
-    """The options that a group declares, in order."""
+    """Return the options that a group declares, in order."""
     hints = typing.get_type_hints(group)
-    found = []
+    specs = []
     for field in dataclasses.fields(group):
         kinds, is_list = _kinds(hints[field.name])
-        found.append(Spec(field.name, field.default, kinds, is_list, field.metadata))
-    return found
+        flags = {}
+        for name in ("affects_result", "stored_in_image"):
+            declared = field.metadata[name]
+            flags[name] = getattr(group, name) if declared is None else declared
+        specs.append(Spec(field.name, field.default, kinds, is_list, field.metadata, **flags))
+    return specs
 
 
 def _kinds(hint: Any) -> tuple[tuple[type, ...], bool]:

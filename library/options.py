@@ -12,11 +12,11 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from library.errors import Mistake, OptionError, RunError
 from library.foreign_keys import FOREIGN_KEYS
-from library.option_types import UNSET, Spec, as_toml, did_you_mean, nearest, read_value, specs_of
+from library.option_types import UNSET, DatasetKey, Spec, as_toml, did_you_mean, nearest, read_value, specs_of
 
 # ------------------------------------------------------------------------------------------------ declaring options
 
@@ -33,26 +33,67 @@ def option(
     metavar: str | None = None,
     no_effect: str | None = None,
     secret: bool = False,
+    private: bool = False,
+    affects_result: bool | None = None,
+    stored_in_image: bool | None = None,
+    dataset_key: DatasetKey | None = None,
 ) -> Any:
-    """A dataclass field that is also the command-line option `--<field name>`; its type is the field's annotation.
+    """Declare a dataclass field that is also the command-line option `--<field name>` of the field's type.
 
     Args:
-        help: one lower-case sentence: effect, unit, what it excludes. The default is added by the help printer.
-        choices, at_least, above, at_most: what values are taken; checked for the command line and for TOML alike.
-        unset: values that real config files carry to say "not set".
-        secret: its value is never repeated or written.
-        no_effect: why the option changes no result here; said in one line when it is set.
+        default: the value where neither the command line nor the config file sets the option.
+        help: one lower-case phrase: effect, unit, what it excludes. The help printer adds the default.
+        choices: the accepted values. Like the bounds, they are checked for the command line and for TOML.
+        at_least: the lower bound, inclusive.
+        above: the lower bound, exclusive.
+        at_most: the upper bound, inclusive.
+        unset: values with which real config files say "not set".
+        metavar: how --help names the value.
+        no_effect: why the option has no effect here; logged in one line when the option is set.
+        secret: the value is never logged, written or sent.
+        private: the value says something about the user's machine, and is never sent to trackers.
+        affects_result: False if a resumed run may use another value. None: as the group says.
+        stored_in_image: False if generated images don't store the value. None: as the group says.
+        dataset_key: where the option is also a key of the dataset file. None: nowhere.
     """
     metadata = {
-        "help": help, "choices": choices, "at_least": at_least, "above": above, "at_most": at_most,
-        "unset": tuple(unset), "metavar": metavar, "no_effect": no_effect, "secret": secret,
-    }  # fmt: skip
+        "help": help,
+        "choices": choices,
+        "at_least": at_least,
+        "above": above,
+        "at_most": at_most,
+        "unset": tuple(unset),
+        "metavar": metavar,
+        "no_effect": no_effect,
+        "secret": secret,
+        "private": private,
+        "affects_result": affects_result,
+        "stored_in_image": stored_in_image,
+        "dataset_key": dataset_key,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class OptionGroup:
-    """Base of all option groups: an instance that breaks its own rules can't be made."""
+    """Base of all option groups: an instance that breaks its own rules can't be made.
+
+    Attributes:
+        affects_result: whether options of this group affect what a run learns, unless they say otherwise.
+        stored_in_image: whether generated images store options of this group, unless they say otherwise.
+    """
+
+    affects_result: ClassVar[bool] = True
+    stored_in_image: ClassVar[bool] = True
+
+    def __init_subclass__(
+        cls, *, affects_result: bool | None = None, stored_in_image: bool | None = None, **keywords: Any
+    ):
+        super().__init_subclass__(**keywords)
+        if affects_result is not None:
+            cls.affects_result = affects_result
+        if stored_in_image is not None:
+            cls.stored_in_image = stored_in_image
 
     def mistakes(self) -> Iterable[Mistake]:
         """What is wrong between the options of this group; single values were checked already."""
@@ -101,16 +142,25 @@ class Options:
             for field in dataclasses.fields(group):
                 yield field.name, getattr(group, field.name)
 
-    def changed(self) -> dict[str, Any]:
-        """The options that differ from their defaults, secrets apart, as values that TOML can hold."""
-        changed = {}
+    def specs(self) -> Iterator[tuple[Spec, Any]]:
+        """Yield what is known about each option, and its value."""
         for group in self._groups.values():
             for spec in specs_of(type(group)):
-                value = getattr(group, spec.name)
-                if value != spec.default and not spec.rules["secret"]:
-                    changed[spec.name] = (
-                        list(value) if spec.is_list else str(value) if isinstance(value, Path) else value
-                    )
+                yield spec, getattr(group, spec.name)
+
+    def changed(self, keep: Callable[[Spec], bool] = lambda spec: True) -> dict[str, Any]:
+        """Return the options that differ from their defaults, without secrets, as values that TOML can hold.
+
+        Args:
+            keep: which options to return.
+        """
+        changed = {}
+        for spec, value in self.specs():
+            if value == spec.default or spec.rules["secret"] or not keep(spec):
+                continue
+            if isinstance(value, Path):
+                value = str(value)
+            changed[spec.name] = list(value) if spec.is_list else value
         return changed
 
 
@@ -118,19 +168,16 @@ Check = Callable[[Options], Iterable[Mistake]]
 
 
 @dataclass(frozen=True)
-class ConfigOptions(OptionGroup):
+class ConfigOptions(OptionGroup, affects_result=False, stored_in_image=False):
     """Configuration file"""
 
     config_file: Path | None = option(
-        None, "TOML file with option values; the command line wins over it; .toml is added when missing"
+        None, "TOML file with option values; the command line wins over it; .toml is added when missing", private=True
     )
     output_config: bool = option(False, "write the options that differ from their defaults to --config_file, and exit")
     strict_config: bool = option(
         False, "refuse every key of --config_file that this script doesn't know, instead of warning"
     )
-
-
-_NEVER_WRITTEN = ("config_file", "output_config", "strict_config")
 
 
 def read_options(
@@ -301,9 +348,10 @@ def write_config(path: Path | None, options: Options) -> None:
     if path is None:
         raise OptionError("--output_config needs --config_file: the file to write")
     try:
+        about_the_file = {spec.name for spec in specs_of(ConfigOptions)}
         with open(path, "x", encoding="utf-8") as file:
             for name, value in options.changed().items():
-                if name not in _NEVER_WRITTEN:
+                if name not in about_the_file:
                     file.write(f"{name} = {as_toml(value)}\n")
     except FileExistsError:
         raise RunError(f"--output_config: {path} exists already; remove it or name another --config_file") from None

@@ -35,14 +35,17 @@ class NetworkOptions(OptionGroup):
     network_args: tuple[str, ...] | None = option(
         None, "further arguments of the network: conv_dim=4 conv_alpha=1 …", metavar="KEY=VALUE"
     )
-    network_weights: Path | None = option(None, "network file to go on from")
-    dim_from_weights: bool = option(False, "take modules, ranks and alphas from --network_weights")
+    network_weights: Path | None = option(None, "network file to go on from", affects_result=False, private=True)
+    dim_from_weights: bool = option(
+        False, "take modules, ranks and alphas from --network_weights", affects_result=False
+    )
     allow_partial: bool = option(
-        False, "take --network_weights though some of its modules don't fit or some are missing"
+        False, "take --network_weights though some of its modules don't fit or some are missing", affects_result=False
     )
     base_weights: tuple[Path, ...] | None = option(
         None,
         "LoRA files that are merged into the base model first; what is trained and saved is the difference to that",
+        private=True,
     )
     base_weights_multiplier: tuple[float, ...] | None = option(
         None, "how strongly each of --base_weights is merged; 1 where one is missing"
@@ -63,9 +66,13 @@ class NetworkOptions(OptionGroup):
         above=0,
         unset=(0,),
     )
-    save_model_as: str = option("safetensors", "format of the saved file", choices=("safetensors", "ckpt", "pt"))
-    no_metadata: bool = option(False, "write only the metadata that other programs need to load the file")
-    training_comment: str | None = option(None, "written to the metadata")
+    save_model_as: str = option(
+        "safetensors", "format of the saved file", choices=("safetensors", "ckpt", "pt"), affects_result=False
+    )
+    no_metadata: bool = option(
+        False, "write only the metadata that other programs need to load the file", affects_result=False
+    )
+    training_comment: str | None = option(None, "written to the metadata", affects_result=False)
 
     def mistakes(self) -> Iterable[Mistake]:
         if self.network_module is None:

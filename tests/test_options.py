@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import Mistake, OptionError, RunError
-from library.option_types import did_you_mean, edits
+from library.option_types import DatasetKey, did_you_mean, edits, specs_of
 from library.options import OptionGroup, option, read_options
 
 
@@ -237,3 +237,35 @@ def test_edits_counts_single_letter_changes():
     assert [edits("kitten", "sitting"), edits("", "abc"), edits("same", "same")] == [3, 3, 0]
     assert did_you_mean("min_snr_gama", ["min_snr_gamma", "seed"]) == "; did you mean 'min_snr_gamma'?"
     assert did_you_mean("zzz", ["seed"]) == ""
+
+
+@dataclass(frozen=True)
+class Flagged(OptionGroup, affects_result=False, stored_in_image=False):
+    """Options that say what they are"""
+
+    folder: Path | None = option(None, "a folder", private=True)
+    size: int = option(
+        5, "a size", affects_result=True, dataset_key=DatasetKey(("general",), name="file_size", default=7)
+    )
+    key: str | None = option(None, "a key", secret=True, stored_in_image=True)
+
+
+def test_an_option_is_what_its_declaration_says_and_otherwise_what_its_group_says():
+    folder, size, key = specs_of(Flagged)
+    assert [spec.affects_result for spec in (folder, size, key)] == [False, True, False]
+    assert [spec.stored_in_image for spec in (folder, size, key)] == [False, False, True]
+    assert [spec.is_private for spec in (folder, size, key)] == [True, False, True]
+    assert all(spec.affects_result and spec.stored_in_image and not spec.is_private for spec in specs_of(Group))
+
+
+def test_a_key_of_the_dataset_file_is_its_option_with_the_differences_it_declares():
+    size = specs_of(Flagged)[1]
+    key = size.as_dataset_key()
+    assert (key.name, key.default, key.kinds, key.is_list) == ("file_size", 7, (int,), False)
+    assert size.dataset_key.tables == ("general",)
+
+
+def test_changed_options_are_those_that_are_kept_and_no_secrets():
+    options = read_options("test", [Flagged], ["--folder", "a", "--size", "6", "--key", "x"])
+    assert options.changed() == {"folder": "a", "size": 6}
+    assert options.changed(lambda spec: spec.affects_result) == {"size": 6}

@@ -1,5 +1,7 @@
-"""The report page shows what the step log says, where the axes say it is, and loads nothing from outside."""
+"""The report page shows the values of the step log, escapes its texts, and loads nothing from outside."""
 
+import hashlib
+import html
 import io
 import json
 import random
@@ -9,13 +11,14 @@ import subprocess
 import time
 from base64 import b64encode
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from library.training.monitoring.chart import thinned
-from library.training.monitoring.report_page import medians_of_runs, trailing_mean, write_report_page
+from library.training.monitoring import report_page
+from library.training.monitoring.report_page import medians_of_runs, thinned, trailing_mean, write_report_page
 from library.training.monitoring.step_log import read_step_log
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -37,25 +40,25 @@ def page_of(folder, lines, **others):
     return page.read_text(encoding="utf-8")
 
 
-def figure(page, title):
-    (found,) = re.findall(rf"<figure[^>]*><h2>{title}.*?</figure>", page, re.DOTALL)
-    return found
+def charts_of(page):
+    """The charts' data by title, as the page's script reads it."""
+    (text,) = re.findall(r'<script type="application/json" id="chart-data">(.*?)</script>', page, re.DOTALL)
+    charts = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the data"))
+    titles = re.findall(r"<figure[^>]*><h2>(.*?)[ <]", page)
+    assert [chart["title"].split()[0] for chart in charts] == titles
+    return {chart["title"]: chart for chart in charts}
+
+
+def notes_of(page):
+    return re.findall(r'<p class="note">(.*?)</p>', page)
 
 
 def points(chart, name):
-    """The line's points in the drawing's units, [N, 2]."""
-    (found,) = re.findall(rf'<polyline [^>]*points="([^"]*)"><title>{re.escape(name)}</title>', chart)
-    return np.array([[float(number) for number in point.split(",")] for point in found.split()])
-
-
-def read_off(chart, name):
-    """(steps, values) of the line's points, read against the numbers that are written beside the axes."""
-    across, up = (
-        [(float(share) / 100, float(text.replace(",", ""))) for share, text in re.findall(pattern, chart)]
-        for pattern in (r'<span class="x[^>]*left:([\d.]+)%">([^<]+)', r'<span class="y[^>]*top:([\d.]+)%">([^<]+)')
-    )
-    x, y = (points(chart, name) / (1000, 300)).T
-    return tuple(np.polyval(np.polyfit(*zip(*ticks, strict=True), 1), at) for ticks, at in ((across, x), (up, y)))
+    """(steps, values) of the line, without the steps at which only other lines have a value."""
+    (line,) = [line for line in chart["lines"] if line["name"] == name]
+    assert len(line["values"]) == len(chart["steps"])  # so that the cursor reads every line at one step
+    found = [(step, value) for step, value in zip(chart["steps"], line["values"], strict=True) if value is not None]
+    return np.array(found).T
 
 
 def jpeg(color):
@@ -65,7 +68,7 @@ def jpeg(color):
 
 
 class Structure(HTMLParser):
-    """Notes the tags, their attributes and the text outside of styles; fails if a tag isn't closed where it should be."""
+    """Collects the tags, their attributes and the text outside of styles and scripts; fails if a tag isn't closed in place."""
 
     def __init__(self, page):
         super().__init__()
@@ -82,28 +85,30 @@ class Structure(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data):
-        if self._open and self._open[-1] != "style":
+        if self._open and self._open[-1] not in ("style", "script"):
             self.text.append(data)
 
 
-def test_a_point_of_a_line_is_at_the_value_and_the_step_of_its_log_line(tmp_path):
+def test_the_data_of_a_line_are_the_values_and_steps_of_the_log(tmp_path):
     losses = [0.31, 0.12, 0.25, 0.07, 0.18]
     lines = [step_line(10 * i, **{"loss/current": loss}) for i, loss in enumerate(losses, start=1)]
-    lines += [validation_line(50, 0.22)]
-    chart = figure(page_of(tmp_path, lines), "Loss")
-    steps, values = read_off(chart, "each step")
-    np.testing.assert_allclose(steps, [10, 20, 30, 40, 50], atol=0.1)
-    np.testing.assert_allclose(values, losses, atol=1e-3)
-    np.testing.assert_allclose(read_off(chart, "mean of the last 10")[1][[1, 4]], [0.215, 0.186], atol=1e-3)
-    np.testing.assert_allclose(read_off(chart, "validation"), [[50], [0.22]], atol=0.1)
+    lines += [validation_line(50, 0.22), {"step": 60, "loss/validation/epoch_average": 0.5}]
+    chart = charts_of(page_of(tmp_path, lines))["Loss"]
+    steps, values = points(chart, "each step")
+    assert (steps.tolist(), values.tolist()) == ([10, 20, 30, 40, 50], losses)
+    means = points(chart, "mean of the last 10")
+    np.testing.assert_allclose(means, [[10, 20, 30, 40, 50], [0.31, 0.215, 0.226667, 0.1875, 0.186]], rtol=1e-6)
+    assert points(chart, "validation").tolist() == [[50], [0.22]]
+    assert points(chart, "validation after epochs").tolist() == [[60], [0.5]]
+    low, high = chart["range"]
+    assert low < 0.07 and high > 0.5
 
 
 def test_seconds_per_step_leave_out_where_a_resumed_run_starts_its_clock_again(tmp_path):
     seconds = [10.0, 12.0, 15.0, 1.0, 3.5]  # the third step's process ended
     lines = [step_line(i, seconds=at) for i, at in enumerate(seconds, start=1)]
-    steps, values = read_off(figure(page_of(tmp_path, lines), "Speed"), "each step")
-    np.testing.assert_allclose(steps, [2, 3, 5], atol=0.01)
-    np.testing.assert_allclose(values, [2.0, 3.0, 2.5], atol=0.02)
+    steps, values = points(charts_of(page_of(tmp_path, lines))["Speed"], "each step")
+    assert (steps.tolist(), values.tolist()) == ([2, 3, 5], [2.0, 3.0, 2.5])
 
 
 def test_a_resumed_run_replaces_the_steps_that_it_does_again(tmp_path):
@@ -129,24 +134,48 @@ def test_torn_lines_and_unknown_or_missing_numbers_leave_the_rest_as_it_is(tmp_p
         '{"step": 6, "epoch": 1, "loss/current": 0.',
     ]
     page = page_of(tmp_path, lines)
-    assert len(points(figure(page, "Loss"), "each step")) == 2
-    assert len(points(figure(page, "Memory"), "in use")) == 1
-    assert "no norm at 2 of 4 steps" in figure(page, "Gradient norm")
-    assert "Learning rate" not in page
+    charts = charts_of(page)
+    assert points(charts["Loss"], "each step").tolist() == [[1, 5], [0.1, 0.2]]
+    assert points(charts["Memory"], "in use").tolist() == [[4], [5.5]]
+    assert notes_of(page) == ["no norm at 2 of 4 steps"]
+    assert "Learning rate" not in charts and "Learning rate" not in page
 
 
 def test_rates_that_are_equal_share_a_line_and_rates_far_apart_get_a_logarithmic_axis(tmp_path):
     lines = [step_line(i, **{"lr/unet": 1e-4, "lr/te1": 5e-5, "lr/te2": 5e-5}) for i in (1, 2, 3)]
-    chart = figure(page_of(tmp_path, lines), "Learning rate")
-    np.testing.assert_allclose(read_off(chart, "te1, te2")[1], 5e-5, rtol=1e-2)
-    np.testing.assert_allclose(read_off(chart, "unet")[1], 1e-4, rtol=1e-2)
-    assert "logarithmic" not in chart
+    page = page_of(tmp_path, lines)
+    chart = charts_of(page)["Learning rate"]
+    assert points(chart, "te1, te2")[1].tolist() == [5e-5] * 3
+    assert points(chart, "unet")[1].tolist() == [1e-4] * 3
+    assert not chart["is_log"] and chart["range"][0] == 0
+    assert "logarithmic" not in notes_of(page)
     lines = [step_line(i, **{"lr/unet": 1.0, "d*lr/unet": 1e-4}) for i in (1, 2, 3)]
-    chart = figure(page_of(tmp_path, lines), "Learning rate")
-    decade = np.diff([float(top) for top in re.findall(r'class="y" style="top:([\d.]+)%', chart)][:2])[0]
-    apart = (points(chart, "d*lr unet") - points(chart, "unet"))[:, 1] / 300 * 100
-    np.testing.assert_allclose(apart / abs(decade), 4, rtol=1e-2)
-    assert "logarithmic" in chart
+    page = page_of(tmp_path, lines)
+    chart = charts_of(page)["Learning rate"]
+    assert points(chart, "d*lr unet")[1].tolist() == [1e-4] * 3
+    assert chart["is_log"] and 0 < chart["range"][0] < 1e-4 and chart["range"][1] > 1
+    assert notes_of(page) == ["logarithmic"]
+
+
+def test_23_rates_of_their_own_stay_a_small_chart(tmp_path):
+    lines = [
+        step_line(i, **{f"lr/block {b}": (b + 1) * 1e-5 * (i % (b + 7)) for b in range(23)}) for i in range(1, 3001)
+    ]
+    chart = charts_of(page_of(tmp_path, lines))["Learning rate"]
+    assert len(chart["lines"]) == 23
+    assert 200 < len(chart["steps"]) < 600
+    looks = [(line["color"], line["look"]) for line in chart["lines"]]
+    assert len(set(looks[:16])) == 16  # the colors are used again, dashed
+
+
+def test_a_spike_is_in_the_data_but_not_in_the_first_view(tmp_path):
+    lines = [step_line(i, **{"loss/current": 9.0 if i == 120 else 0.1 + i % 7 / 100}) for i in range(1, 301)]
+    page = page_of(tmp_path, lines)
+    chart = charts_of(page)["Loss"]
+    steps, values = points(chart, "each step")
+    assert values[steps.tolist().index(120)] == 9.0
+    assert chart["range"][1] < 2
+    assert "outside: 1 of 300 steps" in notes_of(page)
 
 
 def test_text_from_outside_is_shown_and_never_read_as_html(tmp_path):
@@ -157,19 +186,42 @@ def test_text_from_outside_is_shown_and_never_read_as_html(tmp_path):
     )  # fmt: skip
     found = Structure(page)
     text = "".join(found.text)
-    assert text.count(evil) == 10  # title, heading, line and legend, fact, option, prompt, label
+    assert text.count(evil) == 8  # title, heading, fact (2), option (2), prompt, label
+    assert charts_of(page)["Learning rate"]["lines"][0]["name"] == evil
     image = {"src": f"data:image/jpeg;base64,{b64encode(jpeg('red')).decode()}", "alt": f"sample, {evil}"}
     assert found.tags.count(("img", image)) == 1
+    assert [tag for tag, _ in found.tags].count("script") == 3  # the data, uPlot, ours
     assert {tag for tag, _ in found.tags} <= {
-        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "b", "i", "span", "small", "div", "figure",
-        "svg", "path", "polyline", "table", "tr", "th", "td", "img",
+        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "b", "span", "small", "div", "figure",
+        "noscript", "script", "table", "tr", "th", "td", "img",
     }  # fmt: skip
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
     page = page_of(tmp_path, [step_line(1), step_line(2)], samples=[("000002", "a dog", jpeg("red"))])
-    assert not re.search(r"http|<script|<link|@import|@font-face|url\(|\son\w+=", page)
     assert re.findall(r'src="([^,"]*)', page) == ["data:image/jpeg;base64"]
+    assert not re.search(r"<script[^>]*src|<link|@import|@font-face|url\(|fetch\(|XMLHttpRequest|<[^>]*\son\w+=", page)
+    policy = dict(Structure(page).tags[4][1])
+    assert policy["http-equiv"] == "Content-Security-Policy"
+    assert policy["content"].startswith(
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"
+    )
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digests = [b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert re.findall(r"'sha256-([^']*)'", policy["content"]) == digests
+
+
+def test_the_library_is_the_one_that_its_notes_name(tmp_path):
+    """Its version and checksums are in the repository, and its license is in every page."""
+    folder = Path(report_page.__file__).parent / "report_assets" / "uplot"
+    notes = (folder / "README.md").read_text(encoding="utf-8")
+    for name in ("uPlot.iife.min.js", "uPlot.min.css"):
+        content = (folder / name).read_bytes().replace(b"\r\n", b"\n")
+        assert f"| `{name}` | `{hashlib.sha256(content).hexdigest()}` |" in notes
+    version = re.findall(r"^# uPlot ([\d.]+)$", notes, re.MULTILINE)[0]
+    page = page_of(tmp_path, [step_line(1)])
+    assert f"github.com/leeoniya/uPlot (v{version})" in page
+    assert (folder / "LICENSE").read_text(encoding="utf-8") in page
 
 
 def test_samples_stand_in_rows_of_time_and_columns_of_prompts(tmp_path):
@@ -193,15 +245,16 @@ def test_without_steps_the_page_says_so(tmp_path):
         tmp_path / "none.jsonl", tmp_path / "page.html", title="run", options={"lr": 1}, facts=[("network", "LoRA")], samples=[]
     )  # fmt: skip
     for page in ((tmp_path / "page.html").read_text(), page_of(tmp_path, [validation_line(0, 0.1)])):
-        assert "No step is done yet." in page
-        assert "<figure" not in page and "nan" not in page
+        assert "No step is complete yet." in page
+        assert "<figure" not in page and "<script" not in page and "nan" not in page
 
 
 def test_a_single_step_and_values_that_never_change_are_drawn(tmp_path):
     for lines in ([step_line(7)], [step_line(i, grad_norm=0, **{"lr/unet": 0}) for i in (1, 2, 3)]):
-        page = page_of(tmp_path, lines)
-        assert len(points(figure(page, "Loss"), "each step")) == len(lines)
-        assert "nan" not in page and "inf" not in page
+        charts = charts_of(page_of(tmp_path, lines))
+        assert len(points(charts["Loss"], "each step")[0]) == len(lines)
+        for chart in charts.values():
+            assert chart["range"][0] < chart["range"][1]
 
 
 def test_a_hundred_thousand_steps_make_a_small_page_in_two_seconds(tmp_path):
@@ -226,10 +279,10 @@ def test_a_hundred_thousand_steps_make_a_small_page_in_two_seconds(tmp_path):
     )
     assert time.process_time() - started < max(2, 3 * reading)  # the second one for a machine that is busy or slow
     page = (tmp_path / "run-report.html").read_text()
-    assert len(page) < 1_000_000
-    line = points(figure(page, "Loss"), "each step")
-    assert 1000 < len(line) <= 1500
-    assert line[line[:, 1].argmin(), 0] == pytest.approx(777.8, abs=0.1)  # what is thinned keeps its extremes
+    assert len(page) < 300_000
+    steps, values = points(charts_of(page)["Loss"], "each step")
+    assert 1000 < len(steps) <= 1500
+    assert steps[values.argmax()] == 77_778 and values.max() == 9.0  # what is thinned keeps its extremes
 
 
 def test_smoothing_and_thinning_by_hand():
@@ -240,6 +293,20 @@ def test_smoothing_and_thinning_by_hand():
     assert (at.tolist(), medians.tolist(), size) == ([7, 12], [2, 3], 5)
 
 
+def browse(page, folder, *arguments):
+    """Chromium's standard output for a page."""
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", *quiet, "--hide-scrollbars",
+            "--window-size=1200,1600", "--virtual-time-budget=2000", f"--user-data-dir={folder / 'browser'}", *arguments,
+            page.as_uri(),
+        ],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    return done.stdout.decode()
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_a_browser_shows_the_page_light_and_dark(tmp_path):
     lines = [step_line(i, **{"loss/current": 0.1 + (i % 7) / 50, "lr/unet": 1e-4}) for i in range(1, 40)]
@@ -247,21 +314,60 @@ def test_a_browser_shows_the_page_light_and_dark(tmp_path):
     shots = {}
     for scheme, number in (("dark", 0), ("light", 1)):
         shot = tmp_path / f"{scheme}.png"
-        subprocess.run(
-            [
-                CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1600",
-                f"--user-data-dir={tmp_path / 'browser'}", f"--blink-settings=preferredColorScheme={number}",
-                f"--screenshot={shot}", (tmp_path / "run-report.html").as_uri(),
-            ],
-            check=True, capture_output=True, timeout=120,
-        )  # fmt: skip
+        settings = f"--blink-settings=preferredColorScheme={number}"
+        browse(tmp_path / "run-report.html", tmp_path, settings, f"--screenshot={shot}")
         shots[scheme] = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     backgrounds = {scheme: shot[2, 2].mean() for scheme, shot in shots.items()}
     assert backgrounds["light"] > 230 and backgrounds["dark"] < 50
     for shot in shots.values():
-        drawn = np.abs(shot - shot[2, 2]).max(axis=-1) > 60
-        assert 0.01 < drawn.mean() < 0.5
+        visible = np.abs(shot - shot[2, 2]).max(axis=-1) > 60
+        assert 0.01 < visible.mean() < 0.5
         assert (np.abs(shot - (250, 0, 250)).max(axis=-1) < 12).sum() > 20_000  # the sample, 12 rem wide
     blue = {"light": (0x25, 0x63, 0xC9), "dark": (0x7A, 0xB0, 0xFF)}
     for scheme, shot in shots.items():
         assert (np.abs(shot - blue[scheme]).max(axis=-1) < 4).sum() > 300  # the smoothed loss
+
+
+# The mouse enters the first chart and moves to its middle. To zoom, it drags from there to the right edge.
+MOUSE = """<script>setTimeout(() => {
+  const over = document.querySelector(".u-over"), box = over.getBoundingClientRect();
+  for (const [kind, share] of EVENTS) {
+    const place = { clientX: box.left + box.width * share, clientY: box.top + 9, movementX: 9 };
+    over.dispatchEvent(new MouseEvent(kind, { ...place, bubbles: true }));
+  }
+}, 500);</script>"""
+HOVER = [["mouseenter", 0.2], ["mousemove", 0.5]]
+ZOOM = [*HOVER, ["mousedown", 0.5], ["mousemove", 0.75], ["mousemove", 1], ["mouseup", 1], ["mousemove", 0.6]]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_legends_show_the_last_values_and_those_under_the_cursor(tmp_path):
+    evil = "<b>lr</b></script>"
+    lines = [step_line(i, **{"loss/current": i / 100, f"lr/{evil}": i * 1e-6}) for i in range(1, 12)]
+    text = page_of(tmp_path, [*lines[:4], validation_line(4, 0.125), *lines[4:]])
+
+    def legends(page):
+        browsed = browse(page, tmp_path, "--dump-dom")
+        cells = re.findall(r'<div class="u-label">(.*?)</div></th><td class="u-value">(.*?)</td>', browsed)
+        return [(html.unescape(name), value) for name, value in cells]
+
+    shown = legends(tmp_path / "run-report.html")
+    assert shown[:4] == [
+        ("step", "11"),
+        ("each step", "0.11"),
+        ("mean of the last 10", "0.065"),
+        ("validation", "0.125"),
+    ]
+    assert shown[4:6] == [("step", "11"), (evil, "1.1e-5")]
+    assert [name for name, _ in shown].count("step") == 4  # a legend for each chart; no line has memory_gib
+
+    # The policy would not let the test's script run.
+    text = re.sub('<meta http-equiv="Content-Security-Policy".*?>', "", text)
+    for events, step in ((HOVER, 6), (ZOOM, 9)):  # the middle of steps 1 to 11; six tenths of 6 to 11
+        with_mouse = tmp_path / "mouse.html"
+        script = MOUSE.replace("EVENTS", json.dumps(events))
+        with_mouse.write_text(text.replace("</body>", script + "</body>"), encoding="utf-8")
+        shown = legends(with_mouse)
+        assert shown[:2] == [("step", f"{step}"), ("each step", f"{step / 100}")]
+        assert shown[3] == ("validation", "0.125 (step 4)")
+        assert shown[4:6] == [("step", f"{step}"), (evil, f"{step}e-6")]  # the other charts follow

@@ -17,7 +17,6 @@ from library.log import log
 from library.options import ConfigOptions, read_options
 from library.training.monitoring import trackers
 from library.training.monitoring.trackers import (
-    NEVER_SENT,
     Trackers,
     logged_config,
     open_trackers,
@@ -352,7 +351,7 @@ def test_the_tracker_configs_tables_are_arguments_and_win_over_the_run_name(wand
     "text, expected",
     [
         ("[wandb\n", "can't be read as TOML"),
-        ("[wanbd]\nname = 'x'\n", r"'wanbd' is no tracker; expected the tables \[tensorboard\] and \[wandb\]"),
+        ("[wanbd]\nname = 'x'\n", r"'wanbd' is not a tracker; expected the tables \[tensorboard\] and \[wandb\]"),
         ("wandb = 'x'\n", r"wandb is a single value; expected a table, \[wandb\]"),
         ("[wandb]\nnaem = 'x'\n", r"\[wandb\]: got an unexpected keyword argument 'naem'"),
         ("[wandb]\nsettings = 'x'\n", r"settings must be a table, \[wandb.settings\]"),
@@ -398,9 +397,10 @@ def test_the_logged_config_has_the_options_but_no_keys_and_no_paths(tmp_path):
 
 
 def test_no_option_that_is_a_path_is_ever_logged():
-    """A new option of this kind belongs in NEVER_SENT."""
+    """A new option of this kind is declared with private=True."""
     from library.option_types import specs_of
 
     groups = [ConfigOptions, *COMMON_TRAINING, NetworkOptions]
-    paths = {spec.name for group in groups for spec in specs_of(group) if Path in spec.kinds}
-    assert paths and not paths - set(NEVER_SENT)
+    paths = [spec for group in groups for spec in specs_of(group) if Path in spec.kinds]
+    assert paths
+    assert [spec.name for spec in paths if not spec.is_private] == []

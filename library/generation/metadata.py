@@ -19,18 +19,10 @@ _EXIF_IFD, _COMMENT = 0x8769, 0x9286  # where webp and jpeg keep the texts
 _UNICODE = b"UNICODE\0"
 _MOST_EXIF = 65_500  # bytes of it in a jpeg file
 
-# Options that say where prompts come from and where pictures go, not what they are.
-_NOT_KEPT = {
-    "prompt", "from_file", "from_png", "interactive", "no_preview", "images_per_prompt", "n_iter", "seed", "iter_same_seed",
-    "batch_size", "outdir", "sequential_file_name", "use_original_file_name", "image_format", "contact_sheet", "dry_run",
-    "config_file", "output_config", "strict_config", "console_log_level", "console_log_file", "console_log_simple",
-    "network_show_meta", "highres_fix_save_1st",
-}  # fmt: skip
-
 
 def texts_of(drawing: GenerationRequest, options: Options) -> dict[str, str]:
     """What is stored with a picture."""
-    kept = {name: value for name, value in options.changed().items() if name not in _NOT_KEPT}
+    kept = options.changed(lambda spec: spec.stored_in_image)
     settings = {"drawing": drawing.as_json(), "options": kept}
     return {**drawing.texts(), _SETTINGS: json.dumps(settings, ensure_ascii=False, default=str)}
 

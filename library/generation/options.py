@@ -74,22 +74,35 @@ class GenerationModelOptions(OptionGroup):
 class PromptOptions(OptionGroup):
     """Prompts to draw"""
 
-    prompt: str | None = option(None, "what to draw; may hold options of its own, such as --w 832 (docs/generate.md)")
+    prompt: str | None = option(
+        None, "what to draw; may hold options of its own, such as --w 832 (docs/generate.md)", stored_in_image=False
+    )
     prompt2: str | None = option(None, "another prompt for the second text encoder; --p2 within a prompt wins")
-    from_file: Path | None = option(None, "text file with a prompt on each line; blank lines and # lines are skipped; --prompt is ignored")  # fmt: skip
+    from_file: Path | None = option(None, "text file with a prompt on each line; blank lines and # lines are skipped; --prompt is ignored", stored_in_image=False)  # fmt: skip
     from_png: Path | None = option(
-        None, "draw the picture of this file again: its options are taken, and those given beside it win"
+        None,
+        "draw the picture of this file again: its options are taken, and those given beside it win",
+        stored_in_image=False,
     )
-    interactive: bool = option(False, "ask for prompts, one line each, until the end of input; --n_iter is 1")
+    interactive: bool = option(
+        False, "ask for prompts, one line each, until the end of input; --n_iter is 1", stored_in_image=False
+    )
     no_preview: bool = option(
-        False, "no window for pictures in --interactive", no_effect="no window is ever opened; each file's name is told"
+        False,
+        "no window for pictures in --interactive",
+        no_effect="no window is ever opened; each file's name is told",
+        stored_in_image=False,
     )
-    images_per_prompt: int = option(1, "pictures for each prompt", at_least=1)
-    n_iter: int = option(1, "times that the whole list of prompts is drawn", at_least=1)
+    images_per_prompt: int = option(1, "pictures for each prompt", at_least=1, stored_in_image=False)
+    n_iter: int = option(1, "times that the whole list of prompts is drawn", at_least=1, stored_in_image=False)
     seed: int | None = option(
-        None, "seed of the pictures' seeds, and of one picture itself; random when unset", at_least=0, at_most=MOST_SEED
+        None,
+        "seed of the pictures' seeds, and of one picture itself; random when unset",
+        at_least=0,
+        at_most=MOST_SEED,
+        stored_in_image=False,
     )
-    iter_same_seed: bool = option(False, "all prompts of a round have the same seeds")
+    iter_same_seed: bool = option(False, "all prompts of a round have the same seeds", stored_in_image=False)
     clip_skip: int | None = option(
         None, "text encoder layers to skip", no_effect="SDXL always takes the last layer but one", at_least=1
     )
@@ -127,7 +140,10 @@ class ImageOptions(OptionGroup):
         at_least=0, at_most=1,
     )  # fmt: skip
     batch_size: int = option(
-        1, "pictures drawn at once; those of other sizes or settings start a new batch", at_least=1
+        1,
+        "pictures drawn at once; those of other sizes or settings start a new batch",
+        at_least=1,
+        stored_in_image=False,
     )
 
     def mistakes(self) -> Iterable[Mistake]:
@@ -185,7 +201,7 @@ class HighresFixOptions(OptionGroup):
     highres_fix_scale: float | None = option(None, "draw small first, at this share of the size, then go on at full size", above=0, at_most=1)  # fmt: skip
     highres_fix_steps: int = option(28, "steps of the small picture", at_least=1, at_most=1000)
     highres_fix_strength: float | None = option(None, "--strength of the small picture where it starts from --image_path; that of --strength when unset", at_least=0, at_most=1)  # fmt: skip
-    highres_fix_save_1st: bool = option(False, "save the small pictures too")
+    highres_fix_save_1st: bool = option(False, "save the small pictures too", stored_in_image=False)
     highres_fix_latents_upscaling: bool = option(False, "enlarge latents instead of pixels")
     highres_fix_upscaler: str | None = option(None, "module with create_upscaler(**arguments), which enlarges instead")
     highres_fix_upscaler_args: str | None = option(None, "its arguments: key=value;key=value")
@@ -255,7 +271,7 @@ def read_unsharp(text: str) -> tuple[int, float, float, bool]:
 
 
 @dataclass(frozen=True)
-class OutputOptions(OptionGroup):
+class OutputOptions(OptionGroup, stored_in_image=False):
     """Files of pictures"""
 
     outdir: Path = option(Path("outputs"), "folder for the pictures; what lies there is never replaced")

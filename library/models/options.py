@@ -13,12 +13,22 @@ class ModelOptions(OptionGroup):
     """Model"""
 
     pretrained_model_name_or_path: str | None = option(
-        None, "base model: a .safetensors or .ckpt file, a Diffusers folder, or a hub id"
+        None,
+        "base model: a .safetensors or .ckpt file, a Diffusers folder, or a hub id",
+        affects_result=False,
+        private=True,
     )
-    vae: str | None = option(None, "another VAE: a VAE file or whole checkpoint, a Diffusers folder, or a hub id")
+    vae: str | None = option(
+        None,
+        "another VAE: a VAE file or whole checkpoint, a Diffusers folder, or a hub id",
+        affects_result=False,
+        private=True,
+    )
     tokenizer_cache_dir: Path | None = option(
         None,
         "folder in which the two tokenizers are kept; unset: the model folder's, or those that come with this program",
+        affects_result=False,
+        private=True,
     )
     max_token_length: int | None = option(
         None,

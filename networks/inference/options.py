@@ -31,7 +31,7 @@ class AppliedNetworkOptions(OptionGroup):
     network_args: tuple[str, ...] | None = option(
         None, "arguments of the networks", no_effect="the files say everything that is needed"
     )
-    network_show_meta: bool = option(False, "tell the metadata of the network files")
+    network_show_meta: bool = option(False, "tell the metadata of the network files", stored_in_image=False)
     network_merge_n_models: int | None = option(
         None, "merge the first N networks into the model, at their --network_mul; the others work beside it", at_least=0
     )

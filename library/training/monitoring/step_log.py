@@ -1,4 +1,4 @@
-"""StepLog: a run's step log, NAME-log.jsonl, in columns. No torch here."""
+"""The step log of a run, NAME-log.jsonl, read into columns. This file does not import torch."""
 
 import json
 import math
@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-_MOST = 1 << 62  # beyond, a number in a log is none
+_MOST = 1 << 62  # a larger number in a log is an error
 _VALIDATIONS = [("step", "loss/validation/step_average"), ("epoch", "loss/validation/epoch_average")]
 
 
 @dataclass
 class StepLog:
-    """What a step log says, in columns as long as `steps`; NaN where a line doesn't tell.
+    """The values of a step log, in columns as long as `steps`; NaN where a line has no value.
 
     Attributes:
-        columns: by the log's names.
-        pace: seconds that each step took.
+        columns: by the names in the log.
+        pace: the seconds that each step took.
         validations: (steps, losses) by kind: step or epoch.
     """
 
@@ -29,18 +29,21 @@ class StepLog:
     pace: "array[float]" = field(default_factory=lambda: array("d"))
     validations: "dict[str, tuple[array[int], array[float]]]" = field(default_factory=dict)
     epoch: int = 0
-    _keys: Set[str] = frozenset()  # all that lines have had
+    _keys: Set[str] = frozenset()  # of all lines so far
 
     def column(self, name: str) -> np.ndarray:
-        values = np.array(self.columns.get(name, array("d")))
+        """Return the values at all steps; all NaN if the log never has this name."""
+        if name not in self.columns:
+            return np.full(len(self.steps), np.nan)
+        values = np.array(self.columns[name])
         return np.where(np.abs(values) < _MOST, values, np.nan)
 
     def add_step(self, step: int, pace: float, line: Mapping[str, object]) -> None:
-        """A step that was done before is a resumed run's, which does over what came after it, too."""
+        """Append a step. A resumed run repeats steps: a step replaces an earlier one and all that came after it."""
         if self.steps and step <= self.steps[-1]:
             self._forget(step)
         if line.keys() != self._keys:
-            self._take_in(line)
+            self._add_columns(line)
         self.steps.append(step)
         self.pace.append(pace)
         for name, column in self.columns.items():
@@ -64,17 +67,17 @@ class StepLog:
             del steps[kept:], losses[kept:]
         self.validations = {kind: seen for kind, seen in self.validations.items() if seen[0]}
 
-    def _take_in(self, line: Mapping[str, object]) -> None:
+    def _add_columns(self, line: Mapping[str, object]) -> None:
         for name in line:
-            is_drawn = name in ("loss/current", "grad_norm", "memory_gib") or name.startswith(("lr/", "d*lr/"))
-            if is_drawn and name not in self._keys:
+            is_shown = name in ("loss/current", "grad_norm", "memory_gib") or name.startswith(("lr/", "d*lr/"))
+            if is_shown and name not in self._keys:
                 self.columns[name] = array("d", [math.nan]) * len(self.steps)
         self._keys |= line.keys()
 
 
 def read_step_log(path: Path) -> StepLog:
-    """The log, line by line; lines that were torn, and what is unknown in the others, are left out."""
-    told = StepLog()
+    """Read a log. Lines that were cut off and keys that are not known are left out."""
+    log = StepLog()
     last_step, last_seconds = 0, math.nan
     for line in _lines(path):
         step = line.get("step")
@@ -82,16 +85,16 @@ def read_step_log(path: Path) -> StepLog:
             continue
         if "loss/current" in line:
             pace, seconds = math.nan, _number(line.get("seconds"))
-            if step > last_step and seconds > last_seconds:  # else another process has gone on, with a clock of its own
+            if step > last_step and seconds > last_seconds:  # otherwise a resumed run started its clock again
                 pace = (seconds - last_seconds) / (step - last_step)
             last_step, last_seconds = step, seconds
-            told.add_step(step, pace, line)
+            log.add_step(step, pace, line)
             epoch = line.get("epoch")
-            told.epoch = epoch if type(epoch) is int else told.epoch
+            log.epoch = epoch if type(epoch) is int else log.epoch
         for kind, name in _VALIDATIONS:
             if name in line and math.isfinite(loss := _number(line[name])):
-                told.add_validation(kind, step, loss)
-    return told
+                log.add_validation(kind, step, loss)
+    return log
 
 
 def _lines(path: Path) -> Iterator[dict[str, object]]:
@@ -109,7 +112,7 @@ def _lines(path: Path) -> Iterator[dict[str, object]]:
 
 
 def _number(value: object) -> float:
-    """NaN for what is no number, or no sensible one."""
+    """Return the value, or NaN if it is not a number or not a sensible one."""
     if isinstance(value, int | float) and not isinstance(value, bool) and -_MOST < value < _MOST:
         return float(value)
     return math.nan

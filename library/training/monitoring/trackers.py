@@ -1,7 +1,8 @@
-"""Trackers: where the scalars and sample pictures of a run are sent: TensorBoard, Weights & Biases, or both.
+"""Trackers: TensorBoard and Weights & Biases, which get the scalars and sample images of a run.
 
-A tracker that fails while the run goes on is told once and left out from then on: a full disk under the logs, or a
-server that is gone, is no reason to lose the training. Neither package is imported unless it is named.
+A tracker that fails during the run is reported once and left out from then on: a full disk or a server that is down must
+not end the training. A package is imported only if its tracker is chosen. accelerate's trackers do not serve here: they
+flush a file at every step, have no exit status for a run that failed, and store hyperparameters in another format.
 """
 
 import inspect
@@ -22,20 +23,20 @@ from library.training.options.output import TrackerOptions
 if TYPE_CHECKING:
     import numpy as np
 
-# What --log_config never sends: keys, and what tells of the user's folders. Up to logging_dir it is sd-scripts' list.
-NEVER_SENT = (
-    "wandb_api_key", "huggingface_token", "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "train_data_dir",
-    "conditioning_data_dir", "reg_data_dir", "output_dir", "logging_dir",
-    "in_json", "dataset_config", "config_file", "network_weights", "base_weights", "sample_prompts", "cache_dir", "console_log_file",
-    "log_tracker_config", "metadata_thumbnail", "emergency_dir", "resume", "weights",
-)  # fmt: skip
-
 _KNOWN = ("tensorboard", "wandb")
-_SECONDS_TO_FINISH = 120.0  # that wandb may take at the end to send what it still has
+
+# Nothing of wandb is printed between our lines, and a server that is down does not keep the program from ending.
+_WANDB_SETTINGS = {
+    "silent": True,
+    "console": "off",
+    "finish_timeout": 120.0,  # seconds for what is not sent yet
+    "finish_timeout_raises": True,
+    "x_disable_meta": True,  # it would send the command line with its keys and paths
+}
 
 
 class Tracker(Protocol):
-    """One place that values are sent to. Whatever it raises is caught by Trackers."""
+    """A place that values are sent to. Trackers catches whatever its methods raise."""
 
     def log(self, values: Mapping[str, float], step: int, epoch: int | None) -> None: ...
 
@@ -45,23 +46,31 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """The trackers of a run that still work."""
+    """The trackers of a run that still work.
+
+    Args:
+        secrets: texts that must not be in any message.
+    """
 
     def __init__(self, by_name: Mapping[str, Tracker], secrets: Sequence[str] = ()):
-        """Args: secrets: texts that no message may show."""
         self._working = dict(by_name)
         self._secrets = secrets
 
     def log(self, values: Mapping[str, float], step: int, *, epoch: int | None = None) -> None:
-        """Send scalars. Args: step: the optimizer step; epoch: counted from 1, where they are of a whole epoch."""
+        """Send scalars.
+
+        Args:
+            step: the optimizer step.
+            epoch: counted from 1, if the values are those of a complete epoch.
+        """
         self._each(lambda tracker: tracker.log(values, step, epoch))
 
     def images(self, images: "Sequence[tuple[str, np.ndarray]]", step: int) -> None:
-        """Send sample pictures: each its caption, and its pixels as uint8 RGB [H, W, 3]."""
+        """Send sample images, each with its caption. The pixels are uint8 RGB, [H, W, 3]."""
         self._each(lambda tracker: tracker.images(images, step))
 
     def close(self) -> None:
-        """Send what is still waiting; returns within a bounded time. Nothing can be sent afterwards."""
+        """Send what is not sent yet. This returns within a limited time; later values are dropped."""
         self._each(lambda tracker: tracker.close())
         self._working = {}
 
@@ -72,28 +81,32 @@ class Trackers:
             except Exception as error:
                 del self._working[name]
                 text = _in_a_line(error, self._secrets)
-                log.warning("%s failed; the run goes on without it: %s", name, text)
+                log.warning("%s failed; the run continues without it: %s", name, text)
 
 
 def open_trackers(options: TrackerOptions, default_name: str, config: Mapping[str, object]) -> Trackers:
-    """The trackers asked for. To be called on the main process only.
+    """Open the chosen trackers. Only the main process calls this.
 
     Args:
-        default_name: folder within the run's folder and project at wandb, where --log_tracker_name is unset.
-        config: the options to send along; empty for none.
+        default_name: the folder in the run's folder, and the project at wandb, without --log_tracker_name.
+        config: the options to send; empty for none.
 
-    Raises OptionError for a missing package, a folder that can't be made, and mistakes in --log_tracker_config. wandb without a
-    network or key is no error: it is told, and left out.
+    Raises:
+        OptionError: A package is missing, a folder can't be made, or --log_tracker_config has a mistake. wandb without a
+            network or a key raises nothing: a warning says so, and wandb is left out.
     """
     flag = "--logging_dir" if options.log_with is None else f"--log_with {options.log_with}"
     name = options.log_tracker_name or default_name
-    tables = {} if options.log_tracker_config is None else read_tracker_config(options.log_tracker_config)
+    tables: dict[str, dict[str, Any]] = {}
+    if options.log_tracker_config is not None:
+        tables = read_tracker_config(options.log_tracker_config)
     secrets: list[str] = []
-    wandb = _import_wandb(flag) if "wandb" in options.names else None
-    if wandb is not None:
-        arguments = _wandb_arguments(options, name, config, tables)
+    wandb = None
+    if "wandb" in options.names:
+        wandb = _import_wandb(flag)
+        arguments = _wandb_arguments(options, name, config, tables.get("wandb"))
         secrets = [key for key in (arguments["settings"].get("api_key"), os.environ.get("WANDB_API_KEY")) if key]
-        try:  # a misspelt argument is the user's mistake, and not one of the failures that are told and passed over
+        try:  # a misspelled argument is a mistake of the user; wandb.init's own failures are only reported
             inspect.signature(wandb.init).bind(**arguments)
         except TypeError as error:
             raise OptionError(f"--log_tracker_config {options.log_tracker_config}: [wandb]: {error}") from None
@@ -105,12 +118,12 @@ def open_trackers(options: TrackerOptions, default_name: str, config: Mapping[st
         try:
             trackers["wandb"] = _Wandb(wandb, arguments, secrets)
         except Exception as error:
-            log.warning("wandb can't be started and gets nothing of this run: %s", _in_a_line(error, secrets))
+            log.warning("wandb can't be started; the run continues without it: %s", _in_a_line(error, secrets))
     return Trackers(trackers, secrets)
 
 
 def read_tracker_config(path: Path) -> dict[str, dict[str, Any]]:
-    """The tables of --log_tracker_config: arguments of wandb.init and SummaryWriter, by tracker. Raises OptionError."""
+    """Read --log_tracker_config: the arguments of wandb.init and SummaryWriter, by tracker. Raises OptionError."""
     where = f"--log_tracker_config {path}"
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -122,31 +135,28 @@ def read_tracker_config(path: Path) -> dict[str, dict[str, Any]]:
         raise OptionError(f"{where}: can't be read: {error.strerror}") from None
     for name, table in tables.items():
         if name not in _KNOWN:
-            raise OptionError(f"{where}: {name!r} is no tracker; expected the tables [tensorboard] and [wandb]")
+            raise OptionError(f"{where}: {name!r} is not a tracker; expected the tables [tensorboard] and [wandb]")
         if not isinstance(table, dict):
             raise OptionError(
-                f"{where}: {name} is a single value; expected a table, [{name}], with a line for each argument"
+                f"{where}: {name} is a single value; expected a table, [{name}], with one argument a line"
             )
     return tables
 
 
 def logged_config(options: Options) -> dict[str, object]:
-    """What --log_config sends: every option that is set, without keys and paths; lists as text."""
+    """Return what --log_config sends: every option that is set, except keys and paths. Lists become text."""
     sent: dict[str, object] = {}
-    for name, value in options.items():
-        if value is None or name in NEVER_SENT:
+    for spec, value in options.specs():
+        if value is None or spec.is_private:
             continue
         if isinstance(value, tuple):
             value = ", ".join(map(str, value))
-        sent[name] = value if isinstance(value, bool | int | float | str) else str(value)
+        sent[spec.name] = value if isinstance(value, bool | int | float | str) else str(value)
     return sent
 
 
-# ---------------------------------------------------------------------------------------------------------- TensorBoard
-
-
 class _TensorBoard:
-    """An event file in a folder of the run's own: LOGGING_DIR/PREFIXYYYYmmddHHMMSS/NAME."""
+    """An event file in a new folder for each run: LOGGING_DIR/PREFIXYYYYmmddHHMMSS/NAME."""
 
     def __init__(
         self,
@@ -159,15 +169,14 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise OptionError(
-                f"{flag}: TensorBoard can't be imported ({_in_a_line(error)}); pip install tensorboard"
-            ) from None
-        assert options.logging_dir is not None, "the options' own check"
+            reason = _in_a_line(error)
+            raise OptionError(f"{flag}: TensorBoard can't be imported ({reason}); pip install tensorboard") from None
+        assert options.logging_dir is not None, "the options check this"
         folder = _new_run_folder(options.logging_dir, options.log_prefix or "") / name
         try:
             self._writer = SummaryWriter(str(folder), **arguments)
         except OSError as error:
-            raise OptionError(f"--logging_dir {folder}: can't be written in: {error.strerror}") from None
+            raise OptionError(f"--logging_dir {folder}: can't be written to: {error.strerror}") from None
         except (TypeError, ValueError) as error:
             if not arguments:
                 raise
@@ -181,27 +190,27 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step if epoch is None else epoch)
 
     def images(self, images: "Sequence[tuple[str, np.ndarray]]", step: int) -> None:
-        for index, (_, pixels) in enumerate(images):
-            self._writer.add_image(f"sample/{index}", pixels, step, dataformats="HWC")
+        for i, (_, pixels) in enumerate(images):
+            self._writer.add_image(f"sample/{i}", pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
 
 
 def _new_run_folder(parent: Path, prefix: str) -> Path:
-    """A folder that no other run has: two may start in one second, and clocks go back. Raises OptionError."""
+    """Make a folder that no other run has: two runs may start in the same second, and clocks can be set back."""
     first = parent / f"{prefix}{time.strftime('%Y%m%d%H%M%S')}"
     _make_folder(first.parent)
-    folder, number = first, 1
+    folder, i = first, 1
     while True:
         try:
             folder.mkdir()
             return folder
         except FileExistsError:
-            number += 1
-            folder = first.with_name(f"{first.name}-{number}")
+            i += 1
+            folder = first.with_name(f"{first.name}-{i}")
         except OSError as error:
-            raise OptionError(f"--logging_dir {parent}: can't be written in: {error.strerror}") from None
+            raise OptionError(f"--logging_dir {parent}: can't be written to: {error.strerror}") from None
 
 
 def _make_folder(folder: Path) -> None:
@@ -211,56 +220,44 @@ def _make_folder(folder: Path) -> None:
         raise OptionError(f"--logging_dir {folder}: can't be made: {error.strerror}") from None
 
 
-# ---------------------------------------------------------------------------------------------------- Weights & Biases
-
-# That nothing is printed between our lines, and that the end of the program is not held up by a server that is gone.
-_WANDB_SETTINGS = {
-    "silent": True,
-    "console": "off",
-    "finish_timeout": _SECONDS_TO_FINISH,
-    "finish_timeout_raises": True,
-    "x_disable_meta": True,  # it would send the words of the command line, keys and paths among them
-}
-
-
 class _Wandb:
-    """A run at Weights & Biases, or, with WANDB_MODE=offline, its files."""
+    """A run at Weights & Biases or, with WANDB_MODE=offline, its files."""
 
     def __init__(self, wandb: Any, arguments: Mapping[str, Any], secrets: Sequence[str]):
-        # Silent from the first call on; with that, a missing key is an error and not a question that nobody answers.
+        # Silent from the first call on: then a missing key is an error, not a question that nobody answers.
         wandb.setup(wandb.Settings(silent=True))
         self._wandb = wandb
         self._run = wandb.init(**arguments)
         self._last_step = 0
         if self._run.disabled:
-            log.info("wandb: nothing is kept, as WANDB_MODE says")
+            log.info("wandb: WANDB_MODE is disabled, so nothing is stored")
         else:
-            log.info("wandb: %s", _without(secrets, self._run.url or f"{self._folder} (wandb sync sends it)"))
+            log.info("wandb: %s", _without(secrets, self._run.url or f"{self._folder} (`wandb sync` sends it)"))
 
     @property
     def _folder(self) -> Path:
-        return Path(self._run.dir).parent  # the run's own is the folder of its extra files
+        return Path(self._run.dir).parent  # run.dir is the folder for additional files, within the run's folder
 
     def log(self, values: Mapping[str, float], step: int, epoch: int | None) -> None:
         self._send(values, step)
 
     def images(self, images: "Sequence[tuple[str, np.ndarray]]", step: int) -> None:
         wandb_images = [self._wandb.Image(pixels, caption=caption) for caption, pixels in images]
-        if len({pixels.shape for _, pixels in images}) > 1:  # in a list, wandb shows all in the size of the first
-            self._send({f"sample/{index}": image for index, image in enumerate(wandb_images)}, step)
+        sizes = {pixels.shape for _, pixels in images}
+        if len(sizes) > 1:  # wandb shows all images of a list in the size of the first
+            self._send({f"sample/{i}": image for i, image in enumerate(wandb_images)}, step)
         elif wandb_images:
             self._send({"sample": wandb_images}, step)
 
     def close(self) -> None:
+        has_failed = sys.exc_info()[0] is not None
         try:
-            self._run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)  # 1 shows a run that broke off as failed
+            self._run.finish(exit_code=1 if has_failed else 0)
         except TimeoutError:
-            raise TimeoutError(
-                f"not everything was sent in time; the rest is kept, and sent by wandb sync {self._folder}"
-            ) from None
+            raise TimeoutError(f"not all was sent in time; `wandb sync {self._folder}` sends the rest") from None
 
     def _send(self, values: Mapping[str, Any], step: int) -> None:
-        # wandb drops what comes with a step before the last one, so a late value is sent as of the last step.
+        # wandb drops values with a step before the last one, so late values are sent with the last step.
         self._last_step = max(self._last_step, step)
         self._run.log(dict(values), step=self._last_step)
 
@@ -274,33 +271,31 @@ def _import_wandb(flag: str) -> Any:
 
 
 def _wandb_arguments(
-    options: TrackerOptions, name: str, config: Mapping[str, object], tables: Mapping[str, Mapping[str, Any]]
+    options: TrackerOptions, name: str, config: Mapping[str, object], table: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The arguments of wandb.init: ours, under those of the [wandb] table; tables within it are added to ours."""
+    """Return the arguments of wandb.init. The [wandb] table overrides ours; tables in it are merged with ours."""
     arguments: dict[str, Any] = {"project": name, "config": dict(config), "settings": dict(_WANDB_SETTINGS)}
     if options.wandb_api_key is not None:
-        # Differs from sd-scripts: wandb.login would also write the key to ~/.netrc, which on a rented machine stays behind.
+        # Differs from sd-scripts: wandb.login would also store the key in ~/.netrc, where it stays on a rented machine.
         arguments["settings"]["api_key"] = options.wandb_api_key
     if options.logging_dir is not None:
-        _make_folder(options.logging_dir)  # some versions take a temporary folder in place of one that doesn't exist
+        _make_folder(options.logging_dir)  # some versions use a temporary folder if this one does not exist
         arguments["dir"] = str(options.logging_dir)
-    if "wandb" not in tables and options.wandb_run_name is not None:
+    if table is None and options.wandb_run_name is not None:
         arguments["name"] = options.wandb_run_name
-    for key, value in tables.get("wandb", {}).items():
-        merges = isinstance(value, dict) and isinstance(arguments.get(key), dict)
-        arguments[key] = {**arguments[key], **value} if merges else value
+    for key, value in (table or {}).items():
+        if isinstance(value, dict) and isinstance(arguments.get(key), dict):
+            arguments[key] |= value
+        else:
+            arguments[key] = value
     if not isinstance(arguments["settings"], dict):
-        raise OptionError(
-            f"--log_tracker_config {options.log_tracker_config}: settings must be a table, [wandb.settings]"
-        )
+        where = f"--log_tracker_config {options.log_tracker_config}"
+        raise OptionError(f"{where}: settings must be a table, [wandb.settings]")
     return arguments
 
 
-# -------------------------------------------------------------------------------------------------------------- messages
-
-
 def _in_a_line(error: Exception, secrets: Sequence[str] = ()) -> str:
-    """The error's type and the first line of its text, with no secret in it."""
+    """Return the error's type and the first line of its message, without the secrets."""
     first = str(error).strip().partition("\n")[0]
     return _without(secrets, f"{type(error).__name__}: {first}" if first else type(error).__name__)
 

@@ -20,26 +20,32 @@ class ShardingOptions(OptionGroup):
     deepspeed: bool = option(
         False,
         "cut the U-Net into parts, one for each process, by --zero_stage; PyTorch does it, DeepSpeed isn't needed",
+        affects_result=False,
     )
     zero_stage: int = option(
         2,
         "with --deepspeed: 0: every process has the whole model; 1: its part of the weights and of the optimizer's state, blocks are whole from "
         "forward to backward; 2: of gradients too, which 1 adds up whole; 3: blocks are whole only while they compute",
         choices=(0, 1, 2, 3),
+        affects_result=False,
     )
     offload_optimizer_device: str | None = option(
         None,
         "with --deepspeed: cpu: the parts of the optimizer's state lie in RAM, as with --optimizer_offload",
         choices=("cpu", "nvme"),
+        affects_result=False,
     )
     offload_param_device: str | None = option(
         None,
         "with --deepspeed: cpu: the parts of the weights and of gradients lie in RAM, and visit the card for their step",
         choices=("cpu", "nvme"),
+        affects_result=False,
     )
-    zero3_init_flag: bool = option(False, "", no_effect="every process reads the whole model, and cuts it at once")
+    zero3_init_flag: bool = option(
+        False, "", no_effect="every process reads the whole model, and cuts it at once", affects_result=False
+    )
     zero3_save_16bit_model: bool = option(
-        False, "", no_effect="saved files are whole anyway, and --save_precision is their dtype"
+        False, "", no_effect="saved files are whole anyway, and --save_precision is their dtype", affects_result=False
     )
 
     def mistakes(self) -> Iterable[Mistake]:

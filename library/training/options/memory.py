@@ -16,18 +16,24 @@ class MemoryOptions(OptionGroup):
         None,
         "choose what of this group changes no result: fast: everything stays on the card; auto: what fits into its free memory with the "
         "least loss of time; a number: the same for a card of so many GB",
+        affects_result=False,
     )
     gradient_checkpointing: bool = option(
-        False, "keep fewer activations and compute them again in backward: a third slower, far less memory"
+        False,
+        "keep fewer activations and compute them again in backward: a third slower, far less memory",
+        affects_result=False,
     )
     checkpoint_policy: str = option(
         "full",
         "what --gradient_checkpointing computes again: whole blocks, or (selective) only norms and products of single numbers, "
         "which keeps half of the memory and costs next to no time",
         choices=("full", "selective"),
+        affects_result=False,
     )
     cpu_offload_checkpointing: bool = option(
-        False, "what --gradient_checkpointing keeps waits in RAM, and returns ahead of its use; for large batches"
+        False,
+        "what --gradient_checkpointing keeps waits in RAM, and returns ahead of its use; for large batches",
+        affects_result=False,
     )
 
     blocks_to_swap: int | None = option(
@@ -35,9 +41,12 @@ class MemoryOptions(OptionGroup):
         "so many of the U-Net's blocks, the largest first, lie in RAM and visit the card while they are computed with; SDXL has 87",
         at_least=1,
         unset=(0,),
+        affects_result=False,
     )
     optimizer_offload: bool = option(
-        False, "the optimizer's state lies in RAM and visits the card tensor by tensor, while that is stepped"
+        False,
+        "the optimizer's state lies in RAM and visits the card tensor by tensor, while that is stepped",
+        affects_result=False,
     )
     fp8_base: bool = option(
         False,

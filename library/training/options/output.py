@@ -10,10 +10,10 @@ from library.options import OptionGroup, option
 
 
 @dataclass(frozen=True)
-class SavingOptions(OptionGroup):
+class SavingOptions(OptionGroup, affects_result=False):
     """Saving"""
 
-    output_dir: Path | None = option(None, "folder for everything that is written")
+    output_dir: Path | None = option(None, "folder for everything that is written", private=True)
     output_name: str | None = option(
         None, "name of the saved files without their ending; unset: last, epoch-… and at-step…"
     )
@@ -28,7 +28,9 @@ class SavingOptions(OptionGroup):
     save_last_n_epochs: int | None = option(None, "keep only the newest N epoch saves", at_least=0)
     save_last_n_steps: int | None = option(None, "remove step saves that are more than N steps old", at_least=0)
 
-    emergency_dir: Path | None = option(None, "folder that is tried when --output_dir can't be written any more")
+    emergency_dir: Path | None = option(
+        None, "folder that is tried when --output_dir can't be written any more", private=True
+    )
 
     @property
     def name(self) -> str:
@@ -51,7 +53,7 @@ class SavingOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
-class ResumeOptions(OptionGroup):
+class ResumeOptions(OptionGroup, affects_result=False):
     """States, and resuming from them"""
 
     save_state: bool = option(False, "save a state beside each saved model, and at the end")
@@ -63,7 +65,7 @@ class ResumeOptions(OptionGroup):
         None, "remove step states that are more than N steps old; wins over --save_last_n_steps", at_least=0
     )
     resume: str | None = option(
-        None, "state folder to go on from, to the bit; latest: the newest whole one of --output_name"
+        None, "state folder to go on from, to the bit; latest: the newest whole one of --output_name", private=True
     )
     auto_resume: bool = option(False, "go on from the newest whole state of --output_name, or start if there is none")
     resume_anyway: bool = option(False, "resume though options or pictures differ from those of the state")
@@ -112,10 +114,10 @@ def is_plain_name(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class PreviewOptions(OptionGroup):
+class PreviewOptions(OptionGroup, affects_result=False):
     """Samples during training (OUTPUT_DIR/sample)"""
 
-    sample_prompts: Path | None = option(None, "file of prompts: .txt with one a line, .toml or .json")
+    sample_prompts: Path | None = option(None, "file of prompts: .txt with one a line, .toml or .json", private=True)
     sample_every_n_steps: int | None = option(None, "draw after every N optimizer steps", at_least=1, unset=(0, -1))
     sample_every_n_epochs: int | None = option(
         None, "draw after every N epochs; wins over --sample_every_n_steps", at_least=1, unset=(0, -1)
@@ -135,11 +137,11 @@ class PreviewOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
-class TrackerOptions(OptionGroup):
+class TrackerOptions(OptionGroup, affects_result=False):
     """Trackers"""
 
     logging_dir: Path | None = option(
-        None, "folder of the TensorBoard logs; given alone it means --log_with tensorboard"
+        None, "folder of the TensorBoard logs; given alone it means --log_with tensorboard", private=True
     )
     log_with: str | None = option(
         None, "where losses, learning rates and samples are sent", choices=("tensorboard", "wandb", "all")
@@ -150,7 +152,9 @@ class TrackerOptions(OptionGroup):
     )
     wandb_run_name: str | None = option(None, "name of the run at wandb")
     log_tracker_config: Path | None = option(
-        None, "TOML file with a table for each tracker: arguments of its start; wins over --wandb_run_name"
+        None,
+        "TOML file with a table for each tracker: arguments of its start; wins over --wandb_run_name",
+        private=True,
     )
     wandb_api_key: str | None = option(
         None, "key for wandb; WANDB_API_KEY keeps it out of the command line", secret=True
@@ -172,7 +176,7 @@ class TrackerOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
-class UploadOptions(OptionGroup):
+class UploadOptions(OptionGroup, affects_result=False):
     """Upload to the Hugging Face hub"""
 
     huggingface_repo_id: str | None = option(None, "repository that every saved file is sent to; made when absent")
@@ -196,7 +200,7 @@ class UploadOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
-class MetadataOptions(OptionGroup):
+class MetadataOptions(OptionGroup, affects_result=False):
     """Metadata of the saved file (modelspec)"""
 
     metadata_title: str | None = option(None, "title; unset: --output_name")
@@ -205,7 +209,7 @@ class MetadataOptions(OptionGroup):
     metadata_license: str | None = option(None, "licence")
     metadata_tags: str | None = option(None, "tags, separated by commas")
     metadata_usage_hint: str | None = option(None, "how to use it")
-    metadata_thumbnail: str | None = option(None, "a picture file, or a data: URL")
+    metadata_thumbnail: str | None = option(None, "a picture file, or a data: URL", private=True)
     metadata_merged_from: str | None = option(None, "what it was merged from")
     metadata_trigger_phrase: str | None = option(None, "words that call it up")
     metadata_preprocessor: str | None = option(None, "preprocessor of control pictures")

@@ -25,12 +25,16 @@ class RunOptions(OptionGroup):
     stop_text_encoder_training: int | None = option(
         None, "text encoders are trained for the first N optimizer steps only", unset=(0,)
     )
-    ddp_timeout: int | None = option(None, "minutes after which a process that waits for another gives up", at_least=0)
+    ddp_timeout: int | None = option(
+        None, "minutes after which a process that waits for another gives up", at_least=0, affects_result=False
+    )
     ddp_gradient_as_bucket_view: bool = option(
         False, "several processes: gradients are views of the buckets that are exchanged, which saves memory"
     )
     ddp_static_graph: bool = option(False, "several processes: promise that every step uses the same parameters")
-    dry_run: bool = option(False, "check everything, print what the run would do on one page, and write nothing")
+    dry_run: bool = option(
+        False, "check everything, print what the run would do on one page, and write nothing", affects_result=False
+    )
 
     def mistakes(self) -> Iterable[Mistake]:
         if (self.stop_text_encoder_training or 0) < 0:
@@ -45,14 +49,20 @@ class RunOptions(OptionGroup):
 class ValidationOptions(OptionGroup):
     """Validation (of the pictures that --validation_split holds out)"""
 
-    validate_every_n_steps: int | None = option(None, "validate after every N optimizer steps", at_least=1, unset=(0,))
-    validate_every_n_epochs: int | None = option(
-        None, "validate after every N epochs; unset: after every one", at_least=1, unset=(0,)
+    validate_every_n_steps: int | None = option(
+        None, "validate after every N optimizer steps", at_least=1, unset=(0,), affects_result=False
     )
-    max_validation_steps: int | None = option(None, "at most so many batches", at_least=1, unset=(0,))
-    save_best: bool = option(False, "save NAME-best whenever the validation loss is the lowest so far")
+    validate_every_n_epochs: int | None = option(
+        None, "validate after every N epochs; unset: after every one", at_least=1, unset=(0,), affects_result=False
+    )
+    max_validation_steps: int | None = option(
+        None, "at most so many batches", at_least=1, unset=(0,), affects_result=False
+    )
+    save_best: bool = option(
+        False, "save NAME-best whenever the validation loss is the lowest so far", affects_result=False
+    )
     early_stop_patience: int | None = option(
-        None, "end the run when so many validations in a row brought no lower loss; saves NAME-best too", at_least=1, unset=(0,)
+        None, "end the run when so many validations in a row brought no lower loss; saves NAME-best too", at_least=1, unset=(0,), affects_result=False
     )  # fmt: skip
 
     @property

@@ -38,6 +38,7 @@ class FineTuneOptions(OptionGroup):
         None,
         "format of saved models; unset: a folder if the base model is one, else safetensors",
         choices=("ckpt", "safetensors", "diffusers", "diffusers_safetensors"),
+        affects_result=False,
     )
     use_safetensors: bool = option(False, "", no_effect="what isn't asked for as ckpt is saved as safetensors anyway")
 
@@ -80,13 +81,16 @@ class EmbeddingOptions(OptionGroup):
         None, "words whose embeddings the vectors start from, in turn; unset: the mean of all"
     )
     num_vectors_per_token: int = option(1, "vectors of the new word", at_least=1)
-    weights: Path | None = option(None, "embedding file to go on from")
+    weights: Path | None = option(None, "embedding file to go on from", private=True)
     use_object_template: bool = option(
         False, "sentences about an object take the place of all captions; wins over --use_style_template"
     )
     use_style_template: bool = option(False, "sentences about a style take the place of all captions")
     save_model_as: str = option(
-        "pt", "format of the saved file; pt and ckpt hold no metadata", choices=("ckpt", "pt", "safetensors")
+        "pt",
+        "format of the saved file; pt and ckpt hold no metadata",
+        choices=("ckpt", "pt", "safetensors"),
+        affects_result=False,
     )
 
     def mistakes(self) -> Iterable[Mistake]:
@@ -145,14 +149,18 @@ class LLLiteOptions(OptionGroup):
     network_dropout: float | None = option(
         None, "probability of leaving out each value in front of the last layer", at_least=0, at_most=0.99
     )
-    network_weights: Path | None = option(None, "ControlNet-LLLite file to go on from")
+    network_weights: Path | None = option(
+        None, "ControlNet-LLLite file to go on from", affects_result=False, private=True
+    )
     allow_partial: bool = option(
-        False, "take --network_weights though some of its modules don't fit or some are missing"
+        False, "take --network_weights though some of its modules don't fit or some are missing", affects_result=False
     )
     lllite_blocks: tuple[str, ...] | None = option(
         None, "where modules are: input_blocks.4, middle_block, output_blocks.3 …, or input_blocks for all of them; unset: where --network_weights has them, or input_blocks middle_block"
     )  # fmt: skip
-    save_model_as: str = option("safetensors", "format of the saved file", choices=("ckpt", "pt", "safetensors"))
+    save_model_as: str = option(
+        "safetensors", "format of the saved file", choices=("ckpt", "pt", "safetensors"), affects_result=False
+    )
 
     def mistakes(self) -> Iterable[Mistake]:
         if self.cond_emb_dim is not None and self.cond_emb_dim % 2:

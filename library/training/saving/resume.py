@@ -1,6 +1,6 @@
 """Resume: from a run to its state and back, and what must not differ between the two.
 
-Options that only say what is written, told or drawn may change; those that decide what is learnt may not.
+Options declared with affects_result=False may change; of paths, the file name or the data is compared instead.
 """
 
 import hashlib
@@ -14,75 +14,17 @@ from library.data.options import CacheOptions, DatasetOptions
 from library.data.scan import Dataset
 from library.errors import OptionError, RunError
 from library.hub import download_folder
-from library.log import LogOptions, log
+from library.log import log
 from library.models.options import ModelOptions
-from library.options import ConfigOptions, OptionGroup, Options
+from library.options import Options
 from library.training.monitoring.validation import Best
 from library.training.options.output import (
-    MetadataOptions,
-    PreviewOptions,
     ResumeOptions,
     SavingOptions,
-    TrackerOptions,
     UploadOptions,
 )
 from library.training.options.run import RunOptions, ValidationOptions
 from library.training.saving.state import DAMAGE, find_state, newest_state, read_facts
-
-_FREE: tuple[type[OptionGroup], ...] = (
-    ConfigOptions, LogOptions, MetadataOptions, PreviewOptions, ResumeOptions, SavingOptions, TrackerOptions, UploadOptions,
-)  # fmt: skip
-# Where things lie, and how they are computed without changing what comes out. The pictures are compared themselves.
-_FREE_NAMES = frozenset(
-    [
-        "train_data_dir",
-        "reg_data_dir",
-        "in_json",
-        "dataset_config",
-        "conditioning_data_dir",
-        "cache_dir",
-        "pretrained_model_name_or_path",
-        "vae",
-        "tokenizer_cache_dir",
-        "network_weights",
-        "dim_from_weights",
-        "allow_partial",
-        "no_metadata",
-        "training_comment",
-        "save_model_as",
-        "max_data_loader_n_workers",
-        "persistent_data_loader_workers",
-        "cache_info",
-        "skip_cache_check",
-        "validate_every_n_steps",
-        "validate_every_n_epochs",
-        "max_validation_steps",
-        "save_best",
-        "early_stop_patience",
-        "debug_dataset",
-        "skip_bad_images",
-        "allow_missing_captions",
-        "ddp_timeout",
-        "dry_run",
-        "checkpoint_policy",
-        "cpu_offload_checkpointing",
-        "blocks_to_swap",
-        "memory_plan",
-        "gradient_checkpointing",
-        "optimizer_offload",
-        "deepspeed",
-        "zero_stage",
-        "offload_optimizer_device",
-        "offload_param_device",
-        "zero3_init_flag",
-        "zero3_save_16bit_model",
-        "cache_latents",
-        "cache_latents_to_disk",
-        "cache_text_encoder_outputs",
-        "cache_text_encoder_outputs_to_disk",
-        "seed",
-    ]
-)
 
 
 class ResumePoint(NamedTuple):
@@ -161,8 +103,7 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
 
 def run_signature(options: Options, datasets: Sequence[Dataset], *, seed: int) -> dict[str, str]:
     """What must be the same when the run is resumed, as text by name."""
-    free = {name for group in _FREE if group in options for name in vars(options[group])}
-    facts = {name: str(value) for name, value in options.items() if name not in free | _FREE_NAMES}
+    facts = {spec.name: str(value) for spec, value in options.specs() if spec.affects_result}
     facts |= {"seed": str(seed), "processes": os.environ.get("WORLD_SIZE", "1")}
     # Cached latents have noise of their own; where caches lie changes nothing.
     facts |= {
