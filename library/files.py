@@ -148,3 +148,8 @@ def _is_left_over(path: Path, host: str, process: int) -> bool:
         return time.time() - path.stat().st_mtime > _FORGOTTEN
     # On Windows a file that is still open can't be removed.
     return sys.platform == "win32" or not (is_alive(process) or process == os.getpid())
+
+
+def format_bytes(size: int) -> str:
+    """Return a size for people: "1.23 GB"."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -17,7 +17,8 @@ from test_state import assert_same, tamper
 from library.errors import OptionError, RunError
 from library.safetensors_io import load_tensors, write_safetensors
 from library.training.optim.optimizer_step import OptimizerStep
-from library.training.saving.state import read_facts, read_state
+from library.training.saving.state import read_state
+from library.training.saving.state_folder import read_state_metadata
 
 EPOCHS_OF_4 = ["--gradient_accumulation_steps", "2", "--max_train_steps", "8"]  # 8 pictures an epoch: 4 steps
 CACHED_ON_DISK = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
@@ -98,7 +99,7 @@ def test_fault_65_whatever_is_trained_and_wherever_it_stopped(case, golden_model
     train_network(golden_model, images, plain, *words, "--save_state_on_train_end", quick=quick)
     train_network(golden_model, images, latest, *words, *often, quick=quick)
     assert_same_end(plain, latest, 0)  # saving changes nothing
-    last = read_facts(latest / "lora-state")["step"]
+    last = read_state_metadata(latest / "lora-state")["step"]
     for step in sorted({1, 3, 4, last - 1} & set(range(1, last))):
         output = tmp_path / f"from_{step}"
         train_network(golden_model, images, output, *words, *often, "--resume", state_at(latest, step), quick=quick)
@@ -158,7 +159,7 @@ def test_fault_65_a_run_that_broke_in_an_accumulation_window_does_the_whole_wind
     )  # which window is the short one, the seed decides
     monkeypatch.undo()
     train_network(golden_model, images, output, *words, "--auto_resume", quick=quick)
-    seed = read_facts(output / "lora-state")["run"]["seed"]
+    seed = read_state_metadata(output / "lora-state")["run"]["seed"]
     assert load_tensors(output / "lora.safetensors")[1]["ss_seed"] == seed != "7"
     train_network(golden_model, images, tmp_path / "plain", *words, "--seed", seed, quick=quick)
     assert_same_end(tmp_path / "plain", output, 0)
@@ -340,7 +341,7 @@ def test_fault_66_resumed_anyway_the_options_are_the_new_ones(begun, golden_mode
     rows = rows_of(tmp_path)
     assert [(row["step"], row["epoch"]) for row in rows] == [(4, 1), (5, 2), (6, 2)]  # four steps an epoch now
     assert [row["lr/unet"] for row in rows] == pytest.approx([1e-4 * left / 6 for left in (3, 2, 1)])
-    assert read_facts(tmp_path / "lora-state")["epoch"] == 1
+    assert read_state_metadata(tmp_path / "lora-state")["epoch"] == 1
     average, trained = tensors_of(tmp_path / "lora-ema.safetensors"), tensors_of(begun.output / "lora.safetensors")
     ups = [name for name in trained if name.endswith("lora_up.weight") and trained[name].abs().max() > 0]
     # It began with the state's weights; the new run's are zero there, and three steps wouldn't bring it so near.
@@ -365,7 +366,7 @@ def test_fault_67_a_finished_run_says_so_and_changes_nothing(begun, golden_model
 def test_fault_67_killed_between_the_last_step_and_the_final_save_it_still_saves(begun, golden_model, tmp_path):
     train_network(golden_model, begun.images, tmp_path, *THREE, "--resume", begun.at(3))
     assert_bit_equal(tensors_of(begun.output / "lora.safetensors"), tensors_of(tmp_path / "lora.safetensors"))
-    assert read_facts(tmp_path / "lora-state")["finished"] and not read_facts(begun.at(3))["finished"]
+    assert read_state_metadata(tmp_path / "lora-state")["finished"] and not read_state_metadata(begun.at(3))["finished"]
 
 
 def test_latest_wants_a_state_and_auto_resume_starts_without_one(begun, golden_model, tmp_path):

@@ -1,4 +1,4 @@
-"""Resume: from a run to its state and back, and what must not differ between the two.
+"""Resume: which state a run is resumed from, and what must be the same in both. Torch-free.
 
 Options declared with affects_result=False may change; of paths, the file name or the data is compared instead.
 """
@@ -10,70 +10,87 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from library.data.options import CacheOptions, DatasetOptions
 from library.data.scan import Dataset
 from library.errors import OptionError, RunError
 from library.hub import download_folder
 from library.log import log
-from library.models.options import ModelOptions
-from library.options import Options
-from library.training.monitoring.validation import Best
-from library.training.options.output import (
-    ResumeOptions,
-    SavingOptions,
-    UploadOptions,
-)
-from library.training.options.run import RunOptions, ValidationOptions
-from library.training.saving.state import DAMAGE, find_state, newest_state, read_facts
+from library.training.options.output import ResumeOptions, SavingOptions, UploadOptions
+from library.training.saving.state_folder import DAMAGE, find_state, newest_state, read_state_metadata
 
 
 class ResumePoint(NamedTuple):
-    """A state that the run goes on from: its folder, and what its state.json says.
+    """A state that a run is resumed from.
 
-    `is_same`: no option that decides what is learnt, and no picture, differs from those of the state.
-    `is_finished`: nothing is left to do. With other options (--resume_anyway) there may be.
+    Attributes:
+        folder: the state's folder.
+        metadata: the contents of its state.json.
+        is_same: no option that affects the result, and no image, differs from those of the state.
+        is_finished: nothing is left to do. With other options (--resume_anyway) there may be.
     """
 
     folder: Path
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     is_same: bool
     is_finished: bool
 
 
-def find_resume_point(options: Options, datasets: Sequence[Dataset]) -> ResumePoint | None:
-    """The state that --resume or --auto_resume means, if any. Raises OptionError if it isn't this run's."""
-    chosen, saving = options[ResumeOptions], options[SavingOptions]
+def find_resume_point(
+    options: ResumeOptions,
+    saving: SavingOptions,
+    uploads: UploadOptions,
+    signature: Mapping[str, str],
+    *,
+    seed: int | None,
+    patience: int | None,
+) -> ResumePoint | None:
+    """Return the state that --resume or --auto_resume means, if any.
+
+    Args:
+        options: which state, and whether it may be another run's.
+        saving: the output folder and name.
+        uploads: whether the state is on the Hugging Face hub.
+        signature: what must be the same as in the state, the seed excepted.
+        seed: --seed; None: the state's.
+        patience: --early_stop_patience.
+
+    Raises:
+        OptionError: there is no such state, or it is of another run.
+        RunError: the state is damaged.
+    """
     assert saving.output_dir is not None
     names = [saving.output_name] if saving.output_name else ["last", "at", "epoch"]
-    if chosen.resume:
-        resume = chosen.resume
-        if options[UploadOptions].resume_from_huggingface:
-            resume = str(download_folder(resume, options[UploadOptions].huggingface_token))
-        folder: Path | None = find_state(resume, saving.output_dir, names)
-    else:
-        folder = newest_state(saving.output_dir, names) if chosen.auto_resume else None
+    folder: Path | None = None
+    if options.resume:
+        resume = options.resume
+        if uploads.resume_from_huggingface:
+            resume = str(download_folder(resume, uploads.huggingface_token))
+        folder = find_state(resume, saving.output_dir, names)
+    elif options.auto_resume:
+        folder = newest_state(saving.output_dir, names)
     if folder is None:
         return None
-    facts = read_facts(folder)
-    with _damage_told(folder):
-        _check_facts(facts)
-        is_over = _is_over(facts, options[ValidationOptions].early_stop_patience)
-    seed = options[RunOptions].seed
-    now = run_signature(options, datasets, seed=int(facts["run"]["seed"]) if seed is None else seed)
-    is_same = check_same(facts["run"], now, anyway=chosen.resume_anyway)
-    return ResumePoint(folder, facts, is_same, is_finished=is_over and is_same)
+    metadata = read_state_metadata(folder)
+    with damage_as_run_error(folder):
+        _check_metadata(metadata)
+        is_over = _is_over(metadata, patience)
+    saved = metadata["run"]
+    now = {**signature, "seed": saved["seed"] if seed is None else str(seed)}
+    is_same = check_same(saved, now, anyway=options.resume_anyway)
+    return ResumePoint(folder, metadata, is_same, is_finished=is_over and is_same)
 
 
-def _is_over(facts: Mapping[str, Any], patience: int | None) -> bool:
-    """Whether its final save was its last one: a run that validation ended goes on if there is more patience now."""
-    best = Best(patience)
-    best.restore(facts["best"])
-    return facts["finished"] and (facts["step"] >= facts["total_steps"] or best.is_lost)
+def _is_over(metadata: Mapping[str, Any], patience: int | None) -> bool:
+    """Return whether the final save was the last one.
+
+    A run that validation ended is continued if there is more patience now.
+    """
+    is_early_stop = patience is not None and metadata["best"]["waited"] >= patience
+    return metadata["finished"] and (metadata["step"] >= metadata["total_steps"] or is_early_stop)
 
 
 @contextmanager
-def _damage_told(folder: Path) -> Iterator[None]:
-    """What Python says of a state that has been tampered with becomes a RunError."""
+def damage_as_run_error(folder: Path) -> Iterator[None]:
+    """Context manager: turn Python's errors for a damaged state into a RunError."""
     try:
         yield
     except OptionError:
@@ -82,55 +99,62 @@ def _damage_told(folder: Path) -> Iterator[None]:
         raise RunError(f"{folder}: damaged state: {type(error).__name__}: {error}") from None
 
 
-def _check_facts(facts: Mapping[str, Any]) -> None:
-    """Raises ValueError if some are missing or of another kind."""
-    for name, least in (("step", 0), ("epoch", 0), ("samples", 0), ("splits", 1), ("total_steps", 1)):
-        if type(facts.get(name)) is not int or facts[name] < least:
-            raise ValueError(f"{name} is {str(facts.get(name))[:50]}")
-    for name, kind in (
-        ("finished", bool),
-        ("session_id", str),
-        ("run", dict),
-        ("report", dict),
-        ("best", dict),
-        ("saved", dict),
-    ):
-        if type(facts.get(name)) is not kind:
-            raise ValueError(f"{name} is {str(facts.get(name))[:50]}")
-    if not all(isinstance(value, str) for value in facts["run"].values()) or not facts["run"].get("seed", "").isdigit():
-        raise ValueError("run holds no text, or no seed")
+_LEAST = {"step": 0, "epoch": 0, "samples": 0, "splits": 1, "total_steps": 1}
+_TYPES = {"finished": bool, "session_id": str, "run": dict, "report": dict, "best": dict, "saved": dict}
 
 
-def run_signature(options: Options, datasets: Sequence[Dataset], *, seed: int) -> dict[str, str]:
-    """What must be the same when the run is resumed, as text by name."""
-    facts = {spec.name: str(value) for spec, value in options.specs() if spec.affects_result}
-    facts |= {"seed": str(seed), "processes": os.environ.get("WORLD_SIZE", "1")}
-    # Cached latents have noise of their own; where caches lie changes nothing.
-    facts |= {
-        "latents are cached": str(options[CacheOptions].latents),
-        "captions are cached": str(options[CacheOptions].text),
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError if an entry is missing or of another type."""
+    for name, least in _LEAST.items():
+        if type(metadata.get(name)) is not int or metadata[name] < least:
+            raise ValueError(f"{name} is {str(metadata.get(name))[:50]}")
+    for name, kind in _TYPES.items():
+        if type(metadata.get(name)) is not kind:
+            raise ValueError(f"{name} is {str(metadata.get(name))[:50]}")
+    run = metadata["run"]
+    if not all(isinstance(value, str) for value in run.values()) or not run.get("seed", "").isdigit():
+        raise ValueError("run isn't text, or has no seed")
+
+
+def run_signature(
+    options: Mapping[str, str],
+    datasets: Sequence[Dataset],
+    *,
+    base_model: str,
+    latents_are_cached: bool,
+    text_is_cached: bool,
+) -> dict[str, str]:
+    """Return what must be the same when the run is resumed, the seed excepted, as text by name.
+
+    Args:
+        options: the options that affect the result.
+        datasets: the run's datasets.
+        base_model: --pretrained_model_name_or_path.
+        latents_are_cached: cached latents have one sample of the VAE's noise; where caches are stored has no effect.
+        text_is_cached: captions are encoded before training.
+    """
+    return {
+        **options,
+        "processes": os.environ.get("WORLD_SIZE", "1"),
+        "latents are cached": str(latents_are_cached),
+        "captions are cached": str(text_is_cached),
+        "base model": base_model.replace("\\", "/").rpartition("/")[2],
+        **_dataset_signature(datasets),
     }
-    facts["base model"] = str(options[ModelOptions].pretrained_model_name_or_path).replace("\\", "/").rpartition("/")[2]
-    facts |= _dataset_facts(datasets, options[DatasetOptions])
-    return facts
 
 
-def _dataset_facts(datasets: Sequence[Dataset], options: DatasetOptions) -> dict[str, str]:
+def _dataset_signature(datasets: Sequence[Dataset]) -> dict[str, str]:
     digest = hashlib.sha256()
     for dataset in datasets:
         digest.update(repr((dataset.plan.batch_size, dataset.plan.buckets)).encode())
-        for samples in (dataset.samples, dataset.validation):
-            for sample in samples:
-                name = sample.file.replace("\\", "/").rpartition("/")[2]
-                masked = ("masked",) if sample.has_mask else ()
-                digest.update(
-                    repr(
-                        (name, sample.size, sample.fit, sample.repeats, sample.caption, sample.subset.captions, *masked)
-                    ).encode()
-                )
-    shown = sum(dataset.num_samples for dataset in datasets)
+        for sample in (*dataset.samples, *dataset.validation):
+            name = sample.file.replace("\\", "/").rpartition("/")[2]
+            values = (name, sample.size, sample.fit, sample.repeats, sample.caption, sample.subset.captions)
+            digest.update(repr((*values, "masked") if sample.has_mask else values).encode())
+    num_images = sum(len(dataset.samples) for dataset in datasets)
+    num_samples = sum(dataset.num_samples for dataset in datasets)
     return {
-        "pictures": f"{sum(len(dataset.samples) for dataset in datasets)}, {shown} with repeats",
+        "pictures": f"{num_images}, {num_samples} with repeats",
         "batch sizes": ", ".join(str(dataset.plan.batch_size) for dataset in datasets),
         "files, sizes and captions": digest.hexdigest()[:16],
     }

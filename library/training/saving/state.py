@@ -9,14 +9,12 @@
 Nothing in it executes when it is loaded. Random draws need no state: they are functions of the place (library/rng.py).
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.errors import OptionError, RunError
-from library.files import remove_left_over, replace_folder, temporary_name
-from library.log import log
+from library.errors import RunError
+from library.files import replace_folder, temporary_name
 from library.safetensors_io import TensorFile, write_safetensors
+from library.training.saving.state_folder import DAMAGE, FILES, FORMAT, STATE_JSON, VERSION, read_state_metadata
 
-FORMAT, VERSION = "sdxl-training-state", 1
-_JSON = "state.json"
-_FILES = {f"{name}.safetensors": name for name in ("weights", "optimizer", "ema")}
-_FOREIGN = ("optimizer.bin", "train_state.json", "random_states_0.pkl", "scheduler.bin")
-DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError)
-"""What Python and torch say of a state that someone has changed."""
 _CHUNK = 1 << 24
 
 
@@ -82,7 +74,7 @@ def write_state(folder: Path, state: State) -> None:
                 path = temporary / f"{name}.safetensors"
                 write_safetensors(path, content, {"format": "pt"})
                 facts["files"][path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        with open(temporary / _JSON, "w", encoding="utf-8") as file:
+        with open(temporary / STATE_JSON, "w", encoding="utf-8") as file:
             file.write(json.dumps(facts))  # json.dump would encode in Python, which takes ten times as long
             file.flush()
             os.fsync(file.fileno())
@@ -93,92 +85,23 @@ def write_state(folder: Path, state: State) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What state.json says, checked against the files' sizes. Raises RunError naming what is wrong with the folder."""
-    path = folder / _JSON
-    if not folder.is_dir():
-        raise RunError(f"{folder}: no such state folder")
-    if not path.is_file():
-        if any((folder / name).exists() for name in _FOREIGN):
-            raise RunError(
-                f"{folder}: this is a state of sd-scripts or of accelerate, which can't be resumed here; "
-                "go on from its saved model with --network_weights"
-            )
-        raise RunError(f"{folder}: incomplete state: it has no {_JSON}, which is written last")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT or facts["version"] > VERSION:
-            raise RunError(
-                f"{folder}: this state is of another program or a newer version ({facts['format']} {facts['version']})"
-            )
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in facts["files"].items()}
-        if not set(_FILES) >= files.keys() >= set(_FILES) - {"ema.safetensors"}:
-            raise ValueError(f"its files are {', '.join(files)[:200]}")
-        _, _ = int(facts["step"]), float(facts["written"])
-    except DAMAGE as error:
-        raise RunError(f"{path}: damaged: {type(error).__name__}: {error}") from None
-    for name, (size, _) in files.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise RunError(f"{folder}: incomplete state: {name} is missing or not {size:,} bytes long")
-    assert isinstance(facts, dict)
-    return facts
-
-
 def read_state(folder: Path) -> State:
     """The whole state, its files checked by their sha256. Raises RunError."""
-    facts = read_facts(folder)
+    facts = read_state_metadata(folder)
     parts: dict[str, dict[str, Tensor]] = {"ema": {}}
     for name, entry in facts["files"].items():
         if _sha256(folder / name) != entry["sha256"]:
-            raise RunError(f"{folder / name}: damaged: its sha256 isn't the one that {_JSON} has")
+            raise RunError(f"{folder / name}: damaged: its sha256 isn't the one that {STATE_JSON} has")
         file = TensorFile(folder / name, mapped=False)
-        parts[_FILES[name]] = {key: file[key] for key in file.shapes}
+        parts[FILES[name]] = {key: file[key] for key in file.shapes}
     for name, tensor in (parts["weights"] | parts["ema"]).items():
         if not tensor.isfinite().all():
             raise RunError(f"{folder}: {name[:200]} holds numbers that aren't finite")
     try:
         optimizer = _put_together(facts["optimizer"], parts["optimizer"])
     except DAMAGE as error:
-        raise RunError(f"{folder / _JSON}: damaged: {type(error).__name__}: {error}") from None
+        raise RunError(f"{folder / STATE_JSON}: damaged: {type(error).__name__}: {error}") from None
     return State(facts, parts["weights"], optimizer, parts["ema"])
-
-
-def whole_states(output: Path, name: str) -> Iterator[tuple[float, Path]]:
-    """(when it was written, folder) of every whole state of that output name; torn ones are named and left out."""
-    with contextlib.suppress(OSError):
-        remove_left_over(output)  # what was about to be replaced gets its name back
-    for folder in sorted(output.glob("*-state")):
-        if not re.fullmatch(rf"{re.escape(name)}(-step\d{{8,}}|-\d{{6,}})?-state", folder.name) or not folder.is_dir():
-            continue
-        try:
-            yield float(read_facts(folder)["written"]), folder
-        except RunError as error:
-            log.warning("%s", error)
-
-
-def newest_state(output: Path, names: Sequence[str]) -> Path | None:
-    """The whole state of any of these names that was written last: another run's may have more steps."""
-    found = [entry for name in names for entry in whole_states(output, name)]
-    return max(found)[1] if found else None
-
-
-def find_state(resume: str, output: Path, names: Sequence[str]) -> Path:
-    """The folder that --resume means: one, or "latest". Raises OptionError if it can't be resumed."""
-    if resume == "latest":
-        found = newest_state(output, names)
-        if found is None:
-            raise OptionError(f"--resume latest: there is no whole state of {names[0]} in {output}")
-        return found
-    folder = Path(resume).expanduser()
-    try:
-        read_facts(folder)
-    except RunError as error:
-        previous = newest_state(output, names)
-        if previous == folder:  # it has its name back
-            return folder
-        hint = f"; the newest whole one is {previous}" if previous else ""
-        raise OptionError(f"--resume {error}{hint}") from None
-    return folder
 
 
 def _sha256(path: Path) -> str:

@@ -115,6 +115,22 @@ class Task(ABC, Generic[G]):
         """Return the trained parameters of all trainables by learning rate."""
         return [group for trainable in self.trainables for group in trainable.groups()]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens at which captions are truncated."""
+        return self._settings.num_tokens
+
+    def describe(self) -> list[str]:
+        """Return a table of what is trained at which learning rate."""
+        groups = self.param_groups()
+        width = max(len(name) for name in ("trained", *(group.name for group in groups)))
+        lines = [f"{'trained'.ljust(width)}  tensors     parameters  learning rate"]
+        for group in groups:
+            numel = sum(parameter.numel() for parameter in group.parameters.values())
+            until = "" if group.last_step is None else f" until step {group.last_step}"
+            lines.append(f"{group.name.ljust(width)}  {len(group.parameters):7d}  {numel:13,}  {group.lr:g}{until}")
+        return lines
+
     @cached_property
     def trains_text(self) -> bool:
         """Whether gradients pass through the text encoders."""

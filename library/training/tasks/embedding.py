@@ -111,7 +111,7 @@ def _read_rows(path: Path, initial: list[Tensor]) -> list[Tensor]:
         row = saved.get(name, start)
         if row.shape != start.shape:
             raise OptionError(
-                f"--weights {path}: {name} is {list(row.shape)}; {list(start.shape)} is needed, as "
+                f"--weights {path}: {name} is {list(row.shape)}; {list(start.shape)} is needed: "
                 f"--num_vectors_per_token is {len(start)}"
             )
         if not row.isfinite().all():
