@@ -13,10 +13,12 @@ from library.log import LogOptions, start_logging
 from library.options import read_options
 from networks.inference.options import AppliedNetworkOptions
 
+OPTIONS = [*GENERATION, AppliedNetworkOptions, LogOptions]
+
 
 def main(argv: list[str] | None = None) -> None:
     words = with_stored_words(sys.argv[1:] if argv is None else argv)
-    options = read_options(__doc__, [*GENERATION, AppliedNetworkOptions, LogOptions], words, checks=[check_generation])
+    options = read_options(__doc__, OPTIONS, words, checks=[check_generation])
     start_logging(options)
     networks = options[AppliedNetworkOptions]
 

@@ -12,12 +12,14 @@ from library.training.options.compatibility import check_pairs
 from library.training.options.tasks import FineTuneOptions, check_fine_tune
 from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 
+OPTIONS = [FineTuneOptions, *COMMON_TRAINING]
+
 
 def main(argv: list[str] | None = None) -> None:
     datasets = DatasetDefinition()
     options = read_options(
         __doc__,
-        [FineTuneOptions, *COMMON_TRAINING],
+        OPTIONS,
         argv,
         checks=[check_training, check_pairs, datasets.check, check_fine_tune],
         refused=UNSUPPORTED,

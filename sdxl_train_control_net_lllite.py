@@ -12,12 +12,14 @@ from library.training.options.compatibility import check_pairs
 from library.training.options.tasks import LLLiteOptions, check_lllite
 from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 
+OPTIONS = [LLLiteOptions, *COMMON_TRAINING]
+
 
 def main(argv: list[str] | None = None) -> None:
     datasets = DatasetDefinition("conditions")
     options = read_options(
         __doc__,
-        [LLLiteOptions, *COMMON_TRAINING],
+        OPTIONS,
         argv,
         checks=[check_training, check_pairs, datasets.check, check_lllite],
         refused=UNSUPPORTED,

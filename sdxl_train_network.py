@@ -16,12 +16,14 @@ from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 from library.training.tasks.token_captions import with_token
 from networks.options import NetworkOptions
 
+OPTIONS = [NetworkOptions, PivotalOptions, *COMMON_TRAINING]
+
 
 def main(argv: list[str] | None = None) -> None:
     datasets = DatasetDefinition()
     options = read_options(
         __doc__,
-        [NetworkOptions, PivotalOptions, *COMMON_TRAINING],
+        OPTIONS,
         argv,
         checks=[check_training, check_pairs, datasets.check, check_network],
         refused=UNSUPPORTED,

@@ -17,12 +17,14 @@ from library.training.options.tasks import EmbeddingOptions, check_embedding
 from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 from library.training.tasks.token_captions import with_token
 
+OPTIONS = [EmbeddingOptions, *COMMON_TRAINING]
+
 
 def main(argv: list[str] | None = None) -> None:
     datasets = DatasetDefinition()
     options = read_options(
         __doc__,
-        [EmbeddingOptions, *COMMON_TRAINING],
+        OPTIONS,
         argv,
         checks=[check_training, check_pairs, datasets.check, check_embedding],
         refused=UNSUPPORTED,

@@ -88,10 +88,11 @@ def tiny_model(folder: Path) -> Path:
 
 def ours(models: "SdxlModels", chosen: GenerateOptions) -> Callable[[], "torch.Tensor"]:
     """Draws a picture: [3, H, W] in 0..1."""
-    from library.generation.adapters import NoChanges
     from library.generation.pipeline import SdxlPipeline
     from library.generation.prompt_encoder import PromptEncoder
     from library.models.vae import unscale_latents
+    from networks.inference.adapters import AppliedNetworks
+    from networks.inference.options import AppliedNetworkOptions
 
     drawing = GenerationRequest(
         prompt=PROMPT, negative=NEGATIVE, prompt2=None, negative2=None, raw_prompt=PROMPT, clip_prompt=None, width=chosen.width,
@@ -101,9 +102,11 @@ def ours(models: "SdxlModels", chosen: GenerateOptions) -> Callable[[], "torch.T
         source=None, mask=None, guides=(), number=0, row=0,
     )  # fmt: skip
 
+    changes = AppliedNetworks(AppliedNetworkOptions(), models)
+
     def draw() -> "torch.Tensor":
         painter = SdxlPipeline(
-            models, PromptEncoder(models, None), NoChanges(), v_prediction=False, zero_terminal_snr=False
+            models, PromptEncoder(models, None), changes, v_prediction=False, zero_terminal_snr=False
         )
         pixels = models.decode_latents(unscale_latents(painter.latents([drawing])))[0]
         return (pixels / 2 + 0.5).clamp(0, 1)

@@ -1,6 +1,8 @@
-"""Files that are whole at any moment: written beside their place, then moved there."""
+"""Files that are complete at any moment (written next to their place, then moved there), and the lock of a run's output."""
 
+import contextlib
 import errno
+import json
 import os
 import platform
 import re
@@ -12,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from library.errors import RunError
+from library.errors import OptionError, RunError
+from library.log import log
 
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # bytes as they are, on Windows too
 _ASIDE = "-old"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems without locks answer
 _FORGOTTEN = 24 * 3600  # seconds after which a temporary file of another machine is taken for left over
 
 
@@ -148,6 +152,58 @@ def _is_left_over(path: Path, host: str, process: int) -> bool:
         return time.time() - path.stat().st_mtime > _FORGOTTEN
     # On Windows a file that is still open can't be removed.
     return sys.platform == "win32" or not (is_alive(process) or process == os.getpid())
+
+
+class OutputLock:
+    """FOLDER/.NAME.lock, locked by the operating system while a run writes NAME in that folder.
+
+    The operating system unlocks it when the process ends, however it ends. So the lock file of a killed run doesn't stop the
+    next run, not even on another machine or in another container, where process IDs say nothing. FOLDER/.NAME.owner.json says
+    who holds the lock, in a file of its own because Windows doesn't let other processes read a locked file.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        """Raises OptionError if another run holds the lock, or if its file can't be written."""
+        from filelock import FileLock, Timeout  # here, because `--help` doesn't need it
+
+        self._lock = FileLock(folder / f".{name}.lock", thread_local=False, fallback_to_soft=False)
+        self._owner = folder / f".{name}.owner.json"
+        owner = {"process": os.getpid(), "host": host_name(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        try:
+            self._acquire()
+            self._owner.write_text(json.dumps(owner), encoding="utf-8")
+        except Timeout:
+            raise OptionError(
+                f"--output_name {name}: {self._read_owner()}, has been writing it in {folder}; give another name, or end that run"
+            ) from None
+        except OSError as error:
+            self.release()
+            raise OptionError(f"{error.filename or folder}: can't be written: {error.strerror or error}") from None
+
+    def _acquire(self) -> None:
+        try:
+            # The lock of a run that ends at this moment isn't another run's: its file is already removed.
+            self._lock.acquire(timeout=0.1, poll_interval=0.01)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            path = self._lock.lock_file
+            log.warning("%s: this disk can't lock files, so nothing stops a second run with the same name", path)
+
+    def _read_owner(self) -> str:
+        try:
+            owner = json.loads(self._owner.read_text(encoding="utf-8"))
+            return f"process {int(owner['process'])} on {owner['host']!s:.99}, since {owner['since']!s:.99}"
+        except (OSError, ValueError, LookupError, TypeError):
+            return "another process"
+
+    def release(self) -> None:
+        with contextlib.suppress(OSError):
+            self._owner.unlink(missing_ok=True)
+            # On Windows an open file can't be removed; filelock removes it there once it is closed.
+            if self._lock.is_locked and sys.platform != "win32":
+                os.unlink(self._lock.lock_file)
+        self._lock.release()
 
 
 def format_bytes(size: int) -> str:

@@ -4,17 +4,12 @@ One file often serves several scripts, and GUIs write their own keys beside the 
 where an unknown key close to an option is a mistake. What the script at hand does know is never looked up here.
 """
 
-_SDXL_TRAIN = "block_lr diffusers_xformers fused_optimizer_groups learning_rate_te1 learning_rate_te2 train_text_encoder use_safetensors"
-_NETWORK = (
-    "network_module network_dim network_alpha network_dropout network_args network_weights network_train_unet_only"
-    " network_train_text_encoder_only unet_lr text_encoder_lr dim_from_weights base_weights base_weights_multiplier"
-    " scale_weight_norms training_comment prior_loss_weight fp8_base_unet no_metadata initial_epoch initial_step"
-    " skip_until_initial_step validation_seed validation_split validate_every_n_steps validate_every_n_epochs"
-    " max_validation_steps"
-)
-_TEXTUAL_INVERSION = "token_string init_word num_vectors_per_token weights use_object_template use_style_template"
-_LLLITE = "cond_emb_dim conditioning_data_dir"
-_GENERATION = "ckpt outdir prompt from_file images_per_prompt sampler steps scale strength textual_inversion_embeddings"
+import importlib
+from functools import cache
+
+from library.option_types import specs_of
+
+_SCRIPTS = ("sdxl_train_network", "sdxl_train", "sdxl_train_textual_inversion", "sdxl_train_control_net_lllite", "sdxl_gen_img")  # fmt: skip
 
 # Written by GUIs for their own use, or for scripts that are no SDXL scripts.
 _GUI = (
@@ -26,11 +21,20 @@ _GUI = (
     " controlnet_model_name_or_path model_type"
 )
 
-FOREIGN_KEYS: dict[str, str] = {
-    **dict.fromkeys(_GUI.split(), "written by a GUI or for another model"),
-    **dict.fromkeys(_GENERATION.split(), "an option of sdxl_gen_img.py"),
-    **dict.fromkeys(_LLLITE.split(), "an option of sdxl_train_control_net_lllite.py"),
-    **dict.fromkeys(_TEXTUAL_INVERSION.split(), "an option of sdxl_train_textual_inversion.py"),
-    **dict.fromkeys(_SDXL_TRAIN.split(), "an option of sdxl_train.py"),
-    **dict.fromkeys(_NETWORK.split(), "an option of sdxl_train_network.py"),
-}
+
+def foreign_key(name: str) -> str | None:
+    """What a key is that the script at hand doesn't know; None if nothing here knows it either."""
+    if name in _GUI.split():
+        return "written by a GUI or for another model"
+    return _options_of_scripts().get(name)
+
+
+@cache
+def _options_of_scripts() -> dict[str, str]:
+    """Every option of every script, and the first script that has it. Imports the scripts, but not torch: it takes 0.1 s."""
+    owners: dict[str, str] = {}
+    for script in _SCRIPTS:
+        for group in importlib.import_module(script).OPTIONS:
+            for spec in specs_of(group):
+                owners.setdefault(spec.name, f"an option of {script}.py")
+    return owners

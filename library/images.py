@@ -1,56 +1,67 @@
-"""Pictures: size from the header, pixels, resizing and normalising. No torch here.
+"""Images: the size from the header, pixels, resizing and normalizing, without torch.
 
-Sizes are Size(width, height) in pixels, as the picture is seen: after its EXIF orientation. Arrays are height first.
+Sizes are Size(width, height) in pixels of the upright image, after its EXIF orientation. Arrays are height first.
 """
 
 import importlib.util
 import io
+import os
+import re
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from library.data.headers import Header, read_header, xmp_orientation
 from library.errors import RunError
 from library.size import Size
 
-# Endings in lower case; files are recognised by their content, whatever they are called.
+# Extensions in lower case. The format of a file is detected from its content, whatever its extension.
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 PLUGINS = {".jxl": ("pillow_jxl", "pillow-jxl-plugin"), ".heic": ("pillow_heif", "pillow-heif"), ".heif": ("pillow_heif", "pillow-heif")}  # fmt: skip
-"""Endings that need a Pillow plugin: its module, and its name for pip."""
+"""Extensions that need a Pillow plugin: its module, and its pip package."""
 
-# Not in a context: those of the warnings module aren't safe in the threads that decode.
+# Not in a context manager: those of the warnings module aren't safe in the threads that decode.
 warnings.filterwarnings("ignore", module="PIL")
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit against pictures made to fill the memory
-_LARGE_PIXELS = MAX_PIXELS // 2
+_LARGE_PIXELS = 89_478_485  # Pillow refuses images with more than twice as many (decompression bombs)
 _ORIENTATION = 0x0112
+# Texts that may hold the orientation: XMP, and EXIF as ImageMagick wrote it before PNG had the chunk eXIf.
+_PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
+_PNG_TAIL = 1 << 14  # bytes in which metadata after the pixels are looked for
 
 
 class ImageError(RunError):
-    """A picture that can't be read; the text says why, without the path."""
+    """An image that can't be read. The text gives the reason, without the path."""
 
 
 def readable_extensions() -> tuple[str, ...]:
-    """The endings that this installation reads."""
-    return EXTENSIONS + tuple(ending for ending, (module, _) in PLUGINS.items() if importlib.util.find_spec(module))
+    """Return the extensions that this installation can read."""
+    installed = [extension for extension, (module, _) in PLUGINS.items() if importlib.util.find_spec(module)]
+    return (*EXTENSIONS, *installed)
 
 
 def _register_plugin(path: str) -> None:
-    ending = path[path.rfind(".") :].lower()
-    if ending == ".jxl":
+    extension = path[path.rfind(".") :].lower()
+    if extension == ".jxl":
         importlib.import_module("pillow_jxl")  # registers itself
-    elif ending in PLUGINS:
+    elif extension in PLUGINS:
         importlib.import_module("pillow_heif").register_heif_opener()
 
 
 class ImageInfo(NamedTuple):
-    """A picture by its header: size upright, whether EXIF says to turn it, whether it has several frames."""
+    """What the header of an image says.
+
+    Attributes:
+        size: of the upright image.
+        is_turned: the EXIF orientation rotates or mirrors the stored pixels.
+        is_animated: the image has several frames.
+    """
 
     size: Size
     is_turned: bool
@@ -58,61 +69,81 @@ class ImageInfo(NamedTuple):
 
 
 def read_image_info(path: str | Path) -> ImageInfo:
-    """What the picture's header alone tells. Raises BadImage."""
-    (width, height), orientation, is_animated = _header(str(path))
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"too large: {width}x{height} is more than {MAX_PIXELS:,} pixels; make it smaller")
+    """Read the header of an image, without its pixels.
+
+    Raises:
+        ImageError: the file can't be read.
+    """
+    with _image_errors():
+        _register_plugin(str(path))
+        with open(path, "rb") as file, Image.open(file) as image:
+            if image.format == "PNG" and "exif" not in image.info:
+                _read_metadata_after_pixels(image, file)
+            (width, height), orientation = image.size, _orientation(image)
+            # The further images of an MPO file, which many cameras write, are previews of the first.
+            is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
     size = Size(height, width) if orientation in _SIDEWAYS else Size(width, height)
     return ImageInfo(size, orientation in _TURNS, is_animated)
 
 
 def is_large(size: Size) -> bool:
-    """Whether a picture is so large that it may be meant to fill the memory."""
+    """Return whether an image is so large that it could be a decompression bomb."""
     return size.area > _LARGE_PIXELS
 
 
-def _header(path: str) -> Header:
-    try:
-        header = read_header(path)
-    except OSError:  # said in words below
-        header = None
-    if header is not None:
-        return header
-    with _image_errors():
-        _register_plugin(path)
-        with Image.open(path) as image:
-            if image.format == "PNG":  # what stands behind the pixels counts too
-                image.load()
-            return Header(Size(*image.size), _orientation(image), getattr(image, "is_animated", False))
+def _read_metadata_after_pixels(image: Image.Image, file: BinaryIO) -> None:
+    """Add the EXIF that ExifTool and others write after a PNG's pixels, where Pillow alone reads it only with the pixels."""
+    position = file.tell()
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _PNG_TAIL))
+    tail = file.read()
+    file.seek(position)
+    if any(name in tail for name in _PNG_TEXTS):
+        image.load()
+        return
+    start = tail.rfind(b"eXIf")
+    length = int.from_bytes(tail[max(0, start - 4) : max(0, start)], "big")
+    chunk, checksum = tail[start : start + 4 + length], tail[start + 4 + length : start + 8 + length]
+    # The four letters may occur in the pixels by chance, but not with the right checksum.
+    if start >= 0 and zlib.crc32(chunk).to_bytes(4, "big") == checksum:
+        image.info["exif"] = chunk[4:]
 
 
 def load(path: str | Path, *, keep_alpha: bool = False) -> np.ndarray:
-    """The picture's pixels, upright: [H, W, 3], or [H, W, 4] with keep_alpha; uint8. Raises BadImage.
+    """Return the pixels of the upright image: [H, W, 3], or [H, W, 4] with keep_alpha; uint8.
 
-    16-bit pictures are scaled to 8 bit, of animated ones the first frame is taken. What is transparent is laid on white,
-    unless alpha is kept; a picture without alpha is opaque then.
+    16-bit images are scaled to 8 bits, and animated images give their first frame. Transparent images are composited on
+    white, unless alpha is kept; then images without alpha are opaque.
+
+    Raises:
+        ImageError: the file can't be read.
     """
     return decode(Path(path).read_bytes(), str(path), keep_alpha=keep_alpha)
 
 
 def decode(content: bytes, name: str, *, keep_alpha: bool = False) -> np.ndarray:
-    """The same of a file's content; `name` is only there to find a plugin by its ending."""
+    """Do the same as `load` with the content of a file; the extension of `name` selects the plugin."""
     with _image_errors():
         _register_plugin(name)
         with Image.open(io.BytesIO(content)) as image:
             image.load()
             orientation = _orientation(image)
             converted = _to_rgba(image) if keep_alpha else _to_rgb(image)
-            return np.asarray(converted.transpose(_TURNS[orientation]) if orientation in _TURNS else converted)
+            if orientation in _TURNS:
+                converted = converted.transpose(_TURNS[orientation])
+            return np.asarray(converted)
 
 
 def _orientation(image: Image.Image) -> int:
-    """How to turn the picture upright, 1 to 8, as headers.py reads it. Broken EXIF counts as none: the pixels are whole."""
+    """Return the EXIF orientation, 1 to 8. Broken EXIF counts as none, as the pixels are complete; then XMP is used."""
     try:
-        exif = image.getexif().get(_ORIENTATION)
+        # Not image.getexif(), which decodes a PNG that has no EXIF.
+        exif = Image.Image.getexif(image).get(_ORIENTATION)
     except (SyntaxError, struct.error, ValueError):
         exif = None
-    return exif or xmp_orientation(image.info.get("xmp") or b"") or 1
+    if exif:
+        return exif
+    match = re.search(rb'tiff:Orientation(="|>)([0-9])', image.info.get("xmp") or b"")
+    return int(match[2]) if match else 1
 
 
 # How each EXIF orientation is turned upright.
@@ -146,23 +177,23 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """A 16-bit picture, which convert() would clip to white."""
+    """Scale a 16-bit image to 8 bits; convert() would clip it to white."""
     return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 @contextmanager
 def _image_errors() -> Iterator[None]:
-    """Turns what Pillow raises for damaged files into BadImage."""
+    """Turn what Pillow raises for damaged files into ImageError."""
     try:
         yield
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError("there is no such file") from None
+        raise ImageError("no such file") from None
     except Image.UnidentifiedImageError:
-        raise ImageError("no picture: its content is of no known format") from None
+        raise ImageError("not an image: its content has no known format") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"too large: {error}") from None
+        raise ImageError(f"too large; make it smaller: {error}") from None
     except MemoryError:
         raise ImageError("too large for this machine's memory") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error) as error:
@@ -173,10 +204,11 @@ def _image_errors() -> Iterator[None]:
 
 
 def resize(pixels: np.ndarray, size: Size, interpolation: str | None = None) -> np.ndarray:
-    """`pixels` [H, W, C] uint8 at another size.
+    """Return `pixels` [H, W, C] uint8, resized.
 
-    Unset: area averaging where both sides shrink or stay, else Lanczos. Lanczos and box are Pillow's, the others OpenCV's
-    (contract: dataset_config.md section 6).
+    Args:
+        interpolation: one of INTERPOLATIONS. None means area averaging if no side grows, otherwise Lanczos. Lanczos and box
+            are Pillow's, the others OpenCV's (contract: dataset_config.md section 6).
     """
     height, width = pixels.shape[:2]
     if (width, height) == size:
@@ -207,7 +239,7 @@ _RESIZERS = {
 
 
 def normalized(pixels: np.ndarray) -> np.ndarray:
-    """[H, W, 3] uint8 -> [3, H, W] float32 in -1..1."""
+    """Convert [H, W, 3] uint8 to [3, H, W] float32 in -1..1."""
     values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
     values /= 127.5  # in place, as new memory costs more than the arithmetic
     values -= 1.0

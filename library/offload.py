@@ -1,56 +1,64 @@
-"""Lane: copies of tensors between where they lie and where they are computed with, beside the computation."""
+"""Copies of tensors between RAM and the GPU that run in parallel with the computation."""
 
 import torch
 from torch import Tensor
 
 
 class OffloadStream:
-    """Moves tensors between a home device (RAM) and a work device (the card).
+    """Moves tensors between an offload device (RAM) and a compute device (the GPU).
 
-    On a card copies run on a stream of their own, from and to pinned memory, so that neither host nor computation waits for
-    them. Elsewhere a move is a copy that is done at once, so the same code runs, with the same numbers, on a CPU alone.
+    On a GPU the copies run on a CUDA stream of their own, from and to pinned memory, so that neither the host nor the
+    computation waits for them. Elsewhere a move is a plain copy, so the same code runs, with the same values, on a CPU.
     """
 
-    def __init__(self, home: torch.device, work: torch.device):
-        self.home, self.work = home, work
-        self._stream = torch.cuda.Stream(work) if work.type == "cuda" and home.type == "cpu" else None
+    def __init__(self, cpu: torch.device, device: torch.device):
+        """Create the stream.
 
-    def at_home(self, tensor: Tensor) -> Tensor:
-        """A new place at home for a tensor like this one; its numbers aren't set."""
-        return torch.empty_like(tensor, device=self.home, requires_grad=False, pin_memory=self._stream is not None)
+        Args:
+            cpu: where tensors are kept while they are offloaded.
+            device: where the computation runs.
+        """
+        self.cpu = cpu
+        self.device = device
+        is_asynchronous = device.type == "cuda" and cpu.type == "cpu"
+        self._stream = torch.cuda.Stream(device) if is_asynchronous else None
 
-    def send(self, tensor: Tensor, place: Tensor) -> None:
-        """Copy a tensor from the work device into its place at home, once what computes it now is done."""
+    def empty_on_cpu(self, tensor: Tensor) -> Tensor:
+        """Return an uninitialized tensor like this one on the offload device, in pinned memory where copies are asynchronous."""
+        return torch.empty_like(tensor, device=self.cpu, requires_grad=False, pin_memory=self._stream is not None)
+
+    def offload(self, tensor: Tensor, target: Tensor) -> None:
+        """Copy a tensor of the compute device into `target` on the offload device, after the kernels that are queued now."""
         if self._stream is None:
-            place.copy_(tensor)
+            target.copy_(tensor)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self.work))
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            place.copy_(tensor, non_blocking=True)
+            target.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._stream)
 
     def fetch(self, tensor: Tensor) -> "PendingCopy":
-        """Begin to copy a tensor from home to the work device, behind what was sent before."""
+        """Start to copy an offloaded tensor to the compute device, after all earlier copies."""
         if self._stream is None:
-            return PendingCopy(torch.empty_like(tensor, device=self.work, requires_grad=False).copy_(tensor))
+            return PendingCopy(torch.empty_like(tensor, device=self.device, requires_grad=False).copy_(tensor))
         with torch.cuda.stream(self._stream):
-            arrived = torch.empty_like(tensor, device=self.work, requires_grad=False).copy_(tensor, non_blocking=True)
-            return PendingCopy(arrived, self._stream.record_event())
+            copy = torch.empty_like(tensor, device=self.device, requires_grad=False).copy_(tensor, non_blocking=True)
+            return PendingCopy(copy, self._stream.record_event())
 
     def wait(self) -> None:
-        """Make the host wait until everything that was sent is at home."""
+        """Make the host wait until every offloaded tensor has arrived."""
         if self._stream is not None:
             self._stream.synchronize()
 
 
 class PendingCopy:
-    """A tensor on its way to the work device."""
+    """A tensor that is being copied to the compute device."""
 
     def __init__(self, tensor: Tensor, event: torch.cuda.Event | None = None):
         self._tensor, self._event = tensor, event
 
     def tensor(self) -> Tensor:
-        """The tensor; what computes with it from now on waits for it."""
+        """Return the tensor. Kernels that are queued from now on wait for the copy."""
         if self._event is not None:
             stream = torch.cuda.current_stream(self._tensor.device)
             stream.wait_event(self._event)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from library.errors import Mistake, OptionError, RunError
-from library.foreign_keys import FOREIGN_KEYS
+from library.foreign_keys import foreign_key
 from library.option_types import UNSET, DatasetKey, Spec, as_toml, did_you_mean, nearest, read_value, specs_of
 
 # ------------------------------------------------------------------------------------------------ declaring options
@@ -254,7 +254,8 @@ class _Reader:
         for word in unknown:
             if word.startswith("-"):
                 name = word.lstrip("-").split("=")[0]
-                elsewhere = f"; it is {FOREIGN_KEYS[name]}" if name in FOREIGN_KEYS else did_you_mean(name, self.specs)
+                kind = foreign_key(name)
+                elsewhere = f"; it is {kind}" if kind else did_you_mean(name, self.specs)
                 dashes = "" if word.startswith("--") else " (options start with two dashes)"
                 self.mistakes.append(Mistake(f"{word.split('=')[0]} is no option of this script{elsewhere}{dashes}"))
                 follows_unknown = True
@@ -282,15 +283,16 @@ class _Reader:
             where = f"{path}, line {_line_of(text, key)}: {key}"
             if key in self.specs or key in self.refused or key in self.unused:
                 self.raw.setdefault(key, (value, where))
-            elif key not in FOREIGN_KEYS and nearest(key, self.specs):
+            elif foreign_key(key) is None and nearest(key, self.specs):
                 self.mistakes.append(Mistake(f"{where} is no option of this script{did_you_mean(key, self.specs)}"))
             elif strict:
-                why = FOREIGN_KEYS.get(key, "unknown")
+                why = foreign_key(key) or "unknown"
                 self.mistakes.append(
                     Mistake(f"{where} is no option of this script ({why}), and --strict_config is set")
                 )
             else:
-                foreign.append(f"{key} ({FOREIGN_KEYS[key]})" if key in FOREIGN_KEYS else key)
+                kind = foreign_key(key)
+                foreign.append(f"{key} ({kind})" if kind else key)
         if foreign:
             self.notices.append(f"{path}: no options of this script, ignored: {', '.join(sorted(foreign))}")
 

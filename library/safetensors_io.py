@@ -2,7 +2,7 @@
 
 Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}, "__metadata__": {str: str}},
 then the tensors' bytes without holes (huggingface/safetensors, README "Format"). Reading a header needs no torch, so a
-wrong or damaged file is told before anything heavy is imported.
+wrong or damaged file is reported before torch is imported.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from library.errors import NotFinite, RunError
+from library.errors import NotFinite, RunError, first_line
 from library.files import write_atomically
 from library.log import log
 
@@ -61,60 +61,55 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The header of a safetensors file, checked against the file's size. Raises RunError in one line if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                found = (
-                    "the file is empty"
-                    if size == 0
-                    else f"the header should have {length:,} bytes, the file has {size:,} in all"
-                )
-                raise RunError(f"{path}: not a whole safetensors file: {found}. {_GET_AGAIN}")
-            raw = file.read(length)
+        # "np" doesn't import torch; "pread" also reads from disks that can't map files into memory.
+        with safe_open(path, "np", backend="pread") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            stored = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
+            metadata = file.metadata() or {}
     except FileNotFoundError:
         raise RunError(f"{path}: no such file") from None
     except OSError as error:
-        raise RunError(f"{path}: can't be read: {error.strerror}") from None
-    return _parse_header(path, raw, data_start=8 + length, size=size)
+        raise RunError(f"{path}: can't be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise RunError(f"{path}: not a complete safetensors file: {_damage(path, error)}. {_GET_AGAIN}") from None
+    for name, (dtype, _) in stored.items():
+        if dtype not in _DTYPES:
+            raise RunError(f"{path}: tensor {name[:200]!r} has the unknown dtype {dtype!r}")
+    sizes = {name: math.prod(shape) * _DTYPES[dtype][1] for name, (dtype, shape) in stored.items()}
+    tensors = {}
+    position = size - sum(sizes.values())  # safe_open has checked that the tensors fill the rest of the file
+    for name, (dtype, shape) in stored.items():
+        tensors[name] = TensorInfo(dtype, shape, position, position + sizes[name])
+        position += sizes[name]
+    return Header(path, tensors, metadata)
 
 
 _GET_AGAIN = "Copy or download it again"
 
 
-def _parse_header(path: Path, raw: bytes, data_start: int, size: int) -> Header:
-    try:
-        entries = json.loads(raw)
-        metadata = entries.pop("__metadata__", {})
-        tensors = {
-            name: TensorInfo(
-                e["dtype"], tuple(e["shape"]), data_start + e["data_offsets"][0], data_start + e["data_offsets"][1]
-            )
-            for name, e in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        raise RunError(
-            f"{path}: not a safetensors file: its header is no valid JSON of tensors. {_GET_AGAIN}"
-        ) from None
-    if not all(isinstance(key, str) and isinstance(value, str) for key, value in metadata.items()):
-        raise RunError(f"{path}: not a safetensors file: metadata must be text")
-    position = data_start
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
-        if info.dtype not in _DTYPES:
-            raise RunError(f"{path}: tensor {name[:200]!r} has the unknown dtype {info.dtype!r}")
-        needed = math.prod(info.shape) * _DTYPES[info.dtype][1]
-        if info.start != position or info.end - info.start != needed:
-            raise RunError(
-                f"{path}: damaged header: the place of tensor {name[:200]!r} doesn't fit its shape. {_GET_AGAIN}"
-            )
-        position = info.end
-    if position != size:
-        missing = "cut short" if position > size else "followed by foreign bytes"
-        raise RunError(
-            f"{path}: {missing}: the header speaks of {position:,} bytes, the file has {size:,}. {_GET_AGAIN}"
-        )
-    return Header(path, tensors, metadata)
+def _damage(path: Path, error: Exception) -> str:
+    """What is wrong with a file that safe_open refuses, with the sizes that its own message leaves out."""
+    size = path.stat().st_size
+    if size == 0:
+        return "the file is empty"
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            return f"the header should have {length:,} bytes, the file has {size:,} in all"
+        try:
+            entries = json.loads(file.read(length))
+            entries.pop("__metadata__", None)
+            needed = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            needed = size
+    if needed == size:
+        return first_line(error).removeprefix("Error while deserializing header: ")[:300]
+    problem = "cut short" if needed > size else "followed by foreign bytes"
+    return f"{problem}: the header needs {needed:,} bytes, the file has {size:,}"
 
 
 class TensorFile:
@@ -122,7 +117,7 @@ class TensorFile:
 
     With `mapped`, tensors share the file's pages (private: writing into one never reaches the file), so reading costs
     no memory until a tensor is changed. The file is open from the start: replacing it on disk doesn't change what is
-    read here.
+    read here. That is why the tensors aren't read by safe_open: it would import torch as soon as the file is opened.
     """
 
     def __init__(self, path: Path, *, mapped: bool = True):

@@ -1,4 +1,4 @@
-"""Size: width and height in pixels. Needs nothing, so that options and dataset files are read without numpy."""
+"""Width and height in pixels. Imports nothing heavy, so that options and dataset files are read without numpy."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic"
 
 
 class Size(NamedTuple):
-    """Pixels of a picture or bucket; latents are an eighth of it. Tensors are height first."""
+    """Size of an image or bucket in pixels; latents have an eighth of it. Tensors are height first."""
 
     width: int
     height: int

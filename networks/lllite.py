@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.models.control import AttentionExtra, BlockControl, ControlInputs, LLLiteModulation
+from library.models.control import AttentionControl, BlockControl, ControlInputs, LLLiteModulation
 from library.models.unet import UNet
 from library.models.unet_blocks import CrossAttention
 
@@ -190,7 +190,7 @@ def by_block(steerings: Iterable[tuple[Place, LLLiteModulation]]) -> ControlInpu
     for place, steering in steerings:
         blocks = extra.setdefault(place.block, [])
         blocks += [BlockControl()] * (place.number + 1 - len(blocks))
-        attention: AttentionExtra = getattr(blocks[place.number], place.attention)
+        attention: AttentionControl = getattr(blocks[place.number], place.attention)
         steered = {place.projection: (*getattr(attention, place.projection), steering)}
         blocks[place.number] = blocks[place.number]._replace(**{place.attention: attention._replace(**steered)})
     return extra

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.models.products import is_emulated
 from library.models.text_encoders import clip_body
 from library.models.unet import UNet, block_of
 from library.models.unet_blocks import Conv2d, Linear
@@ -127,8 +126,6 @@ class LoraModule(nn.Module):
         # In two dimensions the base's output is no view, so the product can be added in place.
         y = base(x.flatten(0, -2))
         h = self._dropped(self.lora_down(x)).flatten(0, -2)
-        if is_emulated(y):
-            return y.add_(self.lora_up(h), alpha=scale).unflatten(0, x.shape[:-1])
         return y.addmm_(h, self.lora_up.weight.to(h.dtype).t(), alpha=scale).unflatten(0, x.shape[:-1])
 
     @torch.no_grad()

@@ -9,10 +9,9 @@ Shapes: N rows, r rank.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from library.models.products import add_product, linear, matmul
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -37,9 +36,9 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
         narrow_down, narrow_up, weight = down.to(x.dtype), up.to(x.dtype), weight.to(x.dtype)
-        h = matmul(x, narrow_down.t())
-        y = linear(x, weight, None if bias is None else bias.to(x.dtype))
-        add_product(y, h, narrow_up.t(), scale)
+        h = x @ narrow_down.t()
+        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        y.addmm_(h, narrow_up.t(), alpha=scale)
         ctx.save_for_backward(x, weight, narrow_down, narrow_up, h)
         ctx.scale, ctx.dtypes = scale, (down.dtype, up.dtype)
         return y
@@ -49,8 +48,8 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up, h = ctx.saved_tensors
         wants_x, _, _, wants_down, wants_up, _ = ctx.needs_input_grad
-        grad_h = matmul(grad, up).mul_(ctx.scale)  # [N, r]
-        grad_x = add_product(matmul(grad, weight), grad_h, down) if wants_x else None
-        grad_down = matmul(grad_h.t(), x).to(ctx.dtypes[0]) if wants_down else None
-        grad_up = matmul(grad.t(), h).to(ctx.dtypes[1]).mul_(ctx.scale) if wants_up else None
+        grad_h = (grad @ up).mul_(ctx.scale)  # [N, r]
+        grad_x = (grad @ weight).addmm_(grad_h, down) if wants_x else None
+        grad_down = (grad_h.t() @ x).to(ctx.dtypes[0]) if wants_down else None
+        grad_up = (grad.t() @ h).to(ctx.dtypes[1]).mul_(ctx.scale) if wants_up else None
         return grad_x, None, None, grad_down, grad_up, None

@@ -17,12 +17,22 @@ GOLDEN = Path(__file__).parent / "golden"
 log = logging.getLogger("library")
 
 
+def pytest_collection_modifyitems(items):
+    """A golden test is a numeric one by its name."""
+    for item in items:
+        if item.name.startswith("test_golden_"):
+            item.add_marker(pytest.mark.numeric)
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_fresh_processes():
-    """Numbers that don't depend on the machine's cores; no accelerate state and no console of the test before, which is closed."""
+    """Numbers that don't depend on the machine's cores; no accelerate state and no console of the test before, which is closed.
+
+    `make test-long` sets TEST_THREADS to run the numeric tests with more threads than one.
+    """
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
     yield
     log.handlers.clear()
     log.propagate = True
@@ -95,8 +105,8 @@ def images(tmp_path) -> Path:
     """A train_data_dir with four small captioned pictures of four sizes, shown twice an epoch each."""
     from tools.make_tiny_dataset import make_images
 
-    make_images(tmp_path / "pictures" / "2_shapes", 4)
-    return tmp_path / "pictures"
+    make_images(tmp_path / "images" / "2_shapes", 4)
+    return tmp_path / "images"
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from library.training.setup.measure import random_batch
 from library.training.setup.step_plan import Bucket
 from library.training.setup.training_state import build_training_state
 
-at_home = OffloadStream.at_home
+empty_on_cpu = OffloadStream.empty_on_cpu
 
 
 def converted(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -38,13 +38,11 @@ def uncounted(live: LiveBytes, place: Tensor) -> Tensor:
 
 def peak_of(task: str, words: list[str]) -> tuple[int, int]:
     """Bytes of all tensors that are alive at once, at most, in a step of one picture of 1024 x 1024; and behind the steps."""
-    emulation = patch("library.models.products.cpu_lacks_bfloat16", lambda: False)  # a card has none
     tried = patch("library.training.optim.build._is_separable", lambda options: True)  # which compares numbers
     seen = patch("library.models.sdxl._see_finite", lambda *all: None)  # there are no numbers to see
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         patch.object(nn.Module, "_apply", converted),
-        emulation,
         tried,
         seen,
     ):
@@ -54,7 +52,9 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
             file._tensors = {key: torch.empty(shape, dtype=torch.float16) for key, shape in file.shapes.items()}
         with (
             LiveBytes() as live,
-            patch.object(OffloadStream, "at_home", lambda lane, tensor: uncounted(live, at_home(lane, tensor))),
+            patch.object(
+                OffloadStream, "empty_on_cpu", lambda lane, tensor: uncounted(live, empty_on_cpu(lane, tensor))
+            ),
         ):
             live.leave_out(*(tensor for file in files for tensor in file._tensors.values()))
             plan = plan_of(task, words, checkpoint, torch.device("cpu"))

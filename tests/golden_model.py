@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from library.models.sdxl import SdxlModels
+from library.models.text_encoders import module_name
 from library.safetensors_io import load_tensors, write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -56,3 +58,12 @@ def _hashed(count: int, salt: int) -> np.ndarray:
 def write_golden_checkpoint(path: Path) -> Path:
     write_safetensors(path, golden_checkpoint(), {"format": "pt"})
     return path
+
+
+def live_tensors(models: SdxlModels) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of the loaded modules by part, under the names that checkpoints' tensors() gives them."""
+    tensors = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict()}
+    for i, encoder in enumerate(models.text_encoders, 1):
+        state = encoder.state_dict()
+        tensors[f"text_encoder_{i}"] = {module_name(encoder, name): tensor for name, tensor in state.items()}
+    return tensors

@@ -7,7 +7,6 @@ import base64
 import hashlib
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Self
@@ -31,7 +30,7 @@ class FakeHub:
         cuts: (end of a path, number of bytes): such a download ends too early, one for each entry.
         status_after_cut: what `status` becomes then.
         silent: accept connections and say nothing.
-        delay: seconds before a commit is answered.
+        answers: set while commits are answered; cleared, they wait.
     """
 
     def __init__(self):
@@ -44,7 +43,8 @@ class FakeHub:
         self.cuts: list[tuple[str, int]] = []
         self.status_after_cut: int | None = None
         self.silent = False
-        self.delay = 0.0
+        self.answers = threading.Event()
+        self.answers.set()
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -152,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
                 names = [file["path"] for file in json.loads(body)["files"]]
                 self._json({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
             case ["commit"]:
-                time.sleep(self.hub.delay)
+                self.hub.answers.wait(60)
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
                         files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])

@@ -6,6 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from tolerance import (
+    ADAPTER_GRADIENT_NORM,
+    REPLAYED_LOSS,
+    REPLAYED_PREDICTION,
+    VECTOR,
+    assert_conditioning,
+    assert_network,
+    assert_norm,
+)
 
 from library import images
 from library.data.batch import Batch
@@ -98,7 +107,7 @@ def replay(
     cached_text: bool,
     checks_norm: bool = True,
     expected_losses: Sequence[float] | None = None,
-    prediction_atol: float = 1e-4,
+    prediction_atol: float = REPLAYED_PREDICTION,
     caption: Callable[[str], str] = str,
 ):
     """Run the whole trace, asserting context, y, prediction, loss, norm and learning rates as they come."""
@@ -125,19 +134,23 @@ def replay(
         update.backward(losses, batch.place)
         context, vector, prediction = seen
         if i == 0 and "step0.context" in golden.trace:
-            torch.testing.assert_close(context, golden.trace["step0.context"], rtol=0, atol=1e-5)
-        assert abs(context.norm().item() - golden.facts["context_norm"][i]) < 1e-3
-        torch.testing.assert_close(vector, golden.trace[f"step{i}.y"], rtol=0, atol=1e-5)
-        torch.testing.assert_close(prediction, golden.trace[f"step{i}.unet_out"], rtol=0, atol=prediction_atol)
-        assert abs(losses.mean().item() - expected) < 1e-5, f"loss of step {i}"
+            assert_network(context, golden.trace["step0.context"], "context")
+        assert_norm(context.norm().item(), golden.facts["context_norm"][i], f"context of step {i}", share=VECTOR)
+        sizes = torch.cat([batch.original_sizes, batch.crop_top_lefts, batch.target_sizes], dim=1)
+        assert_conditioning(vector, golden.trace[f"step{i}.y"], sizes)
+        recorded = golden.trace[f"step{i}.unet_out"]
+        if i == 0:
+            assert_network(prediction, recorded, "first prediction")
+        torch.testing.assert_close(prediction, recorded, rtol=0, atol=prediction_atol)
+        assert abs(losses.mean().item() - expected) <= REPLAYED_LOSS, f"loss of step {i}"
         if batch.place.is_last_microbatch:
             number = i // accumulation
             rates = list(update.learning_rates().values())
             updated = update.step()
             norm = golden.facts["grad_norm_before_clip"][number]
-            assert not checks_norm or abs(updated.grad_norm.item() - norm) < 1e-3 * norm, (
-                f"gradient norm of step {number}"
-            )
+            if checks_norm:
+                name = f"gradient norm of step {number}"
+                assert_norm(updated.grad_norm.item(), norm, name, share=ADAPTER_GRADIENT_NORM)
             yield number, rates
 
 

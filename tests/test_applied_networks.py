@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import open_models
+from tolerance import assert_network
 
 from library.errors import OptionError
 from library.models import text_encoders
@@ -47,17 +48,18 @@ def test_golden_07_at_every_multiplier_and_0_restores_every_bit(way, golden, gol
     networks = AppliedNetworks(AppliedNetworkOptions(network_weights=(golden_lora,), **way), own_models)
     for name in (name for name in golden if name.startswith("unet_out.mult")):
         networks.set_multipliers([float(name.removeprefix("unet_out.mult"))])
-        torch.testing.assert_close(predicted(own_models, golden), golden[name], rtol=0, atol=1e-4)
+        assert_network(predicted(own_models, golden), golden[name], name)
     networks.set_multipliers(None)
     with torch.no_grad():
         ids = [golden[f"input_ids{n}"].view(-1, 1, 77) for n in (1, 2)]
         text = text_encoders.encode(*ids, *own_models.text_encoders)
     for found, name in zip(text, ("hidden1", "hidden2", "pool"), strict=True):
-        torch.testing.assert_close(found, golden[next(n for n in golden if name in n)], rtol=0, atol=1e-4)
+        assert_network(found, golden[next(n for n in golden if name in n)])
     networks.set_multipliers([0.0])
     assert torch.equal(predicted(own_models, golden), plain)
 
 
+@pytest.mark.numeric
 def test_merged_networks_and_those_beside_add_up(golden, golden_lora, own_models):
     """Twice at 0.25, once merged and once beside, is once at 0.5: the first one's multiplier has no say any more."""
     options = AppliedNetworkOptions(
@@ -67,7 +69,7 @@ def test_merged_networks_and_those_beside_add_up(golden, golden_lora, own_models
     found = predicted(own_models, golden)
     other = open_models(own_models.checkpoint.path)
     AppliedNetworks(AppliedNetworkOptions(network_weights=(golden_lora,), network_mul=(0.5,)), other)
-    torch.testing.assert_close(found, predicted(other, golden), rtol=0, atol=1e-4)
+    assert_network(found, predicted(other, golden))
     networks.set_multipliers([9.0, 0.25])
     assert torch.equal(predicted(own_models, golden), found)
 
@@ -77,6 +79,7 @@ def test_merged_networks_and_those_beside_add_up(golden, golden_lora, own_models
 LINEAR, CONVOLUTION = torch.nn.Linear(12, 20), torch.nn.Conv2d(8, 12, 3, padding=1)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("layer", [LINEAR, CONVOLUTION], ids=["linear", "conv"])
 @pytest.mark.parametrize("kind, module", [("locon", "LoConModule"), ("loha", "LohaModule"), ("lokr", "LokrModule")])
 @pytest.mark.parametrize(
@@ -104,9 +107,10 @@ def test_every_kind_is_lycoris_own_change(kind, module, settings, layer):
     assert not unread_parts(parts)
     weight = layer.weight.detach() + change_of(parts, layer.weight.detach())
     found = torch.func.functional_call(layer, {"weight": weight, "bias": layer.bias}, (x,))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert_network(found, expected)
 
 
+@pytest.mark.numeric
 def test_dora_is_peft_s(own_models, tmp_path):
     """A DoRA that PEFT made for one layer, under PEFT's own keys."""
     peft = pytest.importorskip("peft")
@@ -131,12 +135,13 @@ def test_dora_is_peft_s(own_models, tmp_path):
     x = torch.randn(3, layer.in_features)
     expected = wrapped.base_model.model["to_q"](x)
     AppliedNetworks(AppliedNetworkOptions(network_weights=(tmp_path / "dora.safetensors",)), own_models)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert_network(layer(x), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
 
 
+@pytest.mark.numeric
 def test_the_same_network_in_diffusers_and_peft_spelling(golden, golden_lora, own_models, tmp_path):
     """By Diffusers' own converter, with the alphas in the metadata as Diffusers saves them."""
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as Loader
@@ -159,9 +164,10 @@ def test_the_same_network_in_diffusers_and_peft_spelling(golden, golden_lora, ow
     assert theirs.keys() == ours.keys() and all(name.startswith("lora_unet_") for name in ours)
     by_name = {target.name: target.layer.weight for target in layers}
     for name, parts in ours.items():
-        torch.testing.assert_close(change_of(theirs[name], by_name[name]), change_of(parts, by_name[name]))
+        assert_network(change_of(theirs[name], by_name[name]), change_of(parts, by_name[name]))
 
 
+@pytest.mark.numeric
 def test_peft_s_own_folder_has_its_alphas_beside_the_file(golden_lora, own_models, tmp_path):
     """By PEFT, which saves one module: its alpha, and that of rank-stabilised LoRA."""
     import peft
@@ -184,7 +190,7 @@ def test_peft_s_own_folder_has_its_alphas_beside_the_file(golden_lora, own_model
             allow_partial=False,
         )
         (parts,) = read.values()
-        torch.testing.assert_close(change_of(parts, layer.weight), delta.detach())
+        assert_network(change_of(parts, layer.weight), delta.detach())
 
 
 class _Config:
@@ -267,6 +273,7 @@ def test_networks_in_regions_by_hand(golden, golden_lora, own_models):
         networks.conditions(guides=(), sub_contexts=[context], mask=halves, parts=2)
 
 
+@pytest.mark.numeric
 def test_merged_networks_have_no_region(golden, golden_lora, own_models):
     options = AppliedNetworkOptions(network_weights=(golden_lora, golden_lora), network_merge_n_models=1)
     networks = AppliedNetworks(options, own_models, is_regional=True)
@@ -410,14 +417,14 @@ def test_control_nets_add_up_and_end_at_their_share_of_the_steps(golden_models, 
     at = networks.conditions(guides=[guide, guide], sub_contexts=(), mask=None, parts=1)
     inputs = [golden[name] for name in ("latents", "timesteps", "context", "y")]
     with torch.no_grad():
-        torch.testing.assert_close(golden_models.unet(*inputs, at(3, 4)), golden["out.mult0.5"], rtol=0, atol=1e-5)
+        assert_network(golden_models.unet(*inputs, at(3, 4)), golden["out.mult0.5"])
         both = golden_models.unet(*inputs, at(2, 4))
     assert (both - golden["out.mult0.5"]).abs().max() > 1e-3
     assert at(0, 4) is at(2, 4)  # made once for all steps
     doubled = networks.conditions(guides=[guide, guide], sub_contexts=(), mask=None, parts=2)
     with torch.no_grad():
         twice = golden_models.unet(*(torch.cat([value, value]) for value in inputs), doubled(3, 4))
-    torch.testing.assert_close(twice, torch.cat([golden["out.mult0.5"]] * 2), rtol=0, atol=1e-5)
+    assert_network(twice, torch.cat([golden["out.mult0.5"]] * 2))
     assert networks.conditions(guides=(), sub_contexts=(), mask=None, parts=2)(0, 4) is None
 
 

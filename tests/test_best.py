@@ -63,7 +63,7 @@ def test_fault_68_schedule_free_weights_are_saved_as_they_are_used(golden_model,
     often = train_network(golden_model, images, tmp_path / "often", *words, "--save_every_n_steps", "1")
     assert_bit_equal(tensors_of(plain), tensors_of(often))
     third = tensors_of(tmp_path / "often" / "lora-step00000003.safetensors")
-    monkeypatch.setattr(OptimizerStep, "as_used", lambda update: nullcontext())
+    monkeypatch.setattr(OptimizerStep, "eval_weights", lambda update: nullcontext())
     train_network(golden_model, images, tmp_path / "wrong", *words, "--save_every_n_steps", "3")
     wrong = tensors_of(tmp_path / "wrong" / "lora-step00000003.safetensors")
     name = next(name for name in third if name.endswith("lora_up.weight"))

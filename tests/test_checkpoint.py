@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import open_models
+from golden_model import live_tensors
+from tolerance import assert_network
 
 from library.errors import OptionError, RunError
 from library.models.checkpoint.key_maps import PARTS
 from library.models.checkpoint.reader import choose_weights, locate_vae, open_checkpoint
-from library.models.checkpoint.writer import module_tensors, save_diffusers, save_single_file
+from library.models.checkpoint.writer import save_diffusers, save_single_file
 from library.models.sdxl import vae_tensors
 from library.models.size_conditioning import conditioning_vector
 from library.models.tokenizer import load_tokenizers
@@ -108,9 +110,7 @@ def test_saving_what_was_not_trained_gives_the_same_bytes(golden_model, tmp_path
 
 
 def test_saving_the_live_modules_gives_the_same_bytes(golden_model, golden_models, tmp_path):
-    live = {"unet": golden_models.unet, "vae": golden_models.vae}
-    live |= {f"text_encoder_{n}": encoder for n, encoder in enumerate(golden_models.text_encoders, 1)}
-    changed = {part: module_tensors(module, part) for part, module in live.items()}
+    changed = live_tensors(golden_models)
     save_single_file(tmp_path / "live.safetensors", golden_models.checkpoint, changed, {"format": "pt"})
     assert (tmp_path / "live.safetensors").read_bytes() == golden_model.read_bytes()
 
@@ -135,7 +135,7 @@ def test_position_ids_are_dropped(golden_model, tmp_path):
 
 
 def test_only_what_was_trained_changes_and_precision_is_of_all(golden_model, golden_models, tmp_path):
-    changed = module_tensors(golden_models.unet, "unet")
+    changed = golden_models.unet.state_dict()
     changed["out.2.bias"] = changed["out.2.bias"] + 1
     save_single_file(tmp_path / "x.safetensors", golden_models.checkpoint, {"unet": changed}, {}, v_prediction=True)
     saved, original = load_tensors(tmp_path / "x.safetensors")[0], load_tensors(golden_model)[0]
@@ -277,13 +277,13 @@ def test_the_folder_loads_in_diffusers_and_gives_the_same_numbers(folder, golden
         ).sample
         vector = conditioning_vector(pooled, sizes[:, :2], sizes[:, 2:4], sizes[:, 4:])
         ours = golden_models.unet(latents, timesteps, context, vector)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        assert_network(ours, theirs)
         # Without "!", which Diffusers' second tokenizer takes for a pad token.
         prompt = "a cat, don't (look), " + "very long " * 60
         context, _, pooled, _ = pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
         text = golden_models.encode_texts([prompt], 75)
-        torch.testing.assert_close(torch.cat([text.hidden_1, text.hidden_2], -1), context, rtol=0, atol=1e-5)
-        torch.testing.assert_close(text.pooled, pooled, rtol=0, atol=1e-5)
+        assert_network(torch.cat([text.hidden_1, text.hidden_2], -1), context)
+        assert_network(text.pooled, pooled)
 
 
 def test_a_trained_single_file_loads_in_diffusers_and_gives_the_same_numbers(golden_models, folder, tmp_path):
@@ -305,13 +305,13 @@ def test_a_trained_single_file_loads_in_diffusers_and_gives_the_same_numbers(gol
     with torch.no_grad():
         context, _, pooled, _ = pipeline.encode_prompt("a cat", device="cpu", do_classifier_free_guidance=False)
         text = models.encode_texts(["a cat"], 75)
-        torch.testing.assert_close(torch.cat([text.hidden_1, text.hidden_2], -1), context, rtol=0, atol=1e-5)
-        torch.testing.assert_close(text.pooled, pooled, rtol=0, atol=1e-5)
+        assert_network(torch.cat([text.hidden_1, text.hidden_2], -1), context)
+        assert_network(text.pooled, pooled)
         sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
         theirs = pipeline.unet(latents, timesteps, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample  # fmt: skip
         vector = conditioning_vector(pooled, sizes[:, :2], sizes[:, 2:4], sizes[:, 4:])
-        torch.testing.assert_close(models.unet(latents, timesteps, context, vector), theirs, rtol=0, atol=1e-5)
-        torch.testing.assert_close(models.decode_latents(latents), pipeline.vae.decode(latents).sample, rtol=0, atol=1e-5)  # fmt: skip
+        assert_network(models.unet(latents, timesteps, context, vector), theirs)
+        assert_network(models.decode_latents(latents), pipeline.vae.decode(latents).sample)  # fmt: skip
 
 
 def test_shards_variants_and_pickles_are_found():

@@ -33,6 +33,7 @@ def output_and_gradients(unet, network, height, width):
     return [output.detach(), *(parameter.grad.clone() for parameter in network.parameters())]
 
 
+@pytest.mark.numeric
 @pytest.mark.long
 def test_compiled_blocks_give_the_same_numbers_and_all_buckets_share_their_graphs(own_models):
     unet, network = with_lora(own_models)
@@ -48,6 +49,7 @@ def test_compiled_blocks_give_the_same_numbers_and_all_buckets_share_their_graph
     assert graphs[-1] == graphs[2] and not counters["graph_break"]
 
 
+@pytest.mark.numeric
 @pytest.mark.long
 def test_a_run_with_inductor_has_the_losses_of_one_without(golden_model, images, tmp_path):
     few = ["--max_train_steps", "3"]
@@ -62,7 +64,7 @@ def test_a_compiler_that_doesnt_work_is_told_with_its_reason_and_nothing_is_comp
 
     monkeypatch.setattr(compiling.torch, "compile", fail)
     assert not compile_blocks(own_models.unet, "inductor", CPU)
-    assert "--torch_compile: inductor doesn't work here: no C++ compiler. The run goes on uncompiled" in caplog.text
+    assert all(word in caplog.text for word in ("--torch_compile", "inductor", "no C++ compiler"))
     assert all(module._compiled_call_impl is None for module in own_models.unet.modules())
 
 

@@ -10,6 +10,7 @@ from forked import end_together, processes
 from PIL import Image
 from replay import Golden, replay
 from running import assert_bit_equal, losses_of, tensors_of, without
+from tolerance import REPLAYED_LLLITE
 
 from library.errors import OptionError
 from library.safetensors_io import load_tensors, read_header, write_safetensors
@@ -62,7 +63,8 @@ def test_golden_10_lllite(own_models):
     tensors = task.trainables[0].tensors()
     assert list(tensors) == [name for name in tensors if name in golden.output] and len(tensors) == len(golden.output)
     for name, tensor in golden.output.items():
-        torch.testing.assert_close(tensors[name].detach(), tensor, rtol=0, atol=5e-4, msg=name)
+        if not name.endswith("attn1_to_k.up.0.bias"):  # a softmax doesn't see it, so its gradient is rounding error
+            torch.testing.assert_close(tensors[name].detach(), tensor, rtol=0, atol=REPLAYED_LLLITE, msg=name)
 
 
 # --------------------------------------------------------------------------------------------------- through the script

@@ -45,7 +45,7 @@ NAMES_OPTIONS = [
     "docs/generate.md",
 ]
 PROGRAMS = {"pip", "tensorboard", "wandb", "hf"}  # not ours, so their words aren't checked
-MODULES = {"venv", "pip"}
+MODULES = {"venv", "pip", "pytest"}
 
 
 # ------------------------------------------------------------------------------------------------------ the option page

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tolerance import LAST_LATENTS, assert_conditioning, assert_formula, distance
 
-from library.generation.adapters import NoChanges
 from library.generation.deep_shrink import DeepShrink
 from library.generation.gradual_latent import GradualLatent, GrowingEuler, _sharpened
 from library.generation.init_images import as_tensor, read_image, resized
@@ -23,6 +23,10 @@ from library.generation.samplers import make_sampler
 from library.models.unet import Shrink
 from library.models.vae import scale_latents
 from library.safetensors_io import load_tensors
+from networks.inference.adapters import AppliedNetworks
+from networks.inference.options import AppliedNetworkOptions
+
+pytestmark = pytest.mark.numeric
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {
@@ -80,14 +84,13 @@ def drawing_of(case, **changes):
 
 
 def painter_of(models, changes=None):
-    return SdxlPipeline(
-        models, PromptEncoder(models, 3), changes or NoChanges(), v_prediction=False, zero_terminal_snr=False
-    )
+    """A painter with the changes of `changes`, by default none."""
+    changes = changes or AppliedNetworks(AppliedNetworkOptions(), models)
+    return SdxlPipeline(models, PromptEncoder(models, 3), changes, v_prediction=False, zero_terminal_snr=False)
 
 
 def assert_golden(latents, name):
-    wanted = golden()[f"{name}.last"]
-    assert (latents - wanted).norm() / wanted.norm() < 2e-5
+    assert distance(latents, golden()[f"{name}.last"]) <= LAST_LATENTS
 
 
 @pytest.mark.parametrize("name", cases(CASES.keys() - WITH_CHANGES - {"img2img"}))
@@ -132,7 +135,7 @@ def test_gradual_latent_grows_to_the_full_size_and_with_ratio_1_is_euler_a(golde
     case = dataclasses.replace(drawing_of(CASES["euler_a"]), steps=6)
     plain = painter_of(golden_models).latents([case])
     same = painter_of(golden_models).latents([dataclasses.replace(case, growth=GradualLatent(ratio=1.0))])
-    torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-4)
+    assert distance(same, plain) <= LAST_LATENTS
     growing = GradualLatent(timesteps=700, ratio=0.5, ratio_step=0.25, every_n_steps=2, unsharp="3,0.5,0.5,0")
     assert growing.growths([999, 799, 599, 399, 199, 0], 128, 96) == [None, None, (96, 72), None, (128, 96), None]
     assert painter_of(golden_models).latents([dataclasses.replace(case, growth=growing)]).shape == (1, 4, 16, 12)
@@ -247,20 +250,20 @@ def test_long_prompts_keep_their_markers_and_weights_keep_the_mean(golden_models
 def test_the_first_noise_and_the_vector_are_the_references(golden_models):
     recorded = golden()
     noise = ImageNoise.drawn(1234, (1, 4, 16, 12), 6, CPU, torch.float32, for_source=False)
-    assert torch.equal(noise.start, recorded["euler_a.start_noise"])
+    assert_formula(noise.start, recorded["euler_a.start_noise"])
     for name in ("options", "long"):
         drawing = drawing_of(CASES[name])
         painter = painter_of(golden_models)
         prompts, _ = painter._prompts([drawing])
         vectors = torch.cat([told.vector for told in painter._told(drawing, prompts, [drawing])])
-        torch.testing.assert_close(vectors, recorded[f"{name}.unet_y"], rtol=0, atol=1e-5)
+        numbers = [case for case in (drawing.original_height, drawing.original_width) if case]
+        largest = max(drawing.height, drawing.width, *numbers)
+        assert_conditioning(vectors, recorded[f"{name}.unet_y"], torch.full((len(vectors), 6), largest))
 
 
 @pytest.mark.parametrize("name", cases(WITH_CHANGES))
 def test_final_latents_with_networks_are_the_references(name, own_models, tmp_path):
     """Of files trained in golden 10: a LoRA beside the layers and merged, a ControlNet-LLLite, a new word."""
-    from networks.inference.adapters import AppliedNetworks
-    from networks.inference.options import AppliedNetworkOptions
 
     options, runs = CASES[name]["options"], GOLDEN / "10_training"
     files = {"lora_te.safetensors": "lora_te", "lllite.safetensors": "lllite", "mytoken.safetensors": "ti"}

@@ -16,6 +16,8 @@ from library.size import Size
 from networks.inference.adapters import AppliedNetworks
 from networks.inference.options import AppliedNetworkOptions
 
+pytestmark = pytest.mark.numeric
+
 TRAINED = Path(__file__).parent / "golden" / "10_training"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,22 +265,22 @@ def test_a_folder_that_cant_be_written_in_is_told(golden_model, images, tmp_path
     ids=["lora", "lora and text", "fine-tuning", "textual inversion"],
 )
 def test_a_dry_run_takes_at_most_three_times_as_long_as_importing_torch(script_name, words, golden_model, images, tmp_path):  # fmt: skip
-    """CPU seconds of new processes, the best of three each: loads of the machine don't count."""
-    import resource
+    """CPU seconds of new processes, the median ratio of three pairs, one after another: a slow or busy machine is so for both.
+
+    Ratios of the pairs differ by up to a tenth; that of a first pair, whose files aren't in memory yet, by a quarter.
+    """
+    resource = pytest.importorskip("resource")
 
     def seconds(*words: object) -> float:
-        best = float("inf")
-        for _ in range(3):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            done = script(*words)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            assert done.returncode == 0, done.stderr
-            best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        return best
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = script(*words)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    torch_alone = seconds("-c", "import torch")
     whole = arguments(golden_model, images, tmp_path / "out", "--dry_run", quick=words)
-    assert seconds(ROOT / f"{script_name}.py", *whole) <= 3 * torch_alone
+    ratios = [seconds(ROOT / f"{script_name}.py", *whole) / seconds("-c", "import torch") for _ in range(3)]
+    assert statistics.median(ratios) <= 3, ratios
 
 
 # --------------------------------------------------------------------------------------------------------- measurement

@@ -7,6 +7,7 @@ import torch
 from conftest import open_models
 from PIL import Image
 from running import QUICK, tensors_of, train_network, without
+from tolerance import assert_network
 
 from library.data.inpainting_masks import draw_masks
 from library.errors import OptionError
@@ -62,6 +63,7 @@ def test_a_lora_on_a_twin_of_each_is_trained_and_drawn_with(name, twins, images,
     assert ("lora_unet_middle_block_1_proj_in.lora_up.weight" in ups) == (name in ("base-v", "inpainting"))
 
 
+@pytest.mark.numeric
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["ssd-1b", "vega"])
 def test_a_folder_of_a_smaller_twin_is_diffusers_too(name, twins, tmp_path):
@@ -76,7 +78,7 @@ def test_a_folder_of_a_smaller_twin_is_diffusers_too(name, twins, tmp_path):
     with torch.no_grad():
         expected = theirs(latents, torch.tensor([400]), context, added_cond_kwargs=added).sample
         found = models.unet(latents, torch.tensor([400]), context, models_vector())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert_network(found, expected)
 
 
 def folder_of(path, folder):
@@ -88,6 +90,7 @@ def folder_of(path, folder):
     return models
 
 
+@pytest.mark.numeric
 def test_the_refiner_is_diffusers_refiner(twins, tmp_path):
     """One text encoder, and an aesthetic score in the place of the target size."""
     from library.imports import import_diffusers
@@ -110,12 +113,13 @@ def test_the_refiner_is_diffusers_refiner(twins, tmp_path):
         vector = conditioning_vector(text.pooled, numbers[:, :2], numbers[:, 2:4], numbers[:, 4:])
         ours = models.unet(latents, timesteps, torch.cat([text.hidden_1, text.hidden_2], -1), vector)
     assert text.hidden_1.shape == (2, 77, 0)
-    torch.testing.assert_close(text.pooled, pooled, rtol=0, atol=1e-5)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert_network(text.pooled, pooled)
+    assert_network(ours, theirs)
     again = open_checkpoint(str(tmp_path))
     assert again.unet == models.checkpoint.unet and again.parts == ["unet", "text_encoder_2", "vae"]
 
 
+@pytest.mark.numeric
 def test_an_inpainting_model_sees_what_diffusers_pipeline_shows_it(twins, tmp_path):
     from library.imports import import_diffusers
     from library.models.inpainting import inpainting_channels
@@ -140,13 +144,13 @@ def test_an_inpainting_model_sees_what_diffusers_pipeline_shows_it(twins, tmp_pa
         )
         noise = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(5))
         ours = inpainting_channels(image, mask[:, 0], lambda masked: models.encode_images(masked, noise))
-        torch.testing.assert_close(ours, torch.cat(theirs, 1), rtol=0, atol=1e-5)
+        assert_network(ours, torch.cat(theirs, 1))
         seen = torch.cat([torch.randn(1, 4, 8, 12), ours], 1)
         context, vector = torch.randn(1, 77, 192), torch.zeros(1, 1664)
         added = {"text_embeds": torch.zeros(1, 128), "time_ids": torch.zeros(1, 6)}
         vector = models_vector()
         expected = pipeline.unet(seen, torch.tensor([5]), context, added_cond_kwargs=added).sample
-        torch.testing.assert_close(models.unet(seen, torch.tensor([5]), context, vector), expected, rtol=0, atol=1e-5)
+        assert_network(models.unet(seen, torch.tensor([5]), context, vector), expected)
 
 
 def models_vector():
@@ -215,7 +219,7 @@ def test_an_inpainting_model_paints_what_a_mask_marks_and_what_it_sees_may_be_ca
         assert all((batch.images is None) == bool(cached) for _, _, batch in seen)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     for x, first in zip(*inputs, strict=True):
-        torch.testing.assert_close(x, first, rtol=0, atol=1e-5)
+        assert_network(x, first)
         width = x.shape[3] // 2
         halves = x[:, 4, :, : width - 1], x[:, 4, :, width + 1 :]
         assert {half.unique().item() for half in halves} == {0.0, 1.0} and ("--flip_aug" in extra or halves[0].all())

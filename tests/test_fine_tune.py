@@ -7,6 +7,7 @@ import torch
 from conftest import open_models
 from replay import Golden, replay
 from running import assert_bit_equal, losses_of, tensors_of
+from tolerance import REPLAYED_CHANGE
 
 from library.errors import OptionError
 from library.models.unet import block_of
@@ -66,7 +67,7 @@ def test_golden_10_full_blocklr(golden_model):
             assert found == 0 and not tensor.requires_grad and tensor.grad is None, name
         elif prefix + name not in noisy:
             compared += 1
-            assert found == pytest.approx(change, rel=4e-3), name
+            assert found == pytest.approx(change, rel=REPLAYED_CHANGE), name
     assert compared > 300
 
 

@@ -44,6 +44,7 @@ def train(model, images, output, *extra):
     return output / "lora.safetensors"
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("extra", [
     [],
     pytest.param(["--mixed_precision", "bf16", "--full_bf16", "--no_half_vae"], marks=pytest.mark.long),

@@ -13,6 +13,8 @@ from library.training.optim.optimizer_step import GradientStep, OptimizerStep, S
 from library.training.optim.optimizers import make_optimizer, start_training
 from library.training.options.optimizer import ScheduleOptions
 
+pytestmark = pytest.mark.numeric
+
 X = torch.randn(6, 80, generator=torch.Generator().manual_seed(1))
 OPTIMIZERS = {
     "AdamW": {}, "AdamW8bit": {}, "Lion": {}, "Adafactor": {"relative_step": False}, "pytorch_optimizer.CAME": {},

@@ -31,6 +31,7 @@ def small_memory(monkeypatch):
     return limit
 
 
+@pytest.mark.numeric
 def test_fault_64_a_step_starts_again_in_smaller_parts_with_the_same_result(golden_model, images, tmp_path, small_memory, capsys):  # fmt: skip
     small_memory["most"] = 99
     whole = train_network(golden_model, images, tmp_path / "whole", *TWO)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from running import QUICK, arguments, assert_bit_equal, losses_of, run_here, tensors_of, train_network, without
+from tolerance import assert_network
 
 import sdxl_train_network
 from library.errors import OptionError
@@ -116,6 +117,7 @@ def predicted(models) -> torch.Tensor:
         )
 
 
+@pytest.mark.numeric
 def test_merged_base_weights_do_what_the_network_beside_the_model_does(golden_model, trained_lora):
     from conftest import open_models
 
@@ -133,16 +135,17 @@ def test_merged_base_weights_do_what_the_network_beside_the_model_does(golden_mo
     network.set_multiplier(0.7)
     expected = predicted(beside)
     assert (expected - plain).abs().max() > 1e-2
-    torch.testing.assert_close(predicted(merged), expected, rtol=0, atol=2e-5)
+    assert_network(predicted(merged), expected)
 
 
+@pytest.mark.numeric
 def test_the_change_of_a_convolution_by_hand():
     down, up = torch.randn(2, 3, 3, 3), torch.randn(5, 2, 1, 1)
     parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
     change = change_of(parts, torch.empty(5, 3, 3, 3))
     x = torch.randn(1, 3, 6, 6)
     expected = 0.5 * torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down), up)
-    torch.testing.assert_close(torch.nn.functional.conv2d(x, change), expected, rtol=1e-4, atol=1e-4)
+    assert_network(torch.nn.functional.conv2d(x, change), expected)
 
 
 def test_base_weights_count_in_the_text_cache_and_change_what_is_trained(golden_model, images, trained_lora, tmp_path):

@@ -1,11 +1,14 @@
 """Options: command line over file over default, every mistake at once, and what real config files carry."""
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from running import script
 
 from library.errors import Mistake, OptionError, RunError
+from library.foreign_keys import foreign_key
 from library.option_types import DatasetKey, did_you_mean, edits, specs_of
 from library.options import OptionGroup, option, read_options
 
@@ -128,6 +131,33 @@ def test_foreign_keys_get_one_line_together(tmp_path):
         key in line
         for key in ("epoch", "sdxl", "noise_offset_type", "block_lr (an option of sdxl_train.py)", "something_else")
     )
+
+
+@pytest.mark.parametrize(
+    "key, owner",
+    [
+        ("block_lr", "an option of sdxl_train.py"),
+        ("network_module", "an option of sdxl_train_network.py"),
+        ("token_string", "an option of sdxl_train_textual_inversion.py"),
+        ("cond_emb_dim", "an option of sdxl_train_control_net_lllite.py"),
+        ("images_per_prompt", "an option of sdxl_gen_img.py"),
+        ("t5xxl", "written by a GUI or for another model"),
+        ("something_else", None),
+    ],
+)
+def test_what_owns_a_key_is_read_from_the_scripts(key, owner):
+    assert foreign_key(key) == owner
+
+
+def test_keys_of_other_scripts_are_found_without_numpy_and_torch():
+    program = """
+        import sys
+        from library.foreign_keys import foreign_key
+        assert foreign_key("block_lr") and not {"numpy", "torch", "PIL"} & sys.modules.keys()
+        print("fine")
+    """
+    done = script("-c", textwrap.dedent(program))
+    assert done.stdout.strip() == "fine", done.stderr[-2000:]
 
 
 def test_strict_config_makes_every_unknown_key_a_mistake(tmp_path):

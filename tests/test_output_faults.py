@@ -22,8 +22,7 @@ from test_state import some_state, told
 
 from library.errors import NotFinite, OptionError, RunError
 from library.errors import run as run_script
-from library.files import host_name, remove_left_over, temporary_name, write_atomically
-from library.output_lock import OutputLock
+from library.files import OutputLock, host_name, remove_left_over, temporary_name, write_atomically
 from library.safetensors_io import read_header, write_safetensors
 from library.training.monitoring.metrics import MetricsLogger, saved_files
 from library.training.options.output import ResumeOptions, SavingOptions
@@ -508,9 +507,21 @@ def test_fault_10_the_second_run_of_a_name_is_refused_and_names_the_first(golden
         assert f"error: --output_name lora: process {owner} on {host_name()}, since " in told and "another name" in told
         assert "caching" not in told and not (tmp_path / "lora.safetensors").exists()
         OutputLock(tmp_path, "other").release()
-    assert (tmp_path / ".lora.lock").exists()  # killed, so it couldn't tidy up
+    assert list(tmp_path.glob(".lora.*"))  # killed, so it couldn't tidy up
     train_network(golden_model, images, tmp_path, "--max_train_steps", "1")
-    assert (tmp_path / "lora.safetensors").exists() and not (tmp_path / ".lora.lock").exists()
+    assert (tmp_path / "lora.safetensors").exists() and not list(tmp_path.glob(".lora.*"))
+
+
+@pytest.mark.parametrize("content", ["", "junk", "[]", '{"process": 1}', None])
+def test_fault_10_a_run_is_refused_whatever_the_owners_file_says(content, tmp_path):
+    lock = OutputLock(tmp_path, "n")
+    owner_file = tmp_path / ".n.owner.json"
+    owner_file.unlink() if content is None else owner_file.write_text(content)
+    with pytest.raises(OptionError, match="--output_name n: another process"):
+        OutputLock(tmp_path, "n")
+    lock.release()
+    OutputLock(tmp_path, "n").release()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -520,9 +531,10 @@ def test_fault_10_the_second_run_of_a_name_is_refused_and_names_the_first(golden
 )  # fmt: skip
 def test_fault_10_what_a_killed_run_left_is_taken_over_whatever_it_says(content, tmp_path):
     """Process 1 lives, here; the run that wrote this doesn't, be it on a node that was taken away."""
-    (tmp_path / ".n.lock").write_text(content)
+    for name in (".n.lock", ".n.owner.json"):
+        (tmp_path / name).write_text(content)
     lock = OutputLock(tmp_path, "n")
-    assert json.loads((tmp_path / ".n.lock").read_text())["process"] == os.getpid()
+    assert json.loads((tmp_path / ".n.owner.json").read_text())["process"] == os.getpid()
     lock.release()
     assert not list(tmp_path.iterdir())
 
@@ -555,7 +567,7 @@ def test_fault_10_of_many_that_start_at_once_one_has_the_name(tmp_path):
         children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0, 0]
     assert sum(path.stat().st_size for path in tmp_path.glob("done.*")) > 10
-    assert not (tmp_path / ".n.lock").exists()
+    assert not list(tmp_path.glob(".n.*"))
 
 
 def test_fault_10_where_files_cant_be_locked_it_is_told_and_gone_on(tmp_path, monkeypatch, told):
@@ -564,9 +576,36 @@ def test_fault_10_where_files_cant_be_locked_it_is_told_and_gone_on(tmp_path, mo
     def refuse(*args):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     OutputLock(tmp_path, "n").release()
     assert any("this disk can't lock files" in line for line in told)
+
+
+def test_fault_10_a_lock_that_cant_be_written_is_an_error_in_one_line(tmp_path):
+    (tmp_path / ".n.lock").mkdir()
+    with pytest.raises(OptionError, match=r"\.n\.lock: can't be written: "):
+        OutputLock(tmp_path, "n")
+
+
+def test_fault_10_workers_dont_hold_a_killed_runs_lock(tmp_path):
+    """A forked worker may outlive its run for a moment."""
+    reading, writing = os.pipe()
+
+    def hold() -> None:
+        lock = OutputLock(tmp_path, "n")
+        worker = os.fork()
+        if worker:
+            os.write(writing, worker.to_bytes(4, "little"))
+        time.sleep(60)
+        lock.release()
+
+    with forked(hold):
+        worker = int.from_bytes(os.read(reading, 4), "little")
+        time.sleep(0.1)
+    try:
+        OutputLock(tmp_path, "n").release()
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 # ------------------------------------------------------------------------------------------------------------- read-only, links

@@ -7,9 +7,11 @@ import json
 import random
 import re
 import shutil
+import statistics
 import subprocess
 import time
 from base64 import b64encode
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -257,7 +259,7 @@ def test_a_single_step_and_values_that_never_change_are_drawn(tmp_path):
             assert chart["range"][0] < chart["range"][1]
 
 
-def test_a_hundred_thousand_steps_make_a_small_page_in_two_seconds(tmp_path):
+def test_a_hundred_thousand_steps_make_a_small_page_in_little_more_than_reading_them(tmp_path):
     rng = random.Random(0)
     lines = [
         step_line(
@@ -269,20 +271,31 @@ def test_a_hundred_thousand_steps_make_a_small_page_in_two_seconds(tmp_path):
     lines[77_777]["loss/current"] = 9.0
     page_of(tmp_path, lines)
     texts = (tmp_path / "run-log.jsonl").read_text().splitlines()
-    started = time.process_time()
-    for text in texts:
-        json.loads(text)
-    reading = time.process_time() - started
-    started = time.process_time()
-    write_report_page(
-        tmp_path / "run-log.jsonl", tmp_path / "run-report.html", title="run", options={}, facts=[], samples=[]
-    )
-    assert time.process_time() - started < max(2, 3 * reading)  # the second one for a machine that is busy or slow
+
+    def write() -> None:
+        write_report_page(
+            tmp_path / "run-log.jsonl", tmp_path / "run-report.html", title="run", options={}, facts=[], samples=[]
+        )
+
+    # In pairs, so that a machine that is slow or busy is so for both. The ratio is 1.1; of twelve pairs on a busy machine of
+    # two cores one was at 1.3 and all others within 0.1.
+    assert median_ratio(write, lambda: [json.loads(text) for text in texts]) < 2
     page = (tmp_path / "run-report.html").read_text()
     assert len(page) < 300_000
     steps, values = points(charts_of(page)["Loss"], "each step")
     assert 1000 < len(steps) <= 1500
     assert steps[values.argmax()] == 77_778 and values.max() == 9.0  # what is thinned keeps its extremes
+
+
+def median_ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
+    """How much longer one takes than the other, in CPU seconds: the median of five pairs, one after another."""
+
+    def seconds(work: Callable[[], object]) -> float:
+        started = time.process_time()
+        work()
+        return time.process_time() - started
+
+    return statistics.median(seconds(one) / seconds(other) for _ in range(5))
 
 
 def test_smoothing_and_thinning_by_hand():

@@ -26,6 +26,8 @@ from library.training.saving.state import State, read_state, write_state
 from library.training.tasks.base import TaskSettings
 from library.training.tasks.fine_tune import FineTune
 
+pytestmark = pytest.mark.numeric
+
 BF16 = torch.bfloat16
 
 

@@ -4,11 +4,13 @@ import json
 import os
 import stat
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from running import script
 
 from library.errors import RunError
 from library.files import write_atomically
@@ -116,6 +118,37 @@ def test_fault_15_a_damaged_file_is_one_line_with_its_path(kind, tmp_path):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_headers_are_read_without_torch_and_without_mapping_the_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tensors = {"a": torch.zeros(2).bfloat16(), "b": torch.zeros(3, dtype=torch.float8_e5m2), "c": torch.zeros(0, 4)}
+    write_safetensors(path, tensors, {"k": "v"})
+    program = """
+        import sys
+        from pathlib import Path
+        from library.safetensors_io import read_header
+        header = read_header(Path(PATH))
+        stored = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
+        assert stored == {"a": ("BF16", (2,)), "b": ("F8_E5M2", (3,)), "c": ("F32", (0, 4))}
+        assert header.metadata == {"k": "v"}
+        assert "torch" not in sys.modules
+        maps = Path("/proc/self/maps")
+        assert not maps.exists() or "model.safetensors" not in maps.read_text()
+        print("fine")
+    """.replace("PATH", repr(str(path)))
+    done = script("-c", textwrap.dedent(program))
+    assert done.stdout.strip() == "fine", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("spaces", range(8))
+def test_tensors_at_odd_positions_are_read(spaces, tmp_path):
+    """Other programs don't pad their headers."""
+    path = tmp_path / "x"
+    header = json.dumps({"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode() + b" " * spaces
+    path.write_bytes(len(header).to_bytes(8, "little") + header + torch.tensor([1.0, 2.0]).numpy().tobytes())
+    tensor = TensorFile(path)["t"]
+    assert tensor.tolist() == [1.0, 2.0] and tensor.data_ptr() % 4 == 0
+
+
 def test_fault_15_a_cut_file_is_told_with_both_sizes(tmp_path):
     path = tmp_path / "model.safetensors"
     raw = safetensors.torch.save({"t": torch.zeros(1000)})
@@ -137,7 +170,7 @@ def test_fault_23_nesting_without_end_in_the_header_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     text = b"[" * 1_000_000
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(RunError, match="no valid JSON"):
+    with pytest.raises(RunError, match="invalid JSON"):
         read_header(path)
 
 

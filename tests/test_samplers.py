@@ -9,6 +9,8 @@ from library.generation.sampler_options import SAMPLERS
 from library.generation.samplers import make_sampler, set_steps
 from library.models.noise_schedule import NoiseSchedule
 
+pytestmark = pytest.mark.numeric
+
 # These stop at the noise of the first timestep instead of at none.
 LEAVE_NOISE = {"pndm", "dpmsolver"}
 # Those of more timesteps than steps.

@@ -136,6 +136,7 @@ def test_network_weights_go_on_where_they_ended(golden_model, images, tmp_path):
     assert tensors_of(train_network(golden_model, images, tmp_path / "c", *extra)).keys() == before.keys()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.long)])
 def test_mixed_precision_trains_near_float32(precision, golden_model, images, tmp_path):
     plain = train_network(golden_model, images, tmp_path / "no", "--max_train_steps", "1")
@@ -258,6 +259,7 @@ def test_plain_python_and_accelerate_launch_give_the_same_file(golden_model, ima
     )
 
 
+@pytest.mark.numeric
 def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, images, tmp_path):
     """Losses 1e-5, of validation too, weights 1e-4; nothing but the number of processes differs, and they are really two."""
     quick = ["--max_train_steps", "5", "--train_batch_size", "1", "--flip_aug", "--noise_offset", "0.05"]

@@ -130,7 +130,7 @@ def test_a_second_one_ends_at_once_even_where_the_main_thread_is_stuck(start, nu
     time.sleep(LATER)
     assert process.poll() is None
     process.send_signal(number)
-    code, _, err = process.end(timeout=3)
+    code, _, err = process.end()
     assert code == status
     assert err.splitlines() == [TOLD.format(number.name), f"{number.name} again: ended at once"]
 

@@ -30,9 +30,9 @@ def small_tensors_are_streamed_too(monkeypatch):
 class Traced(OffloadStream):
     """A lane that tells what is sent and fetched."""
 
-    def send(self, tensor, place):
+    def offload(self, tensor, target):
         TRACED.append("send")
-        super().send(tensor, place)
+        super().offload(tensor, target)
 
     def fetch(self, tensor):
         TRACED.append("fetch")

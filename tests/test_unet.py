@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import assert_formula, assert_network, assert_norm, assert_zero_in_theory
 
 from library.models.attention import chunked, sdpa
-from library.models.control import AttentionExtra, BlockControl, LLLiteModulation
+from library.models.control import AttentionControl, BlockControl, LLLiteModulation
 from library.models.memory.activation_checkpointing import ActivationPolicy
 from library.models.unet import UNet, block_of
 from library.models.unet_blocks import GEGLU
 from library.models.unet_config import UNetConfig
 from library.safetensors_io import load_tensors
 from tools.tiny_models import INPAINTING, REFINER, SDXL_BASE, SSD_1B, TINY, VEGA
+
+pytestmark = pytest.mark.numeric
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -34,14 +37,16 @@ def test_golden_02_output_and_every_gradient(case, gradient_checkpointing, atten
     unet.load_state_dict(golden_models.checkpoint.tensors("unet"))
     latents, context = (golden[f"{case}.{name}"].requires_grad_() for name in ("latents", "context"))
     output = unet(latents, golden[f"{case}.timesteps"], context, golden[f"{case}.y"])
-    torch.testing.assert_close(output, golden[f"{case}.output"], rtol=0, atol=1e-5)
+    assert_network(output, golden[f"{case}.output"])
     loss = torch.nn.functional.mse_loss(output, golden[f"{case}.target"])
     loss.backward()
-    assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
-    torch.testing.assert_close(latents.grad, golden[f"{case}.grad_latents"], rtol=1e-4, atol=1e-8)
+    assert_formula(loss.detach(), torch.tensor(expected["loss"]))
+    assert_network(latents.grad, golden[f"{case}.grad_latents"])
     for name, parameter in unet.named_parameters():
-        tolerance = {"abs": 1e-7} if name in NOISE else {"rel": 1e-4}
-        assert parameter.grad.norm().item() == pytest.approx(expected["grad_norms"][name], **tolerance), name
+        if name in NOISE:
+            assert_zero_in_theory(parameter.grad.norm().item(), name)
+        else:
+            assert_norm(parameter.grad.norm().item(), expected["grad_norms"][name], name)
 
 
 def test_golden_06_names_order_and_learning_rate_blocks():
@@ -91,7 +96,7 @@ def test_a_bf16_forward_stays_bf16_and_near_float32(golden_models):
 def test_chunked_attention_equals_sdpa():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 64) for n in (2500, 77, 77))
-    torch.testing.assert_close(chunked(q, k, v), sdpa(q, k, v))
+    assert_network(chunked(q, k, v), sdpa(q, k, v))
 
 
 def test_steering_changes_what_projections_see_and_its_tensors_get_equal_gradients_with_checkpointing(golden_models):
@@ -102,7 +107,7 @@ def test_steering_changes_what_projections_see_and_its_tensors_get_equal_gradien
     positions = inputs[0].shape[2] * inputs[0].shape[3] // 4  # level 1 has half of each side
     shapes = [(1, positions, 4), (4, 64), (4,), (4, 4), (64, 4), (64,)]
     tensors = [torch.randn(shape).requires_grad_() for shape in shapes]
-    extra = {"input_blocks.4": (BlockControl(attn1=AttentionExtra(q=(LLLiteModulation(*tensors),))),)}
+    extra = {"input_blocks.4": (BlockControl(attn1=AttentionControl(q=(LLLiteModulation(*tensors),))),)}
     outputs, gradients = [], []
     for checkpointing in (False, True):
         unet = UNet(golden_models.checkpoint.unet, checkpointing=ActivationPolicy("full" if checkpointing else None))
@@ -115,7 +120,7 @@ def test_steering_changes_what_projections_see_and_its_tensors_get_equal_gradien
     base = layer.forward
     condition, down, down_bias, mid, up, up_bias = tensors
     layer.forward = lambda x: base(x + ((condition + (x @ down.T + down_bias).relu() @ mid.T).relu() @ up.T + up_bias))
-    torch.testing.assert_close(unet(*inputs), outputs[0])
+    assert_network(unet(*inputs), outputs[0])
     layer.forward = base
     assert torch.equal(unet(*inputs), unet(*inputs, {}))
     assert not torch.equal(unet(*inputs), outputs[0])

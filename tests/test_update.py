@@ -15,6 +15,8 @@ from library.training.optim.optimizer_step import OptimizerStep, StandardStep
 from library.training.optim.optimizers import make_optimizer
 from library.training.options.optimizer import ScheduleOptions
 
+pytestmark = pytest.mark.numeric
+
 
 def make(
     optimizer="AdamW", max_grad_norm=1.0, scales_loss=False, lr=0.1, **arguments

@@ -110,12 +110,16 @@ def test_what_cant_work_is_refused(extra, expected, golden_model, images, tmp_pa
         train(golden_model, images, tmp_path / "out", *extra, quick=QUICK)
 
 
-def test_a_card_without_bfloat16_is_told_in_words(monkeypatch):
+def test_a_device_without_bfloat16_is_reported(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert "Tesla T4 has no bfloat16 arithmetic (compute capability 7.5; 8.0 has)" in lacks_bf16(torch.device("cuda"))
-    assert lacks_bf16(torch.device("cpu")) == ""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for is_supported, sentence in ((True, ""), (False, "this CPU has no bfloat16 arithmetic")):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda told=is_supported: told)
+        assert lacks_bf16(torch.device("cpu")).startswith(sentence)
+        assert bool(lacks_bf16(torch.device("cpu"))) == (not is_supported)
 
 
 @pytest.mark.long

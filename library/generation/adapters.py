@@ -51,18 +51,3 @@ class Adapters(Protocol):
 
 LoadAdapters = Callable[[SdxlModels], Adapters]
 """Puts the run's networks on a model."""
-
-
-class NoChanges:
-    """The model as it is."""
-
-    num_guides = 0
-    is_regional = False
-
-    def set_multipliers(self, multipliers: Sequence[float] | None, sub_prompt: int | None = None) -> None:
-        pass
-
-    def conditions(
-        self, *, guides: Sequence[Tensor], sub_contexts: Sequence[Tensor], mask: Tensor | None, parts: int
-    ) -> ControlAt:
-        return lambda step, steps: None

@@ -153,9 +153,9 @@ def _sharpened(x: "Tensor", unsharp: tuple[int, float, float, bool] | None) -> "
     if unsharp is None:
         return x
     size, sigma, strength, _ = unsharp
-    places = torch.arange(size, dtype=torch.float32, device=x.device) - (size - 1) / 2
-    kernel = torch.exp(-((places / sigma) ** 2) / 2)
-    kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, 1, size)
+    places = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    weights = torch.exp(-((places / sigma) ** 2) / 2)
+    kernel = (weights / weights.sum()).to(x.device, torch.float32).expand(x.shape[1], 1, 1, size)
     half = size // 2
     blurred = F.pad(x, (half, half, half, half), mode="reflect")
     blurred = F.conv2d(blurred, kernel, groups=x.shape[1])

@@ -1,4 +1,4 @@
-"""Extra: what reaches the U-Net's transformer blocks beside the feature map and the text. Tensors alone, made before the forward.
+"""Control inputs of the U-Net's transformer blocks: tensors, computed before the forward pass.
 
 Shapes: B batch, N positions of the feature map, D channels of a layer's input, M of the small network.
 """
@@ -11,15 +11,19 @@ from torch import Tensor
 
 
 class LLLiteModulation(NamedTuple):
-    """A small network that changes what a layer sees, by a condition (ControlNet-LLLite).
+    """A small network that modulates the input of a layer by a conditioning image (ControlNet-LLLite).
 
     x + up(dropout(relu(condition + mid(relu(down(x))))))
 
     Attributes:
-        condition: [B, N, M], or [1, N, M] for every sample: what the condition adds within the network, the middle layer's bias
-            with it. It doesn't depend on x, so it is made once per picture and not once per denoising step.
-        down_weight [M, D], down_bias [M], mid_weight [M, M], up_weight [D, M], up_bias [D]: the strength is in the last two.
-        dropout: probability of leaving out a value in front of `up`.
+        condition: [B, N, M], or [1, N, M] for every sample: what the conditioning image adds inside the network, including the
+            middle layer's bias. It doesn't depend on x, so it is computed once per image, not once per denoising step.
+        down_weight: [M, D].
+        down_bias: [M].
+        mid_weight: [M, M].
+        up_weight: [D, M], multiplied by the strength.
+        up_bias: [D], multiplied by the strength.
+        dropout: probability of dropping an input value of `up`.
 
     Source: contract, training_math.md section 9.
     """
@@ -33,7 +37,7 @@ class LLLiteModulation(NamedTuple):
     dropout: float = 0.0
 
     def added(self, x: Tensor) -> Tensor:
-        """x [B, N, D] -> what is added to it, [B, N, D]."""
+        """Return what is added to x [B, N, D]: [B, N, D]."""
         h = F.relu(F.linear(x, self.down_weight, self.down_bias))
         h = F.relu(self.condition + F.linear(h, self.mid_weight))
         if self.dropout:
@@ -41,8 +45,8 @@ class LLLiteModulation(NamedTuple):
         return F.linear(h, self.up_weight, self.up_bias)
 
 
-class AttentionExtra(NamedTuple):
-    """How the inputs of an attention's projections are steered; several steerings of one input add up."""
+class AttentionControl(NamedTuple):
+    """Modulations of the inputs of an attention's q, k and v projections; those of one input are applied in turn."""
 
     q: Sequence[LLLiteModulation] = ()
     k: Sequence[LLLiteModulation] = ()
@@ -50,18 +54,18 @@ class AttentionExtra(NamedTuple):
 
 
 class BlockControl(NamedTuple):
-    """What reaches one transformer block: of its self-attention, and of its attention to the text."""
+    """The control inputs of one transformer block: of its self-attention (attn1) and its cross-attention (attn2)."""
 
-    attn1: AttentionExtra = AttentionExtra()
-    attn2: AttentionExtra = AttentionExtra()
+    attn1: AttentionControl = AttentionControl()
+    attn2: AttentionControl = AttentionControl()
 
 
 ControlInputs = Mapping[str, Sequence[BlockControl | None]]
-"""By the name of a U-Net's block ("input_blocks.4"): one entry for each of its transformer blocks."""
+"""Name of a U-Net block ("input_blocks.4") -> one entry for each of its transformer blocks."""
 
 
-def steered(x: Tensor, steerings: Sequence[LLLiteModulation]) -> Tensor:
-    """x [B, N, D] as the steered layer sees it."""
-    for steering in steerings:
-        x = x + steering.added(x)
+def modulated(x: Tensor, modulations: Sequence[LLLiteModulation]) -> Tensor:
+    """Return x [B, N, D] after all modulations."""
+    for modulation in modulations:
+        x = x + modulation.added(x)
     return x

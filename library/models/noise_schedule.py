@@ -16,6 +16,9 @@ BETA_START, BETA_END = 0.00085, 0.012
 class NoiseSchedule:
     """SDXL's schedule ("scaled linear"), with zero terminal SNR if asked for.
 
+    The tables have the same bits on every CPU: sums, products and quotients of float32 are rounded exactly everywhere, and
+    what a CPU's kernels may round in their own way (even steps, square roots) is computed in float64 and rounded once.
+
     Attributes:
         betas, alpha_bar: [T], float32.
         snr: alpha_bar / (1 - alpha_bar), [T]. With zero terminal SNR it is that of the changed schedule, 0 at the last
@@ -33,10 +36,10 @@ class NoiseSchedule:
 
     @classmethod
     def sdxl(cls, *, zero_terminal_snr: bool = False) -> "NoiseSchedule":
-        betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float32) ** 2
+        betas = _even_steps(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS) ** 2
         alpha_bar = torch.cumprod(1 - betas, dim=0)
         if zero_terminal_snr:
-            root = alpha_bar.sqrt()
+            root = alpha_bar.double().sqrt().float()
             root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
             ratios = (root**2)[1:] / (root**2)[:-1]
             betas = 1 - torch.cat([root[:1] ** 2, ratios])
@@ -49,3 +52,16 @@ class NoiseSchedule:
     def at(self, timesteps: Tensor) -> Tensor:
         """alpha_bar of each timestep, shaped to multiply latents: [B, 1, 1, 1], on the timesteps' device."""
         return self.alpha_bar.to(timesteps.device)[timesteps][:, None, None, None]
+
+
+def _even_steps(start: float, end: float, count: int) -> Tensor:
+    """torch.linspace in float32 as kernels with a fused multiply-add round it, whatever the CPU has: [count].
+
+    Both ends and the step are float32 numbers. The first half is counted from the start and the second half from the end.
+    """
+    first, last = torch.tensor([start, end], dtype=torch.float32)
+    step = (last - first) / (count - 1)
+    i = torch.arange(count, dtype=torch.float64)
+    from_start = first.double() + step.double() * i
+    from_end = last.double() - step.double() * (count - 1 - i)
+    return torch.where(i < count // 2, from_start, from_end).float()

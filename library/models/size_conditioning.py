@@ -1,6 +1,6 @@
-"""Size conditioning: how large the picture was, where it was cropped, how large it is trained or drawn.
+"""Size conditioning: the original size of the image, its crop, and the size at which it is trained or generated.
 
-The refiner is told an aesthetic score, 0..10, instead of the last. Sources: Podell et al. 2023, arXiv:2307.01952, section 2.2;
+The refiner gets an aesthetic score, 0..10, instead of the last one. Sources: Podell et al. 2023, arXiv:2307.01952, section 2.2;
 Stability-AI/generative-models sd_xl_refiner.yaml.
 """
 
@@ -12,11 +12,12 @@ from library.models.unet_config import SIZE_CHANNELS
 
 
 def size_vector(original: Tensor, crop: Tensor, target: Tensor) -> Tensor:
-    """The embedding of three pairs of numbers; for the refiner of five numbers.
+    """Return the embedding of the sizes.
 
     Args:
-        original, target: (height, width) in pixels, [B, 2]; for the refiner `target` is the aesthetic score, [B, 1].
+        original: (height, width) in pixels, [B, 2].
         crop: (top, left) in pixels, [B, 2].
+        target: (height, width) in pixels, [B, 2]; for the refiner the aesthetic score, [B, 1].
 
     Returns:
         [B, 6 * 256], float32; [B, 5 * 256] for the refiner.
@@ -25,8 +26,10 @@ def size_vector(original: Tensor, crop: Tensor, target: Tensor) -> Tensor:
 
 
 def conditioning_vector(pooled: Tensor, original: Tensor, crop: Tensor, target: Tensor) -> Tensor:
-    """What the U-Net gets beside the context: pooled text [B, 1280] and sizes -> [B, 2816], in the dtype of `pooled`.
+    """Return the U-Net's vector input: the pooled text [B, 1280] and the embedding of the sizes.
 
-    For the refiner, whose `target` is the aesthetic score, [B, 2560].
+    Returns:
+        [B, 2816] in the dtype of `pooled`; for the refiner, whose `target` is the aesthetic score, [B, 2560].
     """
-    return torch.cat([pooled, size_vector(original, crop, target).to(pooled.dtype)], dim=1)
+    sizes = size_vector(original, crop, target).to(pooled.dtype)
+    return torch.cat([pooled, sizes], dim=1)

@@ -41,7 +41,7 @@ class ExtendedEmbedding(nn.Module):
 
 
 class TokenExistsError(OptionError):
-    """The tokenizers have a token for it already."""
+    """The tokenizers have a token of this name already."""
 
 
 class PlaceholderToken:
@@ -53,9 +53,10 @@ class PlaceholderToken:
         self.word = word
         words = [word, *(f"{word}{i}" for i in range(1, count))]
         for tokenizer in tokenizers:  # before any of them is changed
-            if len(tokenizer.ids(word)) == 1 or not tokenizer.clip.get_vocab().keys().isdisjoint(words):
+            if taken := first_known(tokenizer, words):
                 raise TokenExistsError(
-                    f"{word!r} is a word that the tokenizers know already; take one that they don't, such as {word}_1x"
+                    f"{word!r} is a word that the tokenizers know already: their token {taken!r} would have two meanings, and "
+                    f"texts that have nothing to do with the new word would hold it; take one that they don't, such as {word}_1x"
                 )
         self.tables: list[ExtendedEmbedding] = []
         for tokenizer, encoder, own in zip(tokenizers, encoders, rows, strict=True):
@@ -72,6 +73,24 @@ class PlaceholderToken:
         """The vectors by the names that files give them: [n, C] each."""
         one, two = self.tables
         return {"clip_l": one.rows, "clip_g": two.rows}
+
+
+def first_known(tokenizer: Tokenizer, words: Sequence[str]) -> str | None:
+    """The first token of the tokenizer that one of these words would be.
+
+    A word of the vocabulary has its end-of-word mark with it ("sks</w>"), and is another token than the word alone: where
+    only the former exists, the word can be added, and then texts give the new token. Added words are found in texts in
+    capitals and in small letters alike, so "Cat" collides as "cat" does. What the vocabulary spells beyond ASCII is bytes.
+    """
+    known = tokenizer.clip.get_vocab()
+    added = {word.lower() for word in tokenizer.clip.get_added_vocab()}
+    for word in words:
+        small = word.lower()
+        if word in known:
+            return word
+        if small in added or (word.isascii() and small in known):
+            return small
+    return None
 
 
 def first_rows(

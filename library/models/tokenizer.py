@@ -124,7 +124,8 @@ _ROUND, _SQUARE = 1.1, 1 / 1.1
 def parse_weights(text: str) -> list[tuple[str, float]]:
     r"""Pieces of a text and their weights: (a) x 1.1, [a] / 1.1, (a:w) x w, nested; `\(` is a bracket of the text.
 
-    A bracket that is never closed reaches to the end.
+    A bracket that is never closed reaches to the end. A backslash before anything else is dropped, as in the reference:
+    `foo\_bar` is foo_bar; `\\` is a backslash.
 
     >>> parse_weights(r"a (red:1.5) [cat] \(x\)")
     [('a ', 1.0), ('red', 1.5), (' ', 1.0), ('cat', 0.9090909090909091), (' (x)', 1.0)]
@@ -150,7 +151,7 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
         elif word == "]" and open_square:
             weigh(open_square.pop(), _SQUARE)
         else:
-            pieces.append([word[1:] if word.startswith("\\") and len(word) > 1 else word, 1.0])
+            pieces.append([word.removeprefix("\\"), 1.0])
     for start in open_round:
         weigh(start, _ROUND)
     for start in open_square:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from library.device import to_device
 from library.models.attention import AttentionFunction
-from library.models.control import AttentionExtra, BlockControl, steered
-from library.models.products import conv2d, linear
+from library.models.control import AttentionControl, BlockControl, modulated
 from library.models.unet_config import HEAD_CHANNELS
 
 GROUPS = 32
@@ -35,12 +35,12 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype))
 
 
 class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype), self.stride, self.padding)
+        return F.conv2d(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype), self.stride, self.padding)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -64,10 +64,27 @@ def sinusoidal_embedding(positions: Tensor, channels: int) -> Tensor:
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5, in the order of Ho et al.'s successors (cosine first).
     """
+    # The frequencies and the angles have the same bits on every machine. Cosine and sine of one float32 angle, however
+    # large, are within one unit in the last place of the exact value on CPUs and within two on GPUs, so two machines differ
+    # by at most 2^-22 in an element, and two CPUs by 2^-23. An exponential taken on the device, as the reference takes it,
+    # can be off by one unit too, which an angle multiplies: 6e-5 in an element at 1024 pixels.
     half = channels // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=positions.device) / half)
-    angles = positions[..., None].float() * frequencies
+    known = _frequencies_on.get((half, positions.device))
+    if known is None or type(positions) is not Tensor:  # fake tensors of a rehearsal can't meet one that has values
+        known = to_device(embedding_frequencies(half), positions.device)
+        if type(known) is Tensor:
+            _frequencies_on[half, positions.device] = known
+    angles = positions[..., None].float() * known
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+_frequencies_on: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def embedding_frequencies(count: int) -> Tensor:
+    """10000^(-i / count), [count]: float32 exponents, whose exponential is computed in float64 on the CPU and rounded once."""
+    exponents = -math.log(10000) * torch.arange(count, dtype=torch.float32, device="cpu") / count
+    return exponents.double().exp().float()
 
 
 class ResnetBlock2D(nn.Module):
@@ -105,11 +122,11 @@ class CrossAttention(nn.Module):
         self.to_v = Linear(context_channels, channels, bias=False)
         self.to_out = nn.Sequential(Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor, extra: AttentionExtra | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, extra: AttentionControl | None = None) -> Tensor:
         """x [B, N, C], context [B, T, C_context] -> [B, N, C]."""
         for_q, for_k, for_v = x, context, context
         if extra is not None:
-            for_q, for_k, for_v = steered(x, extra.q), steered(context, extra.k), steered(context, extra.v)
+            for_q, for_k, for_v = modulated(x, extra.q), modulated(context, extra.k), modulated(context, extra.v)
         q, k, v = (_split_heads(t) for t in (self.to_q(for_q), self.to_k(for_k), self.to_v(for_v)))
         return self.to_out(self.attention(q, k, v).transpose(1, 2).flatten(2))
 

@@ -1,7 +1,7 @@
-"""The VAE (Diffusers' AutoencoderKL): pictures to raw latents and back.
+"""The VAE (Diffusers' AutoencoderKL): images to raw latents and back.
 
-Shapes: B batch, H and W in pixels. Raw latents are what the VAE gives and the disk keeps; scaled latents are what the
-U-Net sees. Nobody else multiplies by LATENT_SCALE.
+Shapes: B batch, H and W in pixels. Raw latents are the output of the VAE and are stored on disk; scaled latents are the
+input of the U-Net. No other module multiplies by LATENT_SCALE.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,13 +29,13 @@ def unscale_latents(scaled: Tensor) -> Tensor:
 
 
 def build_vae(tensors: Mapping[str, Tensor]) -> "AutoencoderKL":
-    """The VAE of the sizes that `tensors` (module names) show, without weights, on the meta device."""
+    """Build the VAE for the shapes of `tensors` (module names), on the meta device."""
     with torch.device("meta"):
         return import_diffusers().AutoencoderKL(scaling_factor=LATENT_SCALE, **vae_config(tensors))
 
 
 def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Diffusers' configuration of the VAE, by the shapes of its tensors (module names)."""
+    """Return Diffusers' configuration of the VAE for the shapes of its tensors (module names)."""
     widths: list[int] = []
     while (name := f"encoder.down_blocks.{len(widths)}.resnets.0.conv2.weight") in tensors:
         widths.append(tensors[name].shape[0])
@@ -51,27 +51,27 @@ def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 InFloat32 = Callable[[], "AutoencoderKL"]
-"""Gives the same VAE in float32, its weights as stored."""
+"""Returns the same VAE in float32, with its weights as stored."""
 
 
 @torch.inference_mode()
 def encode(vae: "AutoencoderKL", images: Tensor, noise: Tensor, in_float32: InFloat32 | None = None) -> Tensor:
-    """Raw latents of `images`: a sample of the posterior, mean + std * noise.
+    """Encode images to raw latents: a sample of the posterior, mean + std * noise.
 
     Args:
         images: [B, 3, H, W] in -1..1, any float dtype.
         noise: standard normal, [B, 4, H/8, W/8].
-        in_float32: for pictures whose latents aren't finite (fp16 overflows in this VAE), which are encoded again.
+        in_float32: encodes images again whose latents have NaN or Inf (fp16 overflows in this VAE).
 
     Returns:
-        [B, 4, H/8, W/8], float32. What isn't finite in float32 either is returned so, for the caller to name the picture.
+        [B, 4, H/8, W/8], float32. NaN and Inf remain if float32 gives them too, so that the caller can name the image.
     """
     latents = _encode(vae, images, noise)
     if vae.dtype == torch.float32 or in_float32 is None:
         return latents
     bad = ~finite_samples(latents)
     if bad.any():
-        _tell_overflow(vae, int(bad.sum()), len(bad))
+        _warn_overflow(vae, int(bad.sum()), len(bad))
         latents[bad] = _encode(in_float32(), images[bad.to(images.device)], noise[bad.to(noise.device)])
     return latents
 
@@ -82,9 +82,9 @@ def _encode(vae: "AutoencoderKL", images: Tensor, noise: Tensor) -> Tensor:
     return posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device, torch.float32)
 
 
-def _tell_overflow(vae: "AutoencoderKL", count: int, total: int) -> None:
+def _warn_overflow(vae: "AutoencoderKL", count: int, total: int) -> None:
     log.warning(
-        "the VAE overflowed in %s for %d of %d pictures; it works in float32 from here on (--no_half_vae from the start)",
+        "the VAE overflowed in %s for %d of %d images. It uses float32 from now on (--no_half_vae: from the start)",
         str(vae.dtype).removeprefix("torch."),
         count,
         total,
@@ -95,11 +95,12 @@ def _tell_overflow(vae: "AutoencoderKL", count: int, total: int) -> None:
 def decode(
     vae: "AutoencoderKL", raw: Tensor, in_float32: InFloat32 | None = None, *, black: float | None = None
 ) -> Tensor:
-    """Pictures of raw latents [B, 4, H/8, W/8]: [B, 3, H, W], float32, about -1..1.
+    """Decode raw latents [B, 4, H/8, W/8] to images: [B, 3, H, W], float32, about -1..1.
 
     Args:
-        in_float32: for pictures that aren't finite, which are decoded again.
-        black: those that are nowhere brighter than this are decoded again too.
+        raw: raw latents.
+        in_float32: decodes images again that have NaN or Inf.
+        black: images without a brighter value than this are decoded again too.
     """
     images = _decode(vae, raw)
     if vae.dtype == torch.float32 or in_float32 is None:
@@ -108,19 +109,19 @@ def decode(
     if black is not None:
         bad |= images.flatten(1).amax(dim=1) <= black
     if bad.any():
-        _tell_overflow(vae, int(bad.sum()), len(bad))
+        _warn_overflow(vae, int(bad.sum()), len(bad))
         images[bad] = _decode(in_float32(), raw[bad.to(raw.device)])
     return images
 
 
 def decode_in_tiles(vae: "AutoencoderKL") -> None:
-    """From now on it decodes overlapping tiles of 512 pixels: least memory. Their seams are blended, so pictures differ a little."""
+    """Make the VAE decode overlapping tiles of 512 pixels, for the least memory. Seams are blended, so images differ slightly."""
     vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 64
     vae.enable_tiling()
 
 
 def decode_in_slices(vae: "AutoencoderKL", slices: int) -> None:
-    """From now on each 3x3 convolution of its decoder works on so many slices of the rows in turn: less memory, the same picture."""
+    """Make each 3x3 convolution of the decoder work on one of N slices of the rows at a time: less memory, the same image."""
     convolutions: list[Any] = [m for m in vae.decoder.modules() if isinstance(m, torch.nn.Conv2d)]
     for convolution in convolutions:
         if convolution.kernel_size == (3, 3):
@@ -128,7 +129,7 @@ def decode_in_slices(vae: "AutoencoderKL", slices: int) -> None:
 
 
 def _sliced(conv: torch.nn.Conv2d, slices: int) -> Callable[[Tensor], Tensor]:
-    """The convolution, so many slices of the rows in turn; each sees a row of its neighbours."""
+    """Return a forward that convolves one slice of the rows at a time, with one row of each neighbor."""
 
     def forward(x: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
@@ -147,5 +148,5 @@ def _decode(vae: "AutoencoderKL", raw: Tensor) -> Tensor:
 
 
 def finite_samples(latents: Tensor) -> Tensor:
-    """Which of a batch are finite in every element: [B], bool."""
+    """Return for each sample of a batch whether it has neither NaN nor Inf: [B], bool."""
     return latents.flatten(1).isfinite().all(dim=1)

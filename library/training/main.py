@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from library.data.options import CacheOptions, DatasetOptions
+from library.files import OutputLock
 from library.log import is_main_process, log
 from library.models.options import ModelOptions
 from library.options import Options
-from library.output_lock import OutputLock
 from library.signals import end_with_parent
 from library.training.distributed.launch import shared_seed, start_processes
 from library.training.loop import train

@@ -27,7 +27,7 @@ from library.errors import RunError
 from library.files import make_writable_folder, remove_left_over
 from library.images import ImageError
 from library.log import log, progress_bar
-from library.models.inpainting import shown_and_hidden
+from library.models.inpainting import masked_images
 from library.models.text_encoders import EncodedText
 from library.models.vae import finite_samples
 from library.rng import generator
@@ -131,7 +131,7 @@ def _load(sample: Sample, *, for_inpainting: bool) -> _Loaded | RejectedSample:
         inputs[name] = image, _noise(image, f"{origin.content}{how}")
         if mask is not None:
             seen = "inpainting" if name == "plain" else "inpainting_flipped"
-            shown, hidden = shown_and_hidden(image[None], torch.from_numpy(mask[:, turned].copy())[None])
+            shown, hidden = masked_images(image[None], torch.from_numpy(mask[:, turned].copy())[None])
             inputs[seen] = shown[0], _noise(image, f"{origin.content} masked{how}")
             cells[seen] = hidden[0]
     return _Loaded(sample, pixels, origin, inputs, cells)

@@ -6,15 +6,12 @@ another program changed, keeping ours (sd-scripts merges into existing files), a
 
 import io
 import json
-import os
-import re
-import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -83,7 +80,7 @@ def verify(path: Path) -> Contents:
                 name = info.filename.removesuffix(".npy")
                 checksums[name] = info.CRC
                 with archive.open(info) as member:
-                    shape, dtype = _header(member)
+                    shape, _, dtype = _header(member)
                     if dtype.hasobject:
                         raise BadFile(f"its {name} are objects, not numbers")
                     _check_content(member, name, shape, dtype, info.file_size)
@@ -97,11 +94,10 @@ def verify(path: Path) -> Contents:
     return Contents(arrays, fingerprint)
 
 
-def _header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
+def _header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = np.lib.format.read_magic(member)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(member)
-    return shape, dtype
+    return read(member)
 
 
 def _check_content(member: Any, name: str, shape: Sequence[int], dtype: np.dtype, file_size: int) -> None:
@@ -124,58 +120,20 @@ def _fingerprint(archive: zipfile.ZipFile, checksums: Mapping[str, int]) -> Mapp
 
 
 def read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of these names, checked against their sums. Raises BadFile, for a file that isn't there too."""
+    """The arrays of these names, checked against their sums. Raises BadFile, for a missing file too."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            found = _read_in_order(file, names)
-            if found is None:
-                with zipfile.ZipFile(file) as archive:
-                    found = {name: _as_array(archive.read(f"{name}.npy")) for name in names}
-            return found
+        with zipfile.ZipFile(path) as archive:
+            return {name: _as_array(archive.read(f"{name}.npy")) for name in names}
     except _UNREADABLE as error:
         raise BadFile(str(error)) from error
 
 
-_LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")  # of a zip's member, which its name, extra field and content follow
-
-
-def _read_in_order(file: io.FileIO, names: Sequence[str]) -> dict[str, np.ndarray] | None:
-    """The arrays by the headers before them, as write() lays them out; None for files that others laid out otherwise.
-
-    Reading a zip's directory takes as long as reading the latents of a picture.
-    """
-    found: dict[str, np.ndarray] = {}
-    while len(found) < len(names):
-        header = file.read(_LOCAL_HEADER.size)
-        if len(header) < _LOCAL_HEADER.size:
-            return None
-        mark, _, flags, method, _, _, checksum, _, size, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        if mark != b"PK\x03\x04" or flags or method or size == 0xFFFFFFFF:
-            return None
-        name = file.read(name_length).decode().removesuffix(".npy")
-        if name not in names:
-            file.seek(extra_length + size, os.SEEK_CUR)
-            continue
-        file.seek(extra_length, os.SEEK_CUR)
-        content = bytearray(size)
-        if file.readinto(content) != size or zlib.crc32(content) != checksum:
-            raise BadFile(f"its {name} are damaged")
-        found[name] = _as_array(content)
-    return {name: found[name] for name in names}
-
-
-def _as_array(content: bytes | bytearray) -> np.ndarray:
-    """The array of an .npy member; of the usual kind, where it lies in `content`, as a copy costs as much as the checksum."""
-    if isinstance(content, bytearray) and (match := _FLOATS.match(content)):
-        shape = tuple(map(int, match[1].replace(b",", b" ").split()))
-        return np.frombuffer(content, np.float32, offset=match.end()).reshape(shape)
-    return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-
-
-# The header that numpy writes for float32; its own reader takes longer over it than the disk over the array.
-_FLOATS = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '<f4', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n", re.DOTALL
-)
+def _as_array(content: bytes) -> np.ndarray:
+    """The array of an .npy member, in one copy; numpy's own read_array takes several times as long over the latents."""
+    member = io.BytesIO(content)
+    shape, fortran_order, dtype = _header(member)
+    order: Literal["F", "C"] = "F" if fortran_order else "C"
+    return np.frombuffer(member.getbuffer(), dtype, offset=member.tell()).reshape(shape, order=order)
 
 
 def foreign_arrays(path: Path, ours: Iterable[str]) -> dict[str, np.ndarray]:

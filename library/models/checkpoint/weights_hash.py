@@ -1,4 +1,4 @@
-"""Identity of weights: a hash by which caches know whether they were made by the same model, whatever file holds it."""
+"""A hash of weights, by which caches detect whether they were made by the same model, whatever file stores it."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ _THREADS = 4
 
 
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
-    """A hash over names, dtypes, shapes and every byte. Tensors are hashed side by side, as a text encoder has gigabytes."""
+    """Return a hash of the names, dtypes, shapes and all bytes. Tensors are hashed in parallel, as a text encoder has gigabytes."""
     names = sorted(tensors)
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = list(pool.map(lambda name: _digest(tensors[name]), names))
-    whole = hashlib.sha256()
+    total = hashlib.sha256()
     for name, digest in zip(names, digests, strict=True):
         tensor = tensors[name]
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest};".encode())
-    return whole.hexdigest()[:32]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest};".encode())
+    return total.hexdigest()[:32]
 
 
 def _digest(tensor: Tensor) -> str:

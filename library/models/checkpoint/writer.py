@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.files import write_atomically
 from library.models.checkpoint import layouts
@@ -24,18 +24,6 @@ from library.safetensors_io import write_safetensors
 
 ModuleTensors = Mapping[str, Mapping[str, Tensor]]
 """part -> the tensors of its live module, under module names (key_maps.py)"""
-
-
-def module_tensors(module: nn.Module, part: str) -> dict[str, Tensor]:
-    """The tensors of a live module under module names."""
-    from library.models.text_encoders import module_name
-
-    tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    return (
-        {module_name(module, name): tensor for name, tensor in tensors.items()}
-        if part.startswith("text_encoder")
-        else tensors
-    )
 
 
 def save_single_file(

@@ -75,7 +75,7 @@ class ActivationStore:
         if not torch.is_grad_enabled() or (self.how.policy != "selective" and self.how.home is None):
             yield
             return
-        if self.how.home is not None and (self._lane is None or self._lane.work != device):
+        if self.how.home is not None and (self._lane is None or self._lane.device != device):
             self._lane = OffloadStream(self.how.home, device)
         self._last = None
         with saved_tensors_hooks(self._pack, _unpack):
@@ -95,7 +95,7 @@ class ActivationStore:
         if (again := self._again.get(storage)) is not None:
             return _Saved(again, layout)
         is_weight = isinstance(tensor._base, nn.Parameter)
-        if self._lane is None or is_weight or tensor.device != self._lane.work or tensor.nbytes < _LEAST_BYTES:
+        if self._lane is None or is_weight or tensor.device != self._lane.device or tensor.nbytes < _LEAST_BYTES:
             return tensor.detach()  # the tensor itself would keep the node alive whose result it is
         known, away = self._away.get(storage, (None, None))
         if away is None or known != layout:
@@ -151,8 +151,8 @@ class _Offloaded(_Absent):
         self._shape, self._stride = tensor.shape, tensor.stride()
         reach = 1 + sum((size - 1) * step for size, step in zip(self._shape, self._stride, strict=True))
         stretch = tensor.detach().as_strided((reach,), (1,))
-        self._place = lane.at_home(stretch)
-        lane.send(stretch, self._place)
+        self._place = lane.empty_on_cpu(stretch)
+        lane.offload(stretch, self._place)
         self._coming: PendingCopy | None = None
 
     def come(self) -> PendingCopy:

@@ -32,7 +32,7 @@ class BlockSwapper:
         self._is_ending = False
         for tensors in self._tensors:
             for tensor in tensors:
-                place = lane.at_home(tensor)
+                place = lane.empty_on_cpu(tensor)
                 place.copy_(tensor.detach())
                 tensor.data = place
 
@@ -78,7 +78,7 @@ class BlockSwapper:
         for number in [number for number in self._here if number != but]:
             for tensor, home, _ in self._here.pop(number):
                 if tensor.requires_grad and torch._C._current_graph_task_id() != -1:
-                    self._lane.send(tensor.data, home)
+                    self._lane.offload(tensor.data, home)
                 tensor.data = home
 
     def _see_to_the_end(self) -> None:

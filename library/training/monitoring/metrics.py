@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.device import Arriving
+from library.device import PendingScalars
 from library.errors import RunError
 from library.log import log, progress_bar
 from library.training.monitoring.trackers import Trackers
@@ -32,7 +32,7 @@ class MicrobatchLoss(NamedTuple):
 class _Pending(NamedTuple):
     step: int
     epoch: int
-    numbers: Arriving
+    scalars: PendingScalars
     overflowed: bool
     seen: Sequence[MicrobatchLoss]
     rates: Mapping[str, float]
@@ -94,7 +94,7 @@ class MetricsLogger:
         """Take note of a step (counted from 1); tell of the one before it."""
         self.flush()
         self._pending = _Pending(
-            step, epoch, Arriving(updated.loss, updated.grad_norm, updated.asked), updated.overflowed, seen, rates,
+            step, epoch, PendingScalars(updated.loss, updated.grad_norm, updated.asked), updated.overflowed, seen, rates,
             time.monotonic() - self._started,
         )  # fmt: skip
 
@@ -103,7 +103,7 @@ class MetricsLogger:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        loss, norm, asked = pending.numbers.read()
+        loss, norm, asked = pending.scalars.read()
         self.is_asked_to_end = asked > 0
         if not math.isfinite(loss) or not (pending.overflowed or math.isfinite(norm)):
             self._stop(pending, loss, norm)

@@ -99,7 +99,8 @@ class Best:
 def fixed_timesteps(low: int | None, high: int | None) -> list[int]:
     """The inner points of the trained range, evenly spread: 200, 400, 600, 800 of the whole one."""
     low, high = low or 0, NUM_TIMESTEPS if high is None else high
-    return torch.linspace(low, high, _TIMESTEPS + 2)[1:-1].int().clamp(max=NUM_TIMESTEPS - 1).tolist()
+    inner = range(1, _TIMESTEPS + 1)
+    return [min(NUM_TIMESTEPS - 1, low + (high - low) * i // (_TIMESTEPS + 1)) for i in inner]
 
 
 def validation_batches(groups: Sequence[BucketGroup], total_steps: int, most: int | None) -> list[MicroBatch]:

@@ -31,8 +31,8 @@ class OffloadedOptimizerState:
             for key, value in state.items():
                 if _travels(value):
                     if (place := self._places.get((parameter, key))) is None:
-                        place = self._places[parameter, key] = self._lane.at_home(value)
-                    self._lane.send(value, place)
+                        place = self._places[parameter, key] = self._lane.empty_on_cpu(value)
+                    self._lane.offload(value, place)
                     state[key] = place
 
     def wait(self) -> None:

@@ -22,7 +22,7 @@ import torch
 from library.data.options import CacheOptions
 from library.files import format_bytes
 from library.models.memory.block_swap import largest_blocks
-from library.models.memory.quantization import BYTES_OF, large_linears, numbers_of
+from library.models.memory.quantization import BYTES_OF, count_parameters, large_linears
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import text_encoder_config
 from library.models.unet import UNet
@@ -291,7 +291,7 @@ def _state_on_device(optimizer: str, shapes: Sequence[Sequence[int]], *, is_offl
 
 def _swapped_numel(unet: UNet, count: int) -> int:
     """Return the parameters of the swapped blocks, without the two that are on the device at a time."""
-    sizes = [numbers_of(block) for block in largest_blocks(unet.blocks, count)]
+    sizes = [count_parameters(block) for block in largest_blocks(unet.blocks, count)]
     return max(0, sum(sizes) - 2 * max(sizes, default=0))
 
 
@@ -309,7 +309,7 @@ def _quantized_share(component: str, unet: UNet, models: SdxlModels) -> float:
     """Return the share of a component's parameters that belong to layers which are quantized."""
     if component == "unet":
         quantized = sum(layer.in_features * layer.out_features for _, layer in large_linears(unet))
-        return quantized / numbers_of(unet)
+        return quantized / count_parameters(unet)
     stored = models.stored(component)
     total, quantized = 0, 0
     for name, tensor in stored.items():
@@ -341,7 +341,7 @@ def frozen_components(
     """
     trained = {name: p for trainable in task.trainables for name, p in trainable.tensors().items()}
     ids = {id(parameter) for parameter in trained.values()}
-    yield "unet", numbers_of(task.unet) - sum(p.numel() for p in task.unet.parameters() if id(p) in ids)
+    yield "unet", count_parameters(task.unet) - sum(p.numel() for p in task.unet.parameters() if id(p) in ids)
     absent = set()
     if cache.text:
         absent |= {"text_encoder_1", "text_encoder_2"}
