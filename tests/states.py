@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from library.training.saving.state import StateMetadata
+from library.training.saving.state_folder import StateMetadata
 
 
 def state_metadata(step: int = 0, **values: Any) -> StateMetadata:

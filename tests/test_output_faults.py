@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ from library.training.monitoring.metrics import MetricsLogger, saved_files
 from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.saving.saver import Saver
-from library.training.saving.state import State, newest_state, read_state, write_state
+from library.training.saving.schedule import SaveSchedule
+from library.training.saving.state import State, read_state, write_state
+from library.training.saving.state_folder import newest_state
 from networks.lora_file import write_lora
 
 __all__ = ["told"]  # a fixture
@@ -311,7 +314,8 @@ class Trainable:
 def saver_of(folder: Path, part: Trainable, session: str = "1", **options) -> Saver:
     saving = SavingOptions(output_dir=folder, output_name="n", **options)
     states = ResumeOptions(save_state=True)
-    return Saver(saving, states, [part], lambda s, e: {}, None, 9, session_id=session, is_main=True)
+    schedule = SaveSchedule(saving, states, 9)
+    return Saver(schedule, [part], lambda s, e: {}, None, session_id=session, is_main=True)
 
 
 @pytest.mark.parametrize(
@@ -345,8 +349,8 @@ def test_fault_6_a_state_is_saved_if_it_fits_whatever_was_expected_of_its_size(t
     """Nine float32 numbers."""
     saver, progress = saver_of(tmp_path, Trainable()), Progress(step=1)
     for expected, free in ((0, 35), (10**9, 36)):
-        monkeypatch.setattr(Saver, "state_bytes", lambda self, size=expected: size)
-        monkeypatch.setattr("library.training.saving.saver.free_space", lambda folder, size=free: size)
+        saver.schedule = replace(saver.schedule, state_bytes=expected)
+        monkeypatch.setattr("library.training.saving.schedule.free_space", lambda folder, size=free: size)
         saver.save_state("step", progress, some_state(1))
         assert (tmp_path / "n-step00000001-state").exists() == (free == 36)
 
@@ -648,7 +652,7 @@ def test_fault_61_a_run_whose_weights_go_bad_keeps_what_was_saved_before(golden_
     def save(self, *args):
         saves.append(args)
         if len(saves) == 2:
-            next(iter(self._parts[0].tensors().values())).data[0] = float("inf")
+            next(iter(self.trainables[0].tensors().values())).data[0] = float("inf")
         return real(self, *args)
 
     monkeypatch.setattr(Saver, "save", save)

@@ -18,7 +18,8 @@ from test_state import assert_same, tamper
 from library.errors import OptionError, RunError
 from library.safetensors_io import load_tensors, write_safetensors
 from library.training.optim.optimizer_step import OptimizerStep
-from library.training.saving.state import read_metadata, read_state
+from library.training.saving.state import read_state
+from library.training.saving.state_folder import read_metadata
 
 EPOCHS_OF_4 = ["--gradient_accumulation_steps", "2", "--max_train_steps", "8"]  # 8 pictures an epoch: 4 steps
 CACHED_ON_DISK = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]

@@ -24,6 +24,7 @@ from library.training.optim.rounding import StochasticSums, compensate, round_st
 from library.training.options.objective import LossOptions, NoiseOptions
 from library.training.options.tasks import FineTuneOptions
 from library.training.saving.state import State, read_state, write_state
+from library.training.tasks.base import TaskSettings
 from library.training.tasks.fine_tune import FineTune
 
 pytestmark = pytest.mark.numeric
@@ -127,8 +128,8 @@ def loss_falls(model: Path, rounding: str, *, full: bool) -> float:
     models = SdxlModels(open_checkpoint(str(model)), precision, torch.device("cpu"))
     models.trained = frozenset(["unet"])
     rates = ",".join(["0"] * 12 + [str(lr)] * 11)
-    task = FineTune(models, FineTuneOptions(block_lr=rates), lr=lr, num_tokens=75, text_is_cached=True)
-    groups = task.parts[0].groups()
+    task = FineTune(models, TaskSettings(lr=lr, num_tokens=75, text_is_cached=True), (FineTuneOptions(block_lr=rates),))
+    groups = task.trainables[0].groups()
     with torch.no_grad():
         text = models.encode_texts(golden.facts["batches"][0]["captions"], 75)
     step = DiffusionLoss(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), LossOptions(), None).train()

@@ -25,7 +25,8 @@ from library.training.optim.optimizer_state import restore_optimizer
 from library.training.optim.optimizer_step import OptimizerStep, StandardStep
 from library.training.optim.optimizers import find_optimizer, make_optimizer, start_training
 from library.training.options.optimizer import SCHEDULERS, ScheduleOptions
-from library.training.saving.state import State, find_state, newest_state, read_state, write_state
+from library.training.saving.state import State, read_state, write_state
+from library.training.saving.state_folder import find_state, newest_state
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -1,4 +1,4 @@
-"""Resuming: which state a run continues from, and what must be the same in both.
+"""Resuming: which state a run is resumed from, and what must be the same in both. Torch-free.
 
 Options declared with affects_result=False may change. Paths may change too: the name of the base model and the content
 of the datasets are compared instead.
@@ -10,17 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.data.options import CacheOptions
 from library.data.scan import Dataset
 from library.errors import OptionError
 from library.hub import download_folder
 from library.log import log
-from library.models.options import ModelOptions
-from library.options import Options
-from library.training.monitoring.validation import Best
 from library.training.options.output import ResumeOptions, SavingOptions, UploadOptions
-from library.training.options.run import RunOptions, ValidationOptions
-from library.training.saving.state import (
+from library.training.saving.state_folder import (
     StateMetadata,
     damaged_state_errors,
     find_state,
@@ -41,9 +36,11 @@ _SHOWN_NAMES = {_IMAGES: "images"}
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The state that a run continues from.
+    """A state that a run is resumed from.
 
     Attributes:
+        folder: the state's folder.
+        metadata: what its state.json says of the run.
         is_same: every setting that affects the result, and every image, is the same as in the state.
         is_finished: no step is left. With other settings (--resume_anyway) this is always False.
     """
@@ -54,35 +51,53 @@ class ResumePoint:
     is_finished: bool
 
 
-def find_resume_point(options: Options, datasets: Sequence[Dataset]) -> ResumePoint | None:
+def find_resume_point(
+    options: ResumeOptions,
+    saving: SavingOptions,
+    uploads: UploadOptions,
+    signature: Mapping[str, str],
+    *,
+    seed: int | None,
+    patience: int | None,
+) -> ResumePoint | None:
     """Return the state that --resume or --auto_resume asks for, or None without one.
 
-    Raises OptionError if the state belongs to a run with other settings.
+    Args:
+        options: which state, and whether its settings may differ.
+        saving: the output folder and name.
+        uploads: whether the state is on the Hugging Face hub.
+        signature: what must be the same as in the state, without the seed (run_signature).
+        seed: --seed; None: the seed of the state.
+        patience: --early_stop_patience.
+
+    Raises:
+        OptionError: there is no such state, or it belongs to a run with other settings.
+        RunError: the state is damaged.
     """
-    resuming = options[ResumeOptions]
-    folder = _find_folder(resuming, options[SavingOptions], options[UploadOptions])
+    folder = _find_folder(options, saving, uploads)
     if folder is None:
         return None
     metadata = read_metadata(folder)
     with damaged_state_errors(folder):
-        is_over = _is_over(metadata, options[ValidationOptions].early_stop_patience)
-    seed = options[RunOptions].seed
+        is_over = _is_over(metadata, patience)
     if seed is None:
         seed = metadata.seed
-    signature = run_signature(options, datasets, seed=seed)
-    is_same = check_signature(metadata.signature, signature, resume_anyway=resuming.resume_anyway)
+    current = {**signature, "seed": str(seed)}
+    is_same = check_signature(metadata.signature, current, resume_anyway=options.resume_anyway)
     return ResumePoint(folder, metadata, is_same, is_finished=is_over and is_same)
 
 
-def _find_folder(resuming: ResumeOptions, saving: SavingOptions, uploads: UploadOptions) -> Path | None:
+def _find_folder(options: ResumeOptions, saving: SavingOptions, uploads: UploadOptions) -> Path | None:
     assert saving.output_dir is not None
     names = [saving.output_name] if saving.output_name else ["last", "at", "epoch"]
-    if not resuming.resume:
-        return newest_state(saving.output_dir, names) if resuming.auto_resume else None
-    if uploads.resume_from_huggingface:
-        downloaded = download_folder(resuming.resume, uploads.huggingface_token)
-        return find_state(str(downloaded), saving.output_dir, names)
-    return find_state(resuming.resume, saving.output_dir, names)
+    if options.resume:
+        resume = options.resume
+        if uploads.resume_from_huggingface:
+            resume = str(download_folder(resume, uploads.huggingface_token))
+        return find_state(resume, saving.output_dir, names)
+    if options.auto_resume:
+        return newest_state(saving.output_dir, names)
+    return None
 
 
 def _is_over(metadata: StateMetadata, patience: int | None) -> bool:
@@ -90,23 +105,36 @@ def _is_over(metadata: StateMetadata, patience: int | None) -> bool:
 
     A run that --early_stop_patience ended continues if the patience is larger now.
     """
-    best = Best(patience)
-    best.restore(metadata.best)
     has_all_steps = metadata.step >= metadata.total_steps
-    return metadata.finished and (has_all_steps or best.is_lost)
+    is_stopped_early: bool = patience is not None and metadata.best["waited"] >= patience
+    return metadata.finished and (has_all_steps or is_stopped_early)
 
 
-def run_signature(options: Options, datasets: Sequence[Dataset], *, seed: int) -> dict[str, str]:
-    """Return everything that must not change when a run is resumed, as text by name."""
-    signature = {spec.name: str(value) for spec, value in options.specs() if spec.affects_result}
-    caching, base_model = options[CacheOptions], options[ModelOptions].pretrained_model_name_or_path
-    signature["seed"] = str(seed)
-    signature[_PROCESSES] = os.environ.get("WORLD_SIZE", "1")
-    # Cached latents are other samples of the VAE than uncached ones. Where the caches are stored makes no difference.
-    signature[_LATENTS_CACHED] = str(caching.latents)
-    signature[_TEXT_CACHED] = str(caching.text)
-    signature[_BASE_MODEL] = _file_name(str(base_model))
-    return signature | _dataset_signature(datasets)
+def run_signature(
+    options: Mapping[str, str],
+    datasets: Sequence[Dataset],
+    *,
+    base_model: str,
+    latents_are_cached: bool,
+    text_is_cached: bool,
+) -> dict[str, str]:
+    """Return what must be the same when the run is resumed, without the seed, as text by name.
+
+    Args:
+        options: the options that affect the result.
+        datasets: the run's datasets.
+        base_model: --pretrained_model_name_or_path.
+        latents_are_cached: cached latents are other samples of the VAE; where the caches are stored has no effect.
+        text_is_cached: captions are encoded before training.
+    """
+    return {
+        **options,
+        _PROCESSES: os.environ.get("WORLD_SIZE", "1"),
+        _LATENTS_CACHED: str(latents_are_cached),
+        _TEXT_CACHED: str(text_is_cached),
+        _BASE_MODEL: _file_name(base_model),
+        **_dataset_signature(datasets),
+    }
 
 
 def _dataset_signature(datasets: Sequence[Dataset]) -> dict[str, str]:
@@ -114,14 +142,8 @@ def _dataset_signature(datasets: Sequence[Dataset]) -> dict[str, str]:
     for dataset in datasets:
         digest.update(repr((dataset.plan.batch_size, dataset.plan.buckets)).encode())
         for sample in [*dataset.samples, *dataset.validation]:
-            values = [
-                _file_name(sample.file),
-                sample.size,
-                sample.fit,
-                sample.repeats,
-                sample.caption,
-                sample.subset.captions,
-            ]
+            name = _file_name(sample.file)
+            values = [name, sample.size, sample.fit, sample.repeats, sample.caption, sample.subset.captions]
             if sample.has_mask:
                 values.append("masked")
             digest.update(repr(tuple(values)).encode())
