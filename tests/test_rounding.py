@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from replay import Golden
+from states import state_metadata
 from test_in_backward import OPTIMIZERS, X, groups_of, make, numbers, train
 from torch import nn
 
@@ -23,6 +24,7 @@ from library.training.optim.rounding import StochasticSums, compensate, round_st
 from library.training.options.objective import LossOptions, NoiseOptions
 from library.training.options.tasks import FineTuneOptions
 from library.training.saving.state import State, read_state, write_state
+from library.training.tasks.base import TaskSettings
 from library.training.tasks.fine_tune import FineTune
 
 pytestmark = pytest.mark.numeric
@@ -126,8 +128,8 @@ def loss_falls(model: Path, rounding: str, *, full: bool) -> float:
     models = SdxlModels(open_checkpoint(str(model)), precision, torch.device("cpu"))
     models.trained = frozenset(["unet"])
     rates = ",".join(["0"] * 12 + [str(lr)] * 11)
-    task = FineTune(models, FineTuneOptions(block_lr=rates), lr=lr, num_tokens=75, text_is_cached=True)
-    groups = task.parts[0].groups()
+    task = FineTune(models, TaskSettings(lr=lr, num_tokens=75, text_is_cached=True), (FineTuneOptions(block_lr=rates),))
+    groups = task.trainables[0].groups()
     with torch.no_grad():
         text = models.encode_texts(golden.facts["batches"][0]["captions"], 75)
     step = DiffusionLoss(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), LossOptions(), None).train()
@@ -235,7 +237,7 @@ def test_a_state_goes_on_to_the_bit(rounding, fused, tmp_path):
     train(whole, 6)
     train(part, 3)
     names = {id(p): name for name, p in part.loss_module.named_parameters()}
-    write_state(tmp_path / "s", State({"step": 3}, dict(part.loss_module.named_parameters()), part.state(names)))
+    write_state(tmp_path / "s", State(state_metadata(3), dict(part.loss_module.named_parameters()), part.state(names)))
     saved = read_state(tmp_path / "s")
     rest.loss_module.load_state_dict(saved.weights)
     rest.restore(saved.optimizer, {id(p): name for name, p in rest.loss_module.named_parameters()}, same_options=True)

@@ -123,7 +123,7 @@ def test_float16_that_overflows_at_every_scale_stops_the_run():
 @pytest.mark.parametrize("fused", [False, True])
 def test_what_stops_is_frozen_before_the_forward_that_checkpointing_does_again(fused):
     layer, _ = make()
-    groups = [ParamGroup("stops", {"weight": layer.weight}, 0.1, stops_at=1), ParamGroup("lasts", {"bias": layer.bias}, 0.1)]  # fmt: skip
+    groups = [ParamGroup("stops", {"weight": layer.weight}, 0.1, last_step=1), ParamGroup("lasts", {"bias": layer.bias}, 0.1)]  # fmt: skip
     stepper = MasterWeightOptimizer(make_optimizer("SGD", {}, groups, 0.1), groups)
     gradient_step = StandardStep(stepper, max_grad_norm=0, scales_loss=False)
     if fused:

@@ -6,6 +6,7 @@ it would be for float32 weights (AdamW: 8 bytes a number), and what it makes of 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,10 +25,7 @@ AT_ONCE = 1 << 24  # numbers that are in float32 at once: 64 MB of weights, and 
 
 def fp32_params(groups: Sequence[ParamGroup]) -> list[ParamGroup]:
     """The groups as an optimizer is to see them: 16-bit parameters are float32 ones, which take no memory."""
-    return [
-        ParamGroup(group.name, {n: _fp32_param(p) for n, p in group.parameters.items()}, group.lr, group.stops_at)
-        for group in groups
-    ]
+    return [replace(group, parameters={n: _fp32_param(p) for n, p in group.parameters.items()}) for group in groups]
 
 
 def _fp32_param(parameter: nn.Parameter) -> nn.Parameter:

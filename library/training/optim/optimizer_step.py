@@ -153,7 +153,7 @@ class OptimizerStep:
         """The parameters of groups whose time is over. Args: done: optimizer steps."""
         stopped: set[nn.Parameter] = set()
         for group in self._groups:
-            if group.stops_at is not None and done >= group.stops_at:
+            if group.last_step is not None and done >= group.last_step:
                 stopped.update(group.parameters.values())
         return stopped
 

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from library.data.options import CacheOptions
@@ -46,7 +47,7 @@ class FineTuneOptions(OptionGroup):
         """The learning rate of each text encoder; None: the base learning rate."""
         return self.learning_rate_te1, self.learning_rate_te2
 
-    @property
+    @cached_property
     def block_lrs(self) -> tuple[float, ...] | None:
         return None if self.block_lr is None else tuple(float(text) for text in self.block_lr.split(","))
 
