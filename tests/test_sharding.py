@@ -13,8 +13,7 @@ from test_fine_tune import QUICK, TEXT_TOO, train
 
 from library.errors import OptionError
 from library.options import read_options
-from library.training.options.common import COMMON_TRAINING
-from library.training.options.compatibility import check_pairs
+from library.training.options.compatibility import COMMON_TRAINING, check_pairs
 from library.training.options.distributed import (
     ShardingConfig,
     ShardingOptions,
@@ -315,7 +314,8 @@ def test_contradictions_of_the_options_are_refused(words, expected):
 
 def test_what_changes_nothing_is_told(launched):
     launched({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1", "ACCELERATE_GRADIENT_CLIPPING": "0.5"})
-    told = list(sharding_notices(asked("--zero_stage", "3"), accumulation=1, max_grad_norm=1.0))
+    options = asked("--zero_stage", "3")[ShardingOptions]
+    told = list(sharding_notices(options, zero_stage_source="--zero_stage", accumulation=1, max_grad_norm=1.0))
     assert [line.split(" ")[0] for line in told] == ["--zero_stage", "accelerate's"]
     assert "says 0.5 where --max_grad_norm decides, which is 1" in told[1]
 

@@ -136,7 +136,7 @@ def gradients(run: Run, progress: Progress, accumulation: Sequence[Batch]) -> li
             if run.accelerator.num_processes > 1:  # the others wait for gradients: collective work would wait for ever
                 outcome = f"the other processes can't begin it again with this one, and {_NOT_SAVED}"
                 raise _out_of_memory(progress, error, outcome) from None
-            run.optimizer_step.forget()
+            run.optimizer_step.discard()
             if progress.splits >= max(len(batch) for batch in accumulation):
                 save(run, progress, "step", stopped=True)
                 outcome = f"the run is saved as it was after step {progress.step}"
@@ -152,7 +152,7 @@ def gradients(run: Run, progress: Progress, accumulation: Sequence[Batch]) -> li
 def step(run: Run, progress: Progress, signals: Signals) -> StepResult:
     """Step the weights. Memory may run out here too: many optimizers make their state in the first step."""
     try:
-        return run.optimizer_step.step(asked=signals.asked is not None)
+        return run.optimizer_step.step(stop_requested=signals.asked is not None)
     except torch.OutOfMemoryError as error:
         outcome = f"some of its weights may be stepped already, so {_NOT_SAVED}"
         advice = "--optimizer_offload, an 8-bit --optimizer_type, --fused_backward_pass, "

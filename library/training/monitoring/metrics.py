@@ -94,7 +94,7 @@ class MetricsLogger:
         """Take note of a step (counted from 1); tell of the one before it."""
         self.flush()
         self._pending = _Pending(
-            step, epoch, PendingScalars(updated.loss, updated.grad_norm, updated.asked), updated.overflowed, seen, rates,
+            step, epoch, PendingScalars(updated.loss, updated.grad_norm, updated.stop_requested), updated.overflowed, seen, rates,
             time.monotonic() - self._started,
         )  # fmt: skip
 
