@@ -133,7 +133,7 @@ def test_mistakes_in_prompts_are_reported_with_the_line(line, found, generate, t
 
 
 def bad_files(tmp_path):
-    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
+    (tmp_path / "text.png").write_text("not an image", encoding="utf-8")
     (tmp_path / "utf16.txt").write_bytes("é".encode("utf-16"))
     (tmp_path / "empty.txt").write_text("# nothing\n", encoding="utf-8")
     (tmp_path / "lora.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
