@@ -204,3 +204,8 @@ class OutputLock:
             if self._lock.is_locked and sys.platform != "win32":
                 os.unlink(self._lock.lock_file)
         self._lock.release()
+
+
+def format_bytes(size: int) -> str:
+    """Return a size for people: "1.23 GB"."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -5,7 +5,7 @@ The interface: contract, formats.md section 4 ("Other built-in modules"); what l
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from library.errors import OptionError, first_line
 from library.models.text_encoders import clip_body
 from library.models.unet import UNet
-from library.param_group import ParamGroup
+from library.param_group import Component, ParamGroup
 from networks.options import NetworkOptions
 
 
@@ -73,7 +73,8 @@ class ExternalNetwork:
             trained = {name: p for name, p in parameters.items() if name.partition(".")[0] not in untrainable}
             lr = float(member.get("lr", unet_lr))
             if trained and lr:
-                groups.append(ParamGroup(names[number] if number < len(names) else f"group{number}", trained, lr))
+                name = names[number] if number < len(names) else f"group{number}"
+                groups.append(ParamGroup(name, trained, lr, _component_of(trained)))
         return groups
 
     def tensors(self) -> Mapping[str, nn.Parameter]:
@@ -81,6 +82,14 @@ class ExternalNetwork:
 
     def file_tensors(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
+
+
+def _component_of(names: Iterable[str]) -> Component:
+    """What parameters of these names in files change."""
+    is_text = [name.startswith("lora_te") for name in names]
+    if all(is_text):
+        return "text_encoders"
+    return "mixed" if any(is_text) else "unet"
 
 
 class _Named(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from library.models.text_encoders import clip_body
 from library.models.unet import UNet, block_of
 from library.models.unet_blocks import Conv2d, Linear
-from library.param_group import ParamGroup
+from library.param_group import Component, ParamGroup
 from networks.lora_linear import lora_linear
 from networks.options import LoraSettings
 
@@ -250,9 +250,11 @@ class LoraNetwork(nn.Module):
         groups: list[ParamGroup] = []
         settings = self.settings
         same = text_encoder_lrs[0] == text_encoder_lrs[1]
-        for number, (part, lr) in enumerate(zip(TEXT_ENCODERS, text_encoder_lrs, strict=True), 1):
-            name = "textencoder" if same else f"textencoder{number}"
-            _add_groups(groups, name, self._trainable(part), lr, settings.loraplus_text_encoder_lr_ratio)
+        components: tuple[Component, Component] = ("text_encoder_1", "text_encoder_2")
+        for i, (part, lr) in enumerate(zip(TEXT_ENCODERS, text_encoder_lrs, strict=True)):
+            name = "textencoder" if same else f"textencoder{i + 1}"
+            component = "text_encoders" if same else components[i]
+            _add_groups(groups, name, self._trainable(part), lr, settings.loraplus_text_encoder_lr_ratio, component)
         if settings.block_lr_weights is None:
             _add_groups(groups, "unet", self._trainable(UNET), unet_lr, settings.loraplus_unet_lr_ratio)
         else:
@@ -307,7 +309,12 @@ def _with_change(lora: LoraModule, base: Callable[[Tensor], Tensor]) -> Callable
 
 
 def _add_groups(
-    groups: list[ParamGroup], name: str, parameters: dict[str, nn.Parameter], lr: float, up_ratio: float
+    groups: list[ParamGroup],
+    name: str,
+    parameters: dict[str, nn.Parameter],
+    lr: float,
+    up_ratio: float,
+    component: Component = "unet",
 ) -> None:
     """Append the group, split in two if up projections learn faster; a group of that name takes it in (both text encoders)."""
     parts = {"": parameters}
@@ -323,4 +330,4 @@ def _add_groups(
         if known is not None:
             known.parameters.update(members)
         elif members and rate:
-            groups.append(ParamGroup(name + suffix, dict(members), rate))
+            groups.append(ParamGroup(name + suffix, dict(members), rate, component))

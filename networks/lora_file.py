@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.errors import NotFinite, OptionError, RunError
-from library.files import write_atomically
+from library.errors import OptionError, RunError
 from library.log import log
 from library.models.checkpoint.key_maps import Renaming, unet_pairs_of_config
 from library.models.checkpoint.reader import identify, open_tensors
 from library.models.unet import UNet
-from library.safetensors_io import network_hashes, storable_metadata, write_safetensors
+from library.safetensors_io import save_tensors
 from networks.lora import UNET, LoraNetwork, Target, module_key
 from networks.options import LoraSettings
 
@@ -149,14 +148,5 @@ def some(names: list[str]) -> str:
 def write_lora(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None
 ) -> None:
-    """Write a network file in the format of its ending: safetensors with metadata and hashes, else a torch file of the bare tensors."""
-    stored = {name: tensor.to(device="cpu", dtype=dtype or tensor.dtype) for name, tensor in tensors.items()}
-    bad = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
-    if bad:
-        raise NotFinite(f"{path}: not saved, as {len(bad)} of its tensors aren't finite ({some(bad)})")
-    if path.suffix != ".safetensors":
-        write_atomically(path, lambda file: torch.save(stored, file))
-        return
-    texts = storable_metadata(stored, metadata)
-    model_hash, legacy_hash = network_hashes(stored, texts)
-    write_safetensors(path, stored, {**texts, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash})
+    """Write a network file in the format of its ending: safetensors with metadata and hashes, or else a torch file of the bare tensors."""
+    save_tensors(path, tensors, metadata, dtype, with_hashes=True)

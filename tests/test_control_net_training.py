@@ -17,6 +17,7 @@ from library.safetensors_io import load_tensors, read_header, write_safetensors
 from library.training.options.objective import LossOptions
 from library.training.options.optimizer import ScheduleOptions
 from library.training.options.tasks import LLLiteOptions
+from library.training.tasks.base import TaskSettings
 from library.training.tasks.lllite import LLLiteTask
 
 QUICK = [
@@ -53,13 +54,13 @@ def train(model: Path, images: Path, conditions: Path | None, output: Path, *ext
 def test_golden_10_lllite(own_models):
     golden = Golden("lllite")
     options = LLLiteOptions(cond_emb_dim=8, network_dim=8)
-    task = LLLiteTask(own_models, options, lr=1e-3, num_tokens=75, text_is_cached=True)
+    task = LLLiteTask(own_models, TaskSettings(lr=1e-3, num_tokens=75, text_is_cached=True), (options,))
     steps = replay(
         golden, own_models, task, optimizer_args={}, schedule=ScheduleOptions(), loss=LossOptions(), lr=1e-3, accumulation=1, cached_text=True,
     )  # fmt: skip
     for number, rates in steps:
         assert rates == golden.facts["lr_per_step"][number]
-    tensors = task.parts[0].tensors()
+    tensors = task.trainables[0].tensors()
     assert list(tensors) == [name for name in tensors if name in golden.output] and len(tensors) == len(golden.output)
     for name, tensor in golden.output.items():
         if not name.endswith("attn1_to_k.up.0.bias"):  # a softmax doesn't see it, so its gradient is rounding error
@@ -158,7 +159,7 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
     from library.training.objective.noise import NoisedLatents
 
     torch.manual_seed(0)
-    task = LLLiteTask(own_models, LLLiteOptions(cond_emb_dim=8, network_dim=16), lr=1e-3, num_tokens=75, text_is_cached=True)  # fmt: skip
+    task = LLLiteTask(own_models, TaskSettings(lr=1e-3, num_tokens=75, text_is_cached=True), (LLLiteOptions(cond_emb_dim=8, network_dim=16),))  # fmt: skip
     count, side = 4, 8
     noise, clean = torch.randn(2, count, 4, side, side)
     # The picture of the condition shows the noise that the U-Net should find.
@@ -172,7 +173,7 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
         torch.full((count, 2), side * 8), torch.zeros(count, 2), torch.full((count, 2), side * 8), torch.ones(count), conditioning=shown,
     )  # fmt: skip
     conditioned = task.encode_text(batch)
-    optimizer = torch.optim.AdamW(task.parts[0].tensors().values(), lr=5e-3)
+    optimizer = torch.optim.AdamW(task.trainables[0].tensors().values(), lr=5e-3)
 
     def loss(conditions):
         extra = task.control_inputs(conditions)
@@ -260,7 +261,9 @@ def test_the_final_file_draws_as_the_network_that_was_trained(golden_model, imag
     golden, _ = load_tensors(Path(__file__).parent / "golden" / "02_unet.safetensors")
     inputs = [golden[f"a.{name}"][:1] for name in ("latents", "timesteps", "context", "y")]
     condition = torch.rand(1, 3, inputs[0].shape[2] * 8, inputs[0].shape[3] * 8) * 2 - 1
-    task = LLLiteTask(own_models, LLLiteOptions(network_weights=path), lr=1e-3, num_tokens=75, text_is_cached=True)
+    task = LLLiteTask(
+        own_models, TaskSettings(lr=1e-3, num_tokens=75, text_is_cached=True), (LLLiteOptions(network_weights=path),)
+    )
     task._net.eval()
     with torch.no_grad():
         loaded = own_models.unet(*inputs, by_block(net(condition)))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from library.data.dataset_config import check_datasets, read_datasets
+from library.data.dataset_config import DatasetDefinition, read_datasets
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.errors import OptionError
 from library.options import read_options
@@ -179,7 +179,7 @@ def test_fault_59_cached_text_and_captions_that_change_exclude_each_other(name, 
     options = options_of(
         "--train_data_dir", tmp_path, "--resolution", 64, "--cache_text_encoder_outputs", f"--{name}", *value
     )
-    (mistake,) = check_datasets(options)
+    (mistake,) = DatasetDefinition().check(options)
     assert name in mistake.text and "--cache_text_encoder_outputs rules out" in mistake.text
 
 
@@ -187,9 +187,9 @@ def test_fault_59_cached_text_and_captions_that_change_exclude_each_other(name, 
 def test_cached_variants_lift_the_refusal_of_captions_that_change(name, value, tmp_path):
     (tmp_path / "1_x").mkdir()
     words = ["--train_data_dir", tmp_path, "--resolution", 64, "--cache_text_encoder_outputs", f"--{name}", *value]
-    (mistake,) = check_datasets(options_of(*words))
+    (mistake,) = DatasetDefinition().check(options_of(*words))
     assert "--text_cache_variants 8" in mistake.text
-    assert list(check_datasets(options_of(*words, "--text_cache_variants", 4))) == []
+    assert list(DatasetDefinition().check(options_of(*words, "--text_cache_variants", 4))) == []
 
 
 def test_token_warmup_cant_be_cached_at_all(tmp_path):
@@ -204,14 +204,14 @@ def test_token_warmup_cant_be_cached_at_all(tmp_path):
         10,
     ]
     for more in ([], ["--text_cache_variants", 4]):
-        (mistake,) = check_datasets(options_of(*words, *more))
+        (mistake,) = DatasetDefinition().check(options_of(*words, *more))
         assert "token_warmup_step changes captions by the step" in mistake.text
 
 
 @pytest.mark.parametrize("name", ["color_aug", "random_crop"])
 def test_cached_latents_and_pixels_that_change_exclude_each_other(name, tmp_path):
     (tmp_path / "1_x").mkdir()
-    (mistake,) = check_datasets(
+    (mistake,) = DatasetDefinition().check(
         options_of("--train_data_dir", tmp_path, "--resolution", 64, "--cache_latents", f"--{name}")
     )
     assert f"{name} changes pixels" in mistake.text

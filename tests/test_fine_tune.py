@@ -17,6 +17,7 @@ from library.training.options.objective import LossOptions
 from library.training.options.optimizer import ScheduleOptions
 from library.training.options.tasks import FineTuneOptions
 from library.training.setup.plan import check_lasting
+from library.training.tasks.base import TaskSettings
 from library.training.tasks.fine_tune import FineTune
 
 QUICK = [
@@ -46,7 +47,9 @@ def test_golden_10_full_blocklr(golden_model):
     models = trainable(open_models(golden_model), "unet")
     start = {name: tensor.clone() for name, tensor in models.checkpoint.tensors("unet").items()}
     rates = golden.facts["args"][golden.facts["args"].index("--block_lr") + 1]
-    task = FineTune(models, FineTuneOptions(block_lr=rates), lr=1e-4, num_tokens=75, text_is_cached=True)
+    task = FineTune(
+        models, TaskSettings(lr=1e-4, num_tokens=75, text_is_cached=True), (FineTuneOptions(block_lr=rates),)
+    )
     golden.facts["grad_norm_before_clip"] = [2.058352, 2.458236, 2.070022, 1.537648]
     one, two, three, four = golden.facts["losses"]
     steps = replay(
@@ -156,7 +159,9 @@ def test_text_encoders_that_are_trained_alone_may_not_stop_before_the_run_ends(d
     with pytest.raises(OptionError, match="--stop_text_encoder_training: nothing is left to train after step 2 of 4"):
         train(golden_model, images, tmp_path / "out", *words, "2", *dry, quick=TEXT_TOO)
     assert "caching" not in capsys.readouterr().err
-    check_lasting([ParamGroup("text_encoder1", {}, 1e-5, 4)], 4)
-    check_lasting([ParamGroup("text_encoder1", {}, 1e-5, 2), ParamGroup("unet", {}, 1e-5)], 4)
+    check_lasting([ParamGroup("text_encoder1", {}, 1e-5, "text_encoder_1", 4)], 4)
+    check_lasting([ParamGroup("text_encoder1", {}, 1e-5, "text_encoder_1", 2), ParamGroup("unet", {}, 1e-5)], 4)
     with pytest.raises(OptionError, match=r"^--stop_text_encoder_training and --ti_stop_ratio: .* after step 3 of 4"):
-        check_lasting([ParamGroup("textencoder", {}, 1e-5, 2), ParamGroup("token", {}, 1e-5, 3)], 4)
+        check_lasting(
+            [ParamGroup("textencoder", {}, 1e-5, "text_encoders", 2), ParamGroup("token", {}, 1e-5, "token", 3)], 4
+        )

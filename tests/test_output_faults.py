@@ -11,12 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from forked import free_port
 from running import ROOT, arguments, losses_of, tensors_of, train_network
+from states import state_metadata
 from test_state import some_state, told
 
 from library.errors import NotFinite, OptionError, RunError
@@ -27,7 +29,9 @@ from library.training.monitoring.metrics import MetricsLogger, saved_files
 from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.saving.saver import Saver
-from library.training.saving.state import State, newest_state, read_state, write_state
+from library.training.saving.schedule import SaveSchedule
+from library.training.saving.state import State, read_state, write_state
+from library.training.saving.state_folder import newest_state
 from networks.lora_file import write_lora
 
 __all__ = ["told"]  # a fixture
@@ -97,15 +101,15 @@ def test_fault_2_kill_9_during_a_state_leaves_no_torn_one_and_never_none(tmp_pat
     """The same folder again and again, as a name that is saved twice: it is moved aside before the new one gets its name."""
     draw, torn, step = random.Random(1), 0, 0
     weights = {"a": torch.zeros(300_000)}
-    write_state(tmp_path / "n-state", State({"step": 0}, {"a": weights["a"] * 0}, {"m": weights["a"] * 0}))
+    write_state(tmp_path / "n-state", State(state_metadata(0), {"a": weights["a"] * 0}, {"m": weights["a"] * 0}))
 
     def write() -> None:
         nonlocal step
         step += 1
         tensor = torch.full((300_000,), float(step))
-        write_state(tmp_path / "n-state", State({"step": step}, {"a": tensor}, {"m": tensor}))
+        write_state(tmp_path / "n-state", State(state_metadata(step), {"a": tensor}, {"m": tensor}))
 
-    first = State({"step": 0}, weights, {"m": weights["a"]})
+    first = State(state_metadata(0), weights, {"m": weights["a"]})
     took = seconds_of(lambda: write_state(tmp_path / "first-state", first))
     for _ in range(20):
         with forked(write):
@@ -114,7 +118,7 @@ def test_fault_2_kill_9_during_a_state_leaves_no_torn_one_and_never_none(tmp_pat
         found = newest_state(tmp_path, ["n"])
         assert found == tmp_path / "n-state"
         state = read_state(found)
-        step = state.facts["step"]
+        step = state.metadata.step
         for tensor in (state.weights["a"], state.optimizer["m"]):
             assert (tensor == step).all()
         assert not left_over(tmp_path)
@@ -137,7 +141,7 @@ def test_fault_2_a_kill_between_the_two_moves_of_a_state_loses_neither(tmp_path,
         write_state(tmp_path / "n-state", some_state(2))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not (tmp_path / "n-state").exists() and len(left_over(tmp_path)) == 2
-    assert read_state(newest_state(tmp_path, ["n"])).facts["step"] == 1
+    assert read_state(newest_state(tmp_path, ["n"])).metadata.step == 1
     assert not left_over(tmp_path)
 
 
@@ -149,7 +153,7 @@ def test_what_a_killed_process_of_the_same_number_left_stands_in_nobodys_way(tmp
             name.mkdir(exist_ok=True)
             (name / "weights.safetensors").write_bytes(b"torn")
         write_state(state, some_state(3))
-    assert read_state(state).facts["step"] == 3 and [path.name for path in tmp_path.iterdir()] == ["n-state"]
+    assert read_state(state).metadata.step == 3 and [path.name for path in tmp_path.iterdir()] == ["n-state"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- full disks
@@ -260,10 +264,10 @@ def test_fault_4_a_write_that_breaks_off_leaves_the_older_file(ending, tmp_path)
 
 def test_fault_4_a_state_that_breaks_off_leaves_the_older_one(tmp_path):
     write_state(tmp_path / "n-state", some_state(1))
-    large = State({"step": 2}, {"a": torch.zeros(100_000)}, {})
+    large = State(state_metadata(2), {"a": torch.zeros(100_000)}, {})
     with file_size_limit(100_000), pytest.raises(RunError, match="can't be written: File too large"):
         write_state(tmp_path / "n-state", large)
-    assert read_state(tmp_path / "n-state").facts["step"] == 1 and os.listdir(tmp_path) == ["n-state"]
+    assert read_state(tmp_path / "n-state").metadata.step == 1 and os.listdir(tmp_path) == ["n-state"]
 
 
 def test_fault_4_a_run_over_its_quota_trains_on_and_ends_with_status_1(golden_model, images, tmp_path, capsys):
@@ -310,7 +314,8 @@ class Trainable:
 def saver_of(folder: Path, part: Trainable, session: str = "1", **options) -> Saver:
     saving = SavingOptions(output_dir=folder, output_name="n", **options)
     states = ResumeOptions(save_state=True)
-    return Saver(saving, states, [part], lambda s, e: {}, None, 9, session_id=session, is_main=True)
+    schedule = SaveSchedule(saving, states, 9)
+    return Saver(schedule, [part], lambda s, e: {}, None, session_id=session, is_main=True)
 
 
 @pytest.mark.parametrize(
@@ -344,8 +349,8 @@ def test_fault_6_a_state_is_saved_if_it_fits_whatever_was_expected_of_its_size(t
     """Nine float32 numbers."""
     saver, progress = saver_of(tmp_path, Trainable()), Progress(step=1)
     for expected, free in ((0, 35), (10**9, 36)):
-        monkeypatch.setattr(Saver, "state_bytes", lambda self, size=expected: size)
-        monkeypatch.setattr("library.training.saving.saver.free_space", lambda folder, size=free: size)
+        saver.schedule = replace(saver.schedule, state_bytes=expected)
+        monkeypatch.setattr("library.training.saving.schedule.free_space", lambda folder, size=free: size)
         saver.save_state("step", progress, some_state(1))
         assert (tmp_path / "n-step00000001-state").exists() == (free == 36)
 
@@ -376,7 +381,7 @@ def test_fault_8_a_link_in_the_files_place_is_replaced_and_what_it_points_to_sta
     write_state(output / "n-state", some_state())
     assert (outside / "kept").read_text() == "as it was" and os.listdir(outside) == ["kept"]
     assert sorted(path.name for path in output.iterdir()) == ["lora.safetensors", "n-state"]
-    assert not any(path.is_symlink() for path in output.iterdir()) and read_state(output / "n-state").facts["step"] == 5
+    assert not any(path.is_symlink() for path in output.iterdir()) and read_state(output / "n-state").metadata.step == 5
 
 
 # ------------------------------------------------------------------------------------------------------- what another run wrote
@@ -647,7 +652,7 @@ def test_fault_61_a_run_whose_weights_go_bad_keeps_what_was_saved_before(golden_
     def save(self, *args):
         saves.append(args)
         if len(saves) == 2:
-            next(iter(self._parts[0].tensors().values())).data[0] = float("inf")
+            next(iter(self.trainables[0].tensors().values())).data[0] = float("inf")
         return real(self, *args)
 
     monkeypatch.setattr(Saver, "save", save)
@@ -727,5 +732,5 @@ def test_fault_72_if_one_process_dies_or_hangs_the_other_ends_with_an_error(numb
             process.kill()
             process.wait()
     assert processes[0].returncode == 1, told[-3000:]
-    assert read_state(newest_state(output, ["lora"])).facts["step"] == 2
+    assert read_state(newest_state(output, ["lora"])).metadata.step == 2
     assert not (output / "lora.safetensors").exists() and not left_over(output)

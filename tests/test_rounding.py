@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from replay import Golden
+from states import state_metadata
 from test_in_backward import OPTIMIZERS, X, groups_of, make, numbers, train
 from torch import nn
 
@@ -23,6 +24,7 @@ from library.training.optim.rounding import StochasticSums, compensate, round_st
 from library.training.options.objective import LossOptions, NoiseOptions
 from library.training.options.tasks import FineTuneOptions
 from library.training.saving.state import State, read_state, write_state
+from library.training.tasks.base import TaskSettings
 from library.training.tasks.fine_tune import FineTune
 
 pytestmark = pytest.mark.numeric
@@ -141,9 +143,11 @@ def loss_falls(model: Path, rounding: str, *, full: bool) -> float:
     models.trained = frozenset(["unet"])
     rates = ",".join(["0"] * 12 + [str(lr)] * 11)
     task = FineTune(
-        models, FineTuneOptions(block_lr=rates), lr=lr, num_tokens=75, text_is_cached=True
+        models,
+        TaskSettings(lr=lr, num_tokens=75, text_is_cached=True),
+        (FineTuneOptions(block_lr=rates),),
     )
-    groups = task.parts[0].groups()
+    groups = task.trainables[0].groups()
     with torch.no_grad():
         text = models.encode_texts(golden.facts["batches"][0]["captions"], 75)
     step = DiffusionLoss(
@@ -286,7 +290,7 @@ def test_a_resumed_state_is_bit_equal(rounding, fused, tmp_path):
     names = {id(p): name for name, p in part.loss_module.named_parameters()}
     write_state(
         tmp_path / "s",
-        State({"step": 3}, dict(part.loss_module.named_parameters()), part.state(names)),
+        State(state_metadata(3), dict(part.loss_module.named_parameters()), part.state(names)),
     )
     saved = read_state(tmp_path / "s")
     rest.loss_module.load_state_dict(saved.weights)

@@ -11,7 +11,7 @@ import pytest
 import scanning
 from PIL import Image
 
-from library.data.dataset_config import read_datasets
+from library.data.dataset_config import check_masks_are_used, read_datasets
 from library.data.file_index import FileIndex
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.scan import scan
@@ -368,7 +368,7 @@ def test_conditioning_images_go_by_stem_and_shape(tmp_path):
     (tmp_path / "d.toml").write_text(text)
     groups = [DatasetOptions, CaptionOptions, CacheOptions, LossOptions]
     with pytest.raises(OptionError, match="give --masked_loss to use them"):
-        read_datasets(read_options("", groups, ["--dataset_config", str(tmp_path / "d.toml")]), uses_masks=False)
+        check_masks_are_used(read_datasets(read_options("", groups, ["--dataset_config", str(tmp_path / "d.toml")]))[0])
     options = read_options("", groups, ["--dataset_config", str(tmp_path / "d.toml"), "--masked_loss"])
     with pytest.raises(OptionError) as error:
         scan(read_datasets(options)[0])

@@ -25,6 +25,7 @@ from library.training.objective.noise import add_noise
 from library.training.options.objective import LossOptions
 from library.training.options.optimizer import ScheduleOptions
 from library.training.options.tasks import EmbeddingOptions
+from library.training.tasks.base import TaskSettings
 from library.training.tasks.embedding import EmbeddingTask, add_placeholder_token
 from tools import make_tiny_sdxl
 from tools.make_tiny_dataset import make_images
@@ -48,8 +49,8 @@ def test_golden_10_ti(own_models):
     """The reference trains whole tables and puts the old rows back; the new rows come out the same."""
     golden = Golden("ti")
     options = EmbeddingOptions(token_string="mytoken", init_word="red cat", num_vectors_per_token=3)
-    task = EmbeddingTask(own_models, options, lr=5e-2, num_tokens=75)
-    rows = task.parts[0].tensors()
+    task = EmbeddingTask(own_models, TaskSettings(lr=5e-2, num_tokens=75), (options,))
+    rows = task.trainables[0].tensors()
     steps = replay(
         golden, own_models, task, optimizer_args={}, schedule=ScheduleOptions(), loss=LossOptions(), lr=5e-2, accumulation=1, cached_text=False,
         caption=lambda text: text.replace("mytoken mytoken1 mytoken2", "mytoken"),
@@ -77,9 +78,9 @@ def test_rows_lie_behind_frozen_tables_and_only_they_get_gradients(own_models):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_captions_have_weights_where_they_are_asked_for(weighted, own_models):
-    task = EmbeddingTask(own_models, EmbeddingOptions(token_string="zyx"), lr=1.0, num_tokens=75, weighted_captions=weighted)  # fmt: skip
+    task = EmbeddingTask(own_models, TaskSettings(lr=1.0, num_tokens=75, weighted_captions=weighted), (EmbeddingOptions(token_string="zyx"),))  # fmt: skip
     with torch.no_grad():
-        found = task.encode_text(SimpleNamespace(captions=["a (zyx:1.5) cat"]))
+        found = task.encode_text(SimpleNamespace(captions=["a (zyx:1.5) cat"], text=None))
         wanted = TextConditioning.of(own_models.encode_texts(["a (zyx:1.5) cat"], 75, weighted=weighted))
     assert torch.equal(found.context, wanted.context)
 

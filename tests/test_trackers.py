@@ -383,7 +383,7 @@ def test_the_logged_config_has_the_options_but_no_keys_and_no_paths(tmp_path):
         "--logging_dir", tmp_path, "--wandb_api_key", KEY, "--resolution", "768,1024", "--seed", "7", "--min_snr_gamma", "5",
         "--network_args", "conv_dim=1", "dropout=0.1", "--network_module", "networks.lora",
     ]  # fmt: skip
-    config = logged_config(read_options("t", [*COMMON_TRAINING, NetworkOptions], [str(word) for word in argv]))
+    config = logged_config(read_options("t", [*COMMON_TRAINING, NetworkOptions], [str(word) for word in argv]).specs())
     assert {
         "seed": 7,
         "min_snr_gamma": 5.0,

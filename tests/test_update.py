@@ -132,7 +132,7 @@ def test_float16_that_overflows_at_every_scale_stops_the_run():
 def test_stopped_groups_are_frozen_before_a_checkpointed_forward(fused):
     layer, _ = make()
     groups = [
-        ParamGroup("stops", {"weight": layer.weight}, 0.1, stops_at=1),
+        ParamGroup("stops", {"weight": layer.weight}, 0.1, last_step=1),
         ParamGroup("lasts", {"bias": layer.bias}, 0.1),
     ]
     optimizer = MasterWeightOptimizer(make_optimizer("SGD", {}, groups, 0.1), groups)

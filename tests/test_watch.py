@@ -19,11 +19,11 @@ from library.training.optim.optimizer_step import gradient_norms
 
 
 def trained(
-    steps: int, *, lr: float, use_both: bool = True, dtype=torch.float32, stops_at=None, done=0
+    steps: int, *, lr: float, use_both: bool = True, dtype=torch.float32, last_step=None, done=0
 ) -> GradientFlowCheck:
     torch.manual_seed(0)
     layers = nn.ModuleDict({"used": nn.Linear(2, 2), "other": nn.Linear(2, 2)}).to(dtype)
-    groups = [ParamGroup("all", dict(layers.named_parameters()), lr, stops_at)]
+    groups = [ParamGroup("all", dict(layers.named_parameters()), lr, last_step=last_step)]
     optimizer = torch.optim.SGD(layers.parameters(), lr=lr)
     watch = GradientFlowCheck(groups, done)
     for _ in range(steps):
@@ -57,10 +57,10 @@ def test_short_runs_are_checked_at_their_end_and_very_short_ones_not():
 
 
 def test_what_stops_early_isnt_watched():
-    trained(50, lr=0.1, use_both=False, stops_at=20)
-    trained(50, lr=0.1, use_both=False, stops_at=100, done=50)
+    trained(50, lr=0.1, use_both=False, last_step=20)
+    trained(50, lr=0.1, use_both=False, last_step=100, done=50)
     with pytest.raises(RunError, match=r"other.* got no gradient in 50 steps"):
-        trained(50, lr=0.1, use_both=False, stops_at=101, done=50)
+        trained(50, lr=0.1, use_both=False, last_step=101, done=50)
 
 
 def test_a_run_that_begins_behind_what_stops_isnt_ended_by_it(golden_model, images, tmp_path, monkeypatch):

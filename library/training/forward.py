@@ -1,7 +1,10 @@
-"""Step: the one training forward. Everything that trains, validates or measures calls it, and it is what gets wrapped."""
+"""The one training forward, and the gradients of an optimizer step.
+
+Everything that trains, validates or measures calls `DiffusionLoss`, which is what wrappers wrap.
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +13,12 @@ from library.data.batch import Batch
 from library.errors import RunError
 from library.models.inpainting import inpainting_channels, with_scaled_latents
 from library.models.vae import PIXELS_PER_LATENT, scale_latents
-from library.rng import SampleRng
+from library.rng import SampleRng, seed_global_rng
+from library.training.monitoring.metrics import MicrobatchLoss
 from library.training.objective.loss import sample_losses
 from library.training.objective.noise import add_training_noise
 from library.training.objective.prediction import Objective
+from library.training.optim.optimizer_step import OptimizerStep
 from library.training.options.objective import LossOptions, NoiseOptions
 from library.training.tasks.base import Task
 
@@ -80,3 +85,38 @@ class DiffusionLoss(nn.Module):
                 f"the VAE gives latents that aren't finite, in float32 too, for {', '.join(bad)}; remove these pictures or give another --vae"
             )
         return latents
+
+
+def accumulate_gradients(
+    optimizer_step: OptimizerStep,
+    accumulation: Sequence[Batch],
+    *,
+    splits: int,
+    seed: int,
+    device: torch.device,
+) -> list[MicrobatchLoss]:
+    """Compute the gradients of an optimizer step, and return the losses of its micro-batches.
+
+    Args:
+        optimizer_step: accumulates the gradients; it has the training forward.
+        accumulation: the micro-batches of the step.
+        splits: parts that each micro-batch is computed in.
+        seed: the run's seed.
+        device: the device that trains.
+    """
+    losses = []
+    for batch in accumulation:
+        parts = batch.parts(splits)
+        for i, part in enumerate(parts):
+            part = part.to(device)
+            position = part.place
+            if i < len(parts) - 1:
+                position = position._replace(is_last_microbatch=False)
+            # For random numbers inside modules, such as dropout.
+            seed_global_rng(seed, position.epoch, position.microbatch_index, i)
+            rng = SampleRng(seed, position.epoch, position.first_sample_index, len(part), device)
+            with optimizer_step.accumulation(position):
+                part_losses = optimizer_step.loss_module(part, rng)
+                optimizer_step.backward(part_losses, position)
+            losses.append(MicrobatchLoss(part.paths, part_losses.detach()))
+    return losses

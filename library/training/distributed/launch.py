@@ -2,13 +2,20 @@
 
 import datetime
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    broadcast_object_list,
+)
 
 from library.errors import OptionError
+from library.log import log
 from library.training.options.distributed import ACCELERATE_VARS
 
 _LAUNCHES = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU")
@@ -52,3 +59,13 @@ def _accelerator(handlers: list[KwargsHandler]) -> Accelerator:
             "here; launch with: accelerate launch --num_processes 1, or --multi_gpu, or --config_file configs/accelerate/fsdp2.yaml"
         )
     return accelerator
+
+
+def shared_seed(seed: int | None) -> int:
+    """Return the seed of a run: the one given, or a random one that all processes share."""
+    if seed is not None:
+        return seed
+    seeds = [random.SystemRandom().randrange(2**32)]
+    broadcast_object_list(seeds)
+    log.info("--seed is not set; this run uses seed %d", seeds[0])
+    return seeds[0]

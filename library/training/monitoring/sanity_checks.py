@@ -23,7 +23,9 @@ class GradientFlowCheck:
         groups: those that stop early aren't watched, as they may have no chance.
         done: the step that the run begins at, which may lie behind what a group stops at.
         """
-        lasts = [group.stops_at is None or group.stops_at - done > _STEPS for group in groups for _ in group.parameters]
+        lasts = [
+            group.last_step is None or group.last_step - done > _STEPS for group in groups for _ in group.parameters
+        ]
         everything = [item for group in groups for item in group.parameters.items()]
         self._parameters: dict[str, nn.Parameter] = {
             name: parameter for (name, parameter), is_watched in zip(everything, lasts, strict=True) if is_watched

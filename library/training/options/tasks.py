@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from library.data.options import CacheOptions
@@ -54,7 +55,7 @@ class FineTuneOptions(OptionGroup):
         """The learning rate of each text encoder; None: the base learning rate."""
         return self.learning_rate_te1, self.learning_rate_te2
 
-    @property
+    @cached_property
     def block_lrs(self) -> tuple[float, ...] | None:
         """The learning rate of each of the U-Net's blocks; None: the base learning rate."""
         if self.block_lr is None:

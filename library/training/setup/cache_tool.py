@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from library.data.dataset_config import check_datasets
+from library.data.dataset_config import DatasetDefinition
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.errors import Mistake
 from library.log import LogOptions
@@ -52,8 +52,14 @@ def unused_options() -> dict[str, str]:
     return names | dict.fromkeys(_FLUX.split(), "it is for FLUX")
 
 
-def read_tool_options(description: str, argv: list[str] | None, **cache: Any) -> Options:
-    """The options of a caching tool. Args: cache: the cache options that the tool itself is."""
+def read_tool_options(description: str, argv: list[str] | None, **cache: Any) -> tuple[Options, DatasetDefinition]:
+    """Return the options of a caching tool, and the dataset definition.
+
+    Args:
+        description: the tool's docstring.
+        argv: the words of the command line.
+        **cache: the cache options that the tool stands for.
+    """
 
     if not cache.get("cache_text_encoder_outputs"):
         cache["text_cache_variants"] = None  # which a run's config file may hold
@@ -61,15 +67,16 @@ def read_tool_options(description: str, argv: list[str] | None, **cache: Any) ->
     def with_cache(options: Options) -> Options:
         return options.replaced(dataclasses.replace(options[CacheOptions], **cache))
 
+    definition = DatasetDefinition("unused")
     options = read_options(
         description,
         GROUPS,
         argv,
-        checks=[lambda options: check_datasets(with_cache(options), "unused"), _check_tool],
+        checks=[lambda options: definition.check(with_cache(options)), _check_tool],
         refused={"flux": "this tool is for SDXL", "dataset_class": UNSUPPORTED["dataset_class"]},
         unused=unused_options(),
     )
-    return with_cache(options)
+    return with_cache(options), definition
 
 
 def _check_tool(options: Options) -> Iterator[Mistake]:
@@ -77,19 +84,19 @@ def _check_tool(options: Options) -> Iterator[Mistake]:
         yield Mistake("--debug_dataset is for the training scripts; give it to the run that the caches are for")
 
 
-def fill(options: Options) -> None:
+def fill(options: Options, definition: DatasetDefinition) -> None:
     """Fill the caches that the options ask for, on all processes. Raises RunError for pictures that can't be used."""
-    from library.training.setup.inputs import inspect_datasets, open_model
+    from library.training.setup.inputs import open_model, scan_datasets
 
     chosen, cache, data = options[ToolOptions], options[CacheOptions], options[DatasetOptions]
     checkpoint = open_model(options[ModelOptions], prefer_fp16=chosen.mixed_precision == "fp16")
-    datasets, known = inspect_datasets(options, chosen.seed, "unused")
+    datasets, file_index = scan_datasets(definition, data, cache.cache_dir, seed=chosen.seed)
 
     from library.device import Precision
     from library.log import log
     from library.models.sdxl import SdxlModels
     from library.training.distributed.launch import start_processes
-    from library.training.setup.caches import fill_caches
+    from library.training.setup.caches import fill_dataset_caches
 
     accelerator = start_processes()
     model = options[ModelOptions]
@@ -100,9 +107,9 @@ def fill(options: Options) -> None:
         vae=model.vae,
         tokenizer_folder=model.tokenizer_cache_dir,
     )
-    prepared = fill_caches(
-        datasets, models, cache, accelerator, known,
+    cached = fill_dataset_caches(
+        datasets, models, cache, accelerator, file_index,
         num_tokens=model.num_tokens, weighted_captions=options[CaptionOptions].weighted_captions, skip_bad_images=data.skip_bad_images, audits=False,
     )  # fmt: skip
-    log.info("done: the caches of %d pictures are complete", len(prepared.samples))
+    log.info("done: the caches of %d pictures are complete", sum(len(dataset.samples) for dataset in cached.datasets))
     accelerator.end_training()

@@ -1,9 +1,10 @@
 """Prepare: the caches that a run uses are filled, or its pictures audited, before the first step."""
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,72 +21,171 @@ from library.data.cache.latents import (
     TextOnDisk,
 )
 from library.data.file_index import FileIndex
-from library.data.options import CacheOptions
+from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.samples import Sample
 from library.data.scan import Dataset
 from library.errors import RunError
+from library.generation.sample_prompts import SamplePrompt, at_size, read_sample_prompts
+from library.log import log
 from library.models.checkpoint.weights_hash import weights_hash
+from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
-from library.models.text_encoders import EncodedText
+from library.models.text_encoders import EncodedText, TextConditioning
+from library.size import Size
+from library.training.monitoring.preview import encode_prompts
+from library.training.options.objective import LossOptions
+from library.training.options.output import PreviewOptions
+from library.training.setup.memory_estimate import encodes_images
+from library.training.setup.plan import RunPlan
+from library.training.setup.step_plan import all_samples, training_samples
 
 
-class CachedData(NamedTuple):
-    """What training reads: the samples that can be used, by dataset, and the caches, complete."""
+@dataclass(frozen=True)
+class CachedData:
+    """What a run reads while it trains.
 
-    datasets: list[Dataset]
+    Attributes:
+        datasets: the datasets without images that can't be used.
+        latents: the complete cache of latents, if latents are cached.
+        text: the complete cache of text-encoder outputs, if they are cached.
+        prompts: the prompts of samples during training.
+        prompt_texts: the conditioning of these prompts, if the text encoders have been released.
+        keeps_vae: the VAE is needed in training steps, and hasn't been released.
+    """
+
+    datasets: Sequence[Dataset]
     latents: LatentCache | None
     text: TextCache | None
-
-    @property
-    def samples(self) -> list[Sample]:
-        return [sample for dataset in self.datasets for sample in dataset.samples]
-
-    @property
-    def validation(self) -> list[Sample]:
-        return [sample for dataset in self.datasets for sample in dataset.validation]
+    prompts: Sequence[SamplePrompt] = ()
+    prompt_texts: Mapping[str, TextConditioning] | None = None
+    keeps_vae: bool = True
 
 
-def fill_caches(
+def fill_caches(plan: RunPlan, accelerator: Accelerator) -> CachedData:
+    """Fill the caches, encode the prompts of samples, and release the models that the run doesn't need.
+
+    Args:
+        plan: the plan of the run.
+        accelerator: this process.
+
+    Raises:
+        RunError: images can't be used, unless they may be skipped.
+    """
+    options, models, datasets = plan.options, plan.models, plan.datasets
+    cache, num_tokens = options[CacheOptions], options[ModelOptions].num_tokens
+    prompts = read_prompts(
+        options[PreviewOptions],
+        datasets[0].plan.buckets.resolution,
+        takes_conditions=plan.kind.conditioning_kind == "conditions",
+    )
+    cached = fill_dataset_caches(
+        datasets,
+        models,
+        cache,
+        accelerator,
+        plan.inputs.file_index,
+        num_tokens=num_tokens,
+        weighted_captions=options[CaptionOptions].weighted_captions,
+        skip_bad_images=options[DatasetOptions].skip_bad_images,
+    )
+    if options[LossOptions].masked_loss:
+        _warn_without_masks(cached.datasets)
+    # The text encoders are released once captions are encoded, so prompts are encoded before.
+    prompt_texts = None
+    if cached.text is not None and prompts:
+        prompt_texts = encode_prompts(models, prompts, num_tokens)
+    are_masked = all(sample.has_mask for sample in all_samples(cached.datasets))
+    keeps_vae = encodes_images(models, cache, are_masked=are_masked)
+    if not keeps_vae:
+        models.release("vae")
+    if cached.text is not None:
+        models.release("text_encoders")
+    return dataclasses.replace(cached, prompts=prompts, prompt_texts=prompt_texts, keeps_vae=keeps_vae)
+
+
+def read_prompts(options: PreviewOptions, size: Size, *, takes_conditions: bool) -> list[SamplePrompt]:
+    """Return the prompts of samples during training. Mistakes in them are logged, and the prompts used without them.
+
+    Args:
+        options: the file of prompts.
+        size: the size of images for prompts that don't say it.
+        takes_conditions: a control net is trained, for which prompts name conditioning images.
+    """
+    if not options.is_on or options.sample_prompts is None:
+        return []
+    prompts, problems = read_sample_prompts(options.sample_prompts)
+    for problem in problems:
+        log.warning(problem)
+    num_conditions = sum(prompt.controlnet_image is not None for prompt in prompts)
+    if num_conditions and not takes_conditions:
+        log.warning(
+            "--sample_prompts: %d controlnet_image (--cn) change nothing: no control net is trained", num_conditions
+        )
+    elif takes_conditions and num_conditions < len(prompts):
+        log.warning("--sample_prompts: %d prompts have no condition (--cn FILE)", len(prompts) - num_conditions)
+    if not prompts:
+        log.warning("--sample_prompts %s: no prompts in it; no samples are generated", options.sample_prompts)
+    return [at_size(prompt, size.width, size.height) for prompt in prompts]
+
+
+def _warn_without_masks(datasets: Sequence[Dataset]) -> None:
+    for sample in training_samples(datasets):
+        if sample.conditioning or sample.subset.pixels.alpha_mask:
+            return
+    log.warning("--masked_loss changes nothing: no image has a mask; give conditioning_data_dir")
+
+
+def fill_dataset_caches(
     datasets: Sequence[Dataset],
     models: SdxlModels,
     options: CacheOptions,
     accelerator: Accelerator,
-    known: FileIndex,
+    file_index: FileIndex,
     *,
     num_tokens: int,
     weighted_captions: bool,
     skip_bad_images: bool,
     audits: bool = True,
 ) -> CachedData:
-    """Fill the caches that the options ask for, on all processes, and see that they are complete.
+    """Fill the caches that the options ask for, on all processes, and check that they are complete.
 
     Args:
-        audits: decode pictures that no cache decodes once, to find damaged ones before training does.
+        datasets: the datasets.
+        models: the base model.
+        options: what is cached, and where.
+        accelerator: this process.
+        file_index: what is known of files from earlier runs.
+        num_tokens: tokens at which captions are truncated.
+        weighted_captions: read (word:1.2) in captions as weights.
+        skip_bad_images: leave images out that can't be used.
+        audits: decode the images that no cache decodes once, to find damaged ones before training does.
 
-    Raises RunError with all pictures that can't be used, unless they may be skipped.
+    Raises:
+        RunError: images can't be used, unless they may be skipped.
     """
-    share = (accelerator.process_index, accelerator.num_processes)
+    rank_and_size = (accelerator.process_index, accelerator.num_processes)
     kept = list(datasets)
     samples = all_samples(kept)
     latents: LatentCache | None = None
     text: TextCache | None = None
-    found: list[RejectedSample] = []
+    rejected: list[RejectedSample] = []
     if options.latents:
-        latents, found = cache_latents(samples, models, options, known, share)
+        latents, rejected = cache_latents(samples, models, options, file_index, rank_and_size)
     elif audits:
-        found = audit(samples, known, share=share)
-    kept = without_bad(kept, _of_all_processes(found, samples), skip=skip_bad_images)
+        rejected = audit(samples, file_index, share=rank_and_size)
+    kept = without_bad(kept, _of_all_processes(rejected, samples), skip=skip_bad_images)
     if options.text:
         text = cache_text(
-            all_samples(kept), models, options, known, share, num_tokens=num_tokens, weighted=weighted_captions
+            all_samples(kept),
+            models,
+            options,
+            file_index,
+            rank_and_size,
+            num_tokens=num_tokens,
+            weighted=weighted_captions,
         )
-    finish_caches(all_samples(kept), (latents, text), accelerator, known)
+    finish_caches(all_samples(kept), (latents, text), accelerator, file_index)
     return CachedData(kept, latents, text)
-
-
-def all_samples(datasets: Sequence[Dataset]) -> list[Sample]:
-    """All samples, those held out too: their caches are filled, and they are looked at, like the others'."""
-    return [sample for dataset in datasets for sample in (*dataset.samples, *dataset.validation)]
 
 
 def without_bad(datasets: Sequence[Dataset], bad: Sequence[RejectedSample], *, skip: bool) -> list[Dataset]:

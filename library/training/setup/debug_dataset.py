@@ -1,6 +1,5 @@
 """--debug_dataset: what the model would see, printed and written as a page, without training."""
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,54 +7,55 @@ from pathlib import Path
 import numpy as np
 
 from library.data.augment import Pixels, load_conditioning, load_pixels
-from library.data.batch_sampler import BatchSampler
 from library.data.captions import process_caption
-from library.data.loader import group_samples
-from library.data.options import CacheOptions
 from library.data.samples import Sample
 from library.data.scan import Dataset
 from library.files import write_atomically
 from library.images import ImageError, normalized
 from library.models.options import ModelOptions
 from library.models.tokenizer import Tokenizer, load_tokenizers
-from library.options import Options
 from library.rng import python_rng
-from library.training.options.output import SavingOptions
 from library.training.options.run import RunOptions
 from library.training.setup.dataset_page import Shown, Table, dataset_page
 from library.training.setup.inputs import RunInputs
+from library.training.setup.step_plan import plan_steps, training_samples
 
 IMAGES_ON_PAGE = 300
 DRAWN_CAPTIONS = 3  # shown of a caption that is drawn anew for every sample
 
 
-def show_dataset(options: Options, found: RunInputs) -> Path:
-    """Print tables and captions; write them with thumbnails to NAME-dataset.html in the output folder. Returns its path."""
-    model, saving = options[ModelOptions], options[SavingOptions]
-    folder = found.checkpoint.path if found.checkpoint.is_folder else None
+def show_dataset(inputs: RunInputs, model: ModelOptions, run: RunOptions, page_file: Path, *, augments: bool) -> None:
+    """Print tables and captions, and write them with thumbnails to a page.
+
+    Args:
+        inputs: the datasets, and the model whose tokenizer is used.
+        model: the options of the model.
+        run: the options of the run's length and seed.
+        page_file: where the page is written.
+        augments: images are augmented, because latents aren't cached.
+    """
+    folder = inputs.checkpoint.path if inputs.checkpoint.is_folder else None
     tokenizer, _ = load_tokenizers(model.tokenizer_cache_dir, folder)
-    tables = [*map(_bucket_table, found.datasets), _steps_table(found.datasets, options[RunOptions])]
+    tables = [*map(_bucket_table, inputs.datasets), _steps_table(inputs.datasets, run)]
     for table in tables:
         print(table.as_text(), end="\n\n")
-    samples = [sample for dataset in found.datasets for sample in dataset.samples]
-    augments = not options[CacheOptions].latents
-    shown = [
-        _shown(sample, tokenizer, options, augments=augments, with_pixels=i < IMAGES_ON_PAGE)
-        for i, sample in enumerate(samples)
-    ]
+    samples = training_samples(inputs.datasets)
+    shown = []
+    for i, sample in enumerate(samples):
+        with_pixels = i < IMAGES_ON_PAGE
+        shown.append(
+            _shown(sample, tokenizer, model.num_tokens, run.seed or 0, augments=augments, with_pixels=with_pixels)
+        )
     for one in shown:
         print(_in_a_line(one))
     print(_summary(shown))
-    assert saving.output_dir is not None
-    path = saving.output_dir / f"{saving.output_name or 'last'}-dataset.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    page_file.parent.mkdir(parents=True, exist_ok=True)
     note = f"The first {IMAGES_ON_PAGE} of {len(shown)} pictures." if len(shown) > IMAGES_ON_PAGE else ""
     page = dataset_page(
-        f"{path.stem}: what the model will see", tables, shown[:IMAGES_ON_PAGE], f"{_summary(shown)} {note}"
+        f"{page_file.stem}: what the model will see", tables, shown[:IMAGES_ON_PAGE], f"{_summary(shown)} {note}"
     )
-    write_atomically(path, lambda file: file.write(page.encode("utf-8", "replace")))
-    print(f"page with thumbnails: {path}")
-    return path
+    write_atomically(page_file, lambda file: file.write(page.encode("utf-8", "replace")))
+    print(f"page with thumbnails: {page_file}")
 
 
 def _bucket_table(dataset: Dataset) -> Table:
@@ -85,9 +85,8 @@ def _lost(sample: Sample) -> float:
 
 def _steps_table(datasets: Sequence[Dataset], run: RunOptions) -> Table:
     """From pictures and repeats to steps."""
-    samples = [sample for dataset in datasets for sample in dataset.samples]
-    order = BatchSampler(group_samples(datasets, samples), 0, 1, run.gradient_accumulation_steps)
-    steps = run.max_train_epochs * order.steps_per_epoch if run.max_train_epochs else run.max_train_steps
+    samples = training_samples(datasets)
+    order, total_steps, num_epochs = plan_steps(run, datasets, world_size=1, seed=0)
     subsets = {id(sample.subset): sample.subset for sample in samples}
     rows = []
     for subset in subsets.values():
@@ -97,21 +96,18 @@ def _steps_table(datasets: Sequence[Dataset], run: RunOptions) -> Table:
         rows.append((str(subset.source), kind, str(len(own)), f"{shown / len(own):g}", str(shown)))
     title = (
         f"{order.batches_per_epoch} batches / {run.gradient_accumulation_steps} accumulated = {order.steps_per_epoch} steps "
-        f"an epoch on one process; {steps} steps in all, {math.ceil(steps / order.steps_per_epoch)} epochs"
+        f"an epoch on one process; {total_steps} steps in all, {num_epochs} epochs"
     )
     return Table(title, ("pictures from", "kind", "pictures", "x repeats", "= an epoch"), rows)
 
 
-def _shown(sample: Sample, tokenizer: Tokenizer, options: Options, *, augments: bool, with_pixels: bool) -> Shown:
-    captions = _captions(sample, options[RunOptions].seed or 0)
-    limit = options[ModelOptions].num_tokens
+def _shown(sample: Sample, tokenizer: Tokenizer, limit: int, seed: int, *, augments: bool, with_pixels: bool) -> Shown:
+    captions = _captions(sample, seed)
     ids = max((tokenizer.ids(caption) for caption in captions), key=len)
     pixels, mask, condition, note = None, None, None, ""
     if with_pixels:
         try:
-            loaded = load_pixels(
-                sample, python_rng(options[RunOptions].seed or 0, "debug", sample.file) if augments else None
-            )
+            loaded = load_pixels(sample, python_rng(seed, "debug", sample.file) if augments else None)
             pixels, mask = loaded.rgb, _mask(sample, loaded)
             if sample.conditioning is not None and not sample.subset.conditioning_is_mask:
                 condition = load_conditioning(sample, flipped=False)

@@ -1,14 +1,17 @@
-"""Preflight: everything about a run that can be known before torch is imported. Wrong files are told in half a second."""
+"""RunInputs: everything about a run that can be known before torch is imported.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A wrong model file, dataset or state is reported in half a second.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.data.dataset_config import ConditioningKind, read_datasets
+from library.data.dataset_config import DatasetDefinition, check_masks_are_used
 from library.data.file_index import FileIndex
 from library.data.options import CacheOptions, DatasetOptions
 from library.data.scan import Dataset, scan
-from library.errors import Mistake, OptionError, RunError
+from library.errors import Mistake, MistakeCollector, OptionError, RunError
 from library.log import log
 from library.models.checkpoint.key_maps import PARTS
 from library.models.checkpoint.reader import Checkpoint, check_vae, open_checkpoint
@@ -19,88 +22,180 @@ from library.safetensors_io import data_hash, read_header
 from library.training.options.distributed import ShardingOptions, sharding_notices
 from library.training.options.objective import LossOptions
 from library.training.options.optimizer import OptimizerOptions
-from library.training.options.output import SavingOptions
-from library.training.options.run import RunOptions
+from library.training.options.output import ResumeOptions, SavingOptions, UploadOptions
+from library.training.options.run import RunOptions, ValidationOptions
+from library.training.saving.resume import ResumePoint, find_resume_point, run_signature
+
+ChangeDatasets = Callable[[Sequence[Dataset]], Sequence[Dataset]]
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What was found: the base model, opened; what it predicts and with which schedule; the pictures.
+    """The base model, the datasets, and the state that the run is resumed from.
 
     Attributes:
-        no_model: why there is no base model; SDXL base's sizes stand in for it (--dry_run).
+        checkpoint: the base model, opened; no weight is read.
+        v_prediction: the model predicts velocity, not noise.
+        zero_terminal_snr: the model is trained on a schedule with zero terminal SNR.
+        datasets: the datasets with the sizes, captions and buckets of all images.
+        file_index: what is known of files from earlier runs.
+        signature: what must be the same when the run is resumed; empty if it saves no states.
+        resume: the state that the run is resumed from.
+        model_mistakes: why there is no base model; SDXL base's shapes take its place (--dry_run).
+        resume_mistakes: why the state can't be resumed from (--dry_run).
     """
 
     checkpoint: Checkpoint
     v_prediction: bool
     zero_terminal_snr: bool
     datasets: Sequence[Dataset]
-    known: FileIndex
-    no_model: tuple[Mistake, ...] = ()
+    file_index: FileIndex
+    signature: Mapping[str, str] = field(default_factory=dict)
+    resume: ResumePoint | None = None
+    model_mistakes: tuple[Mistake, ...] = ()
+    resume_mistakes: tuple[Mistake, ...] = ()
 
 
-def inspect_inputs(options: Options, conditioning: ConditioningKind = "masks") -> RunInputs:
-    """Open the model and scan the datasets. Raises OptionError with what can't be used.
+def inspect_inputs(
+    options: Options, definition: DatasetDefinition, change_datasets: ChangeDatasets = lambda datasets: datasets
+) -> RunInputs:
+    """Open the base model, scan the datasets, and find the state to resume from.
 
-    With --dry_run a model that can't be opened is only remembered, so that all else is looked at too.
+    With --dry_run, a model that can't be opened or a state that can't be resumed is only noted, so that everything else
+    is checked too.
+
+    Args:
+        options: the options of the run.
+        definition: the dataset definition, parsed.
+        change_datasets: what the script does to the scanned datasets, such as putting a token into captions.
+
+    Raises:
+        OptionError: something can't be used.
+        RunError: the state is damaged.
     """
-    no_model: tuple[Mistake, ...] = ()
-    run, max_grad_norm = options[RunOptions], options[OptimizerOptions].max_grad_norm
-    for notice in sharding_notices(
+    run = options[RunOptions]
+    _warn_of_sharding_notices(options)
+    checkpoint, model_mistakes = _open_model(options[ModelOptions], run)
+    _refuse_to_overwrite(checkpoint.path, options[SavingOptions])
+    v_prediction = _prediction_setting(options, "v_parameterization", checkpoint.v_prediction, checkpoint)
+    zero_terminal_snr = _prediction_setting(options, "zero_terminal_snr", checkpoint.zero_terminal_snr, checkpoint)
+    loss = options[LossOptions]
+    mistakes = _check_against_model(loss, checkpoint, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
+    if mistakes:
+        raise OptionError(*model_mistakes, *mistakes)
+    try:
+        if not (loss.masked_loss or checkpoint.unet.is_inpainting or model_mistakes):
+            check_masks_are_used(definition.configs)
+        cache_dir = options[CacheOptions].cache_dir
+        scanned, file_index = scan_datasets(definition, options[DatasetOptions], cache_dir, seed=run.seed)
+        datasets = change_datasets(scanned)
+    except OptionError as error:
+        raise OptionError(*model_mistakes, *error.mistakes) from None
+    signature = _signature(options, datasets)
+    resume, collector = None, MistakeCollector(raises=not run.dry_run)
+    with collector.collected():
+        resume = _resume_point(options, signature)
+    return RunInputs(
+        checkpoint,
+        v_prediction,
+        zero_terminal_snr,
+        datasets,
+        file_index,
+        signature,
+        resume,
+        model_mistakes,
+        tuple(collector.mistakes),
+    )
+
+
+def _warn_of_sharding_notices(options: Options) -> None:
+    run, optimizing = options[RunOptions], options[OptimizerOptions]
+    notices = sharding_notices(
         options[ShardingOptions],
         zero_stage_source=options.where("zero_stage") if options.given("zero_stage") else None,
         accumulation=run.gradient_accumulation_steps,
-        max_grad_norm=max_grad_norm,
-    ):
-        log.warning(notice)
-    try:
-        checkpoint = open_model(options[ModelOptions], prefer_fp16=options[RunOptions].mixed_precision == "fp16")
-        log.info(checkpoint.describe())
-    except OptionError as error:
-        if not options[RunOptions].dry_run:
-            raise
-        no_model = tuple(error.mistakes)
-        checkpoint = stand_in(Path(str(options[ModelOptions].pretrained_model_name_or_path)))
-    _refuse_to_overwrite(checkpoint.path, options[SavingOptions])
-    v_prediction = _settled(options, "v_parameterization", checkpoint.v_prediction, checkpoint)
-    zero_terminal_snr = _settled(options, "zero_terminal_snr", checkpoint.zero_terminal_snr, checkpoint)
-    if mistakes := list(
-        _against_the_model(
-            options[LossOptions], checkpoint, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr
-        )
-    ):
-        raise OptionError(*no_model, *mistakes)
-    try:
-        sees_masks = options[LossOptions].masked_loss or checkpoint.unet.is_inpainting or bool(no_model)
-        datasets, known = inspect_datasets(options, options[RunOptions].seed, conditioning, uses_masks=sees_masks)
-    except OptionError as error:
-        raise OptionError(*no_model, *error.mistakes) from None
-    return RunInputs(checkpoint, v_prediction, zero_terminal_snr, datasets, known, no_model)
-
-
-def inspect_datasets(
-    options: Options, seed: int | None, conditioning: ConditioningKind = "masks", *, uses_masks: bool = True
-) -> tuple[list[Dataset], FileIndex]:
-    """Scan the datasets. Raises OptionError with what can't be used.
-
-    Args:
-        seed: --seed.
-        uses_masks: the run has a use for masks in conditioning_data_dir: in its loss, or because the model is to paint there.
-    """
-    data, cache_dir = options[DatasetOptions], options[CacheOptions].cache_dir
-    plans, notices = read_datasets(options, conditioning, uses_masks=uses_masks)
+        max_grad_norm=optimizing.max_grad_norm,
+    )
     for notice in notices:
         log.warning(notice)
-    known = FileIndex(None if cache_dir is None else cache_dir / "index")
+
+
+def _open_model(model: ModelOptions, run: RunOptions) -> tuple[Checkpoint, tuple[Mistake, ...]]:
+    """Open the base model. With --dry_run, SDXL base's shapes take its place if it can't be opened.
+
+    Returns:
+        The model, and why it can't be opened.
+    """
+    try:
+        checkpoint = open_model(model, prefer_fp16=run.mixed_precision == "fp16")
+    except OptionError as error:
+        if not run.dry_run:
+            raise
+        return stand_in(Path(str(model.pretrained_model_name_or_path))), tuple(error.mistakes)
+    log.info(checkpoint.describe())
+    return checkpoint, ()
+
+
+def scan_datasets(
+    definition: DatasetDefinition, options: DatasetOptions, cache_dir: Path | None, *, seed: int | None
+) -> tuple[list[Dataset], FileIndex]:
+    """Scan the datasets.
+
+    Args:
+        definition: the dataset definition, parsed.
+        options: what is done with images that can't be used.
+        cache_dir: the folder of cache files; None: next to the images.
+        seed: --seed, which chooses the images that are held out for validation unless --validation_seed does.
+
+    Returns:
+        The datasets, and the index of facts about files, which the scan used and added to.
+
+    Raises:
+        OptionError: images or captions can't be used.
+    """
+    for notice in definition.notices:
+        log.warning(notice)
+    validation_seed = seed if options.validation_seed is None else options.validation_seed
+    file_index = FileIndex(None if cache_dir is None else cache_dir / "index")
     datasets = scan(
-        plans,
-        known,
-        skip_bad_images=data.skip_bad_images,
-        allow_missing_captions=data.allow_missing_captions,
+        definition.configs,
+        file_index,
+        skip_bad_images=options.skip_bad_images,
+        allow_missing_captions=options.allow_missing_captions,
         cache_dir=cache_dir,
-        seed=(seed if data.validation_seed is None else data.validation_seed) or 0,
+        seed=validation_seed or 0,
     )
-    return datasets, known
+    return datasets, file_index
+
+
+def _signature(options: Options, datasets: Sequence[Dataset]) -> dict[str, str]:
+    """Return the run's signature, if a state of it is read or written."""
+    states, cache = options[ResumeOptions], options[CacheOptions]
+    if not (states.resume or states.auto_resume or states.saves_states):
+        return {}
+    values = {spec.name: str(value) for spec, value in options.specs() if spec.affects_result}
+    return run_signature(
+        values,
+        datasets,
+        base_model=str(options[ModelOptions].pretrained_model_name_or_path),
+        latents_are_cached=cache.latents,
+        text_is_cached=cache.text,
+    )
+
+
+def _resume_point(options: Options, signature: Mapping[str, str]) -> ResumePoint | None:
+    """Return the state to resume from, if any. With --dry_run none is downloaded."""
+    states, uploads, run = options[ResumeOptions], options[UploadOptions], options[RunOptions]
+    if run.dry_run and states.resume and uploads.resume_from_huggingface:
+        return None
+    return find_resume_point(
+        states,
+        options[SavingOptions],
+        uploads,
+        signature,
+        seed=run.seed,
+        patience=options[ValidationOptions].early_stop_patience,
+    )
 
 
 def open_model(model: ModelOptions, *, prefer_fp16: bool) -> Checkpoint:
@@ -148,7 +243,7 @@ def _refuse_to_overwrite(model: Path, saving: SavingOptions) -> None:
         )
 
 
-def _settled(options: Options, name: str, said: bool | None, checkpoint: Checkpoint) -> bool:
+def _prediction_setting(options: Options, name: str, said: bool | None, checkpoint: Checkpoint) -> bool:
     """What the option and the checkpoint say together; refused where they contradict each other."""
     wanted = dict(options.items())[name]
     if said and options.given(name) and not wanted:
@@ -160,7 +255,7 @@ def _settled(options: Options, name: str, said: bool | None, checkpoint: Checkpo
     return bool(wanted or said)
 
 
-def _against_the_model(
+def _check_against_model(
     loss: LossOptions, checkpoint: Checkpoint, *, v_prediction: bool, zero_terminal_snr: bool
 ) -> list[Mistake]:
     """Options that don't fit what the model predicts, and models that can't be trained."""

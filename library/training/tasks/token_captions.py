@@ -28,12 +28,14 @@ _SHOWN = 5
 
 
 def with_token(
-    datasets: "Sequence[Dataset]", word: str, *, objects: bool = False, styles: bool = False
+    datasets: "Sequence[Dataset]", word: str | None, *, objects: bool = False, styles: bool = False
 ) -> "list[Dataset]":
     """The datasets with the templates of the options in place of their captions, or with their own, looked through.
 
     Raises OptionError if no caption has the word.
     """
+    if word is None:
+        return list(datasets)
     templates = OBJECTS if objects else STYLES if styles else ()
     if templates:
         return [
