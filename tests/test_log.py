@@ -4,6 +4,7 @@ import logging
 import sys
 
 import pytest
+from messages import mentions
 
 from library.log import LogOptions, log, progress_bar, start_logging
 from library.options import read_options
@@ -60,7 +61,7 @@ def test_notices_of_the_options_are_told(tmp_path, capsys):
     config = tmp_path / "run.toml"
     config.write_text("sdxl = true\n")
     start("--config_file", config)
-    assert "no options of this script, ignored: sdxl" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "WARNING", config, "sdxl")
 
 
 def test_a_progress_bar_into_a_file_writes_few_lines(monkeypatch, capsys):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from messages import mentioning, mentions
 
 from library.errors import Mistake, OptionError, RunError
 from library.option_types import did_you_mean, edits
@@ -93,29 +94,29 @@ def test_numbers_in_percent_and_lists_on_the_command_line():
 
 
 @pytest.mark.parametrize(
-    "line, expected",
+    "line, tokens",
     [
-        ("steps = 'many'", "expected a whole number, got 'many'"),
-        ("steps = 1.5", "expected a whole number, got 1.5"),
-        ("steps = true", "expected a whole number, got True"),
-        ("steps = 0", "must be at least 1, got 0"),
-        ("learning_rate = nan", "expected a finite number, got nan"),
-        ("learning_rate = -1", "must be at least 0, got -1"),
-        ("kind = 'c'", "expected one of a, b"),
-        ("flag = 'yes'", "expected true or false, got 'yes'"),
-        ("name = ['x']", "expected text"),
-        ("warmup = 1.5", "expected a whole number of steps, or a share"),
-        ("length = 100", "expected one of 150, 225"),
+        ("steps = 'many'", ["steps", "number|integer", "'many'"]),
+        ("steps = 1.5", ["steps", "whole number|integer", "1.5"]),
+        ("steps = true", ["steps", "number|integer", "True"]),
+        ("steps = 0", ["steps", "1", "0"]),
+        ("learning_rate = nan", ["learning_rate", "finite", "nan"]),
+        ("learning_rate = -1", ["learning_rate", "0", "-1"]),
+        ("kind = 'c'", ["kind", "a, b", "'c'"]),
+        ("flag = 'yes'", ["flag", "true", "false", "'yes'"]),
+        ("name = ['x']", ["name", "text|string", "['x']"]),
+        ("warmup = 1.5", ["warmup", "0.1", "10%", "1.5"]),
+        ("length = 100", ["length", "150, 225", "100"]),
     ],
 )
-def test_a_wrong_value_is_told_with_file_line_found_and_expected(line, expected, tmp_path):
+def test_a_wrong_value_is_told_with_file_line_found_and_expected(line, tokens, tmp_path):
     (text,) = mistakes_of(toml=f"# first line\n{line}\n", tmp_path=tmp_path)
-    assert "run.toml, line 2: " in text and expected in text
+    assert mentions(text, "run.toml", "line 2", *tokens)
 
 
 def test_an_unknown_key_in_the_config_file_is_named_with_its_file_and_nearest_option(tmp_path):
     (text,) = mistakes_of(toml="[loss]\nlearning_rat = 5\n", tmp_path=tmp_path)
-    assert text.endswith("run.toml, line 2: learning_rat is no option of this script; did you mean 'learning_rate'?")
+    assert mentions(text, "run.toml", "line 2", "learning_rat", "'learning_rate'|--learning_rate")
 
 
 def test_foreign_keys_get_one_line_together(tmp_path):
@@ -125,8 +126,7 @@ def test_foreign_keys_get_one_line_together(tmp_path):
     )
     (line,) = options.notices
     assert all(
-        key in line
-        for key in ("epoch", "sdxl", "noise_offset_type", "block_lr (an option of sdxl_train.py)", "something_else")
+        key in line for key in ("epoch", "sdxl", "noise_offset_type", "block_lr", "sdxl_train.py", "something_else")
     )
 
 
@@ -140,14 +140,14 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         "--steps", "x", "--nam", "y", "--flag", "--name", "z", toml="learning_rat = 1\nkind = 'c'\n", tmp_path=tmp_path
     )
     assert len(texts) == 5
-    for piece in (
-        "--steps: expected a whole number",
-        "--nam is no option",
-        "learning_rat",
-        "kind: expected one of",
-        "exclude each other",
+    for tokens in (
+        ["--steps", "'x'"],
+        ["--nam"],
+        ["line 1", "learning_rat"],
+        ["line 2", "kind", "'c'"],
+        ["--flag", "--name"],
     ):
-        assert any(piece in text for text in texts), piece
+        assert mentions(texts, *tokens), tokens
 
 
 def test_what_follows_from_a_broken_option_is_not_told():
@@ -155,31 +155,33 @@ def test_what_follows_from_a_broken_option_is_not_told():
         if options[Group].steps < 100:
             yield Mistake("too few steps", ("steps",))
 
-    assert mistakes_of("--steps", "x", checks=[check]) == ["--steps: expected a whole number, got 'x'"]
+    (text,) = mistakes_of("--steps", "x", checks=[check])
+    assert mentions(text, "--steps", "'x'")
     assert mistakes_of("--steps", "5", checks=[check]) == ["too few steps"]
 
 
 def test_abbreviations_are_refused_with_the_whole_name():
-    assert mistakes_of("--learning_rat", "1") == [
-        "--learning_rat is no option of this script; did you mean 'learning_rate'?"
-    ]
+    (text,) = mistakes_of("--learning_rat", "1")
+    assert mentions(text, "--learning_rat", "'learning_rate'|--learning_rate")
 
 
 def test_an_option_without_its_value_is_told():
     (text,) = mistakes_of("--steps")
-    assert "expected one argument" in text
+    assert mentions(text, "--steps", "argument|value")
 
 
 def test_options_without_effect_are_told_when_set():
     (line,) = read("--quiet").notices
-    assert line == "--quiet changes nothing: it never did"
+    assert mentions(line, "--quiet", "it never did")
     assert read().notices == []
 
 
 def test_refused_options_are_told_with_the_reason_and_switched_off_ones_are_no_mistake(tmp_path):
     refused = {"deepspeed": "not here; leave it out"}
-    assert mistakes_of("--deepspeed", refused=refused) == ["--deepspeed: not here; leave it out"]
-    assert "deepspeed: not here" in mistakes_of(toml="deepspeed = true\n", tmp_path=tmp_path, refused=refused)[0]
+    (text,) = mistakes_of("--deepspeed", refused=refused)
+    assert mentions(text, "--deepspeed", "not here; leave it out")
+    (text,) = mistakes_of(toml="deepspeed = true\n", tmp_path=tmp_path, refused=refused)
+    assert mentions(text, "line 1", "deepspeed", "not here; leave it out")
     read(toml="deepspeed = false\n", tmp_path=tmp_path, refused=refused)
 
 
@@ -207,14 +209,16 @@ def test_output_config_writes_what_differs_from_the_defaults_and_reads_back(tmp_
 
 def test_output_config_never_overwrites(tmp_path):
     (tmp_path / "out.toml").write_text("steps = 5\n", encoding="utf-8")
-    with pytest.raises(RunError, match="exists already"):
+    with pytest.raises(RunError, match=mentioning("--output_config", tmp_path / "out.toml", "--config_file")):
         read("--config_file", str(tmp_path / "out.toml"), "--output_config", "--steps", "3")
     assert (tmp_path / "out.toml").read_text(encoding="utf-8") == "steps = 5\n"
 
 
 def test_a_missing_or_broken_file_is_one_line(tmp_path):
-    assert "no such file" in mistakes_of("--config_file", str(tmp_path / "none.toml"))[0]
-    assert "can't be read as TOML" in mistakes_of(toml="steps = = 3", tmp_path=tmp_path)[0]
+    (text,) = mistakes_of("--config_file", str(tmp_path / "none.toml"))
+    assert mentions(text, "--config_file", tmp_path / "none.toml", "file")
+    (text,) = mistakes_of(toml="steps = = 3", tmp_path=tmp_path)
+    assert mentions(text, "--config_file", tmp_path / "run.toml", "TOML", "line 1")
 
 
 def test_a_byte_order_mark_does_no_harm(tmp_path):
@@ -229,11 +233,11 @@ def test_given_knows_what_the_user_set_be_it_the_default():
 
 
 def test_a_group_that_breaks_its_own_rules_cant_be_made():
-    with pytest.raises(OptionError, match="exclude each other"):
+    with pytest.raises(OptionError, match=mentioning("--flag", "--name")):
         Group(flag=True, name="x")
 
 
 def test_edits_counts_single_letter_changes():
     assert [edits("kitten", "sitting"), edits("", "abc"), edits("same", "same")] == [3, 3, 0]
-    assert did_you_mean("min_snr_gama", ["min_snr_gamma", "seed"]) == "; did you mean 'min_snr_gamma'?"
+    assert mentions(did_you_mean("min_snr_gama", ["min_snr_gamma", "seed"]), "min_snr_gamma")
     assert did_you_mean("zzz", ["seed"]) == ""

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from messages import mentioning
 
 from library.errors import OptionError
 from library.training.options.output import ResumeOptions, SavingOptions
@@ -128,7 +129,7 @@ def test_saves_of_a_run_that_was_ended_between_are_removed_when_they_are_old_too
 
 @pytest.mark.parametrize("name", ["a/b", "..", "../x", "a\\b", "nul\0", "x" * 300, "a:b", "", "con?"])
 def test_fault_8_an_output_name_that_leaves_its_folder_is_refused(name, tmp_path):
-    with pytest.raises(OptionError, match="expected a plain file name"):
+    with pytest.raises(OptionError, match=mentioning("--output_name", repr(name))):
         SavingOptions(output_dir=tmp_path, output_name=name)
 
 
@@ -167,7 +168,10 @@ def test_a_resumed_run_needs_space_for_what_is_still_to_come(options, done, mode
     monkeypatch.setattr("library.training.saving.saver.free_space", lambda folder: models * 1000)
     saver.check_space(10, done)
     monkeypatch.setattr("library.training.saving.saver.free_space", lambda folder: models * 1000 - 1)
-    with pytest.raises(OptionError, match=f"but {models} models of 0.00 MB"):
+    with pytest.raises(
+        OptionError,
+        match=mentioning("--output_dir", tmp_path, models, "0.00 MB", "--save_last_n_steps", "--save_last_n_epochs"),
+    ):
         saver.check_space(10, done)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import mentioning, mentions
 from torch import nn
 
 from library.data.batch_sampler import BatchPosition
@@ -105,7 +106,7 @@ def test_what_an_optimizer_may_hold_comes_back_bit_by_bit(tmp_path):
 
 
 def test_what_a_state_cant_hold_is_told_and_leaves_nothing(tmp_path):
-    with pytest.raises(RunError, match=r"optimizer's /a/0 is a OrderedDict_?|optimizer's /a/0 is a object"):
+    with pytest.raises(RunError, match=mentioning("optimizer", "/a/0", "object", "--save_state")):
         write_state(tmp_path / "state", State({"step": 1}, {}, {"a": [object()]}))
     assert not list(tmp_path.iterdir())
 
@@ -236,18 +237,19 @@ def test_fault_65_a_schedule_goes_on_to_the_bit(schedule, tmp_path):
 
 
 def test_the_scale_of_float16_losses_goes_on(tmp_path):
-    def scaled() -> OptimizerStep:
+    def scaled() -> tuple[OptimizerStep, StandardStep]:
         model = Small(1)
         groups = [ParamGroup("a", dict(model.named_parameters()), 0.1)]
         stepper = MasterWeightOptimizer(make_optimizer("AdamW", {}, groups, 0.1), groups)
-        return OptimizerStep(model, groups, StandardStep(stepper, max_grad_norm=1, scales_loss=True), None)
+        gradient_step = StandardStep(stepper, max_grad_norm=1, scales_loss=True)
+        return OptimizerStep(model, groups, gradient_step, None), gradient_step
 
-    one, two = scaled(), scaled()
+    (one, gradient_step), (two, _) = scaled(), scaled()
     for overflowed in (False, False, True, True):
-        one._gradient_step.scale.stepped(overflowed=overflowed)
+        gradient_step.scale.stepped(overflowed=overflowed)
     write_state(tmp_path / "s", State({"step": 1}, {}, one.state(names_of(one))))
     two.restore(read_state(tmp_path / "s").optimizer, names_of(two), same_options=True)
-    assert two._gradient_step.scale.state() == {"value": 2.0**14, "good": 0, "overflows": 2}
+    assert two.state(names_of(two))["descent"] == {"scale": {"value": 2.0**14, "good": 0, "overflows": 2}}
 
 
 def test_with_other_options_learning_rate_and_schedule_are_the_new_ones_and_what_was_learnt_stays():
@@ -270,9 +272,9 @@ def test_another_optimizer_starts_anew_and_other_groups_are_told(told):
     train(lion, 1, 2)
     state = lion.state(names_of(lion))["optimizer"]
     restore_optimizer(adam.optimizer, state, names_of(adam), same_options=False)
-    assert not adam.optimizer.state and "AdamW starts anew" in "\n".join(told)
+    assert not adam.optimizer.state and mentions(told, "lion_pytorch.lion_pytorch.Lion", "torch.optim.adamw.AdamW")
     state["groups"].pop()
-    with pytest.raises(RunError, match="the state has 1 groups of learning rates, this run has 2"):
+    with pytest.raises(RunError, match=mentioning("groups", "1", "2")):
         restore_optimizer(make("Lion", {}, ScheduleOptions(), 1).optimizer, state, {}, same_options=False)
 
 
@@ -335,9 +337,9 @@ def test_fault_2_a_torn_state_is_named_and_never_chosen(torn, tmp_path, told):
     else:
         (last / torn).unlink()
     assert newest_state(tmp_path, ["n"]) == tmp_path / "n-step00000002-state"
-    assert f"{last}: incomplete state: " in "\n".join(told) and torn in "\n".join(told)
+    assert mentions(told, last, torn)
     assert find_state("latest", tmp_path, ["n"]) == tmp_path / "n-step00000002-state"
-    with pytest.raises(OptionError, match=r"incomplete state.*the newest whole one is .*step00000002-state"):
+    with pytest.raises(OptionError, match=mentioning("--resume", last, torn, tmp_path / "n-step00000002-state")):
         find_state(str(last), tmp_path, ["n"])
 
 
@@ -356,7 +358,7 @@ def test_names_that_only_begin_alike_are_other_runs(tmp_path):
         write_state(tmp_path / f"{name}-state", some_state())
     (tmp_path / "n-state").write_text("a file")
     assert newest_state(tmp_path, ["n"]) is None
-    with pytest.raises(OptionError, match="--resume latest: there is no whole state of n in"):
+    with pytest.raises(OptionError, match=mentioning("--resume", "latest", "n", tmp_path)):
         find_state("latest", tmp_path, ["n"])
     assert newest_state(tmp_path, ["[ab]"]) == tmp_path / "[ab]-state"
     assert newest_state(tmp_path / "not there", ["n"]) is None
@@ -369,9 +371,12 @@ def test_a_state_of_sd_scripts_or_accelerate_is_recognised(files, tmp_path):
     (tmp_path / "at-state").mkdir()
     for name in files:
         (tmp_path / "at-state" / name).write_bytes(b"\x80\x04.")
-    with pytest.raises(OptionError, match=r"of sd-scripts or of accelerate, which can't be resumed here.*--network_weights"):  # fmt: skip
+    with pytest.raises(
+        OptionError,
+        match=mentioning("--resume", tmp_path / "at-state", "sd-scripts", "accelerate", "--network_weights"),
+    ):
         find_state(str(tmp_path / "at-state"), tmp_path, ["at"])
-    with pytest.raises(OptionError, match="no such state folder"):
+    with pytest.raises(OptionError, match=mentioning("--resume", tmp_path / "nowhere", "folder")):
         find_state(str(tmp_path / "nowhere"), tmp_path, ["at"])
 
 
@@ -380,7 +385,7 @@ def test_fault_16_a_flipped_bit_in_a_state_is_told(file, folder):
     raw = bytearray((folder / file).read_bytes())
     raw[-2] ^= 1
     (folder / file).write_bytes(raw)
-    with pytest.raises(RunError, match=rf"{file}: damaged: its sha256 isn't the one that state\.json has"):
+    with pytest.raises(RunError, match=mentioning(folder / file, "sha256", "state.json")):
         read_state(folder)
 
 
@@ -404,7 +409,7 @@ def test_fault_18_pickles_in_a_state_are_never_read(folder, tmp_path):
     assert not (tmp_path / "evil").exists()
     torch.save(Evil(tmp_path / "evil"), folder / "optimizer.safetensors")
     tamper(folder)
-    with pytest.raises(RunError, match=r"optimizer\.safetensors: not a"):
+    with pytest.raises(RunError, match=mentioning(folder / "optimizer.safetensors", "safetensors")):
         read_state(folder)
     assert not (tmp_path / "evil").exists()
 
@@ -417,7 +422,7 @@ def test_fault_18_files_outside_of_the_state_are_refused(name, folder):
     entry = {"sha256": "0" * 64, "bytes": (folder / "weights.safetensors").stat().st_size}
     files = json.loads((folder / "state.json").read_text())["files"]
     tamper(folder, files={**files, name: entry})
-    with pytest.raises(RunError, match=r"state\.json: damaged"):
+    with pytest.raises(RunError, match=mentioning(folder / "state.json", "weights.safetensors", name)):
         read_state(folder)
     assert newest_state(folder.parent, ["n"]) is None
 
@@ -434,7 +439,7 @@ def test_fault_18_files_outside_of_the_state_are_refused(name, folder):
 )  # fmt: skip
 def test_fault_18_facts_that_make_no_sense_are_told(changes, folder):
     tamper(folder, **changes)
-    with pytest.raises(RunError, match=r"damaged|another program or a newer version"):
+    with pytest.raises(RunError, match=mentioning(folder)):
         read_state(folder)
 
 
@@ -445,7 +450,7 @@ def test_fault_18_facts_that_make_no_sense_are_told(changes, folder):
 )  # fmt: skip
 def test_fault_18_facts_that_are_no_json_are_told(text, folder):
     (folder / "state.json").write_text(text)
-    with pytest.raises(RunError, match=r"state\.json: damaged"):
+    with pytest.raises(RunError, match=mentioning(folder / "state.json", "Error")):
         read_state(folder)
 
 
@@ -453,7 +458,7 @@ def test_fault_18_facts_that_are_no_json_are_told(text, folder):
 def test_fault_61_a_state_with_weights_that_arent_finite_is_refused(value, folder):
     write_safetensors(folder / "weights.safetensors", {"a.weight": torch.tensor([1.0, value])}, {})
     tamper(folder)
-    with pytest.raises(RunError, match=r"a\.weight holds numbers that aren't finite"):
+    with pytest.raises(RunError, match=mentioning(folder, "a.weight", "finite|NaN|Inf")):
         read_state(folder)
 
 
@@ -470,7 +475,7 @@ def test_fault_18_tensors_that_would_lead_a_kernel_astray_are_refused(optimizer,
                 continue
             wrong = {**entry, "value": torch.zeros(shape, dtype=entry["value"].dtype)}
             changed = {**saved, "state": {"large": {**saved["state"]["large"], key: wrong}}}
-            with pytest.raises(RunError, match="doesn't fit"):
+            with pytest.raises(RunError, match=mentioning(key, "large", list(shape))):
                 restore_optimizer(other.optimizer, changed, names_of(other))
             tried += 1
     assert tried

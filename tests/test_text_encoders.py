@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import mentioning
 
 from library.models import text_encoders
 from library.models import tokenizer as tokens
@@ -158,6 +159,6 @@ def test_a_damaged_vocabulary_is_told(monkeypatch, tmp_path):
     damaged.write_bytes(gzip.compress(b"x"))
     monkeypatch.setattr(tokens, "_VOCABULARY", damaged)
     tokens._vocabulary.cache_clear()
-    with pytest.raises(Exception, match="checksum"):
+    with pytest.raises(Exception, match=mentioning(damaged, "checksum")):
         load_tokenizers(None, None)
     tokens._vocabulary.cache_clear()
