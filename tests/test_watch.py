@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from messages import mentioning, mentions
 from running import QUICK, train_network, without
 from torch import nn
 
@@ -38,20 +39,18 @@ def trained(
 
 def test_what_never_gets_a_gradient_is_an_error_after_50_steps():
     trained(49, lr=0.1, use_both=False)
-    with pytest.raises(RunError, match=r"^1 of what is trained \(other\) got no gradient in 50 steps"):
+    with pytest.raises(RunError, match=mentioning("1", "other", "gradient", "50 steps")):
         trained(50, lr=0.1, use_both=False)
     trained(60, lr=0.1)
 
 
 def test_what_stays_as_it_is_is_an_error_too():
-    with pytest.raises(
-        RunError, match=r"2 of what is trained .*are what they were before 50 steps.*learning rate is too"
-    ):
+    with pytest.raises(RunError, match=mentioning("2", "used", "other", "50 steps", "learning rate", "--rounding")):
         trained(50, lr=1e-6, dtype=torch.bfloat16)
 
 
 def test_short_runs_are_checked_at_their_end_and_very_short_ones_not():
-    with pytest.raises(RunError, match=r"other.* got no gradient in 12 steps"):
+    with pytest.raises(RunError, match=mentioning("1", "other", "gradient", "12 steps")):
         trained(12, lr=0.1, use_both=False).run_ended()
     trained(9, lr=0.1, use_both=False).run_ended()
 
@@ -86,7 +85,9 @@ def test_a_run_whose_loss_is_masked_away_ends_with_an_error(golden_model, images
     (tmp_path / "masks").mkdir()
     for path in (images / "2_shapes").glob("*.png"):
         Image.new("RGB", Image.open(path).size).save(tmp_path / "masks" / path.name)
-    with pytest.raises(RunError, match=r"got no gradient in 12 steps.*look at masks"):
+    with pytest.raises(
+        RunError, match=mentioning("384", "lora_unet_input_blocks_4_1_proj_in", "gradient", "12 steps", "masks")
+    ):
         train_network(golden_model, images, tmp_path / "out", "--max_train_steps", 12, "--masked_loss", "--conditioning_data_dir", tmp_path / "masks")  # fmt: skip
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
@@ -101,7 +102,7 @@ def test_processes_with_different_weights_are_told(difference, is_told, monkeypa
         gathered[1].copy_(checksums(other.values()))
 
     monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
-    expected = pytest.raises(RunError, match=r"step 7: the processes have different weights: 1 of .* \(lora\.b\)")
+    expected = pytest.raises(RunError, match=mentioning("step 7", "1", "lora.b"))
     with expected if is_told else contextlib.nullcontext():
         check_equal({"a": torch.ones(2), "lora.b": torch.ones(3)}, 2, 7)
 
@@ -146,9 +147,9 @@ def run_pace(monkeypatch, steps, *, pause_at=None):
 def test_steps_twice_as_slow_are_told_once_with_the_cause(monkeypatch):
     usual = [(0.1, 0.9)] * 30
     (told,) = run_pace(monkeypatch, [*usual, *[(0.1, 2.9)] * 10])
-    assert told.startswith("steps take 3.0 times as long as before: probably another program")
+    assert mentions(told, "3.0") and not mentions(told, "--cache_latents")
     (told,) = run_pace(monkeypatch, [*usual, *[(2.5, 0.5)] * 10])
-    assert "they wait for pictures; take --cache_latents" in told
+    assert mentions(told, "3.0", "--cache_latents")
 
 
 def test_a_single_slow_step_a_pause_and_a_slow_start_are_not_told(monkeypatch):
