@@ -99,7 +99,7 @@ def test_a_config_file_of_training_is_taken_and_damaged_images_are_all_told(gold
     done = ends("tools.cache_latents", "--config_file", tmp_path / "run.toml")
     assert done.returncode == 2 and all(f"picture{number}.png" in done.stderr for number in (0, 2))
     done = call("tools.cache_latents", "--config_file", tmp_path / "run.toml", "--skip_bad_images")
-    assert "the caches of 2 pictures are complete" in done.stderr, done.stderr
+    assert "the caches of 2 images are complete" in done.stderr, done.stderr
     assert "min_snr_gamma" in done.stderr and "it is for training" in done.stderr
     done = ends("tools.cache_text_encoder_outputs", "--config_file", tmp_path / "run.toml")
     assert done.returncode == 2 and "--text_cache_variants 8" in done.stderr

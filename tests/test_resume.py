@@ -249,7 +249,7 @@ def test_verify_resume_does_steps_again_and_compares_them_with_the_log(begun, go
     )
     with pytest.raises(RunError, match=r"step 2: loss/current is .* the log says .* doesn't repeat itself"):
         train_network(golden_model, begun.images, tmp_path, *again, "1")
-    with pytest.raises(RunError, match="no steps behind the state's 3"):
+    with pytest.raises(RunError, match="no steps .* the state's 3"):
         train_network(golden_model, begun.images, begun.output, *THREE, "--resume", begun.at(3), "--verify_resume", "1")
 
 

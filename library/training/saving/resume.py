@@ -113,7 +113,7 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {str(metadata.get(name))[:50]}")
     run = metadata["run"]
     if not all(isinstance(value, str) for value in run.values()) or not run.get("seed", "").isdigit():
-        raise ValueError("run isn't text, or has no seed")
+        raise ValueError("run holds no text, or no seed")
 
 
 def run_signature(
