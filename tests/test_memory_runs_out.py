@@ -43,9 +43,9 @@ def test_fault_64_a_step_starts_again_in_smaller_parts_with_the_same_result(gold
     one, two = tensors_of(whole), tensors_of(parts)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
-    from library.training.saving.state_folder import read_state_metadata
+    from library.training.saving.state_folder import read_metadata
 
-    assert read_state_metadata(tmp_path / "parts" / "lora-state")["splits"] == 2
+    assert read_metadata(tmp_path / "parts" / "lora-state").splits == 2
 
 
 def test_fault_64_where_nothing_can_be_halved_the_run_is_saved_and_ends_with_advice(golden_model, images, tmp_path, small_memory):  # fmt: skip

@@ -18,6 +18,7 @@ import pytest
 import torch
 from forked import free_port
 from running import ROOT, arguments, losses_of, tensors_of, train_network
+from states import state_metadata
 from test_state import some_state, told
 
 from library.errors import NotFinite, OptionError, RunError
@@ -100,15 +101,15 @@ def test_fault_2_kill_9_during_a_state_leaves_no_torn_one_and_never_none(tmp_pat
     """The same folder again and again, as a name that is saved twice: it is moved aside before the new one gets its name."""
     draw, torn, step = random.Random(1), 0, 0
     weights = {"a": torch.zeros(300_000)}
-    write_state(tmp_path / "n-state", State({"step": 0}, {"a": weights["a"] * 0}, {"m": weights["a"] * 0}))
+    write_state(tmp_path / "n-state", State(state_metadata(0), {"a": weights["a"] * 0}, {"m": weights["a"] * 0}))
 
     def write() -> None:
         nonlocal step
         step += 1
         tensor = torch.full((300_000,), float(step))
-        write_state(tmp_path / "n-state", State({"step": step}, {"a": tensor}, {"m": tensor}))
+        write_state(tmp_path / "n-state", State(state_metadata(step), {"a": tensor}, {"m": tensor}))
 
-    first = State({"step": 0}, weights, {"m": weights["a"]})
+    first = State(state_metadata(0), weights, {"m": weights["a"]})
     took = seconds_of(lambda: write_state(tmp_path / "first-state", first))
     for _ in range(20):
         with forked(write):
@@ -117,7 +118,7 @@ def test_fault_2_kill_9_during_a_state_leaves_no_torn_one_and_never_none(tmp_pat
         found = newest_state(tmp_path, ["n"])
         assert found == tmp_path / "n-state"
         state = read_state(found)
-        step = state.facts["step"]
+        step = state.metadata.step
         for tensor in (state.weights["a"], state.optimizer["m"]):
             assert (tensor == step).all()
         assert not left_over(tmp_path)
@@ -140,7 +141,7 @@ def test_fault_2_a_kill_between_the_two_moves_of_a_state_loses_neither(tmp_path,
         write_state(tmp_path / "n-state", some_state(2))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not (tmp_path / "n-state").exists() and len(left_over(tmp_path)) == 2
-    assert read_state(newest_state(tmp_path, ["n"])).facts["step"] == 1
+    assert read_state(newest_state(tmp_path, ["n"])).metadata.step == 1
     assert not left_over(tmp_path)
 
 
@@ -152,7 +153,7 @@ def test_what_a_killed_process_of_the_same_number_left_stands_in_nobodys_way(tmp
             name.mkdir(exist_ok=True)
             (name / "weights.safetensors").write_bytes(b"torn")
         write_state(state, some_state(3))
-    assert read_state(state).facts["step"] == 3 and [path.name for path in tmp_path.iterdir()] == ["n-state"]
+    assert read_state(state).metadata.step == 3 and [path.name for path in tmp_path.iterdir()] == ["n-state"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- full disks
@@ -263,10 +264,10 @@ def test_fault_4_a_write_that_breaks_off_leaves_the_older_file(ending, tmp_path)
 
 def test_fault_4_a_state_that_breaks_off_leaves_the_older_one(tmp_path):
     write_state(tmp_path / "n-state", some_state(1))
-    large = State({"step": 2}, {"a": torch.zeros(100_000)}, {})
+    large = State(state_metadata(2), {"a": torch.zeros(100_000)}, {})
     with file_size_limit(100_000), pytest.raises(RunError, match="can't be written: File too large"):
         write_state(tmp_path / "n-state", large)
-    assert read_state(tmp_path / "n-state").facts["step"] == 1 and os.listdir(tmp_path) == ["n-state"]
+    assert read_state(tmp_path / "n-state").metadata.step == 1 and os.listdir(tmp_path) == ["n-state"]
 
 
 def test_fault_4_a_run_over_its_quota_trains_on_and_ends_with_status_1(golden_model, images, tmp_path, capsys):
@@ -380,7 +381,7 @@ def test_fault_8_a_link_in_the_files_place_is_replaced_and_what_it_points_to_sta
     write_state(output / "n-state", some_state())
     assert (outside / "kept").read_text() == "as it was" and os.listdir(outside) == ["kept"]
     assert sorted(path.name for path in output.iterdir()) == ["lora.safetensors", "n-state"]
-    assert not any(path.is_symlink() for path in output.iterdir()) and read_state(output / "n-state").facts["step"] == 5
+    assert not any(path.is_symlink() for path in output.iterdir()) and read_state(output / "n-state").metadata.step == 5
 
 
 # ------------------------------------------------------------------------------------------------------- what another run wrote
@@ -731,5 +732,5 @@ def test_fault_72_if_one_process_dies_or_hangs_the_other_ends_with_an_error(numb
             process.kill()
             process.wait()
     assert processes[0].returncode == 1, told[-3000:]
-    assert read_state(newest_state(output, ["lora"])).facts["step"] == 2
+    assert read_state(newest_state(output, ["lora"])).metadata.step == 2
     assert not (output / "lora.safetensors").exists() and not left_over(output)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from replay import Golden
+from states import state_metadata
 from test_in_backward import OPTIMIZERS, X, groups_of, make, numbers, train
 from torch import nn
 
@@ -236,7 +237,7 @@ def test_a_state_goes_on_to_the_bit(rounding, fused, tmp_path):
     train(whole, 6)
     train(part, 3)
     names = {id(p): name for name, p in part.loss_module.named_parameters()}
-    write_state(tmp_path / "s", State({"step": 3}, dict(part.loss_module.named_parameters()), part.state(names)))
+    write_state(tmp_path / "s", State(state_metadata(3), dict(part.loss_module.named_parameters()), part.state(names)))
     saved = read_state(tmp_path / "s")
     rest.loss_module.load_state_dict(saved.weights)
     rest.restore(saved.optimizer, {id(p): name for name, p in rest.loss_module.named_parameters()}, same_options=True)

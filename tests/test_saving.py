@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from states import state_metadata
 
 from library.errors import OptionError
 from library.training.options.output import ResumeOptions, SavingOptions
@@ -120,7 +121,7 @@ def test_saves_of_a_run_that_was_ended_between_are_removed_when_they_are_old_too
     saver.save("best", Progress())
     for step in (0, 2, 3, 4, 5, 6, 8, 10):
         saver.save("step", Progress(step=step))
-        saver.save_state("step", Progress(step=step), State({}, {}, {}))
+        saver.save_state("step", Progress(step=step), State(state_metadata(), {}, {}))
     saver.save("final", Progress(step=10))
     left = {path.name.removesuffix(".safetensors") for path in tmp_path.iterdir()}
     steps = {f"n-step{step:08d}{ending}" for step in (8, 10) for ending in ("", "-state")}

@@ -47,7 +47,7 @@ def run_training(kind: type[Task[Any]], options: Options, inputs: RunInputs) -> 
         return
     verifies = options[ResumeOptions].verify_resume is not None
     if resume is not None and resume.is_finished and not (verifies or run.dry_run):
-        steps = resume.metadata["step"]
+        steps = resume.metadata.step
         log.info("%s: this run is finished, after %d steps; there is nothing left to do", resume.folder, steps)
         return
     with nullcontext() if run.dry_run else _locked_output(saving.output_dir, saving.name):
@@ -65,7 +65,7 @@ def run_training(kind: type[Task[Any]], options: Options, inputs: RunInputs) -> 
         if accelerator.is_main_process:
             config = logged_config(options.specs()) if tracking.log_config else {}
             trackers = open_trackers(tracking, kind.tracker_name, config)
-        seed = shared_seed(run.seed if resume is None else int(resume.metadata["run"]["seed"]))
+        seed = shared_seed(run.seed if resume is None else resume.metadata.seed)
         plan = make_plan(kind, options, inputs, device, world_size=world_size, seed=seed)
         cached = fill_caches(plan, accelerator)
         train(build_run(plan, cached, accelerator, trackers), resume)

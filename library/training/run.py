@@ -22,9 +22,10 @@ from library.training.optim.ema import Ema
 from library.training.optim.optimizer_step import OptimizerStep
 from library.training.options.output import ResumeOptions
 from library.training.progress import Progress
-from library.training.saving.resume import ResumePoint, damage_as_run_error
+from library.training.saving.resume import ResumePoint
 from library.training.saving.saver import Saver
 from library.training.saving.state import State, read_state
+from library.training.saving.state_folder import StateMetadata, damaged_state_errors
 from library.training.trainable import Trainable
 
 
@@ -138,19 +139,19 @@ def capture(run: Run, progress: Progress, *, finished: bool) -> State:
         finished: the final model has been saved.
     """
     names = {id(parameter): name for name, parameter in run.parameters.items()}
-    metadata = {
-        "step": progress.step,
-        "epoch": progress.epoch,
-        "samples": progress.samples,
-        "splits": progress.splits,
-        "finished": finished,
-        "total_steps": run.total_steps,
-        "session_id": run.session_id,
-        "run": dict(run.signature),
-        "report": run.metrics.state(),
-        "best": run.best.state(),
-        "saved": run.saver.saved,
-    }
+    metadata = StateMetadata(
+        step=progress.step,
+        epoch=progress.epoch,
+        samples=progress.samples,
+        splits=progress.splits,
+        finished=finished,
+        total_steps=run.total_steps,
+        session_id=run.session_id,
+        signature=run.signature,
+        metrics=run.metrics.state(),
+        best=run.best.state(),
+        saved=run.saver.saved,
+    )
     weights: dict[str, Tensor] = {}
     for trainable in run.trainables:
         weights |= trainable.full_tensors()
@@ -173,21 +174,21 @@ def restore(run: Run, resumed: ResumePoint) -> Progress:
         parameters |= trainable.tensors()
     copy_weights(state.weights, parameters)
     names = {id(parameter): name for name, parameter in run.parameters.items()}
-    with damage_as_run_error(resumed.folder):
+    with damaged_state_errors(resumed.folder):
         if run.shards is not None:
             state.optimizer["optimizer"] = run.shards.cut(state.optimizer["optimizer"])
         run.optimizer_step.restore(state.optimizer, names, same_options=resumed.is_same)
         if run.ema is not None:
             run.ema.restore(state.ema or state.weights)
-        run.metrics.restore(metadata["report"], metadata["step"])
-        run.best.restore(metadata["best"])
-        run.saver.remember({**metadata["saved"], resumed.folder.name: [str(resumed.folder)]})
+        run.metrics.restore(metadata.metrics, metadata.step)
+        run.best.restore(metadata.best)
+        run.saver.remember({**metadata.saved, resumed.folder.name: [str(resumed.folder)]})
     run.preview.recall()
-    log.info("resumed from %s: %d of %d steps are done", resumed.folder, metadata["step"], run.total_steps)
-    epochs, steps_into_epoch = divmod(metadata["step"], run.order.steps_per_epoch)
-    if steps_into_epoch == 0 and metadata["epoch"] == epochs - 1:
+    log.info("resumed from %s: %d of %d steps are done", resumed.folder, metadata.step, run.total_steps)
+    epochs, steps_into_epoch = divmod(metadata.step, run.order.steps_per_epoch)
+    if steps_into_epoch == 0 and metadata.epoch == epochs - 1:
         epochs -= 1  # saved between an epoch's last step and its end, which is still to come
-    return Progress(epochs, metadata["step"], metadata["samples"], metadata["splits"])
+    return Progress(epochs, metadata.step, metadata.samples, metadata.splits)
 
 
 def start(run: Run) -> Progress:

@@ -1,35 +1,52 @@
-"""Resume: which state a run is resumed from, and what must be the same in both. Torch-free.
+"""Resuming: which state a run is resumed from, and what must be the same in both. Torch-free.
 
-Options declared with affects_result=False may change; of paths, the file name or the data is compared instead.
+Options declared with affects_result=False may change. Paths may change too: the name of the base model and the content
+of the datasets are compared instead.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from library.data.scan import Dataset
-from library.errors import OptionError, RunError
+from library.errors import OptionError
 from library.hub import download_folder
 from library.log import log
 from library.training.options.output import ResumeOptions, SavingOptions, UploadOptions
-from library.training.saving.state_folder import DAMAGE, find_state, newest_state, read_state_metadata
+from library.training.saving.state_folder import (
+    StateMetadata,
+    damaged_state_errors,
+    find_state,
+    newest_state,
+    read_metadata,
+)
+
+# Keys of the signature. They are stored in state.json, and keep their names.
+_PROCESSES = "processes"
+_LATENTS_CACHED = "latents are cached"
+_TEXT_CACHED = "captions are cached"
+_BASE_MODEL = "base model"
+_IMAGES = "pictures"
+_BATCH_SIZES = "batch sizes"
+_SAMPLES = "files, sizes and captions"
+_SHOWN_NAMES = {_IMAGES: "images"}
 
 
-class ResumePoint(NamedTuple):
+@dataclass(frozen=True)
+class ResumePoint:
     """A state that a run is resumed from.
 
     Attributes:
         folder: the state's folder.
-        metadata: the contents of its state.json.
-        is_same: no option that affects the result, and no image, differs from those of the state.
-        is_finished: nothing is left to do. With other options (--resume_anyway) there may be.
+        metadata: what its state.json says of the run.
+        is_same: every setting that affects the result, and every image, is the same as in the state.
+        is_finished: no step is left. With other settings (--resume_anyway) this is always False.
     """
 
     folder: Path
-    metadata: dict[str, Any]
+    metadata: StateMetadata
     is_same: bool
     is_finished: bool
 
@@ -43,77 +60,54 @@ def find_resume_point(
     seed: int | None,
     patience: int | None,
 ) -> ResumePoint | None:
-    """Return the state that --resume or --auto_resume means, if any.
+    """Return the state that --resume or --auto_resume asks for, or None without one.
 
     Args:
-        options: which state, and whether it may be another run's.
+        options: which state, and whether its settings may differ.
         saving: the output folder and name.
         uploads: whether the state is on the Hugging Face hub.
-        signature: what must be the same as in the state, the seed excepted.
-        seed: --seed; None: the state's.
+        signature: what must be the same as in the state, without the seed (run_signature).
+        seed: --seed; None: the seed of the state.
         patience: --early_stop_patience.
 
     Raises:
-        OptionError: there is no such state, or it is of another run.
+        OptionError: there is no such state, or it belongs to a run with other settings.
         RunError: the state is damaged.
     """
+    folder = _find_folder(options, saving, uploads)
+    if folder is None:
+        return None
+    metadata = read_metadata(folder)
+    with damaged_state_errors(folder):
+        is_over = _is_over(metadata, patience)
+    if seed is None:
+        seed = metadata.seed
+    current = {**signature, "seed": str(seed)}
+    is_same = check_signature(metadata.signature, current, resume_anyway=options.resume_anyway)
+    return ResumePoint(folder, metadata, is_same, is_finished=is_over and is_same)
+
+
+def _find_folder(options: ResumeOptions, saving: SavingOptions, uploads: UploadOptions) -> Path | None:
     assert saving.output_dir is not None
     names = [saving.output_name] if saving.output_name else ["last", "at", "epoch"]
-    folder: Path | None = None
     if options.resume:
         resume = options.resume
         if uploads.resume_from_huggingface:
             resume = str(download_folder(resume, uploads.huggingface_token))
-        folder = find_state(resume, saving.output_dir, names)
-    elif options.auto_resume:
-        folder = newest_state(saving.output_dir, names)
-    if folder is None:
-        return None
-    metadata = read_state_metadata(folder)
-    with damage_as_run_error(folder):
-        _check_metadata(metadata)
-        is_over = _is_over(metadata, patience)
-    saved = metadata["run"]
-    now = {**signature, "seed": saved["seed"] if seed is None else str(seed)}
-    is_same = check_same(saved, now, anyway=options.resume_anyway)
-    return ResumePoint(folder, metadata, is_same, is_finished=is_over and is_same)
+        return find_state(resume, saving.output_dir, names)
+    if options.auto_resume:
+        return newest_state(saving.output_dir, names)
+    return None
 
 
-def _is_over(metadata: Mapping[str, Any], patience: int | None) -> bool:
-    """Return whether the final save was the last one.
+def _is_over(metadata: StateMetadata, patience: int | None) -> bool:
+    """Return whether the run has nothing left to do.
 
-    A run that validation ended is continued if there is more patience now.
+    A run that --early_stop_patience ended continues if the patience is larger now.
     """
-    is_early_stop = patience is not None and metadata["best"]["waited"] >= patience
-    return metadata["finished"] and (metadata["step"] >= metadata["total_steps"] or is_early_stop)
-
-
-@contextmanager
-def damage_as_run_error(folder: Path) -> Iterator[None]:
-    """Context manager: turn Python's errors for a damaged state into a RunError."""
-    try:
-        yield
-    except OptionError:
-        raise
-    except DAMAGE as error:
-        raise RunError(f"{folder}: damaged state: {type(error).__name__}: {error}") from None
-
-
-_LEAST = {"step": 0, "epoch": 0, "samples": 0, "splits": 1, "total_steps": 1}
-_TYPES = {"finished": bool, "session_id": str, "run": dict, "report": dict, "best": dict, "saved": dict}
-
-
-def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError if an entry is missing or of another type."""
-    for name, least in _LEAST.items():
-        if type(metadata.get(name)) is not int or metadata[name] < least:
-            raise ValueError(f"{name} is {str(metadata.get(name))[:50]}")
-    for name, kind in _TYPES.items():
-        if type(metadata.get(name)) is not kind:
-            raise ValueError(f"{name} is {str(metadata.get(name))[:50]}")
-    run = metadata["run"]
-    if not all(isinstance(value, str) for value in run.values()) or not run.get("seed", "").isdigit():
-        raise ValueError("run holds no text, or no seed")
+    has_all_steps = metadata.step >= metadata.total_steps
+    is_stopped_early: bool = patience is not None and metadata.best["waited"] >= patience
+    return metadata.finished and (has_all_steps or is_stopped_early)
 
 
 def run_signature(
@@ -124,21 +118,21 @@ def run_signature(
     latents_are_cached: bool,
     text_is_cached: bool,
 ) -> dict[str, str]:
-    """Return what must be the same when the run is resumed, the seed excepted, as text by name.
+    """Return what must be the same when the run is resumed, without the seed, as text by name.
 
     Args:
         options: the options that affect the result.
         datasets: the run's datasets.
         base_model: --pretrained_model_name_or_path.
-        latents_are_cached: cached latents have one sample of the VAE's noise; where caches are stored has no effect.
+        latents_are_cached: cached latents are other samples of the VAE; where the caches are stored has no effect.
         text_is_cached: captions are encoded before training.
     """
     return {
         **options,
-        "processes": os.environ.get("WORLD_SIZE", "1"),
-        "latents are cached": str(latents_are_cached),
-        "captions are cached": str(text_is_cached),
-        "base model": base_model.replace("\\", "/").rpartition("/")[2],
+        _PROCESSES: os.environ.get("WORLD_SIZE", "1"),
+        _LATENTS_CACHED: str(latents_are_cached),
+        _TEXT_CACHED: str(text_is_cached),
+        _BASE_MODEL: _file_name(base_model),
         **_dataset_signature(datasets),
     }
 
@@ -147,39 +141,57 @@ def _dataset_signature(datasets: Sequence[Dataset]) -> dict[str, str]:
     digest = hashlib.sha256()
     for dataset in datasets:
         digest.update(repr((dataset.plan.batch_size, dataset.plan.buckets)).encode())
-        for sample in (*dataset.samples, *dataset.validation):
-            name = sample.file.replace("\\", "/").rpartition("/")[2]
-            values = (name, sample.size, sample.fit, sample.repeats, sample.caption, sample.subset.captions)
-            digest.update(repr((*values, "masked") if sample.has_mask else values).encode())
+        for sample in [*dataset.samples, *dataset.validation]:
+            name = _file_name(sample.file)
+            values = [name, sample.size, sample.fit, sample.repeats, sample.caption, sample.subset.captions]
+            if sample.has_mask:
+                values.append("masked")
+            digest.update(repr(tuple(values)).encode())
     num_images = sum(len(dataset.samples) for dataset in datasets)
     num_samples = sum(dataset.num_samples for dataset in datasets)
     return {
-        "pictures": f"{num_images}, {num_samples} with repeats",
-        "batch sizes": ", ".join(str(dataset.plan.batch_size) for dataset in datasets),
-        "files, sizes and captions": digest.hexdigest()[:16],
+        _IMAGES: f"{num_images}, {num_samples} with repeats",
+        _BATCH_SIZES: ", ".join(str(dataset.plan.batch_size) for dataset in datasets),
+        _SAMPLES: digest.hexdigest()[:16],
     }
 
 
-def check_same(saved: Mapping[str, str], now: Mapping[str, str], *, anyway: bool) -> bool:
-    """Whether nothing differs. Raises OptionError with every difference, unless the run is to be resumed anyway."""
-    different = [name for name in (*saved, *sorted(set(now) - set(saved))) if saved.get(name) != now.get(name)]
+def _file_name(path: str) -> str:
+    """Return what follows the last slash or backslash: a state may have been written on another system."""
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def check_signature(saved: Mapping[str, str], current: Mapping[str, str], *, resume_anyway: bool) -> bool:
+    """Return whether the signature of a state is that of the run.
+
+    Raises OptionError that lists every difference, unless `resume_anyway`.
+    """
+    names = [*saved, *sorted(current.keys() - saved.keys())]
+    different = [name for name in names if saved.get(name) != current.get(name)]
     if not different:
         return True
-    told = "\n".join(f"  {name}: {saved.get(name, 'not there')} -> {now.get(name, 'not there')}" for name in different)
-    if not anyway:
+    lines = []
+    for name in different:
+        before, now = saved.get(name, "not set"), current.get(name, "not set")
+        lines.append(f"  {_SHOWN_NAMES.get(name, name)}: {before} -> {now}")
+    differences = "\n".join(lines)
+    if not resume_anyway:
         raise OptionError(
-            f"--resume: this isn't the run that the state is of; it would go on otherwise than it began:\n{told}\n"
-            "Give the options that it had, or --resume_anyway"
+            f"--resume: this state belongs to a run with different settings:\n{differences}\n"
+            "Use the settings of the state, or add --resume_anyway"
         )
-    log.warning("resumed though these differ from the state (--resume_anyway):\n%s", told)
+    log.warning("--resume_anyway: resumed although these settings differ from the state:\n%s", differences)
     return False
 
 
 def initial_step(options: ResumeOptions, *, steps_per_epoch: int, total_steps: int) -> int:
-    """The steps that a run without a state takes as done. Raises OptionError if none are left."""
-    epoch = options.initial_epoch
-    step = (epoch - 1) * steps_per_epoch if epoch is not None else options.initial_step or 0
+    """Return the step at which a run without a state starts. Raises OptionError if no step would be left."""
+    if options.initial_epoch is None:
+        step = options.initial_step or 0
+        given = f"--initial_step {step}"
+    else:
+        step = (options.initial_epoch - 1) * steps_per_epoch
+        given = f"--initial_epoch {options.initial_epoch} begins at step {step}"
     if step >= total_steps:
-        given = f"--initial_step {step}" if epoch is None else f"--initial_epoch {epoch} begins at step {step}"
-        raise OptionError(f"{given}: the run has {total_steps} steps, so nothing would be left to do")
+        raise OptionError(f"{given}: the run has {total_steps} steps, so no step would be left")
     return step

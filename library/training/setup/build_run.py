@@ -47,8 +47,8 @@ def build_run(plan: RunPlan, cached: CachedData, accelerator: Accelerator, track
     is_main = accelerator.is_main_process
     session_id, done, logged_steps = str(secrets.randbits(32)), Progress(), 0
     if resume is not None:
-        session_id, logged_steps = resume.metadata["session_id"], resume.metadata["step"]
-        done = Progress(resume.metadata["epoch"], logged_steps)
+        session_id, logged_steps = resume.metadata.session_id, resume.metadata.step
+        done = Progress(resume.metadata.epoch, logged_steps)
     saver = build_saver(plan, training, session_id=session_id, world_size=accelerator.num_processes, is_main=is_main)
     if resume is not None:
         saver.own = saved_files(saver.log_file, session_id)

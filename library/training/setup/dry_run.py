@@ -169,7 +169,7 @@ def _first_step(plan: RunPlan) -> str | None:
     if resume is not None and resume.is_finished:
         return f"not at all: {resume.folder} is the state of a finished run"
     if resume is not None:
-        step = resume.metadata["step"]
+        step = resume.metadata.step
         return f"at step {step}, from {resume.folder}; {plan.steps.total_steps - step} steps are left"
     with suppress(OptionError):  # which the plan has among its mistakes
         return f"at step {plan.first_step}"
@@ -179,7 +179,7 @@ def _first_step(plan: RunPlan) -> str | None:
 def _output_rows(plan: RunPlan, collector: MistakeCollector) -> Rows:
     folder, resume, done = plan.saves.folder, plan.inputs.resume, Progress()
     if resume is not None:
-        done = Progress(resume.metadata["epoch"], resume.metadata["step"])
+        done = Progress(resume.metadata.epoch, resume.metadata.step)
     with collector.collected():
         _check_writable(folder)
         plan.saves.check_space(plan.steps.total_steps, done)
