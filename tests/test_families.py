@@ -300,7 +300,7 @@ def test_what_cant_be_trained_is_refused_by_name(twins, images, tmp_path):
         "--output_dir",
         tmp_path,
     ]
-    with pytest.raises(OptionError, match="a new word needs both text encoders, and the refiner has one"):
+    with pytest.raises(OptionError, match="needs both text encoders, and the refiner has one"):
         sdxl_train_textual_inversion.main(
             [str(word) for word in [*files, "--token_string", "zyx", "--use_object_template", "--resolution", "64"]]
         )
