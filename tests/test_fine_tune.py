@@ -17,7 +17,7 @@ from library.safetensors_io import read_header
 from library.training.options.objective import LossOptions
 from library.training.options.optimizer import ScheduleOptions
 from library.training.options.tasks import FineTuneOptions
-from library.training.setup.plan import check_lasting
+from library.training.setup.step_plan import check_trains_to_the_end
 from library.training.tasks.base import TaskSettings
 from library.training.tasks.fine_tune import FineTune
 
@@ -160,9 +160,11 @@ def test_text_encoders_that_are_trained_alone_may_not_stop_before_the_run_ends(d
     with pytest.raises(OptionError, match=mentioning("--stop_text_encoder_training", "2", "4")):
         train(golden_model, images, tmp_path / "out", *words, "2", *dry, quick=TEXT_TOO)
     assert "caching" not in capsys.readouterr().err
-    check_lasting([ParamGroup("text_encoder1", {}, 1e-5, "text_encoder_1", 4)], 4)
-    check_lasting([ParamGroup("text_encoder1", {}, 1e-5, "text_encoder_1", 2), ParamGroup("unet", {}, 1e-5)], 4)
+    check_trains_to_the_end([ParamGroup("text_encoder1", {}, 1e-5, "text_encoder_1", 4)], 4)
+    check_trains_to_the_end(
+        [ParamGroup("text_encoder1", {}, 1e-5, "text_encoder_1", 2), ParamGroup("unet", {}, 1e-5)], 4
+    )
     with pytest.raises(OptionError, match=r"^--stop_text_encoder_training and --ti_stop_ratio: .* after step 3 of 4"):
-        check_lasting(
+        check_trains_to_the_end(
             [ParamGroup("textencoder", {}, 1e-5, "text_encoders", 2), ParamGroup("token", {}, 1e-5, "token", 3)], 4
         )
