@@ -278,14 +278,14 @@ def test_an_output_folder_that_cant_be_made_is_told(golden_model, images, tmp_pa
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     done = run(golden_model, images, locked / "output")
-    assert done.returncode == 2 and "can't be made or written in" in done.stderr
+    assert done.returncode == 2 and "can't be created or written to" in done.stderr
 
 
 def test_an_output_folder_that_is_a_file_is_told_before_caching(golden_model, images, tmp_path):
     (tmp_path / "file").write_text("")
     done = run(golden_model, images, tmp_path / "file" / "output")
     assert "caching" not in done.stderr
-    assert done.returncode == 2 and "can't be made or written in" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "can't be created or written to" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_interrupt_ends_with_its_status(golden_model, images, output):

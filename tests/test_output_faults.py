@@ -25,7 +25,8 @@ from library.errors import NotFinite, OptionError, RunError
 from library.errors import run as run_script
 from library.files import OutputLock, host_name, remove_left_over, temporary_name, write_atomically
 from library.safetensors_io import read_header, write_safetensors
-from library.training.monitoring.metrics import MetricsLogger, saved_files
+from library.training.monitoring.metrics import MetricsLogger
+from library.training.monitoring.step_log import saved_files
 from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.saving.saver import Saver
@@ -408,7 +409,7 @@ def test_fault_9_another_runs_files_get_a_name_of_their_own_and_the_runs_own_don
     for name in before:
         aside = tmp_path / f"{name.removesuffix('.safetensors')}.{first}.safetensors"
         assert session_of(aside) == first and session_of(tmp_path / name) == second
-    assert f"{final} is of another run; it is lora.{first}.safetensors now" in capsys.readouterr().err
+    assert f"{final} was saved by another run; it is renamed to lora.{first}.safetensors" in capsys.readouterr().err
 
 
 def test_fault_9_files_that_say_nothing_of_their_run_are_known_again_by_its_log(golden_model, images, tmp_path):
@@ -428,8 +429,7 @@ def test_fault_9_the_log_knows_what_a_run_saved_however_often_it_is_broken_off_a
     def save(session: str, step: int, done: int) -> None:
         report = MetricsLogger(9, 9, is_main=True, trackers=None, log_file=log_file, done=done)
         saver = saver_of(tmp_path, Trainable(), session)
-        saver.own = saved_files(log_file, session)
-        report.saved(saver.save("step", Progress(step=step)), step, session)
+        report.log_saved(saver.save("step", Progress(step=step)), step, session)
         report.close()
 
     save("1", 3, done=0)
@@ -626,7 +626,7 @@ def test_fault_11_an_output_that_cant_be_written_is_told_before_caching(way, gol
     else:
         output.write_text("") if way == "file" else output.symlink_to(tmp_path / "nowhere" / "at all")
         text = told()
-    assert f"--output_dir {output}: can't be made or written in" in text and "caching" not in text
+    assert f"--output_dir {output}: can't be created or written to" in text and "caching" not in text
     assert not list(images.rglob("*.npz"))
 
 
