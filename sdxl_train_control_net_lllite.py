@@ -7,10 +7,8 @@ from library.data.dataset_config import DatasetDefinition
 from library.errors import run
 from library.log import start_logging
 from library.options import read_options
-from library.training.options.common import COMMON_TRAINING, check_training
-from library.training.options.compatibility import check_pairs
+from library.training.options.compatibility import COMMON_TRAINING, NO_EFFECT, UNSUPPORTED, check_pairs, check_training
 from library.training.options.tasks import LLLiteOptions, check_lllite
-from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 
 OPTIONS = [LLLiteOptions, *COMMON_TRAINING]
 

@@ -10,11 +10,9 @@ from library.data.dataset_config import DatasetDefinition
 from library.errors import OptionError, run
 from library.log import start_logging
 from library.options import read_options
-from library.training.options.common import COMMON_TRAINING, check_training
-from library.training.options.compatibility import check_pairs
+from library.training.options.compatibility import COMMON_TRAINING, NO_EFFECT, UNSUPPORTED, check_pairs, check_training
 from library.training.options.output import SavingOptions, is_plain_name
 from library.training.options.tasks import EmbeddingOptions, check_embedding
-from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 from library.training.tasks.token_captions import with_token
 
 OPTIONS = [EmbeddingOptions, *COMMON_TRAINING]

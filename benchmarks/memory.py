@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.errors import OptionError, run
 from library.options import OptionGroup, Options, option, read_options
-from library.training.options.common import COMMON_TRAINING
+from library.training.options.compatibility import COMMON_TRAINING
 from library.training.options.tasks import FineTuneOptions, PivotalOptions
 from networks.options import NetworkOptions
 

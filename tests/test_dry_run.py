@@ -20,7 +20,7 @@ from library.options import read_options
 from library.param_group import ParamGroup
 from library.size import Size
 from library.training.optim.optimizers import make_optimizer
-from library.training.options.common import COMMON_TRAINING
+from library.training.options.compatibility import COMMON_TRAINING
 from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.options.tasks import PivotalOptions
 from library.training.progress import Progress

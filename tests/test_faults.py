@@ -144,8 +144,8 @@ def test_fault_47_no_images_is_no_success(golden_model, output, tmp_path):
     "extra, pieces",
     [
         (["--learning_rat", "1"], ["did you mean 'learning_rate'?"]),
-        (["--optimizer", "Lion"], ["--optimizer is no option"]),
-        (["--block_lr", "1"], ["--block_lr is no option of this script; it is an option of sdxl_train.py"]),
+        (["--optimizer", "Lion"], ["--optimizer is not an option"]),
+        (["--block_lr", "1"], ["--block_lr is not an option of this script; it is an option of sdxl_train.py"]),
     ],
 )
 def test_fault_57_a_misspelt_option_is_refused(extra, pieces, golden_model, images, output):
@@ -302,9 +302,9 @@ def test_an_interrupt_ends_with_its_status(golden_model, images, output):
         (["--optimizer_args", "weight_deacy=0.1"], "AdamW has no 'weight_deacy'; did you mean 'weight_decay'"),
         (["--optimizer_args", "lr=0.5"], "--optimizer_args lr=0.5: give --learning_rate"),
         (["--optimizer_args", "betas=0.9"], "AdamW doesn't take betas=0.9"),
-        (["--optimizer_type", "torch.nn.Linear"], "--optimizer_type torch.nn.Linear: it is no optimizer"),
+        (["--optimizer_type", "torch.nn.Linear"], "--optimizer_type torch.nn.Linear: it is not an optimizer"),
         (["--learning_rate", "0"], "nothing is trained: every learning rate is 0"),
-        (["--lr_scheduler_type", "ReduceLROnPlateau"], "it wants a metric at every step"),
+        (["--lr_scheduler_type", "ReduceLROnPlateau"], "it needs a metric at every step"),
         (["--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False", "--lr_scheduler", "adafactor"], "finds its own rate"),
         (["--min_timestep", "900", "--max_timestep", "100"], "no timestep lies between them"),
         (["--ddp_static_graph", "--gradient_accumulation_steps", "2"], "--ddp_static_graph can't go with"),
@@ -312,7 +312,7 @@ def test_an_interrupt_ends_with_its_status(golden_model, images, output):
         (["--network_module", "not_there.kohya"], "--network_module not_there.kohya: not_there isn't installed; pip install not_there"),
         (["--network_module", "networks.dylora"], "it isn't part of this suite; take --network_module lycoris.kohya"),
         (["--network_module", "json"], "json: it has no create_network"),
-        (["-max_train_steps", "10"], "-max_train_steps is no option of this script; did you mean 'max_train_steps'? (options start with two dashes)"),
+        (["-max_train_steps", "10"], "-max_train_steps is not an option of this script; did you mean 'max_train_steps'? (options start with two dashes)"),
         (["--seed", "99999999999999999999"], "--seed: must be at most"),
     ],
 )  # fmt: skip

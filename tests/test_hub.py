@@ -177,7 +177,7 @@ def test_fault_14_a_run_ends_though_the_hub_never_does(hub, saved, told, monkeyp
 def test_fault_14_python_ends_though_an_upload_hangs(hub, saved):
     hub.silent = True
     program = (
-        "import pathlib\nfrom library.training.saving.uploads import open_uploads\nfrom library.training.options.common import UploadOptions\n"
+        "import pathlib\nfrom library.training.saving.uploads import open_uploads\nfrom library.training.options.output import UploadOptions\n"
         f"uploads = open_uploads(UploadOptions(huggingface_repo_id='me/loras'))\nuploads.send(pathlib.Path({str(saved)!r}))\n"
         "raise SystemExit(3)"
     )

@@ -6,7 +6,7 @@ from torch import nn
 
 from library.data.batch_sampler import BatchPosition
 from library.param_group import ParamGroup, split_groups
-from library.training.optim.backward_step import OptimizerInBackward, bunches_of
+from library.training.optim.backward_step import OptimizerInBackward, param_buckets
 from library.training.optim.lr_schedules import make_scheduler
 from library.training.optim.master_weights import MasterWeightOptimizer, fp32_params, is_separable
 from library.training.optim.optimizer_step import GradientStep, OptimizerStep, StandardStep
@@ -153,7 +153,7 @@ def test_a_gradient_that_isnt_finite_steps_no_weight_to_where_it_isnt(name, clip
 
 
 class Parts:
-    """Stands for Shards: layer "first" is cut over processes, the others are whole on each, and wait until backward is over."""
+    """A fake of Shards: layer "first" is sharded, the others are replicated, and wait for the end of backward."""
 
     def __init__(self, model: Small):
         self.cut = dict(model.layers["first"].named_parameters())
@@ -170,7 +170,7 @@ def test_what_has_stopped_stays_though_it_waits_for_its_average():
     shards = Parts(model)
     shards.norms, shards.store_shard = lambda norms, _: norms, lambda _: None
     gradient_step = OptimizerInBackward(
-        stepper, bunches_of(groups), max_grad_norm=0.0, clips_by_previous=False, shards=shards
+        stepper, param_buckets(groups), max_grad_norm=0.0, clips_by_previous=False, shards=shards
     )
     stopped, goes_on = model.layers["last"].bias, model.layers["last"].weight
     before = stopped.detach().clone(), goes_on.detach().clone()
@@ -187,8 +187,8 @@ def test_processes_agree_which_tensors_step_together(monkeypatch):
 
     monkeypatch.setattr(param_group, "SMALL", 10_000)
     model = Small()
-    assert [len(param_bucket) for param_bucket in bunches_of(groups_of(model))] == [2, 6]
-    assert [len(param_bucket) for param_bucket in bunches_of(groups_of(model), Parts(model))] == [1, 1, 6]
+    assert [len(param_bucket) for param_bucket in param_buckets(groups_of(model))] == [2, 6]
+    assert [len(param_bucket) for param_bucket in param_buckets(groups_of(model), Parts(model))] == [1, 1, 6]
 
 
 @pytest.mark.parametrize("name, expected", [*((name, True) for name in OPTIMIZERS), ("Prodigy", False), ("pytorch_optimizer.DAdaptAdam", False)])  # fmt: skip
@@ -201,7 +201,7 @@ def test_large_tensors_step_alone_and_small_ones_of_a_group_together(monkeypatch
 
     monkeypatch.setattr(param_group, "SMALL", 81)
     groups = groups_of(Small())
-    sizes = [sorted(parameter.numel() for parameter in param_bucket) for param_bucket in bunches_of(groups)]
+    sizes = [sorted(parameter.numel() for parameter in param_bucket) for param_bucket in param_buckets(groups)]
     assert sizes == [[6400], [80], [6400], [6400], [1, 80, 80, 80]]
 
 

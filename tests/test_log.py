@@ -56,11 +56,11 @@ def test_other_processes_keep_quiet(monkeypatch, capsys):
     assert progress_bar("x", 3).disable
 
 
-def test_notices_of_the_options_are_told(tmp_path, capsys):
+def test_notices_about_options_are_logged(tmp_path, capsys):
     config = tmp_path / "run.toml"
     config.write_text("sdxl = true\n")
     start("--config_file", config)
-    assert "no options of this script, ignored: sdxl" in capsys.readouterr().err
+    assert "not options of this script: sdxl" in capsys.readouterr().err
 
 
 def test_a_progress_bar_into_a_file_writes_few_lines(monkeypatch, capsys):

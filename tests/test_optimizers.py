@@ -7,15 +7,17 @@ from library.errors import OptionError
 from library.imports import import_diffusers, import_transformers
 from library.param_group import ParamGroup
 from library.training.optim.lr_schedules import factor, make_scheduler, num_steps
-from library.training.optim.master_weights import MasterWeightOptimizer
+from library.training.optim.master_weights import MasterWeightOptimizer, is_separable
 from library.training.optim.optimizers import (
     current_rate,
     find_optimizer,
+    format_optimizer,
+    is_schedule_free,
     make_optimizer,
-    optimizer_in_words,
     start_training,
 )
 from library.training.options.optimizer import OptimizerOptions, ScheduleOptions, read_arguments
+from library.training.options.optimizer_table import OPTIMIZERS, optimizer_spec
 
 
 def groups(lr=0.01):
@@ -48,6 +50,36 @@ def groups(lr=0.01):
 )
 def test_names_of_the_contract_and_any_class(name, kind):
     assert find_optimizer(OptimizerOptions(optimizer_type=name).name)[0].__name__ == kind
+
+
+def test_a_class_is_known_by_its_short_name_and_by_its_dotted_one():
+    assert optimizer_spec("Prodigy").finds_lr and optimizer_spec("prodigyopt.Prodigy").finds_lr
+    assert optimizer_spec("schedulefree.AdamWScheduleFree").is_schedule_free
+    assert optimizer_spec("torch.optim.adamw.AdamW").is_elementwise
+    nesterov, sgd = optimizer_spec("SGDNesterov"), optimizer_spec("torch.optim.SGD")
+    assert nesterov.defaults["nesterov"] and nesterov.bytes_per_param == 4
+    assert not sgd.defaults and sgd.bytes_per_param == 0
+    unknown = optimizer_spec("pytorch_optimizer.Prodigy")
+    assert (
+        not unknown.is_known
+        and not unknown.finds_lr
+        and (unknown.module, unknown.class_name) == ("pytorch_optimizer", "Prodigy")
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_the_table_says_of_an_optimizer_is_true(name):
+    """Its class is where it says, is schedule-free if it says so, and steps parameters one by one unless it finds its rate."""
+    spec = OPTIMIZERS[name]
+    try:
+        cls, _ = find_optimizer(name)
+    except OptionError as error:
+        pytest.skip(str(error))
+    optimizer = make_optimizer(name, {}, [ParamGroup("a", {"w": torch.nn.Parameter(torch.randn(8, 8))}, 1.0)], 1.0)
+    assert cls.__name__ == spec.class_name
+    assert is_schedule_free(optimizer) is spec.is_schedule_free
+    assert bool(getattr(optimizer, "is_paged", False)) is spec.is_paged
+    assert is_separable(lambda groups: make_optimizer(name, {}, groups, 1.0)) is not spec.finds_lr
 
 
 @pytest.mark.parametrize(
@@ -134,10 +166,10 @@ def test_a_package_that_isnt_there_is_one_sentence_with_the_pip_command(monkeypa
 
 
 def test_the_metadata_form():
-    assert optimizer_in_words(make_optimizer("AdamW", {}, groups(), 0.01), {}) == "torch.optim.adamw.AdamW"
+    assert format_optimizer(make_optimizer("AdamW", {}, groups(), 0.01), {}) == "torch.optim.adamw.AdamW"
     given = {"weight_decay": 0.05, "betas": (0.9, 0.99)}
     assert (
-        optimizer_in_words(make_optimizer("AdamW", given, groups(), 0.01), given)
+        format_optimizer(make_optimizer("AdamW", given, groups(), 0.01), given)
         == "torch.optim.adamw.AdamW(weight_decay=0.05,betas=(0.9, 0.99))"
     )
 

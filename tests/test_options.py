@@ -118,7 +118,7 @@ def test_a_wrong_value_is_told_with_file_line_found_and_expected(line, expected,
 
 def test_an_unknown_key_in_the_config_file_is_named_with_its_file_and_nearest_option(tmp_path):
     (text,) = mistakes_of(toml="[loss]\nlearning_rat = 5\n", tmp_path=tmp_path)
-    assert text.endswith("run.toml, line 2: learning_rat is no option of this script; did you mean 'learning_rate'?")
+    assert text.endswith("run.toml, line 2: learning_rat is not an option of this script; did you mean 'learning_rate'?")
 
 
 def test_foreign_keys_get_one_line_together(tmp_path):
@@ -172,7 +172,7 @@ def test_all_mistakes_are_told_at_once(tmp_path):
     assert len(texts) == 5
     for piece in (
         "--steps: expected a whole number",
-        "--nam is no option",
+        "--nam is not an option",
         "learning_rat",
         "kind: expected one of",
         "exclude each other",
@@ -191,7 +191,7 @@ def test_what_follows_from_a_broken_option_is_not_told():
 
 def test_abbreviations_are_refused_with_the_whole_name():
     assert mistakes_of("--learning_rat", "1") == [
-        "--learning_rat is no option of this script; did you mean 'learning_rate'?"
+        "--learning_rat is not an option of this script; did you mean 'learning_rate'?"
     ]
 
 

@@ -13,9 +13,8 @@ from library.generation.options import GENERATION
 from library.log import LogOptions
 from library.option_types import Spec, specs_of
 from library.options import ConfigOptions
-from library.training.options.common import COMMON_TRAINING
+from library.training.options.compatibility import COMMON_TRAINING, NO_EFFECT, UNSUPPORTED
 from library.training.options.tasks import EmbeddingOptions, FineTuneOptions, LLLiteOptions, PivotalOptions
-from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
 from library.training.setup import cache_tool as caching
 from networks.inference.options import AppliedNetworkOptions
 from networks.options import NetworkOptions

@@ -57,9 +57,9 @@ def test_what_a_bfloat16_holds_stays_and_so_does_what_is_no_number():
 def test_a_value_and_its_rest_have_twice_the_bits():
     values = torch.randn(1000, generator=draw())
     for dtype, bits in ((BF16, 16), (torch.float16, 22)):
-        nearest, rest = compensate(values, dtype)
+        nearest, compensation = compensate(values, dtype)
         assert torch.equal(nearest, values.to(dtype))
-        assert ((nearest.float() + rest.float() - values).abs() <= values.abs() * 2.0**-bits + 1e-7).all()
+        assert ((nearest.float() + compensation.float() - values).abs() <= values.abs() * 2.0**-bits + 1e-7).all()
 
 
 WEIGHTS = torch.randn(60_000, generator=draw(1)) * 0.02  # as a convolution's of SDXL
@@ -219,7 +219,7 @@ def test_gradients_add_up_without_losing_what_is_small():
 def test_a_step_within_backward_rounds_by_the_same_draws():
     """Each tensor alone in both: the fused run of 16-bit weights ends where the other does, to the bit."""
     plain, fused = (make("SGDNesterov", fused=fused, dtype=BF16, rounding="stochastic", seed=3) for fused in (False, True))  # fmt: skip
-    plain._gradient_step.stepper.step_all = lambda number, factor, is_finite=None: one_by_one(plain, number, factor)
+    plain.gradient_step.optimizer.step_all = lambda step, factor, is_finite=None: one_by_one(plain, step, factor)
     for update in (plain, fused):
         train(update, 4)
     assert torch.equal(numbers(plain), numbers(fused)) and len(X)
@@ -246,7 +246,41 @@ def test_a_state_goes_on_to_the_bit(rounding, fused, tmp_path):
 
 
 def one_by_one(update, number, factor):
-    stepper = update._gradient_step.stepper
+    stepper = update.gradient_step.optimizer
     for parameter in stepper.parameters:
-        stepper.step([parameter], number, factor)
+        stepper.step_params([parameter], number, factor)
     stepper.commit()
+
+
+def test_a_state_written_before_its_words_changed_still_loads():
+    """Its keys are a format: "rests" is Kahan's compensation, "descent" what the step keeps, "beside" on its device."""
+    update = make("AdamW", fused=True, dtype=BF16, max_grad_norm=0.05, clips_by_previous=True, rounding="kahan")
+    parameters = dict(update.loss_module.named_parameters())
+    per_parameter = {
+        name: {
+            "step": {"value": torch.tensor(3.0), "beside": True},
+            "exp_avg": {"value": torch.full(parameter.shape, 0.5), "beside": True},
+            "exp_avg_sq": {"value": torch.full(parameter.shape, 0.25), "beside": True},
+        }
+        for name, parameter in parameters.items()
+    }
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    old = {
+        "optimizer": {
+            "kind": "torch.optim.adamw.AdamW",
+            "groups": [{"lr": 0.01}, {"lr": 0.02}],
+            "state": per_parameter,
+            "rests": {name: torch.full_like(parameter, 2.0**-20) for name, parameter in parameters.items()},
+        },
+        "schedule": None,
+        "descent": {"previous_norm": torch.tensor(0.75)},
+    }
+    update.restore(old, names, same_options=True)
+    state = update.state(names)
+    assert state.keys() == old.keys() and state["optimizer"].keys() == old["optimizer"].keys()
+    assert state["descent"] == {"previous_norm": 0.75}
+    for name in parameters:
+        assert torch.equal(state["optimizer"]["rests"][name], old["optimizer"]["rests"][name])
+        for key, entry in state["optimizer"]["state"][name].items():
+            assert entry.keys() == {"value", "beside"}
+            assert torch.equal(entry["value"], per_parameter[name][key]["value"])

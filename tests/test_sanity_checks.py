@@ -15,7 +15,7 @@ from library.training.monitoring.sanity_checks import (
     check_ranks_in_sync,
     checksums,
 )
-from library.training.optim.optimizer_step import norms_of
+from library.training.optim.optimizer_step import gradient_norms
 
 
 def trained(
@@ -29,7 +29,7 @@ def trained(
     for _ in range(steps):
         x = layers["used"](torch.ones(1, 2, dtype=dtype))
         (layers["other"](x) if use_both else x).sum().backward()
-        check.note_gradients(norms_of(list(layers.parameters()), torch.device("cpu")))
+        check.note_gradients(gradient_norms(list(layers.parameters()), torch.device("cpu")))
         optimizer.step()
         optimizer.zero_grad()
         check.step_done()

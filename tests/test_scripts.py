@@ -356,9 +356,8 @@ def test_the_step_log_is_json_lines(golden_model, images, tmp_path):
 def test_what_a_gui_writes_is_taken_with_a_few_lines(golden_model, images, tmp_path, caplog):
     """Foreign keys get one line together, and so do options that mean nothing in this version; nothing is refused."""
     from library.options import read_options
-    from library.training.options.common import COMMON_TRAINING, check_training
+    from library.training.options.compatibility import COMMON_TRAINING, NO_EFFECT, UNSUPPORTED, check_training
     from library.training.options.optimizer import OptimizerOptions
-    from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
     from networks.options import NetworkOptions
 
     argv = ["--config_file", ROOT / "tests" / "gui_lora.toml", "--pretrained_model_name_or_path", golden_model]

@@ -22,7 +22,7 @@ from library.training.monitoring.trackers import (
     open_trackers,
     read_tracker_config,
 )
-from library.training.options.common import COMMON_TRAINING
+from library.training.options.compatibility import COMMON_TRAINING
 from library.training.options.output import TrackerOptions
 from networks.options import NetworkOptions
 

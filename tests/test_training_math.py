@@ -212,7 +212,7 @@ def test_an_empty_range_of_timesteps_gives_its_upper_end():
             object.__setattr__(options, field.name, field.default)
         object.__setattr__(options, "min_timestep", low)
         object.__setattr__(options, "max_timestep", 500)
-        assert noises.draw_timesteps(SampleRng(0, 0, 0, 3), options).tolist() == [500] * 3
+        assert noises.sample_timesteps(SampleRng(0, 0, 0, 3), options).tolist() == [500] * 3
 
 
 def test_shares_of_noise_follow_the_papers_formulas():
@@ -239,7 +239,7 @@ def test_shares_of_noise_follow_the_papers_formulas():
 )
 def test_drawn_timesteps_have_the_share_of_the_middle_that_their_distribution_has(settings, middle):
     options = NoiseOptions(min_timestep=200, max_timestep=600, **settings)
-    drawn = noises.draw_timesteps(SampleRng(3, 0, 0, 4000), options)
+    drawn = noises.sample_timesteps(SampleRng(3, 0, 0, 4000), options)
     assert drawn.min() >= 200 and drawn.max() < 600 and drawn.dtype == torch.int64
     found = ((drawn >= 300) & (drawn < 500)).float().mean().item()
     assert found == pytest.approx(middle, abs=0.03)

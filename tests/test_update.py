@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from library.data.batch_sampler import BatchPosition
 from library.errors import RunError
 from library.param_group import ParamGroup
-from library.training.optim.backward_step import OptimizerInBackward, bunches_of
+from library.training.optim.backward_step import OptimizerInBackward, param_buckets
 from library.training.optim.lr_schedules import make_scheduler
 from library.training.optim.master_weights import MasterWeightOptimizer
 from library.training.optim.optimizer_step import OptimizerStep, StandardStep
@@ -94,11 +94,11 @@ def test_fault_60_a_gradient_that_isnt_finite_changes_no_weight(optimizer, poiso
 
 def test_float16_overflow_is_left_out_and_counted_and_the_scale_falls():
     layer, update = make(scales_loss=True)
-    before, scale = weights(layer), update._gradient_step.scale.value
+    before, scale = weights(layer), update.gradient_step.scale.value
     bad = X.clone()
     bad[0, 0] = float("inf")
     update.backward(losses(layer, bad), place(5))
-    assert update.step().overflowed and update._gradient_step.scale.value < scale
+    assert update.step().overflowed and update.gradient_step.scale.value < scale
     assert torch.equal(weights(layer), before)
     update.backward(losses(layer, X), place(5))
     updated = update.step()
@@ -127,11 +127,11 @@ def test_what_stops_is_frozen_before_the_forward_that_checkpointing_does_again(f
     stepper = MasterWeightOptimizer(make_optimizer("SGD", {}, groups, 0.1), groups)
     gradient_step = StandardStep(stepper, max_grad_norm=0, scales_loss=False)
     if fused:
-        gradient_step = OptimizerInBackward(stepper, bunches_of(groups), max_grad_norm=0, clips_by_previous=False)
+        gradient_step = OptimizerInBackward(stepper, param_buckets(groups), max_grad_norm=0, clips_by_previous=False)
     update, before = OptimizerStep(layer, groups, gradient_step, None), []
     for step in range(2):
         before.append((layer.weight.detach().clone(), layer.bias.detach().clone()))
-        with update.window(here := place(5)._replace(step=step)):
+        with update.accumulation(here := place(5)._replace(step=step)):
             update.backward(checkpoint(losses, layer, X, use_reentrant=False), here)
         update.step()
     assert not torch.equal(before[0][0], before[1][0]) and torch.equal(layer.weight, before[1][0])

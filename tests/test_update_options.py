@@ -75,17 +75,17 @@ def test_a_network_is_stepped_within_backward_too(golden_model, images, tmp_path
 
 def test_fault_64_memory_that_runs_out_in_a_step_within_backward_ends_the_run_unsaved(golden_model, images, tmp_path, monkeypatch):  # fmt: skip
     """Some weights are of this step then, others of the one before."""
-    from library.training.optim.backward_step import OptimizerInBackward
+    from library.training.optim.master_weights import MasterWeightOptimizer
 
-    steps, step = [], OptimizerInBackward._step
+    steps, step_params = [], MasterWeightOptimizer.step_params
 
-    def limited(self, number):
-        steps.append(self._number)
+    def limited(self, params, step, *others):
+        steps.append(step)
         if steps.count(1) == 3:  # of the second optimizer step
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
-        return step(self, number)
+        return step_params(self, params, step, *others)
 
-    monkeypatch.setattr(OptimizerInBackward, "_step", limited)
+    monkeypatch.setattr(MasterWeightOptimizer, "step_params", limited)
     with pytest.raises(RunError, match=r"step 2: out of memory .*some of its weights were stepped already.*the last saved state is whole"):  # fmt: skip
         train(golden_model, images, tmp_path / "out", *LAST_BLOCKS, "--fused_backward_pass", "--max_train_steps", "3", "--train_batch_size", "2", "--save_state", "--save_every_n_steps", "1")  # fmt: skip
     assert [path.name for path in (tmp_path / "out").glob("*-state")] == ["lora-step00000001-state"]

@@ -115,7 +115,7 @@ def accumulate_gradients(
             # For random numbers inside modules, such as dropout.
             seed_global_rng(seed, position.epoch, position.microbatch_index, i)
             rng = SampleRng(seed, position.epoch, position.first_sample_index, len(part), device)
-            with optimizer_step.window(position):
+            with optimizer_step.accumulation(position):
                 part_losses = optimizer_step.loss_module(part, rng)
                 optimizer_step.backward(part_losses, position)
             losses.append(MicrobatchLoss(part.paths, part_losses.detach()))

@@ -137,7 +137,7 @@ def gradients(run: Run, progress: Progress, accumulation: Sequence[Batch]) -> li
             if run.accelerator.num_processes > 1:  # the others wait for gradients: collective work would wait for ever
                 outcome = f"the other processes can't begin it again with this one, and {_NOT_SAVED}"
                 raise _out_of_memory(progress, error, outcome) from None
-            run.optimizer_step.forget()
+            run.optimizer_step.discard()
             if progress.splits >= max(len(batch) for batch in accumulation):
                 save(run, progress, "step", stopped=True)
                 outcome = f"the run is saved as it was after step {progress.step}"
@@ -153,7 +153,7 @@ def gradients(run: Run, progress: Progress, accumulation: Sequence[Batch]) -> li
 def step(run: Run, progress: Progress, signals: Signals) -> StepResult:
     """Step the weights. Memory may run out here too: many optimizers make their state in the first step."""
     try:
-        return run.optimizer_step.step(asked=signals.asked is not None)
+        return run.optimizer_step.step(stop_requested=signals.asked is not None)
     except torch.OutOfMemoryError as error:
         outcome = f"some of its weights may be stepped already, so {_NOT_SAVED}"
         advice = "--optimizer_offload, an 8-bit --optimizer_type, --fused_backward_pass, "
@@ -177,7 +177,7 @@ def _out_of_memory(progress: Progress, error: torch.OutOfMemoryError, outcome: s
 
 def is_asked_to_end(run: Run, signals: Signals) -> bool:
     """Return whether a signal asked any process to end. Several processes learn it a step later, with the loss."""
-    return signals.asked is not None if run.accelerator.num_processes == 1 else run.metrics.is_asked_to_end
+    return signals.asked is not None if run.accelerator.num_processes == 1 else run.metrics.stop_requested
 
 
 def after_step(run: Run, progress: Progress) -> None:
@@ -230,8 +230,11 @@ def preview(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     if epoch_ended or progress.step == 0:
         label = f"e{progress.epoch:06d}"
     loss_module.eval()
+    rank, world_size = run.rank_and_size
     with run.optimizer_step.eval_weights():
-        images = run.preview.draw(label, run.rank_and_size, gather_object, saves=run.accelerator.is_main_process)
+        images = run.preview.generate(
+            label, gather_object, rank=rank, world_size=world_size, saves=run.accelerator.is_main_process
+        )
     loss_module.train()
     run.metrics.log_samples(images, progress.step)
     run.slowdown.paused()
@@ -286,7 +289,7 @@ def write_page(run: Run, progress: Progress) -> None:
             title=run.saver.page_file.stem.removesuffix("-report"),
             options=run.options,
             facts=facts,
-            samples=run.preview.small(),
+            samples=run.preview.thumbnails(),
         )
     except (RunError, OSError) as error:
         log.warning("the report isn't written: %s", error)

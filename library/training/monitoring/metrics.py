@@ -47,7 +47,7 @@ class MetricsLogger:
 
     Attributes:
         overflows: the number of steps that were skipped because float16 gradients overflowed.
-        is_asked_to_end: whether a signal had asked any process to end when the last step that was read was done.
+        stop_requested: whether a signal had asked any process to stop, at the last step that was read.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class MetricsLogger:
             self._open_log(log_file, done)
         self._started = time.monotonic()
         self.overflows = 0
-        self.is_asked_to_end = False
+        self.stop_requested = False
 
     def _open_log(self, path: Path, done: int) -> None:
         """Create the step log, or keep its lines up to step `done`.
@@ -130,7 +130,7 @@ class MetricsLogger:
             rates: learning rates by the names of their groups.
         """
         self.flush()
-        scalars = PendingScalars(result.loss, result.grad_norm, result.asked)
+        scalars = PendingScalars(result.loss, result.grad_norm, result.stop_requested)
         seconds = time.monotonic() - self._started
         self._pending = _PendingStep(
             step, epoch, scalars, result.overflowed, microbatches, rates, seconds
@@ -144,8 +144,8 @@ class MetricsLogger:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        loss, norm, asked = pending.scalars.read()
-        self.is_asked_to_end = asked > 0
+        loss, norm, stop_requests = pending.scalars.read()
+        self.stop_requested = stop_requests > 0
         is_norm_valid = pending.overflowed or math.isfinite(norm)
         if not (math.isfinite(loss) and is_norm_valid):
             raise _non_finite_error(pending, loss, norm)

@@ -8,7 +8,7 @@ from typing import Any
 
 from library.log import log
 from library.models.options import ModelOptions
-from library.training.optim.optimizers import optimizer_in_words
+from library.training.optim.optimizers import format_optimizer
 from library.training.options.optimizer import OptimizerOptions, read_arguments
 from library.training.options.output import MetadataOptions, UploadOptions
 from library.training.saving.metadata import RunFacts, at_save, model_metadata, modelspec, training_metadata
@@ -38,7 +38,7 @@ def build_saver(plan: RunPlan, training: TrainingState, *, session_id: str, worl
     facts = RunFacts(
         datasets=plan.datasets,
         seed=order.seed,
-        optimizer=optimizer_in_words(training.optimizer_step.optimizer, arguments),
+        optimizer=format_optimizer(training.optimizer_step.optimizer, arguments),
         batches_per_epoch=math.ceil(order.batches_per_epoch / world_size),
         num_epochs=plan.steps.num_epochs,
         total_steps=plan.steps.total_steps,

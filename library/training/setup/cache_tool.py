@@ -15,8 +15,7 @@ from library.log import LogOptions
 from library.models.options import ModelOptions
 from library.option_types import specs_of
 from library.options import OptionGroup, Options, option, read_options
-from library.training.options.common import COMMON_TRAINING
-from library.training.options.unsupported import NO_EFFECT, UNSUPPORTED
+from library.training.options.compatibility import COMMON_TRAINING, NO_EFFECT, UNSUPPORTED
 from networks.options import NetworkOptions
 
 

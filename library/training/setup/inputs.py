@@ -19,7 +19,7 @@ from library.models.checkpoint.reference_shapes import stand_in
 from library.models.options import ModelOptions
 from library.options import Options
 from library.safetensors_io import data_hash, read_header
-from library.training.options.distributed import sharding_notices
+from library.training.options.distributed import ShardingOptions, sharding_notices
 from library.training.options.objective import LossOptions
 from library.training.options.optimizer import OptimizerOptions
 from library.training.options.output import ResumeOptions, SavingOptions, UploadOptions
@@ -111,7 +111,10 @@ def inspect_inputs(
 def _warn_of_sharding_notices(options: Options) -> None:
     run, optimizing = options[RunOptions], options[OptimizerOptions]
     notices = sharding_notices(
-        options, accumulation=run.gradient_accumulation_steps, max_grad_norm=optimizing.max_grad_norm
+        options[ShardingOptions],
+        zero_stage_source=options.where("zero_stage") if options.given("zero_stage") else None,
+        accumulation=run.gradient_accumulation_steps,
+        max_grad_norm=optimizing.max_grad_norm,
     )
     for notice in notices:
         log.warning(notice)

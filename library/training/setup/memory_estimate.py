@@ -29,9 +29,10 @@ from library.models.unet import UNet
 from library.models.unet_config import UNetConfig
 from library.models.vae import PIXELS_PER_LATENT
 from library.param_group import ParamGroup, split_groups
-from library.training.optim.master_weights import AT_ONCE
+from library.training.optim.master_weights import FP32_BUCKET_NUMEL
 from library.training.options.memory import MemoryOptions
 from library.training.options.optimizer import EmaOptions, OptimizerOptions, UpdateOptions
+from library.training.options.optimizer_table import optimizer_spec
 from library.training.setup.step_plan import Bucket, largest_of
 from library.training.tasks.base import Task
 
@@ -49,17 +50,6 @@ _FLOAT32 = 4
 # Bytes for each number that is stepped within backward, measured with Adafactor: its gradient and three temporaries; of 16 bits its float32
 # copy and that of its gradient too.
 _FUSED, _FUSED_16 = 16, 20
-# Bytes that an optimizer keeps for each number that it trains, by the lower-case names of --optimizer_type, counted after a
-# step. Paged ones are counted too, though the driver may move them to the host.
-_OPTIMIZER_BYTES = {
-    "adamw": 8, "adam": 8, "radam": 8, "nadam": 8, "rmsprop": 4, "adagrad": 4, "sgd": 0,
-    "adamw8bit": 2, "pagedadamw": 8, "pagedadamw8bit": 2, "pagedadamw32bit": 8,
-    "lion": 4, "lion8bit": 1, "pagedlion8bit": 1, "sgdnesterov": 4, "sgdnesterov8bit": 1,
-    "adafactor": 1,  # a row and a column for each matrix; the narrower the matrix, the more that is of it
-    "prodigy": 16, "dadaptation": 12, "dadaptadampreprint": 12, "dadaptadam": 12, "dadaptadagrad": 12, "dadaptadan": 20,
-    "dadaptadanip": 20, "dadaptlion": 8, "dadaptsgd": 12,
-    "adamwschedulefree": 8, "radamschedulefree": 8, "sgdschedulefree": 4,
-}  # fmt: skip
 
 
 class MemoryEstimate(NamedTuple):
@@ -145,19 +135,13 @@ def estimate(
 
 
 def optimizer_bytes(name: str) -> int:
-    """Bytes that an optimizer keeps for each number that it trains."""
-    return _OPTIMIZER_BYTES.get(name.lower().rpartition(".")[2], _OPTIMIZER_BYTES["adamw"])
+    """Return the bytes of an optimizer's state for each parameter that it trains."""
+    return optimizer_spec(name).bytes_per_param
 
 
 def state_bytes(name: str, shapes: Iterable[Sequence[int]]) -> int:
-    """Bytes that an optimizer keeps for tensors of these shapes. One that isn't known is taken to keep as much as AdamW."""
-    if name.lower().rpartition(".")[2] != "adafactor":
-        return sum(math.prod(shape) for shape in shapes) * optimizer_bytes(name)
-    # A row and a column for each matrix; it takes the last two sizes for one, of a 3x3 convolution its kernel's.
-    return sum(
-        _FLOAT32 * math.prod(shape) if len(shape) < 2 else _FLOAT32 * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
-        for shape in shapes
-    )
+    """Return the bytes of an optimizer's state for tensors of these shapes."""
+    return optimizer_spec(name).state_bytes(shapes)
 
 
 def activation_bytes(work: Work) -> int:
@@ -286,7 +270,7 @@ def _state_on_device(optimizer: str, shapes: Sequence[Sequence[int]], *, is_offl
     """Return the bytes of an optimizer's state on the device; of an offloaded one, what is copied there for a step."""
     if not is_offloaded:
         return state_bytes(optimizer, shapes)
-    return max(AT_ONCE * optimizer_bytes(optimizer), *(state_bytes(optimizer, [shape]) for shape in shapes))
+    return max(FP32_BUCKET_NUMEL * optimizer_bytes(optimizer), *(state_bytes(optimizer, [shape]) for shape in shapes))
 
 
 def _swapped_numel(unet: UNet, count: int) -> int:

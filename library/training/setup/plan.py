@@ -15,7 +15,7 @@ from library.errors import Mistake, MistakeCollector, OptionError
 from library.models.sdxl import SdxlModels
 from library.options import Options
 from library.training.optim.build import try_optimizer
-from library.training.options.distributed import ShardingOptions, keeps_state_in_ram, sharding_config
+from library.training.options.distributed import ShardingOptions, offloads_optimizer, sharding_config
 from library.training.options.memory import MemoryOptions
 from library.training.options.optimizer import EmaOptions, OptimizerOptions, UpdateOptions
 from library.training.options.output import ResumeOptions, SavingOptions
@@ -125,7 +125,7 @@ class RunPlan:
             ema=self.options[EmaOptions],
             num_tokens=self.task.num_tokens,
             accumulation=self.options[RunOptions].gradient_accumulation_steps,
-            offloads_state=keeps_state_in_ram(self.options.replaced(memory)),
+            offloads_state=offloads_optimizer(memory, self.options[ShardingOptions]),
         )
 
     @cached_property

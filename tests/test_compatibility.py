@@ -14,21 +14,21 @@ from library.errors import OptionError
 from library.training.options.compatibility import FEATURES, INCOMPATIBLE
 
 WORDS = {
-    "fused steps": ["--fused_backward_pass"],
-    "accumulation": ["--gradient_accumulation_steps", "2"],
-    "swapped blocks": ["--blocks_to_swap", "9", "--gradient_checkpointing"],
-    "state in RAM": ["--optimizer_offload"],
-    "activations in RAM": ["--cpu_offload_checkpointing", "--gradient_checkpointing"],
-    "quantised base": ["--base_quant", "nf4"],
-    "average": ["--ema_decay", "0.9"],
-    "compiling": ["--torch_compile", "--dynamo_backend", "eager"],
+    "optimizer in backward": ["--fused_backward_pass"],
+    "gradient accumulation": ["--gradient_accumulation_steps", "2"],
+    "block swap": ["--blocks_to_swap", "9", "--gradient_checkpointing"],
+    "optimizer offload": ["--optimizer_offload"],
+    "activation offload": ["--cpu_offload_checkpointing", "--gradient_checkpointing"],
+    "quantized base": ["--base_quant", "nf4"],
+    "EMA": ["--ema_decay", "0.9"],
+    "torch.compile": ["--torch_compile", "--dynamo_backend", "eager"],
 }
 ALONE = [
     pair
     for pair in itertools.combinations(FEATURES, 2)
-    if pair not in INCOMPATIBLE and not {"processes", "FSDP2"} & set(pair)
+    if pair not in INCOMPATIBLE and not {"DDP", "FSDP2"} & set(pair)
 ]
-CHANGES_NOTHING = {"swapped blocks", "state in RAM", "activations in RAM"}
+CHANGES_NOTHING = {"block swap", "optimizer offload", "activation offload"}
 
 
 def test_the_page_shows_the_table():
@@ -47,7 +47,7 @@ def test_the_page_shows_the_table():
 
 @pytest.mark.parametrize("pair", INCOMPATIBLE, ids=" and ".join)
 def test_a_refused_pair_is_told_with_its_reason(pair, golden_model, images, tmp_path, monkeypatch):
-    if "processes" in pair:
+    if "DDP" in pair:
         monkeypatch.setenv("WORLD_SIZE", "2")
     if "FSDP2" in pair:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -64,8 +64,8 @@ def test_a_pair_works(pair, golden_model, images, tmp_path, monkeypatch):
     """Techniques that change nothing alone change nothing in a pair."""
     monkeypatch.setattr(param_group, "SMALL", 64)
     common = ["--max_train_steps", "2", "--mixed_precision", "bf16", "--max_grad_norm", "0"]
-    run = train_network if "quantised base" in pair else train
-    if run is train and "swapped blocks" in pair and "fused steps" not in pair:
+    run = train_network if "quantized base" in pair else train
+    if run is train and "block swap" in pair and "optimizer in backward" not in pair:
         common.append("--fused_backward_pass")
     path = run(golden_model, images, tmp_path / "both", *common, *(word for one in pair for word in WORDS[one]))
     assert (
@@ -79,9 +79,9 @@ def test_a_pair_works(pair, golden_model, images, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_two_processes_with_all_that_goes_with_them_equal_one(golden_model, images, tmp_path):
-    """Accumulation, state and activations in RAM, a quantised base, an average."""
+    """Gradient accumulation, optimizer and activation offload, a quantized base, EMA."""
     words = ["--max_train_steps", "2", "--train_batch_size", "1", "--gradient_checkpointing"]
-    for name in ("state in RAM", "activations in RAM", "quantised base", "average"):
+    for name in ("optimizer offload", "activation offload", "quantized base", "EMA"):
         words += [word for word in WORDS[name] if word not in words]
     train_network(golden_model, images, tmp_path / "one", *words, "--gradient_accumulation_steps", "4")
     both = arguments(golden_model, images, tmp_path / "two", *words, "--gradient_accumulation_steps", "2")
