@@ -349,7 +349,7 @@ def test_a_folders_scheduler_says_what_the_model_predicts(golden_models, tmp_pat
 
 def test_a_hub_that_cant_be_reached_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OptionError, match=r"^nobody/nothing: no such file or folder here, and the hub says: "):
+    with pytest.raises(OptionError, match=r"^nobody/nothing: no such local file or folder, and the hub says: "):
         open_checkpoint("nobody/nothing")
 
 

@@ -384,7 +384,7 @@ def test_a_vae_that_is_none_is_told_by_its_header(golden_model, images, output, 
 
 
 def test_a_hub_id_without_a_network_is_one_sentence(images, output):
-    refused(run("some-one/no-such-model", images, output), output, "some-one/no-such-model: no such file or folder here, and the hub says")  # fmt: skip
+    refused(run("some-one/no-such-model", images, output), output, "some-one/no-such-model: no such local file or folder, and the hub says")  # fmt: skip
 
 
 def test_a_broken_xformers_is_told_and_done_without(golden_model, images, output, tmp_path, monkeypatch):

@@ -505,7 +505,7 @@ def test_fault_10_the_second_run_of_a_name_is_refused_and_names_the_first(golden
         os.read(reading, 1)
         assert status_of(lambda: train_network(golden_model, images, tmp_path, "--max_train_steps", "1")) == 2
         told = capsys.readouterr().err
-        assert f"error: --output_name lora: process {owner} on {host_name()}, since " in told and "another name" in told
+        assert f"error: --output_name lora: another run (PID {owner} on {host_name()}, started " in told and "another name" in told
         assert "caching" not in told and not (tmp_path / "lora.safetensors").exists()
         OutputLock(tmp_path, "other").release()
     assert list(tmp_path.glob(".lora.*"))  # killed, so it couldn't tidy up
@@ -518,7 +518,7 @@ def test_fault_10_a_run_is_refused_whatever_the_owners_file_says(content, tmp_pa
     lock = OutputLock(tmp_path, "n")
     owner_file = tmp_path / ".n.owner.json"
     owner_file.unlink() if content is None else owner_file.write_text(content)
-    with pytest.raises(OptionError, match="--output_name n: another process"):
+    with pytest.raises(OptionError, match="--output_name n: another run"):
         OutputLock(tmp_path, "n")
     lock.release()
     OutputLock(tmp_path, "n").release()
