@@ -153,7 +153,7 @@ def test_a_gradient_that_isnt_finite_steps_no_weight_to_where_it_isnt(name, clip
 
 
 class Parts:
-    """Stands for Shards: layer "first" is cut over processes, the others are whole on each, and wait until backward is over."""
+    """A fake of Shards: layer "first" is sharded, the others are replicated, and wait for the end of backward."""
 
     def __init__(self, model: Small):
         self.cut = dict(model.layers["first"].named_parameters())
