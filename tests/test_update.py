@@ -136,8 +136,8 @@ def test_float16_that_overflows_at_every_scale_stops_the_run():
 def test_stopped_groups_are_frozen_before_a_checkpointed_forward(fused):
     layer, _ = make()
     groups = [ParamGroup("stops", {"weight": layer.weight}, 0.1, last_step=1), ParamGroup("lasts", {"bias": layer.bias}, 0.1)]  # fmt: skip
-    stepper = MasterWeightOptimizer(make_optimizer("SGD", {}, groups, 0.1), groups)
-    gradient_step = StandardStep(stepper, max_grad_norm=0, scales_loss=False)
+    optimizer = MasterWeightOptimizer(make_optimizer("SGD", {}, groups, 0.1), groups)
+    gradient_step = StandardStep(optimizer, max_grad_norm=0, scales_loss=False)
     if fused:
         gradient_step = OptimizerInBackward(
             optimizer, param_buckets(groups), max_grad_norm=0, clips_by_previous=False
