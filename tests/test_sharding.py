@@ -490,13 +490,13 @@ def test_settings_without_effect_are_reported(launched):
         {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1", "ACCELERATE_GRADIENT_CLIPPING": "0.5"}
     )
     options = asked("--zero_stage", "3")[ShardingOptions]
-    told = list(
+    notices = list(
         sharding_notices(
             options, zero_stage_source="--zero_stage", accumulation=1, max_grad_norm=1.0
         )
     )
-    assert [line.split(" ")[0] for line in told] == ["--zero_stage", "accelerate's"]
-    assert "says 0.5 where --max_grad_norm decides, which is 1" in told[1]
+    assert [line.split(" ")[0] for line in notices] == ["--zero_stage", "accelerate's"]
+    assert "says 0.5 where --max_grad_norm decides, which is 1" in notices[1]
 
 
 @pytest.mark.parametrize(
@@ -532,8 +532,8 @@ def test_features_incompatible_with_sharding_are_refused_by_name(launched):
         "--memory_plan",
         "auto",
     )
-    beside = [mistake.text.split(" ", 1)[0] for mistake in check_pairs(options)]
-    assert beside == ["FSDP", "--memory_plan"], "one process alone, and a plan for one card"
+    features = [mistake.text.split(" ", 1)[0] for mistake in check_pairs(options)]
+    assert features == ["FSDP", "--memory_plan"], "a single process, and a plan for one GPU"
     launched({"WORLD_SIZE": "2"})
     assert [mistake.about for mistake in check_pairs(options)] == [("memory_plan",)]
     trained = [mistake.text.split(" can't")[0] for mistake in check_fine_tune(options)]
