@@ -364,7 +364,7 @@ def test_state_json_is_written_last_and_the_folder_is_renamed_after_it(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["n-state"]
 
 
-@pytest.mark.parametrize("torn", ["state.json", "weights.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("damaged", ["state.json", "weights.safetensors", "optimizer.safetensors"])
 def test_fault_2_an_incomplete_state_is_logged_and_never_used(damaged, tmp_path, logged):
     for step in (2, 4):
         write_state(tmp_path / f"n-step{step:08d}-state", some_state(step))
