@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import mentioning
 from states import state_metadata
 
 from library.errors import OptionError
@@ -145,7 +146,7 @@ def test_saves_because_of_a_signal_are_removed_when_they_are_old(tmp_path):
     "name", ["a/b", "..", "../x", "a\\b", "nul\0", "x" * 300, "a:b", "", "con?"]
 )
 def test_fault_8_an_output_name_that_leaves_its_folder_is_refused(name, tmp_path):
-    with pytest.raises(OptionError, match="expected a plain file name"):
+    with pytest.raises(OptionError, match=mentioning("--output_name", repr(name))):
         SavingOptions(output_dir=tmp_path, output_name=name)
 
 
@@ -162,7 +163,9 @@ def test_other_processes_write_nothing(tmp_path):
     assert saver.save("final", Progress()) == [] and not (tmp_path / "new").exists()
 
 
-def test_the_planned_disk_space_includes_the_best_model_and_saves_about_to_be_removed(tmp_path):
+def test_the_planned_disk_space_includes_the_best_model_and_saves_about_to_be_removed(
+    tmp_path,
+):
     """Steps 2 and 4 of the last 2, the one that is being saved, the best and the final one."""
     options = SavingOptions(output_dir=tmp_path, save_every_n_steps=2, save_last_n_steps=2)
     for keeps_best, models in ((False, 4), (True, 5)):

@@ -1,12 +1,11 @@
 """FSDP2 and ZeRO: two processes with a sharded U-Net do what one does, on a CPU with gloo and torch's fully_shard."""
 
-import re
-
 import pytest
 import test_control_net_training as lllite
 import test_textual_inversion as inversion
 import torch
 from forked import free_port
+from messages import mentioning, mentions
 from running import QUICK as LORA
 from running import ROOT, arguments, assert_bit_equal, losses_of, script, tensors_of, train_network
 from test_fine_tune import QUICK, TEXT_TOO, train
@@ -303,7 +302,7 @@ def test_a_control_net_on_a_sharded_unet_learns_as_on_one_process(golden_model, 
         == 2
     )
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-5)
-    one, two = (tensors_of(tmp_path / folder / "lora.safetensors") for folder in ("one", "two"))
+    two, one = (tensors_of(tmp_path / folder / "lora.safetensors") for folder in ("two", "one"))
     noise = {name for name in one if name.endswith("attn1_to_k.up.0.bias")}
     assert_close(
         *({name: tensors[name] for name in tensors.keys() - noise} for tensors in (one, two))
@@ -431,57 +430,49 @@ def test_accelerates_configuration_chooses_a_stage(variables, expected, launched
 
 
 @pytest.mark.parametrize(
-    "variables, words, expected",
+    "variables, words, tokens",
     [
-        ({**FSDP, "FSDP_VERSION": "1"}, [], "fsdp_version is 1; take 2"),
+        ({**FSDP, "FSDP_VERSION": "1"}, [], ["fsdp_version", "1", "2"]),
         (
             {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "SHARD_GRAD_OP"},
             [],
-            "is shard_grad_op; take true",
+            ["fsdp_reshard_after_forward", "shard_grad_op", "true"],
         ),
         (
             {**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"},
             [],
-            "offload_param_device is nvme",
+            ["offload_param_device", "nvme"],
         ),
-        (
-            {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"},
-            [],
-            "ds.json isn't read here",
-        ),
-        (
-            FSDP,
-            ["--deepspeed"],
-            r"zero_stage 2 \(ZeRO-2\) and FSDP in .* \(ZeRO-3\) ask for different things",
-        ),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, [], ["ds.json"]),
+        (FSDP, ["--deepspeed"], ["--zero_stage", "2", "ZeRO-2", "FSDP", "ZeRO-3"]),
     ],
 )
-def test_unsupported_configurations_are_refused(variables, words, expected, launched):
+def test_unsupported_configurations_are_refused(variables, words, tokens, launched):
     launched(variables)
     (mistake,) = check_sharding(asked(*words)[ShardingOptions])
-    assert re.search(expected, mistake.text)
+    assert mentions(mistake.text, *tokens)
 
 
 @pytest.mark.parametrize(
-    "words, expected",
+    "words, tokens",
     [
-        (["--offload_param_device", "cpu"], "needs --deepspeed"),
+        (["--offload_param_device", "cpu"], ["--offload_param_device", "--deepspeed"]),
         (
             ["--deepspeed", "--offload_optimizer_device", "nvme"],
-            "nothing is moved to NVMe drives here; take cpu",
+            ["--offload_optimizer_device", "nvme", "cpu"],
         ),
         (
             ["--deepspeed", "--zero_stage", "0", "--offload_param_device", "cpu"],
-            "needs --zero_stage 1 or more",
+            ["--offload_param_device", "--zero_stage", "1"],
         ),
         (
             ["--deepspeed", "--zero_stage", "0", "--offload_optimizer_device", "cpu"],
-            "needs --zero_stage 1 or more",
+            ["--offload_optimizer_device", "--zero_stage", "1"],
         ),
     ],
 )
-def test_contradictory_options_are_refused(words, expected):
-    with pytest.raises(OptionError, match=expected):
+def test_contradictory_options_are_refused(words, tokens):
+    with pytest.raises(OptionError, match=mentioning(*tokens)):
         asked(*words)
 
 

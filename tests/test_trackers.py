@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from messages import lines_mentioning, mentioning, mentions
 from running import ROOT
 
 from library.errors import OptionError
@@ -164,7 +165,7 @@ def test_a_logging_dir_that_cannot_be_created_is_an_error_before_the_run(tmp_pat
     (tmp_path / "file").touch()
     (tmp_path / "unmounted").symlink_to(tmp_path / "nowhere" / "disk")
     for folder in (tmp_path / "file", tmp_path / "unmounted"):
-        with pytest.raises(OptionError, match=f"--logging_dir {folder}: can't be made"):
+        with pytest.raises(OptionError, match=mentioning("--logging_dir", folder, "File exists")):
             open_trackers(TrackerOptions(logging_dir=folder), "network_train", {})
 
 
@@ -173,7 +174,7 @@ def test_a_logging_dir_that_cannot_be_created_is_an_error_before_the_run(tmp_pat
 )
 def test_a_missing_package_is_named_with_flag_and_pip_command(name, hidden, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, hidden, None)
-    with pytest.raises(OptionError, match=rf"--log_with {name}: .*pip install {name}"):
+    with pytest.raises(OptionError, match=mentioning("--log_with", name, f"pip install {name}")):
         open_trackers(TrackerOptions(logging_dir=tmp_path, log_with=name), "network_train", {})
 
 
@@ -209,9 +210,7 @@ def test_fault_70_a_tracker_that_raises_is_logged_once_and_the_others_continue(
     sent.close()
     assert whole.calls == ["log", "log", "images", "close"] and len(broken.calls) == called
     (text,) = warnings_of(records)
-    assert text.startswith("broken failed") and text.endswith(
-        "OSError: [Errno 28] No space left on device, key ***"
-    )
+    assert mentions(text, "broken", "OSError: [Errno 28] No space left on device, key ***")
 
 
 def test_the_users_interrupt_passes_through():
@@ -241,7 +240,10 @@ def test_fault_70_a_full_disk_of_tensorboard_does_not_end_the_run(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
-    assert done.stdout == "done\n" and done.stderr.count("tensorboard failed") == 1, done.stderr
+    assert (
+        done.stdout == "done\n"
+        and len(lines_mentioning(done.stderr, "tensorboard", "File too large")) == 1
+    ), done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------------ wandb
@@ -316,9 +318,7 @@ def test_a_wandb_that_cannot_start_is_logged_without_its_key_and_tensorboard_con
     sent.close()
     assert events_of(next(tmp_path.glob("*/network_train"))).Scalars("loss")[0].value == 1.0
     (text,) = warnings_of(records)
-    assert text.startswith("wandb can't be started") and text.endswith(
-        "ConnectionError: no such host, key ***"
-    )
+    assert mentions(text, "wandb", "ConnectionError: no such host, key ***") and "more" not in text
 
 
 def test_a_key_of_the_environment_is_in_no_message(wandb, monkeypatch, records):
@@ -396,7 +396,7 @@ def test_the_tables_of_the_tracker_config_are_arguments_and_override_the_run_nam
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    "text, tokens",
     [
         ("[wandb\n", "can't be read as TOML"),
         (
@@ -409,20 +409,20 @@ def test_the_tables_of_the_tracker_config_are_arguments_and_override_the_run_nam
         ("[tensorboard]\nmax_queu = 3\n", r"\[tensorboard\]: .*'max_queu'"),
     ],
 )
-def test_an_error_in_the_tracker_config_names_the_file(text, expected, wandb, tmp_path):
+def test_an_error_in_the_tracker_config_names_the_file(text, tokens, wandb, tmp_path):
     config = tmp_path / "trackers.toml"
     config.write_text(text)
     options = TrackerOptions(
         log_with="all", logging_dir=tmp_path / "logs", log_tracker_config=config
     )
-    with pytest.raises(OptionError, match=rf"trackers\.toml: {expected}"):
+    with pytest.raises(OptionError, match=mentioning("--log_tracker_config", config, *tokens)):
         open_trackers(options, "network_train", {})
 
 
 def test_a_tracker_config_that_is_not_utf8_is_an_error(tmp_path):
     config = tmp_path / "trackers.toml"
     config.write_bytes("[wandb]\nname = 'Zoë'\n".encode("latin-1"))
-    with pytest.raises(OptionError, match="save it as UTF-8"):
+    with pytest.raises(OptionError, match=mentioning("--log_tracker_config", config, "UTF-8")):
         read_tracker_config(config)
 
 

@@ -299,7 +299,7 @@ _COMPARED = ("loss/current", "grad_norm")
 
 
 def verify(run: Run, progress: Progress, steps: int) -> None:
-    """Repeat up to so many steps that were done after the state was saved, and compare them with the log.
+    """Repeat up to `steps` steps that were done after the state was saved, and compare them with the log.
 
     Nothing is saved.
 

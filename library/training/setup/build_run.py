@@ -24,6 +24,7 @@ from library.training.setup.build_evaluation import build_preview, build_validat
 from library.training.setup.build_saver import build_saver
 from library.training.setup.caches import CachedData
 from library.training.setup.plan import RunPlan
+from library.training.setup.step_plan import training_samples
 from library.training.setup.training_state import build_training_state
 
 
@@ -105,7 +106,7 @@ def _build_batches(plan: RunPlan, cached: CachedData) -> Batches:
     data, loss = plan.options[DatasetOptions], plan.options[LossOptions]
     takes_conditions = plan.kind.conditioning_kind == "conditions"
     return Batches(
-        plan.samples,
+        training_samples(cached.datasets),
         cached.latents,
         cached.text,
         plan.steps.order.seed,

@@ -18,7 +18,7 @@ from library.training.options.distributed import ShardingOptions, sharding_confi
 from library.training.options.memory import CompileOptions
 from library.training.options.objective import LossOptions, NoiseOptions
 from library.training.options.optimizer import EmaOptions, UpdateOptions
-from library.training.setup.build_task import build_loss_module, task_options, task_settings
+from library.training.setup.build_task import build_loss_module
 from library.training.setup.plan import RunPlan
 from library.training.setup.step_plan import check_trains_to_the_end
 from library.training.tasks.base import Task
@@ -58,8 +58,7 @@ def build_training_state(plan: RunPlan, accelerator: Accelerator) -> TrainingSta
     sharding = sharding_config(options[ShardingOptions])
     if sharding.stage:
         shard(models.unet, device, world_size, sharding)
-    settings = task_settings(options, plan.inputs, total_steps)
-    task = plan.kind(models, settings, task_options(plan.kind, options))
+    task = plan.build_task()
     groups = task.param_groups()
     check_trains_to_the_end(groups, total_steps)  # again, for networks that need weights
     compiling = options[CompileOptions]
