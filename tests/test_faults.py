@@ -322,7 +322,7 @@ def test_an_interrupt_ends_with_its_status(golden_model, images, output):
         (["--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False", "--lr_scheduler", "adafactor"], "finds its own rate"),
         (["--min_timestep", "900", "--max_timestep", "100"], "no timestep lies between them"),
         (["--ddp_static_graph", "--gradient_accumulation_steps", "2"], "--ddp_static_graph can't go with"),
-        (["--output_name", "lora.safetensors"], "give it without its ending"),
+        (["--output_name", "lora.safetensors"], "--output_name 'lora.safetensors': leave out the suffix"),
         (["--network_module", "not_there.kohya"], "--network_module not_there.kohya: not_there isn't installed; pip install not_there"),
         (["--network_module", "networks.dylora"], "it isn't part of this suite; take --network_module lycoris.kohya"),
         (["--network_module", "json"], "json: it has no create_network"),
