@@ -1,4 +1,4 @@
-"""Fine-tune SDXL itself: the U-Net and, with --train_text_encoder, both text encoders. Saves a whole model.
+"""Fine-tune SDXL itself: the U-Net and, with --train_text_encoder, both text encoders. Saves a complete model.
 
 accelerate launch sdxl_train.py --config_file run.toml
 """

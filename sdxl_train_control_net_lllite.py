@@ -1,4 +1,4 @@
-"""Train a ControlNet-LLLite for SDXL: a small file that makes pictures follow a condition, such as outlines or depth.
+"""Train a ControlNet-LLLite for SDXL: a small file that makes images follow a condition, such as outlines or depth.
 
 accelerate launch sdxl_train_control_net_lllite.py --config_file run.toml
 """

@@ -1,4 +1,4 @@
-"""Train a network (LoRA) on SDXL: a small file beside the model that other programs load with it.
+"""Train a network (LoRA) on SDXL: a small file that other programs load with the model.
 
 accelerate launch sdxl_train_network.py --config_file run.toml
 """

@@ -1,4 +1,4 @@
-"""Train a new word for SDXL (Textual Inversion): a file of a few kilobytes that other programs load as an embedding.
+"""Train a placeholder token for SDXL (Textual Inversion): a file of a few kilobytes that other programs load as an embedding.
 
 accelerate launch sdxl_train_textual_inversion.py --config_file run.toml
 """

@@ -4,10 +4,10 @@ import itertools
 import re
 
 import pytest
-import torch
 from forked import end_together, processes
 from running import ROOT, arguments, assert_bit_equal, losses_of, tensors_of, train_network
 from test_fine_tune import QUICK, train
+from tolerance import assert_trained
 
 from library import param_group
 from library.errors import OptionError
@@ -105,8 +105,7 @@ def test_two_processes_with_all_that_goes_with_them_equal_one(golden_model, imag
     )
     end_together(processes("sdxl_train_network.py", *both, count=2))
     one, two = (tensors_of(tmp_path / name / "lora.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4)
+    assert_trained(two, one)
 
 
 @pytest.mark.long

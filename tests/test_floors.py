@@ -121,6 +121,7 @@ def test_accelerate_is_known_only_to_the_start_and_the_caches_before_it():
         "distributed/launch",
         "setup/build_run",
         "setup/caches",
+        "setup/dry_run",
         "setup/measure",
         "setup/training_state",
         "loop",

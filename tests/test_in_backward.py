@@ -181,7 +181,7 @@ def test_a_gradient_that_is_not_finite_makes_no_weight_so(name, clipping):
 
 
 class Parts:
-    """Stands for Shards: layer "first" is cut over processes, the others are whole on each, and wait until backward is over."""
+    """A fake of Shards: layer "first" is sharded, the others are replicated, and wait for the end of backward."""
 
     def __init__(self, model: Small):
         self.cut = dict(model.layers["first"].named_parameters())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import mentioning, mentions
 from running import assert_bit_equal
 from tolerance import ADAPTER_GRADIENT_NORM, assert_formula, assert_network, assert_norm, assert_zero_in_theory
 
@@ -226,23 +227,23 @@ def test_bfloat16_layers_take_float32_modules():
 
 
 @pytest.mark.parametrize(
-    "pair, expected",
+    "pair, tokens",
     [
-        ("conv_dims=4", "'conv_dims' is no argument of networks.lora; did you mean 'conv_dim'?"),
-        ("conv_dim=four", "conv_dim: expected a whole number, got 'four'"),
-        ("conv_dim", "conv_dim: expected a whole number, got ''"),
-        ("block_dims=4,4,4", "expected 23 whole numbers"),
-        ("rank_dropout=1.5", "expected a number in 0..1"),
-        ("down_lr_weight=0.5", "expected 9 numbers separated by commas, or one of sine"),
-        ("down_lr_weight=sinus+1", "expected 9 numbers"),
-        ("conv_alpha=1", "conv_alpha needs conv_dim"),
-        ("block_lr=1e-4", "'block_lr' is no argument"),
+        ("conv_dims=4", ["'conv_dims'", "networks.lora", "'conv_dim'"]),
+        ("conv_dim=four", ["conv_dim", "number|integer", "'four'"]),
+        ("conv_dim", ["conv_dim", "number|integer", "''"]),
+        ("block_dims=4,4,4", ["block_dims", "23", "'4,4,4'"]),
+        ("rank_dropout=1.5", ["rank_dropout", "number", "'1.5'"]),
+        ("down_lr_weight=0.5", ["down_lr_weight", "9", "sine", "'0.5'"]),
+        ("down_lr_weight=sinus+1", ["down_lr_weight", "9", "sine", "'sinus+1'"]),
+        ("conv_alpha=1", ["conv_alpha", "conv_dim"]),
+        ("block_lr=1e-4", ["'block_lr'", "networks.lora"]),
     ],
 )
-def test_bad_network_args_are_named_with_what_is_expected(pair, expected):
+def test_bad_network_args_are_named_with_what_is_expected(pair, tokens):
     with pytest.raises(OptionError) as error:
         NetworkOptions(network_module="networks.lora", network_args=(pair,))
-    assert expected in str(error.value) and str(error.value).startswith("--network_args: ")
+    assert mentions(str(error.value), "--network_args", *tokens)
 
 
 def test_weights_lists_are_cut_filled_and_thresholded():
@@ -320,23 +321,25 @@ def changed(tensors: dict, kind: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "kind, expected",
+    "kind, tokens",
     [
-        ("a key dropped", "1 tensors are missing in it"),
-        ("a key renamed", "1 tensors are not in this network"),
-        ("a key resized", "have another shape"),
+        ("a key dropped", ["1", "missing|lacks|absent"]),
+        ("a key renamed", ["1", "lora_unet_middle_block_9"]),
+        ("a key resized", ["1", "shape", "[2, 128]", "[3, 128]"]),
     ],
 )
-def test_fault_19_a_file_that_doesnt_fit_is_told_with_counts_and_names(kind, expected, network, own_models):
+def test_fault_19_a_file_that_doesnt_fit_is_told_with_counts_and_names(kind, tokens, network, own_models):
     tensors = changed(network.file_tensors(), kind)
     with pytest.raises(OptionError) as error:
         load_into(network, tensors, source=Path("x"), allow_partial=False)
-    assert expected in str(error.value) and "middle_block" in str(error.value) and "--allow_partial" in str(error.value)
+    assert mentions(
+        str(error.value), "--network_weights", "lora_unet_middle_block_1_proj_in", "--allow_partial", *tokens
+    )
     load_into(network, tensors, source=Path("x"), allow_partial=True)
 
 
 def test_fault_19_a_file_of_which_nothing_fits_is_always_refused(network):
-    with pytest.raises(OptionError, match="none of its 1 tensors fits this network"):
+    with pytest.raises(OptionError, match=mentioning("--network_weights", "1", "696")):
         load_into(network, {"lora_unet_else.lora_down.weight": torch.zeros(2, 2)}, source=Path("x"), allow_partial=True)
 
 

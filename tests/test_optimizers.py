@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from messages import mentioning
 
 from library.errors import OptionError
 from library.imports import import_diffusers, import_transformers
@@ -163,17 +164,17 @@ def test_arguments_are_python_literals():
 
 
 def test_wrong_names_and_arguments_are_mistakes_that_say_what_to_do():
-    with pytest.raises(OptionError, match=r"torch\.optim has no AdamWW; did you mean 'AdamW'"):
+    with pytest.raises(OptionError, match=mentioning("--optimizer_type", "torch.optim", "AdamWW", "'AdamW'")):
         find_optimizer("AdamWW")
-    with pytest.raises(OptionError, match="pip install nosuchpackage"):
+    with pytest.raises(
+        OptionError, match=mentioning("--optimizer_type", "nosuchpackage.optim.Best", "pip install nosuchpackage")
+    ):
         find_optimizer("nosuchpackage.optim.Best")
     with pytest.raises(
-        OptionError, match=r"Prodigy takes one learning rate .* got a 0\.01, b 0\.02"
+        OptionError, match=mentioning("--optimizer_type", "Prodigy", "learning rate", "a 0.01", "b 0.02")
     ):
         make_optimizer("Prodigy", {}, groups(), 1.0)
-    with pytest.raises(
-        OptionError, match=r"AdamW has no 'beta'; did you mean 'betas'.* It takes betas"
-    ):
+    with pytest.raises(OptionError, match=mentioning("--optimizer_args", "AdamW", "'beta'", "'betas'", "weight_decay")):
         make_optimizer("AdamW", {"beta": 1}, groups(), 0.01)
 
 
@@ -183,7 +184,7 @@ def test_a_package_that_isnt_there_is_one_sentence_with_the_pip_command(monkeypa
     for name in [name for name in sys.modules if name.split(".")[0] == "prodigyopt"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
-    with pytest.raises(OptionError, match="pip install prodigyopt"):
+    with pytest.raises(OptionError, match=mentioning("--optimizer_type", "Prodigy", "pip install prodigyopt")):
         find_optimizer("Prodigy")
 
 
@@ -269,22 +270,31 @@ def test_any_schedulers_class_with_arguments():
         optimizer.step()
         scheduler.step()
     assert rates == [1.0, 1.0, 0.5, 0.5, 0.25]
-    with pytest.raises(OptionError, match="lr_scheduler_type NoLR"):
+    with pytest.raises(OptionError, match=mentioning("--lr_scheduler_type", "NoLR")):
         make_scheduler(optimizer, ScheduleOptions(lr_scheduler_type="NoLR"), TOTAL, 1.0)
 
 
 @pytest.mark.parametrize(
-    "options, expected",
+    "options, tokens",
     [
         (
             {"lr_scheduler": "constant", "lr_warmup_steps": 10},
-            "take --lr_scheduler constant_with_warmup",
+            ["--lr_warmup_steps", "10", "constant", "constant_with_warmup"],
         ),
-        ({"lr_scheduler": "cosine_with_min_lr"}, "needs --lr_scheduler_min_lr_ratio"),
-        ({"lr_scheduler": "piecewise_constant"}, "needs --lr_scheduler_args .step_rules"),
-        ({"lr_scheduler": "cosine", "lr_scheduler_args": ("a=1",)}, "takes none"),
+        (
+            {"lr_scheduler": "cosine_with_min_lr"},
+            ["--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_min_lr_ratio"],
+        ),
+        (
+            {"lr_scheduler": "piecewise_constant"},
+            ["--lr_scheduler", "piecewise_constant", "--lr_scheduler_args", "step_rules"],
+        ),
+        (
+            {"lr_scheduler": "cosine", "lr_scheduler_args": ("a=1",)},
+            ["--lr_scheduler_args", "--lr_scheduler", "cosine"],
+        ),
     ],
 )
-def test_fault_59_schedules_that_cant_work_are_mistakes(options, expected):
-    with pytest.raises(OptionError, match=expected):
+def test_fault_59_schedules_that_cant_work_are_mistakes(options, tokens):
+    with pytest.raises(OptionError, match=mentioning(*tokens)):
         ScheduleOptions(**options)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_model import live_tensors
+from messages import mentioning
 from tolerance import assert_network
 
 from library.models import text_encoders
@@ -176,6 +177,6 @@ def test_a_damaged_vocabulary_is_told(monkeypatch, tmp_path):
     damaged.write_bytes(gzip.compress(b"x"))
     monkeypatch.setattr(tokens, "_VOCABULARY", damaged)
     tokens._vocabulary.cache_clear()
-    with pytest.raises(Exception, match="checksum"):
+    with pytest.raises(Exception, match=mentioning(damaged, "checksum")):
         load_tokenizers(None, None)
     tokens._vocabulary.cache_clear()

@@ -1,7 +1,8 @@
 """run_training: what every training script does once its options are read and its files are inspected."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from library.data.options import CacheOptions, DatasetOptions
@@ -37,54 +38,45 @@ def run_training(kind: type[Task[Any]], options: Options, inputs: RunInputs) -> 
         OptionError: the run can't work.
         RunError: the run failed.
     """
+    run, saving, tracking, resume = options[RunOptions], options[SavingOptions], options[TrackerOptions], inputs.resume
+    assert saving.output_dir is not None
     if options[DatasetOptions].debug_dataset:
-        saving = options[SavingOptions]
-        assert saving.output_dir is not None
-        show_dataset(
-            inputs,
-            options[ModelOptions],
-            options[RunOptions],
-            saving.output_dir / f"{saving.name}-dataset.html",
-            augments=not options[CacheOptions].latents,
+        page_file = saving.output_dir / f"{saving.name}-dataset.html"
+        augments = not options[CacheOptions].latents
+        show_dataset(inputs, options[ModelOptions], run, page_file, augments=augments)
+        return
+    verifies = options[ResumeOptions].verify_resume is not None
+    if resume is not None and resume.is_finished and not (verifies or run.dry_run):
+        steps = resume.metadata.step
+        log.info("%s: this run is finished, after %d steps; there is nothing left to do", resume.folder, steps)
+        return
+    with nullcontext() if run.dry_run else _locked_output(saving.output_dir, saving.name):
+        accelerator = start_processes(
+            timeout=run.ddp_timeout,
+            gradient_as_bucket_view=run.ddp_gradient_as_bucket_view,
+            static_graph=run.ddp_static_graph,
         )
-    elif options[RunOptions].dry_run:
-        dry_run(kind, options, inputs)
-    elif inputs.resume is not None and inputs.resume.is_finished and not options[ResumeOptions].verify_resume:
-        folder, steps = inputs.resume.folder, inputs.resume.metadata.step
-        log.info("%s: this run is finished, after %d steps; there is nothing left to do", folder, steps)
-    else:
-        with _locked_output(options[SavingOptions]):
-            _train(kind, options, inputs)
-
-
-def _train(kind: type[Task[Any]], options: Options, inputs: RunInputs) -> None:
-    """Set a run up in its stages, and train it."""
-    run_options, tracking = options[RunOptions], options[TrackerOptions]
-    accelerator = start_processes(
-        timeout=run_options.ddp_timeout,
-        gradient_as_bucket_view=run_options.ddp_gradient_as_bucket_view,
-        static_graph=run_options.ddp_static_graph,
-    )
-    trackers = None
-    if accelerator.is_main_process:
-        config = logged_config(options.specs()) if tracking.log_config else {}
-        trackers = open_trackers(tracking, kind.tracker_name, config)
-    seed = run_options.seed
-    if inputs.resume is not None:
-        seed = inputs.resume.metadata.seed
-    seed = shared_seed(seed)
-    plan = make_plan(kind, options, inputs, accelerator.device, world_size=accelerator.num_processes, seed=seed)
-    cached = fill_caches(plan, accelerator)
-    train(build_run(plan, cached, accelerator, trackers), inputs.resume)
+        device, world_size = accelerator.device, accelerator.num_processes
+        if run.dry_run:
+            plan = make_plan(kind, options, inputs, device, world_size=world_size, seed=run.seed or 0)
+            dry_run(plan, accelerator)
+            return
+        trackers = None
+        if accelerator.is_main_process:
+            config = logged_config(options.specs()) if tracking.log_config else {}
+            trackers = open_trackers(tracking, kind.tracker_name, config)
+        seed = shared_seed(run.seed if resume is None else resume.metadata.seed)
+        plan = make_plan(kind, options, inputs, device, world_size=world_size, seed=seed)
+        cached = fill_caches(plan, accelerator)
+        train(build_run(plan, cached, accelerator, trackers), resume)
 
 
 @contextmanager
-def _locked_output(saving: SavingOptions) -> Iterator[None]:
+def _locked_output(folder: Path, name: str) -> Iterator[None]:
     """Context manager: no other run saves under this name. Every process checks the folder, so that all fail alike."""
-    assert saving.output_dir is not None
     end_with_parent()
-    make_output_folder(saving.output_dir)
-    lock = OutputLock(saving.output_dir, saving.name) if is_main_process() else None
+    make_output_folder(folder)
+    lock = OutputLock(folder, name) if is_main_process() else None
     try:
         yield
     finally:

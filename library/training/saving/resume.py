@@ -87,7 +87,9 @@ def find_resume_point(
     return ResumePoint(folder, metadata, is_same, is_finished=is_over and is_same)
 
 
-def _find_folder(options: ResumeOptions, saving: SavingOptions, uploads: UploadOptions) -> Path | None:
+def _find_folder(
+    options: ResumeOptions, saving: SavingOptions, uploads: UploadOptions
+) -> Path | None:
     assert saving.output_dir is not None
     names = [saving.output_name] if saving.output_name else ["last", "at", "epoch"]
     if options.resume:
@@ -143,7 +145,14 @@ def _dataset_signature(datasets: Sequence[Dataset]) -> dict[str, str]:
         digest.update(repr((dataset.plan.batch_size, dataset.plan.buckets)).encode())
         for sample in [*dataset.samples, *dataset.validation]:
             name = _file_name(sample.file)
-            values = [name, sample.size, sample.fit, sample.repeats, sample.caption, sample.subset.captions]
+            values = [
+                name,
+                sample.size,
+                sample.fit,
+                sample.repeats,
+                sample.caption,
+                sample.subset.captions,
+            ]
             if sample.has_mask:
                 values.append("masked")
             digest.update(repr(tuple(values)).encode())
@@ -161,7 +170,9 @@ def _file_name(path: str) -> str:
     return path.replace("\\", "/").rpartition("/")[2]
 
 
-def check_signature(saved: Mapping[str, str], current: Mapping[str, str], *, resume_anyway: bool) -> bool:
+def check_signature(
+    saved: Mapping[str, str], current: Mapping[str, str], *, resume_anyway: bool
+) -> bool:
     """Return whether the signature of a state is that of the run.
 
     Raises OptionError that lists every difference, unless `resume_anyway`.
@@ -180,7 +191,9 @@ def check_signature(saved: Mapping[str, str], current: Mapping[str, str], *, res
             f"--resume: this state belongs to a run with different settings:\n{differences}\n"
             "Use the settings of the state, or add --resume_anyway"
         )
-    log.warning("--resume_anyway: resumed although these settings differ from the state:\n%s", differences)
+    log.warning(
+        "--resume_anyway: resumed although these settings differ from the state:\n%s", differences
+    )
     return False
 
 

@@ -123,7 +123,10 @@ class SaveSchedule:
                 due.append((epoch * steps_per_epoch, "epoch"))
         due.sort(key=lambda entry: entry[0])
         due.append((total_steps, "final"))
-        return [self.stem(when, Progress(epoch=step // steps_per_epoch, step=step)) for step, when in due]
+        return [
+            self.stem(when, Progress(epoch=step // steps_per_epoch, step=step))
+            for step, when in due
+        ]
 
     def disk_space(self, total_steps: int, done: Progress | None = None) -> DiskSpace:
         """Return what will be on the disk at once.
@@ -133,7 +136,9 @@ class SaveSchedule:
             done: the progress of a resumed run; its earlier saves are on the disk already and don't count.
         """
         done = done or Progress()
-        models = self._models_at_once(total_steps, done, self.saving.save_last_n_steps, self.saving.save_last_n_epochs)
+        models = self._models_at_once(
+            total_steps, done, self.saving.save_last_n_steps, self.saving.save_last_n_epochs
+        )
         if self.keeps_best:
             models += 1
         states = 0
@@ -143,11 +148,15 @@ class SaveSchedule:
             states = 1
         return DiskSpace(models, self.model_bytes, states, self.state_bytes)
 
-    def _models_at_once(self, total_steps: int, done: Progress, last_steps: int | None, last_epochs: int | None) -> int:
+    def _models_at_once(
+        self, total_steps: int, done: Progress, last_steps: int | None, last_epochs: int | None
+    ) -> int:
         every = self.saving.save_every_n_steps
         kept_steps = last_steps // every + 1 if every and last_steps else None
         of_steps = _still_to_save(total_steps, done.step, every, kept_steps)
-        of_epochs = _still_to_save(self.num_epochs - 1, done.epoch, self.every_epochs, last_epochs or None)
+        of_epochs = _still_to_save(
+            self.num_epochs - 1, done.epoch, self.every_epochs, last_epochs or None
+        )
         return of_steps + of_epochs + 1  # the final one
 
     def check_space(self, total_steps: int, done: Progress) -> None:
@@ -161,7 +170,9 @@ class SaveSchedule:
             )
 
 
-def saved_model_bytes(trainables: Sequence[Trainable], dtype: torch.dtype | None, *, has_ema: bool) -> int:
+def saved_model_bytes(
+    trainables: Sequence[Trainable], dtype: torch.dtype | None, *, has_ema: bool
+) -> int:
     """Return the approximate size of a saved model, with the moving average's file.
 
     Args:
@@ -173,7 +184,9 @@ def saved_model_bytes(trainables: Sequence[Trainable], dtype: torch.dtype | None
     return size * 2 if has_ema else size
 
 
-def saved_state_bytes(trainables: Sequence[Trainable], optimizer_bytes: int, *, has_ema: bool) -> int:
+def saved_state_bytes(
+    trainables: Sequence[Trainable], optimizer_bytes: int, *, has_ema: bool
+) -> int:
     """Return the approximate size of a saved state: weights, what the optimizer keeps, and the moving average.
 
     Args:
@@ -210,7 +223,9 @@ def check_free(folder: Path, needed: int) -> None:
     """Raise RunError if the folder's disk has fewer free bytes than needed."""
     free = free_space(folder)
     if needed > free:
-        raise RunError(f"{folder}: {format_bytes(needed)} are needed, {format_bytes(free)} are free")
+        raise RunError(
+            f"{folder}: {format_bytes(needed)} are needed, {format_bytes(free)} are free"
+        )
 
 
 def _still_to_save(last: int, done: int, every: int | None, kept: int | None) -> int:

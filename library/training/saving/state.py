@@ -81,12 +81,16 @@ def write_state(folder: Path, state: State) -> None:
                 write_safetensors(path, group, {"format": "pt"})
                 content["files"][name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         with open(temporary / STATE_JSON, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content))  # json.dump would encode in Python, which takes ten times as long
+            file.write(
+                json.dumps(content)
+            )  # json.dump would encode in Python, which takes ten times as long
             file.flush()
             os.fsync(file.fileno())
         replace_folder(temporary, folder)
     except OSError as error:
-        raise RunError(f"{folder}: the state can't be written: {error.strerror or error}") from error
+        raise RunError(
+            f"{folder}: the state can't be written: {error.strerror or error}"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -97,7 +101,9 @@ def read_state(folder: Path) -> State:
     groups: dict[str, dict[str, Tensor]] = {"ema.safetensors": {}}
     for name, entry in content["files"].items():
         if _sha256(folder / name) != entry["sha256"]:
-            raise RunError(f"{folder / name}: damaged: its sha256 differs from the one in {STATE_JSON}")
+            raise RunError(
+                f"{folder / name}: damaged: its sha256 differs from the one in {STATE_JSON}"
+            )
         file = TensorFile(folder / name, mapped=False)
         groups[name] = {key: file[key] for key in file.shapes}
     weights, tensors, ema = (groups[name] for name in STATE_FILES)
@@ -105,7 +111,12 @@ def read_state(folder: Path) -> State:
         if not tensor.isfinite().all():
             raise RunError(f"{folder}: {name[:200]} contains NaN or Inf")
     with damaged_state_errors(folder):
-        return State(StateMetadata.from_json(content), weights, _join_tensors(content["optimizer"], tensors), ema)
+        return State(
+            StateMetadata.from_json(content),
+            weights,
+            _join_tensors(content["optimizer"], tensors),
+            ema,
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -125,7 +136,11 @@ def _split_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         tensors[path] = value
         return {"tensor": path}
     if isinstance(value, Mapping):
-        return {"dict": [[key, _split_tensors(item, tensors, f"{path}/{key}")] for key, item in value.items()]}
+        return {
+            "dict": [
+                [key, _split_tensors(item, tensors, f"{path}/{key}")] for key, item in value.items()
+            ]
+        }
     if isinstance(value, list | tuple):
         items = [_split_tensors(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}

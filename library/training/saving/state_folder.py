@@ -16,7 +16,15 @@ FORMAT, VERSION = "sdxl-training-state", 1
 STATE_JSON = "state.json"
 STATE_FILES = ("weights.safetensors", "optimizer.safetensors", "ema.safetensors")
 _FOREIGN_FILES = ("optimizer.bin", "train_state.json", "random_states_0.pkl", "scheduler.bin")
-_DAMAGE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError)
+_DAMAGE_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    OSError,
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,9 @@ def read_state_json(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path}: damaged: {type(error).__name__}: {error}") from None
     for name, size in sizes.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise RunError(f"{folder}: incomplete state: {name} is missing or its size is not {size:,} bytes")
+            raise RunError(
+                f"{folder}: incomplete state: {name} is missing or its size is not {size:,} bytes"
+            )
     assert isinstance(content, dict)
     return content
 
@@ -164,7 +174,10 @@ def complete_states(output: Path, name: str) -> Iterator[tuple[float, Path]]:
     with contextlib.suppress(OSError):
         remove_left_over(output)  # a folder whose replacement was interrupted gets its name back
     for folder in sorted(output.glob("*-state")):
-        if not re.fullmatch(rf"{re.escape(name)}(-step\d{{8,}}|-\d{{6,}})?-state", folder.name) or not folder.is_dir():
+        if (
+            not re.fullmatch(rf"{re.escape(name)}(-step\d{{8,}}|-\d{{6,}})?-state", folder.name)
+            or not folder.is_dir()
+        ):
             continue
         try:
             yield float(read_state_json(folder)["written"]), folder

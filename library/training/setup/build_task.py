@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.data.options import CacheOptions, CaptionOptions
+from library.data.options import CacheOptions
 from library.device import Precision, lacks_bf16
 from library.errors import OptionError
 from library.log import log, silence_logging
@@ -29,8 +29,22 @@ from library.training.tasks.base import Task, TaskSettings
 _TEXT_ENCODERS = ("text_encoder_1", "text_encoder_2")
 
 
-def open_models(kind: type[Task[Any]], options: Options, inputs: RunInputs, device: torch.device) -> SdxlModels:
-    """Return the base model as the task needs it. Nothing is loaded yet."""
+def open_models(
+    kind: type[Task[Any]],
+    groups: tuple[OptionGroup, ...],
+    options: Options,
+    inputs: RunInputs,
+    device: torch.device,
+) -> SdxlModels:
+    """Return the base model as the task needs it. Nothing is loaded yet.
+
+    Args:
+        kind: the class of the task.
+        groups: the option groups that only this task has.
+        options: the options of the run.
+        inputs: the base model's header.
+        device: the device that trains.
+    """
     model, run, update = options[ModelOptions], options[RunOptions], options[UpdateOptions]
     memory = options[MemoryOptions]
     if run.mixed_precision == "bf16":
@@ -51,7 +65,6 @@ def open_models(kind: type[Task[Any]], options: Options, inputs: RunInputs, devi
         attention=choose_attention(mem_eff_attn=model.mem_eff_attn, use_xformers=model.xformers),
         checkpointing=activation_policy(memory),
     )
-    groups = task_options(kind, options)
     models.trained = kind.trained_components(options[OptimizerOptions].learning_rate, groups)
     models.swapped_blocks = memory.blocks_to_swap or 0
     models.quantized = dict(memory.quantized)
@@ -68,25 +81,6 @@ def activation_policy(options: MemoryOptions) -> ActivationPolicy:
     return ActivationPolicy(
         options.checkpoint_policy if options.gradient_checkpointing else None,
         torch.device("cpu") if options.cpu_offload_checkpointing else None,
-    )
-
-
-def task_options(kind: type[Task[Any]], options: Options) -> tuple[OptionGroup, ...]:
-    """Return the option groups that only this task has."""
-    return tuple(options[group] for group in kind.option_groups)
-
-
-def task_settings(options: Options, inputs: RunInputs, total_steps: int) -> TaskSettings:
-    """Return what every task takes from the options."""
-    return TaskSettings(
-        lr=options[OptimizerOptions].learning_rate,
-        num_tokens=options[ModelOptions].num_tokens,
-        total_steps=total_steps,
-        text_is_cached=options[CacheOptions].text,
-        weighted_captions=options[CaptionOptions].weighted_captions,
-        text_last_step=options[RunOptions].stop_text_encoder_training,
-        v_prediction=inputs.v_prediction,
-        zero_terminal_snr=inputs.zero_terminal_snr,
     )
 
 

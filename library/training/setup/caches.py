@@ -1,4 +1,4 @@
-"""Prepare: the caches that a run uses are filled, or its pictures audited, before the first step."""
+"""Caches: they are filled, or images audited, before the first step."""
 
 import dataclasses
 import os
@@ -38,6 +38,8 @@ from library.training.options.output import PreviewOptions
 from library.training.setup.memory_estimate import encodes_images
 from library.training.setup.plan import RunPlan
 from library.training.setup.step_plan import all_samples, training_samples
+
+_TEXT_ENCODERS = ("text_encoder_1", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -188,130 +190,163 @@ def fill_dataset_caches(
     return CachedData(kept, latents, text)
 
 
-def without_bad(datasets: Sequence[Dataset], bad: Sequence[RejectedSample], *, skip: bool) -> list[Dataset]:
-    """The datasets without their bad samples, if those may be left out. Raises RunError if not, or if nothing is left."""
-    refuse_or_skip(bad, skip=skip)
-    kept = [dataset.kept([one.sample for one in bad]) for dataset in datasets]
+def without_bad(datasets: Sequence[Dataset], rejected: Sequence[RejectedSample], *, skip: bool) -> list[Dataset]:
+    """Return the datasets without rejected samples.
+
+    Args:
+        datasets: the datasets.
+        rejected: the samples that can't be used.
+        skip: leave them out.
+
+    Raises:
+        RunError: samples can't be used and may not be skipped, or none is left.
+    """
+    refuse_or_skip(rejected, skip=skip)
+    kept = [dataset.kept([bad.sample for bad in rejected]) for dataset in datasets]
     if not any(dataset.samples for dataset in kept):
-        raise RunError("none of the pictures can be used")
+        raise RunError("none of the images can be used")
     return kept
 
 
 def cache_latents(
-    samples: Sequence[Sample], models: SdxlModels, options: CacheOptions, known: FileIndex, share: tuple[int, int]
+    samples: Sequence[Sample],
+    models: SdxlModels,
+    options: CacheOptions,
+    file_index: FileIndex,
+    rank_and_size: tuple[int, int],
 ) -> tuple[LatentCache, list[RejectedSample]]:
-    """The filled cache, and the samples that can't be in it. Args: share: (rank, processes)."""
-    cache = latent_cache(models, options, known)
-    return cache, fill_latents(
-        samples,
-        cache,
-        models.encode_images,
-        options.vae_batch_size,
-        share=_share(share, cache),
+    """Fill the cache of latents, and return it with the samples that it can't hold."""
+    cache = latent_cache(models, options, file_index)
+    rejected = fill_latents(
+        samples, cache, models.encode_images, options.vae_batch_size, share=_rank_and_size(rank_and_size, cache)
     )
+    return cache, rejected
 
 
-def latent_cache(models: SdxlModels, options: CacheOptions, known: FileIndex) -> LatentCache:
-    """The cache that the options mean, as it is."""
+def latent_cache(models: SdxlModels, options: CacheOptions, file_index: FileIndex) -> LatentCache:
+    """Return the cache of latents that the options mean, not filled."""
     for_inpainting = models.checkpoint.unet.is_inpainting
     if not options.cache_latents_to_disk:
         return LatentsInMemory(for_inpainting=for_inpainting)
-    identity = "" if options.skip_cache_check else _identity(models, ["vae"], models.precision.vae, known)
-    return LatentsOnDisk(identity, known, trusted=options.skip_cache_check, for_inpainting=for_inpainting)
+    fingerprint = ""
+    if not options.skip_cache_check:
+        fingerprint = _fingerprint(models, ["vae"], models.precision.vae, file_index)
+    return LatentsOnDisk(fingerprint, file_index, trusted=options.skip_cache_check, for_inpainting=for_inpainting)
 
 
 def cache_text(
     samples: Sequence[Sample],
     models: SdxlModels,
     options: CacheOptions,
-    known: FileIndex,
-    share: tuple[int, int],
+    file_index: FileIndex,
+    rank_and_size: tuple[int, int],
     *,
     num_tokens: int,
     weighted: bool,
 ) -> TextCache:
-    """The filled cache. Args: share: (rank, processes)."""
+    """Fill the cache of text-encoder outputs, and return it."""
 
     @torch.no_grad()
     def encode(captions: Sequence[str]) -> EncodedText:
-        return EncodedText(*(part.cpu() for part in models.encode_texts(captions, num_tokens, weighted=weighted)))
+        encoded = models.encode_texts(captions, num_tokens, weighted=weighted)
+        return EncodedText(*(tensor.cpu() for tensor in encoded))
 
-    cache = text_cache(models, options, known, num_tokens=num_tokens, weighted=weighted)
-    fill_text(samples, cache, encode, share=_share(share, cache))
+    cache = text_cache(models, options, file_index, num_tokens=num_tokens, weighted=weighted)
+    fill_text(samples, cache, encode, share=_rank_and_size(rank_and_size, cache))
     return cache
 
 
 def text_cache(
-    models: SdxlModels, options: CacheOptions, known: FileIndex, *, num_tokens: int, weighted: bool
+    models: SdxlModels, options: CacheOptions, file_index: FileIndex, *, num_tokens: int, weighted: bool
 ) -> TextCache:
-    """The cache that the options mean, as it is."""
-    texts = CaptionVariants(options.text_cache_variants)
+    """Return the cache of text-encoder outputs that the options mean, not filled."""
+    variants = CaptionVariants(options.text_cache_variants)
     if not options.cache_text_encoder_outputs_to_disk:
-        return TextInMemory(texts)
-    parts = [part for part in models.checkpoint.parts if part.startswith("text_encoder")]
-    identity = "" if options.skip_cache_check else _identity(models, parts, models.precision.compute, known)
-    identity += ", captions weighted" if weighted else ""
-    change = models.change.text_identity() if models.change is not None else ""
-    identity += f", with {change}" if change else ""
-    one, two = (token_width(models, part) for part in ("text_encoder_1", "text_encoder_2"))
-    return TextOnDisk(num_tokens + 2, (one, two), identity, texts, known, trusted=options.skip_cache_check)
+        return TextInMemory(variants)
+    fingerprint = ""
+    if not options.skip_cache_check:
+        components = [name for name in _TEXT_ENCODERS if name in models.checkpoint.parts]
+        fingerprint = _fingerprint(models, components, models.precision.compute, file_index)
+    if weighted:
+        fingerprint += ", captions weighted"
+    patch = models.change.text_identity() if models.change is not None else ""
+    if patch:
+        fingerprint += f", with {patch}"
+    width_1, width_2 = (token_width(models, component) for component in _TEXT_ENCODERS)
+    return TextOnDisk(
+        num_tokens + 2, (width_1, width_2), fingerprint, variants, file_index, trusted=options.skip_cache_check
+    )
 
 
 def finish_caches(
     samples: Sequence[Sample],
     caches: Sequence[LatentCache | TextCache | None],
     accelerator: Accelerator,
-    known: FileIndex,
+    file_index: FileIndex,
 ) -> None:
-    """Wait for all processes; see that nothing is missing, and keep what was learnt. Raises RunError for holes."""
+    """Wait for all processes, check that the caches are complete, and save the file index.
+
+    Raises:
+        RunError: a sample isn't cached.
+    """
     accelerator.wait_for_everyone()
     for cache in caches:
-        holes = [sample.file for sample in samples if cache and not cache.has(sample)]
-        if holes:
-            raise RunError(f"{len(holes)} pictures have no cache after caching: {', '.join(holes[:5])}")
+        if cache is None:
+            continue
+        missing = [sample.file for sample in samples if not cache.has(sample)]
+        if missing:
+            raise RunError(f"{len(missing)} images have no cache after caching: {', '.join(missing[:5])}")
         if isinstance(cache, LatentsOnDisk | TextOnDisk):
             cache.settle()
     if accelerator.is_main_process:
-        known.save()
-    known.forget()
+        file_index.save()
+    file_index.forget()
 
 
-def _identity(models: SdxlModels, parts: Sequence[str], dtype: torch.dtype, known: FileIndex) -> str:
-    """What tells these parts and their dtype from others: a hash of the weights, remembered by file."""
+def _fingerprint(models: SdxlModels, components: Sequence[str], dtype: torch.dtype, file_index: FileIndex) -> str:
+    """Return what identifies the encoders of a cache: hashes of their weights, remembered by file, and their dtype."""
     hashes = []
-    for part in parts:
-        source = models.source(part)
+    for component in components:
+        source = models.source(component)
         folder, name = os.path.split(os.path.abspath(source))
-        stamp = _stamp_of(source)
-        fact = f"hash of {part}"
-        found = known.get(folder, name, stamp).get(fact)
-        if found is None:
-            found = weights_hash(models.stored(part))
-            known.learn(folder, name, stamp, **{fact: found})
-        hashes.append(found)
+        stamp, key = _stamp_of(source), f"hash of {component}"
+        known = file_index.get(folder, name, stamp).get(key)
+        if known is None:
+            known = weights_hash(models.stored(component))
+            file_index.learn(folder, name, stamp, **{key: known})
+        hashes.append(known)
     return f"{' '.join(hashes)} in {str(dtype).removeprefix('torch.')}"
 
 
 def _stamp_of(source: Path) -> tuple[int, int]:
-    """Size and time of a file, or of all files in a folder together."""
-    files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
-    found = [path.stat() for path in files]
-    return sum(one.st_size for one in found), max((one.st_mtime_ns for one in found), default=0)
+    """Return size and time of a file, or of all files in a folder together."""
+    files = [source]
+    if not source.is_file():
+        files = [path for path in source.rglob("*") if path.is_file()]
+    size, newest = 0, 0
+    for path in files:
+        stat = path.stat()
+        size += stat.st_size
+        newest = max(newest, stat.st_mtime_ns)
+    return size, newest
 
 
-def token_width(models: SdxlModels, part: str) -> int:
-    """Numbers per token of an encoder's hidden states; 0 where the model hasn't it."""
-    tensors = models.checkpoint.tensors(part)
-    return tensors["text_model.embeddings.token_embedding.weight"].shape[1] if tensors else 0
+def token_width(models: SdxlModels, component: str) -> int:
+    """Return the width of a text encoder's hidden states; 0 if the model doesn't have it."""
+    tensors = models.checkpoint.tensors(component)
+    if not tensors:
+        return 0
+    return tensors["text_model.embeddings.token_embedding.weight"].shape[1]
 
 
-def _share(share: tuple[int, int], cache: LatentCache | TextCache) -> tuple[int, int]:
-    """Processes divide what goes to the disk; what stays in memory each makes for itself."""
-    return (0, 1) if cache.in_memory else share
+def _rank_and_size(rank_and_size: tuple[int, int], cache: LatentCache | TextCache) -> tuple[int, int]:
+    """Return rank and world size for filling a cache: processes divide files, and each fills its own memory."""
+    return (0, 1) if cache.in_memory else rank_and_size
 
 
-def _of_all_processes(found: Sequence[RejectedSample], samples: Sequence[Sample]) -> list[RejectedSample]:
-    """The bad samples that any process found, once each."""
-    number = {id(sample): i for i, sample in enumerate(samples)}
-    reasons = dict(gather_object([(number[id(bad.sample)], bad.reason) for bad in found]))
+def _of_all_processes(rejected: Sequence[RejectedSample], samples: Sequence[Sample]) -> list[RejectedSample]:
+    """Return the samples that any process rejected, once each."""
+    index = {id(sample): i for i, sample in enumerate(samples)}
+    local = [(index[id(bad.sample)], bad.reason) for bad in rejected]
+    reasons = dict(gather_object(local))
     return [RejectedSample(samples[i], reason) for i, reason in sorted(reasons.items())]

@@ -10,56 +10,41 @@ import textwrap
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from library.data.options import CacheOptions
 from library.errors import Mistake, MistakeCollector, OptionError, first_line
 from library.files import format_bytes, free_space
-from library.options import Options
-from library.training.distributed.launch import start_processes
 from library.training.monitoring.trackers import read_tracker_config
 from library.training.options.optimizer import OptimizerOptions, ScheduleOptions
 from library.training.options.output import PreviewOptions, ResumeOptions, TrackerOptions, UploadOptions
-from library.training.options.run import RunOptions
 from library.training.progress import Progress
 from library.training.setup.cache_report import Rows, report_images
 from library.training.setup.caches import read_prompts
-from library.training.setup.inputs import RunInputs
 from library.training.setup.measure import Measurement, measure
 from library.training.setup.memory_estimate import dtype_of, frozen_components
-from library.training.setup.plan import RunPlan, make_plan
+from library.training.setup.plan import RunPlan
 from library.training.setup.step_plan import Bucket, all_samples, format_buckets, largest_of
-from library.training.tasks.base import Task
 
 _WIDTH, _LABEL = 100, 16
 _MOST_BUCKETS = 40
 
 
-def dry_run(kind: type[Task[Any]], options: Options, inputs: RunInputs) -> None:
+def dry_run(plan: RunPlan, accelerator: Accelerator) -> None:
     """Print the page. Of several processes the first one does.
 
     Args:
-        kind: the class of the task.
-        options: the options of the run.
-        inputs: the base model's header, the scanned datasets, and the state to resume from.
+        plan: the plan of the run.
+        accelerator: this process.
 
     Raises:
         OptionError: something keeps the run from starting; raised after the page, with everything that does.
     """
-    accelerator = start_processes(timeout=options[RunOptions].ddp_timeout)
     if not accelerator.is_main_process:
         return
-    collector = MistakeCollector(raises=False)
-    plan = make_plan(
-        kind,
-        options,
-        inputs,
-        accelerator.device,
-        world_size=accelerator.num_processes,
-        seed=options[RunOptions].seed or 0,
-    )
+    inputs, collector = plan.inputs, MistakeCollector(raises=False)
     collector.mistakes += [*inputs.model_mistakes, *plan.mistakes]
     images = report_images(plan, collector)
     plan = plan.for_datasets(images.datasets)

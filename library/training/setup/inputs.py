@@ -26,6 +26,8 @@ from library.training.options.output import ResumeOptions, SavingOptions, Upload
 from library.training.options.run import RunOptions, ValidationOptions
 from library.training.saving.resume import ResumePoint, find_resume_point, run_signature
 
+_CHECKPOINT_FLAGS = {"v_parameterization": "v_prediction", "zero_terminal_snr": "zero_terminal_snr"}
+
 ChangeDatasets = Callable[[Sequence[Dataset]], Sequence[Dataset]]
 
 
@@ -73,28 +75,51 @@ def inspect_inputs(
         OptionError: something can't be used.
         RunError: the state is damaged.
     """
-    run = options[RunOptions]
-    _warn_of_sharding_notices(options)
+    run, loss, cache = options[RunOptions], options[LossOptions], options[CacheOptions]
+    max_grad_norm = options[OptimizerOptions].max_grad_norm
+    zero_stage_source = options.where("zero_stage") if options.given("zero_stage") else None
+    notices = sharding_notices(
+        options[ShardingOptions],
+        zero_stage_source=zero_stage_source,
+        accumulation=run.gradient_accumulation_steps,
+        max_grad_norm=max_grad_norm,
+    )
+    for notice in notices:
+        log.warning(notice)
     checkpoint, model_mistakes = _open_model(options[ModelOptions], run)
     _refuse_to_overwrite(checkpoint.path, options[SavingOptions])
-    v_prediction = _prediction_setting(options, "v_parameterization", checkpoint.v_prediction, checkpoint)
-    zero_terminal_snr = _prediction_setting(options, "zero_terminal_snr", checkpoint.zero_terminal_snr, checkpoint)
-    loss = options[LossOptions]
+    flags = {}
+    for name in ("v_parameterization", "zero_terminal_snr"):
+        denied = options.where(name) if options.given(name) else None
+        flags[name] = _settle_flag(getattr(options[ModelOptions], name), denied, name, checkpoint)
+    v_prediction, zero_terminal_snr = flags["v_parameterization"], flags["zero_terminal_snr"]
     mistakes = _check_against_model(loss, checkpoint, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
     if mistakes:
         raise OptionError(*model_mistakes, *mistakes)
     try:
         if not (loss.masked_loss or checkpoint.unet.is_inpainting or model_mistakes):
             check_masks_are_used(definition.configs)
-        cache_dir = options[CacheOptions].cache_dir
-        scanned, file_index = scan_datasets(definition, options[DatasetOptions], cache_dir, seed=run.seed)
+        scanned, file_index = scan_datasets(definition, options[DatasetOptions], cache.cache_dir, seed=run.seed)
         datasets = change_datasets(scanned)
     except OptionError as error:
         raise OptionError(*model_mistakes, *error.mistakes) from None
-    signature = _signature(options, datasets)
+    states, uploads = options[ResumeOptions], options[UploadOptions]
+    signature: Mapping[str, str] = {}
+    if states.resume or states.auto_resume or states.saves_states:
+        signature = run_signature(
+            {spec.name: str(value) for spec, value in options.specs() if spec.affects_result},
+            datasets,
+            base_model=str(options[ModelOptions].pretrained_model_name_or_path),
+            latents_are_cached=cache.latents,
+            text_is_cached=cache.text,
+        )
     resume, collector = None, MistakeCollector(raises=not run.dry_run)
-    with collector.collected():
-        resume = _resume_point(options, signature)
+    if not (run.dry_run and states.resume and uploads.resume_from_huggingface):  # a page downloads no state
+        with collector.collected():
+            patience = options[ValidationOptions].early_stop_patience
+            resume = find_resume_point(
+                states, options[SavingOptions], uploads, signature, seed=run.seed, patience=patience
+            )
     return RunInputs(
         checkpoint,
         v_prediction,
@@ -106,18 +131,6 @@ def inspect_inputs(
         model_mistakes,
         tuple(collector.mistakes),
     )
-
-
-def _warn_of_sharding_notices(options: Options) -> None:
-    run, optimizing = options[RunOptions], options[OptimizerOptions]
-    notices = sharding_notices(
-        options[ShardingOptions],
-        zero_stage_source=options.where("zero_stage") if options.given("zero_stage") else None,
-        accumulation=run.gradient_accumulation_steps,
-        max_grad_norm=optimizing.max_grad_norm,
-    )
-    for notice in notices:
-        log.warning(notice)
 
 
 def _open_model(model: ModelOptions, run: RunOptions) -> tuple[Checkpoint, tuple[Mistake, ...]]:
@@ -168,38 +181,16 @@ def scan_datasets(
     return datasets, file_index
 
 
-def _signature(options: Options, datasets: Sequence[Dataset]) -> dict[str, str]:
-    """Return the run's signature, if a state of it is read or written."""
-    states, cache = options[ResumeOptions], options[CacheOptions]
-    if not (states.resume or states.auto_resume or states.saves_states):
-        return {}
-    values = {spec.name: str(value) for spec, value in options.specs() if spec.affects_result}
-    return run_signature(
-        values,
-        datasets,
-        base_model=str(options[ModelOptions].pretrained_model_name_or_path),
-        latents_are_cached=cache.latents,
-        text_is_cached=cache.text,
-    )
-
-
-def _resume_point(options: Options, signature: Mapping[str, str]) -> ResumePoint | None:
-    """Return the state to resume from, if any. With --dry_run none is downloaded."""
-    states, uploads, run = options[ResumeOptions], options[UploadOptions], options[RunOptions]
-    if run.dry_run and states.resume and uploads.resume_from_huggingface:
-        return None
-    return find_resume_point(
-        states,
-        options[SavingOptions],
-        uploads,
-        signature,
-        seed=run.seed,
-        patience=options[ValidationOptions].early_stop_patience,
-    )
-
-
 def open_model(model: ModelOptions, *, prefer_fp16: bool) -> Checkpoint:
-    """The opened checkpoint. Nothing runs yet, so a damaged file is told as a mistake in the options."""
+    """Open the base model. Nothing runs yet, so a damaged file is reported as a mistake in the options.
+
+    Args:
+        model: the options of the model.
+        prefer_fp16: take the fp16 variant of a Diffusers folder, where there is one.
+
+    Raises:
+        OptionError: the model or the VAE can't be opened.
+    """
     assert model.pretrained_model_name_or_path is not None
     try:
         if model.vae is not None:
@@ -215,23 +206,26 @@ def open_model(model: ModelOptions, *, prefer_fp16: bool) -> Checkpoint:
 
 
 def _verify(path: Path) -> None:
-    """Compare a file's numbers with what its metadata say of them. Raises RunError if they differ, or say nothing."""
-    said = read_header(path).metadata if path.suffix == ".safetensors" else {}
-    stored = said.get("modelspec.hash_sha256") or said.get("sshs_model_hash")
-    if stored is None:
+    """Compare a file's weights with the hash in its metadata. Raises RunError if they differ, or there is none."""
+    metadata: Mapping[str, str] = {}
+    if path.suffix == ".safetensors":
+        metadata = read_header(path).metadata
+    expected = metadata.get("modelspec.hash_sha256") or metadata.get("sshs_model_hash")
+    if expected is None:
         raise RunError(f"--verify_model: {path} has no sha256 in its metadata to compare with; leave the option out")
-    found = data_hash(path)
-    if found != stored.lower().removeprefix("0x"):
+    actual = data_hash(path)
+    if actual != expected.lower().removeprefix("0x"):
         raise RunError(
-            f"--verify_model: {path}: damaged: the sha256 of its numbers is {found}, its metadata say {stored}; copy or download it again"
+            f"--verify_model: {path}: damaged: the sha256 of its weights is {actual}, but its metadata has {expected}; "
+            "copy or download it again"
         )
-    log.info("%s: its numbers are those that its metadata's sha256 was taken of", path.name)
+    log.info("%s: its weights have the sha256 in its metadata", path.name)
 
 
 def _refuse_to_overwrite(model: Path, saving: SavingOptions) -> None:
-    """The final file must not be the base model's."""
+    """Raise OptionError if the final file would overwrite the base model or a folder."""
     assert saving.output_dir is not None
-    final = saving.output_dir / (saving.output_name or "last")
+    final = saving.output_dir / saving.name
     for ending in ("safetensors", "ckpt", "pt"):
         if final.with_name(f"{final.name}.{ending}").is_dir():
             raise OptionError(
@@ -239,47 +233,57 @@ def _refuse_to_overwrite(model: Path, saving: SavingOptions) -> None:
             )
     if model.is_file() and model.with_suffix("").resolve() == final.resolve():
         raise OptionError(
-            f"--output_name {final.name} in --output_dir {saving.output_dir} would overwrite the base model {model}; give another name"
+            f"--output_name {final.name} in --output_dir {saving.output_dir} would overwrite the base model {model}; "
+            "give another name"
         )
 
 
-def _prediction_setting(options: Options, name: str, said: bool | None, checkpoint: Checkpoint) -> bool:
-    """What the option and the checkpoint say together; refused where they contradict each other."""
-    wanted = dict(options.items())[name]
-    if said and options.given(name) and not wanted:
+def _settle_flag(wanted: bool, source: str | None, name: str, checkpoint: Checkpoint) -> bool:
+    """Return whether the model is of a kind that its file or an option says.
+
+    Args:
+        wanted: the value of the option.
+        source: where the option was given; None: it wasn't.
+        name: the name of the option.
+        checkpoint: the base model.
+
+    Raises:
+        OptionError: the option denies what the file says.
+    """
+    stored = getattr(checkpoint, _CHECKPOINT_FLAGS[name])
+    if stored and source is not None and not wanted:
         raise OptionError(
-            f"{options.where(name)} = false, but {checkpoint.path.name} is such a model (by {checkpoint.said_by}); leave the option out"
+            f"{source} = false, but {checkpoint.path.name} is such a model (by {checkpoint.said_by}); leave the option out"
         )
-    if said and not wanted:
+    if stored and not wanted:
         log.info("--%s is set by the checkpoint itself (%s)", name, checkpoint.said_by)
-    return bool(wanted or said)
+    return bool(wanted or stored)
 
 
 def _check_against_model(
     loss: LossOptions, checkpoint: Checkpoint, *, v_prediction: bool, zero_terminal_snr: bool
 ) -> list[Mistake]:
-    """Options that don't fit what the model predicts, and models that can't be trained."""
-    found = []
+    """Return the options that don't fit what the model predicts, and why the model can't be trained."""
+    texts = []
     if loss.scale_v_pred_loss_like_noise_pred and not v_prediction:
-        found.append(
+        texts.append(
             "--scale_v_pred_loss_like_noise_pred is for velocity models; give --v_parameterization if this is one"
         )
     if loss.v_pred_like_loss and v_prediction:
-        found.append(f"--v_pred_like_loss is for models that predict noise; {checkpoint.path.name} predicts velocity")
-    if (
-        zero_terminal_snr
-        and not v_prediction
-        and (loss.min_snr_gamma or loss.debiased_estimation_loss or loss.v_pred_like_loss)
-    ):
-        found.append(
-            "--zero_terminal_snr with a model that predicts noise makes the weights of --min_snr_gamma, --debiased_estimation_loss and "
-            "--v_pred_like_loss infinite at the last timestep; leave them out, or train velocity with --v_parameterization"
+        texts.append(f"--v_pred_like_loss is for models that predict noise; {checkpoint.path.name} predicts velocity")
+    weighs_by_snr = loss.min_snr_gamma or loss.debiased_estimation_loss or loss.v_pred_like_loss
+    if zero_terminal_snr and not v_prediction and weighs_by_snr:
+        texts.append(
+            "--zero_terminal_snr with a model that predicts noise makes the weights of --min_snr_gamma, "
+            "--debiased_estimation_loss and --v_pred_like_loss infinite at the last timestep; leave them out, or train "
+            "velocity with --v_parameterization"
         )
     unet = checkpoint.unet
     if unet.in_channels != 4 and not unet.is_inpainting:
-        found.append(f"{checkpoint.path}: a U-Net with {unet.in_channels} input channels is none that is known here")
-    absent = {"text_encoder_1"} if unet.takes_score else set()
-    if missing := [part for part in PARTS if part not in checkpoint.parts and part not in absent]:
-        told = ", ".join(part.replace("_", " ") for part in missing)
-        found.append(f"{checkpoint.path}: {unet.family}: the file is incomplete, it lacks {told}")
-    return [Mistake(text) for text in found]
+        texts.append(f"{checkpoint.path}: a U-Net with {unet.in_channels} input channels isn't known here")
+    optional = {"text_encoder_1"} if unet.takes_score else set()  # a refiner has one text encoder
+    missing = [name for name in PARTS if name not in checkpoint.parts and name not in optional]
+    if missing:
+        names = ", ".join(name.replace("_", " ") for name in missing)
+        texts.append(f"{checkpoint.path}: {unet.family}: the file is incomplete, it lacks {names}")
+    return [Mistake(text) for text in texts]

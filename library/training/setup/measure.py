@@ -21,7 +21,7 @@ from library.training.forward import accumulate_gradients
 from library.training.setup.caches import token_width
 from library.training.setup.memory_estimate import encodes_images
 from library.training.setup.plan import RunPlan
-from library.training.setup.step_plan import Bucket, largest_of
+from library.training.setup.step_plan import Bucket, largest_of, training_samples
 from library.training.setup.training_state import build_training_state
 
 _STEPS = 3  # measured, after one that isn't: it makes the optimizer's state
@@ -78,7 +78,7 @@ def random_batch(plan: RunPlan, bucket: Bucket) -> Batch:
             is_padding=False,
         ),
         paths=("random",) * count,
-        captions=_captions(plan.samples, bucket.size, count),
+        captions=_captions(training_samples(plan.datasets), bucket.size, count),
         images=images,
         latents=torch.randn(count, LATENT_CHANNELS, *latent_size) if cache.latents else None,
         paint=masks,

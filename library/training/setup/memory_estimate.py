@@ -1,7 +1,7 @@
-"""Memory: the bytes that a training step takes on the device, estimated from counts before anything is loaded.
+"""The memory that a training step takes on the device, estimated from counts before anything is loaded.
 
-A number of activations is (numbers kept) x (bytes of the compute dtype). How many a forward of our U-Net leaves for backward
-was counted on tensors without numbers, at 1024x1024 and 77 tokens, in millions a picture:
+The memory of activations is (elements kept) x (bytes of the compute dtype). The elements that a forward pass of the U-Net
+keeps for backward were counted on the meta device, at 1024x1024 and 77 tokens, in millions per image:
 
                     all kept   --gradient_checkpointing: selective    full
     SDXL base         3,024                                2,002       287
@@ -9,7 +9,7 @@ was counted on tensors without numbers, at 1024x1024 and 77 tokens, in millions 
     Segmind Vega      1,109                                  644       203
     the tiny SDXL       119                                   70        21
 
-The factors below fit these within 10 %. What isn't counted: CUDA's own context (about 0.5 GB), the allocator's rounding, the
+The factors below fit these within 10 %. Not counted are CUDA's context (about 0.5 GB), the allocator's rounding, and the
 work space of convolutions.
 """
 
@@ -36,19 +36,19 @@ from library.training.options.optimizer_table import optimizer_spec
 from library.training.setup.step_plan import Bucket, largest_of
 from library.training.tasks.base import Task
 
-# Numbers kept for backward, per channel and position of a block's output.
+# Elements kept for backward, per channel and position of a block's output.
 _RESIDUAL, _TRANSFORMER = 10.1, 24.17
 _RESIDUAL_SELECTED, _TRANSFORMER_SELECTED = 4.13, 17.18
-_SKIPS = 0.5  # of the blocks' outputs: those that later blocks see too stay
-_RESIDUAL_INPUTS, _TRANSFORMER_INPUTS = 3.77, 0.99  # where blocks are computed again
+_SKIPS = 0.5  # of the blocks' outputs, kept because later blocks see them too
+_RESIDUAL_INPUTS, _TRANSFORMER_INPUTS = 3.77, 0.99  # where blocks are recomputed
 _TEXT_LAYER = (
-    16.0  # q, k, v, attention, two norms, and a feed-forward four times as wide before and behind its function
+    16.0  # q, k, v, attention, two norms, and the four times wider feed-forward before and after its activation
 )
-_VAE = 3.0  # a residual block's input, inner and output, at the pictures' full size
+_VAE = 3.0  # a residual block's input, hidden state and output, at the images' full size
 
 _FLOAT32 = 4
-# Bytes for each number that is stepped within backward, measured with Adafactor: its gradient and three temporaries; of 16 bits its float32
-# copy and that of its gradient too.
+# Bytes for each parameter that is stepped within backward, measured with Adafactor: its gradient and three temporaries; of
+# 16-bit parameters also the float32 copies of the parameter and of its gradient.
 _FUSED, _FUSED_16 = 16, 20
 
 
@@ -68,7 +68,7 @@ class MemoryEstimate(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """The frozen weights of one part that lie on the device: how many numbers, and the bytes of each."""
+    """Frozen weights of one component on the device: the parameters, and the bytes of each."""
 
     component: str
     numel: int
@@ -76,17 +76,19 @@ class Frozen(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What the largest forward computes.
+    """What the largest forward pass computes.
 
     Attributes:
-        pixels: of a picture, its width times its height.
-        bytes_each: of the compute dtype.
-        policy: what of the activations is computed again: None, "selective" or "full" (models/checkpointing.py).
-        offloads_activations: what is kept of them lies in RAM until backward.
-        text_channels: the width of every layer of the text encoders together, if gradients pass through them; else 0.
-        text_tokens: of a caption, markers counted.
-        vae_channels: the VAE's width at full size, if pictures are encoded in every step; else 0.
-        vae_batch: pictures that the VAE encodes at once.
+        unet: the U-Net's sizes.
+        pixels: width times height of an image.
+        batch_size: images of the batch.
+        bytes_each: bytes of the compute dtype.
+        policy: which activations are recomputed: None, "selective" or "full" (models/memory/activation_checkpointing.py).
+        offloads_activations: kept activations are in RAM until backward.
+        text_channels: the width of all layers of the text encoders together, if gradients pass through them; else 0.
+        text_tokens: tokens of a caption, with the start and end tokens.
+        vae_channels: the VAE's width at full size, if images are encoded in every step; else 0.
+        vae_batch: images that the VAE encodes at a time.
     """
 
     unet: UNetConfig
@@ -113,21 +115,30 @@ def estimate(
     fused: int = 0,
     swapped: int = 0,
 ) -> MemoryEstimate:
-    """The peak of a training step. The average is float32, whatever the weights are.
+    """Return the peak of a training step. The moving average is float32, whatever the weights are.
 
     Args:
-        trained: numbers that are trained.
+        frozen: the frozen weights on the device.
+        work: what the largest forward pass computes.
+        trained: parameters that are trained.
         optimizer: bytes of its state on the device.
-        average_on_device: --ema_decay with its average beside the weights.
-        bytes_each: of a trained weight, and of its gradient.
+        average_on_device: the moving average (--ema_decay) is on the device.
+        bytes_each: bytes of a trained weight, and of its gradient.
         has_compensation: --rounding kahan.
-        fused: the most numbers that step together within backward, when no gradient is kept; 0: all step behind it.
-        swapped: of the trained numbers, those whose weights lie in RAM (--blocks_to_swap).
+        fused: the most parameters that are stepped together within backward, when no gradient is kept; 0: all are
+            stepped after it.
+        swapped: trained parameters whose weights are in RAM (--blocks_to_swap).
     """
+    weights = (trained - swapped) * bytes_each
+    if has_compensation:
+        weights += trained * bytes_each
+    gradients = trained * bytes_each
+    if fused:
+        gradients = fused * (_FUSED if bytes_each == _FLOAT32 else _FUSED_16)
     return MemoryEstimate(
         frozen=round(sum(component.numel * component.bytes_each for component in frozen)),
-        trained=(trained - swapped) * bytes_each + (trained * bytes_each if has_compensation else 0),
-        gradients=fused * (_FUSED if bytes_each == _FLOAT32 else _FUSED_16) if fused else trained * bytes_each,
+        trained=weights,
+        gradients=gradients,
         optimizer=optimizer,
         average=trained * _FLOAT32 if average_on_device else 0,
         activations=activation_bytes(work),
@@ -145,43 +156,51 @@ def state_bytes(name: str, shapes: Iterable[Sequence[int]]) -> int:
 
 
 def activation_bytes(work: Work) -> int:
-    """The most that activations take: of the pictures' encoding, or of the forward behind it."""
-    cells = work.pixels // PIXELS_PER_LATENT**2
-    kept = unet_activations(work.unet, cells, work.policy, offloads_activations=work.offloads_activations)
-    kept += work.text_channels * work.text_tokens * (1 if work.policy else _TEXT_LAYER)
+    """Return the most that activations take: those of encoding the images, or of the forward pass after it."""
+    positions = work.pixels // PIXELS_PER_LATENT**2
+    kept = unet_activations(work.unet, positions, work.policy, offloads=work.offloads_activations)
+    per_text_layer = _TEXT_LAYER if work.policy is None else 1
+    kept += work.text_channels * work.text_tokens * per_text_layer
     forward = work.batch_size * kept
     encoding = min(work.batch_size, work.vae_batch) * work.vae_channels * work.pixels * _VAE
     return int(max(forward, encoding) * work.bytes_each)
 
 
-def unet_activations(unet: UNetConfig, cells: int, policy: str | None, *, offloads_activations: bool = False) -> float:
-    """Numbers that the U-Net keeps on the device of one picture for backward. Args: cells: width times height of its latents."""
-    blocks = list(_blocks(unet, cells))
+def unet_activations(unet: UNetConfig, positions: int, policy: str | None, *, offloads: bool = False) -> float:
+    """Return the elements that the U-Net keeps on the device for backward, per image.
+
+    Args:
+        unet: the U-Net's sizes.
+        positions: width times height of the latents.
+        policy: which activations are recomputed.
+        offloads: kept activations are in RAM.
+    """
+    blocks = list(_blocks(unet, positions))
     if policy is None:
         return sum(size * (_RESIDUAL + depth * _TRANSFORMER) for size, depth in blocks)
-    at_once = max(size * (_TRANSFORMER if depth else _RESIDUAL) for size, depth in blocks)
-    if offloads_activations:
-        return at_once + sum(size for size, _ in blocks) * _SKIPS
-    if policy == "selective":
+    if policy == "selective" and not offloads:
         return sum(size * (_RESIDUAL_SELECTED + depth * _TRANSFORMER_SELECTED) for size, depth in blocks)
-    return at_once + sum(size * (_RESIDUAL_INPUTS + depth * _TRANSFORMER_INPUTS) for size, depth in blocks)
+    recomputed = max(size * (_TRANSFORMER if depth else _RESIDUAL) for size, depth in blocks)
+    if offloads:
+        return recomputed + sum(size for size, _ in blocks) * _SKIPS
+    return recomputed + sum(size * (_RESIDUAL_INPUTS + depth * _TRANSFORMER_INPUTS) for size, depth in blocks)
 
 
-def _blocks(unet: UNetConfig, cells: int) -> Iterator[tuple[int, int]]:
-    """(channels x positions, transformer blocks) of each residual block."""
-    for plan in unet.input_blocks:
-        if plan.resample:
-            cells //= 4
+def _blocks(unet: UNetConfig, positions: int) -> Iterator[tuple[int, int]]:
+    """Yield (channels x positions, transformer blocks) of each residual block."""
+    for block in unet.input_blocks:
+        if block.resample:
+            positions //= 4
         else:
-            yield plan.channels_out * cells, plan.depth
-    middle = unet.input_blocks[-1].channels_out * cells
+            yield block.channels_out * positions, block.depth
+    middle = unet.input_blocks[-1].channels_out * positions
     yield middle, unet.middle_depth or 0
     if unet.middle_depth is not None:
         yield middle, 0
-    for plan in unet.output_blocks:
-        yield plan.channels_out * cells, plan.depth
-        if plan.resample:
-            cells *= 4
+    for block in unet.output_blocks:
+        yield block.channels_out * positions, block.depth
+        if block.resample:
+            positions *= 4
 
 
 # ------------------------------------------------------------------------------------------------------- of a run's plan

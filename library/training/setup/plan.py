@@ -8,27 +8,21 @@ from typing import Any
 
 import torch
 
-from library.data.options import CacheOptions
-from library.data.samples import Sample
+from library.data.options import CacheOptions, CaptionOptions
 from library.data.scan import Dataset
 from library.errors import Mistake, MistakeCollector, OptionError
+from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
-from library.options import Options
-from library.training.optim.build import try_optimizer
+from library.options import OptionGroup, Options
+from library.training.optim.build import OptimizerSettings, try_optimizer
 from library.training.options.distributed import ShardingOptions, offloads_optimizer, sharding_config
 from library.training.options.memory import MemoryOptions
-from library.training.options.optimizer import EmaOptions, OptimizerOptions, UpdateOptions
+from library.training.options.optimizer import EmaOptions, OptimizerOptions, ScheduleOptions, UpdateOptions
 from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.options.run import RunOptions, ValidationOptions
 from library.training.saving.resume import initial_step
 from library.training.saving.schedule import SaveSchedule, format_saves, saved_model_bytes, saved_state_bytes
-from library.training.setup.build_task import (
-    build_on_meta,
-    open_models,
-    single_element_groups,
-    task_options,
-    task_settings,
-)
+from library.training.setup.build_task import build_on_meta, open_models, single_element_groups
 from library.training.setup.inputs import RunInputs
 from library.training.setup.memory_estimate import (
     MemoryEstimate,
@@ -44,9 +38,8 @@ from library.training.setup.step_plan import (
     check_trains_to_the_end,
     format_steps,
     plan_steps,
-    training_samples,
 )
-from library.training.tasks.base import Task
+from library.training.tasks.base import Task, TaskSettings
 
 
 @dataclass(frozen=True)
@@ -55,6 +48,7 @@ class RunPlan:
 
     Attributes:
         kind: the class of the task.
+        groups: the option groups that only this task has.
         options: the options of the run, as --memory_plan completes them.
         inputs: the base model's header, the scanned datasets, and the state to resume from.
         datasets: the datasets that are trained on, without images that turned out to be unusable.
@@ -65,6 +59,7 @@ class RunPlan:
     """
 
     kind: type[Task[Any]]
+    groups: tuple[OptionGroup, ...]
     options: Options
     inputs: RunInputs
     datasets: Sequence[Dataset]
@@ -84,9 +79,37 @@ class RunPlan:
         return dataclasses.replace(self, task=task)
 
     @property
-    def samples(self) -> list[Sample]:
-        """The samples that are trained on."""
-        return training_samples(self.datasets)
+    def task_settings(self) -> TaskSettings:
+        """What the task takes from options that all scripts have."""
+        options = self.options
+        return TaskSettings(
+            lr=options[OptimizerOptions].learning_rate,
+            num_tokens=options[ModelOptions].num_tokens,
+            total_steps=self.steps.total_steps,
+            text_is_cached=options[CacheOptions].text,
+            weighted_captions=options[CaptionOptions].weighted_captions,
+            text_last_step=options[RunOptions].stop_text_encoder_training,
+            v_prediction=self.inputs.v_prediction,
+            zero_terminal_snr=self.inputs.zero_terminal_snr,
+        )
+
+    @property
+    def optimizer_settings(self) -> OptimizerSettings:
+        """How gradients become optimizer steps."""
+        options = self.options
+        return OptimizerSettings(
+            options[OptimizerOptions],
+            options[ScheduleOptions],
+            options[UpdateOptions],
+            options[EmaOptions],
+            options[MemoryOptions],
+            options[ShardingOptions],
+            scales_loss=options[RunOptions].mixed_precision == "fp16",
+        )
+
+    def build_task(self) -> Task[Any]:
+        """Build the task on top of the models, which loads them."""
+        return self.kind(self.models, self.task_settings, self.groups)
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -183,16 +206,16 @@ def make_plan(
     """
     collector = MistakeCollector(raises=not options[RunOptions].dry_run)
     steps = plan_steps(options[RunOptions], inputs.datasets, world_size=world_size, seed=seed)
-    models = open_models(kind, options, inputs, device)
-    plan = RunPlan(kind, options, inputs, inputs.datasets, models, steps, task=None)
+    groups = tuple(options[group] for group in kind.option_groups)
+    models = open_models(kind, groups, options, inputs, device)
+    plan = RunPlan(kind, groups, options, inputs, inputs.datasets, models, steps, task=None)
     with collector.collected():
         assert plan.first_step >= 0
     with collector.collected():
-        settings = task_settings(options, inputs, steps.total_steps)
-        task = build_on_meta(kind, models, settings, task_options(kind, options))
+        task = build_on_meta(kind, models, plan.task_settings, groups)
         plan = dataclasses.replace(plan, task=task)
         if task is not None:
-            try_optimizer(single_element_groups(task.param_groups()), options)
+            try_optimizer(single_element_groups(task.param_groups()), plan.optimizer_settings)
             check_trains_to_the_end(task.param_groups(), steps.total_steps)
     with collector.collected():
         plan = _with_memory_plan(plan)
@@ -218,5 +241,5 @@ def _with_memory_plan(plan: RunPlan) -> RunPlan:
         trains_base=bool(plan.models.trained),
     )
     options = options.replaced(chosen)
-    models = open_models(plan.kind, options, plan.inputs, plan.models.device)
+    models = open_models(plan.kind, plan.groups, options, plan.inputs, plan.models.device)
     return dataclasses.replace(plan, options=options, models=models)

@@ -18,7 +18,7 @@ from library.training.options.distributed import ShardingOptions, sharding_confi
 from library.training.options.memory import CompileOptions
 from library.training.options.objective import LossOptions, NoiseOptions
 from library.training.options.optimizer import EmaOptions, UpdateOptions
-from library.training.setup.build_task import build_loss_module, task_options, task_settings
+from library.training.setup.build_task import build_loss_module
 from library.training.setup.plan import RunPlan
 from library.training.setup.step_plan import check_trains_to_the_end
 from library.training.tasks.base import Task
@@ -58,8 +58,7 @@ def build_training_state(plan: RunPlan, accelerator: Accelerator) -> TrainingSta
     sharding = sharding_config(options[ShardingOptions])
     if sharding.stage:
         shard(models.unet, device, world_size, sharding)
-    settings = task_settings(options, plan.inputs, total_steps)
-    task = plan.kind(models, settings, task_options(plan.kind, options))
+    task = plan.build_task()
     groups = task.param_groups()
     check_trains_to_the_end(groups, total_steps)  # again, for networks that need weights
     compiling = options[CompileOptions]
@@ -68,8 +67,8 @@ def build_training_state(plan: RunPlan, accelerator: Accelerator) -> TrainingSta
     shards, local_groups = None, groups
     if sharding.stage:
         # ZeRO-2 and ZeRO-3, and steps within backward, exist to save gradients: full ones would defeat them.
-        adds_up_parts = sharding.stage > 1 or options[UpdateOptions].is_fused
-        shards = Shards(models.unet, groups, device, world_size, sharding, adds_up_parts=adds_up_parts)
+        reduces_microbatches = sharding.stage > 1 or options[UpdateOptions].is_fused
+        shards = Shards(models.unet, groups, device, world_size, sharding, reduces_microbatches=reduces_microbatches)
         local_groups = shards.groups
     loss_module: nn.Module = build_loss_module(
         task,
@@ -82,7 +81,7 @@ def build_training_state(plan: RunPlan, accelerator: Accelerator) -> TrainingSta
     if shards is None and world_size > 1:  # a launcher may start one process alone
         loss_module = _wrapped(loss_module, accelerator)
     optimizer_step = build_optimizer_step(
-        loss_module, local_groups, options, total_steps, seed=seed, processes=world_size, shards=shards
+        loss_module, local_groups, plan.optimizer_settings, total_steps, seed=seed, processes=world_size, shards=shards
     )
     return TrainingState(task, local_groups, shards, optimizer_step, _build_ema(task, options[EmaOptions]))
 

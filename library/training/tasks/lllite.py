@@ -1,6 +1,6 @@
 """LLLiteTask: trains a ControlNet-LLLite on the frozen model; each image comes with its conditioning image."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -15,7 +15,7 @@ from library.param_group import ParamGroup
 from library.training.options.tasks import DEFAULT_DIM, DEFAULT_EMBEDDING, LLLiteOptions
 from library.training.tasks.base import Task, TaskSettings
 from library.training.trainable import Trainable
-from networks.lllite import ControlNetLLLite, by_block, places, trained_places
+from networks.lllite import ControlNetLLLite, Place, by_block, places, trained_places
 from networks.lllite_file import read_lllite, shapes_in_file
 from networks.lora_file import copy_fitting
 
@@ -57,30 +57,53 @@ class LLLiteTask(Task[tuple[LLLiteOptions]]):
 
 
 def build_lllite(options: LLLiteOptions, unet: UNet, device: torch.device, dtype: torch.dtype) -> ControlNetLLLite:
-    """The control net that the options ask for, its weights loaded. Raises OptionError if it can't be made, or the file doesn't fit.
+    """Build the control net that the options ask for, and load its weights.
 
-    Where the options say neither places nor sizes, those of --network_weights hold.
+    Where the options give neither blocks nor sizes, those of --network_weights are taken.
+
+    Args:
+        options: the options of ControlNet-LLLite.
+        unet: the U-Net whose inputs it changes.
+        device: the device of its parameters.
+        dtype: the dtype of its parameters.
+
+    Raises:
+        OptionError: it can't be built, or the file doesn't fit.
     """
-    tensors = (
-        None if options.network_weights is None else read_lllite(options.network_weights, flag="--network_weights")
-    )
-    in_file = {} if tensors is None else shapes_in_file(tensors, places(unet))
-    chosen = list(in_file) if in_file and options.lllite_blocks is None else trained_places(unet, options.lllite_blocks)
-    if not chosen:
-        there = ", ".join(dict.fromkeys(place.block for place in places(unet)))
-        raise OptionError(f"--lllite_blocks {' '.join(options.lllite_blocks or ())}: this model's blocks with attention are {there}")  # fmt: skip
+    tensors, file_shapes = None, {}
+    if options.network_weights is not None:
+        tensors = read_lllite(options.network_weights, flag="--network_weights")
+        file_shapes = shapes_in_file(tensors, places(unet))
+    targets = list(file_shapes)
+    if options.lllite_blocks is not None or not targets:
+        targets = trained_places(unet, options.lllite_blocks)
+    if not targets:
+        words = " ".join(options.lllite_blocks or ())
+        raise OptionError(f"--lllite_blocks {words}: this model's blocks with attention are {_blocks(places(unet))}")
     shapes = {}
-    for place in chosen:
-        own = in_file.get(place, (DEFAULT_EMBEDDING, DEFAULT_DIM))
-        shapes[place] = (options.cond_emb_dim or own[0], options.network_dim or own[1])
+    for target in targets:
+        embedding, dim = file_shapes.get(target, (DEFAULT_EMBEDDING, DEFAULT_DIM))
+        shapes[target] = (options.cond_emb_dim or embedding, options.network_dim or dim)
     with torch.device("meta") if device.type == "meta" else nullcontext():
         net = ControlNetLLLite(shapes, dropout=options.network_dropout or 0.0)
     if tensors is not None:
-        remedy = "Give the options it was trained with, or --allow_partial to take what fits"
         copy_fitting(
-            tensors, dict(net.named_parameters()), source=f"--network_weights {options.network_weights}", remedy=remedy, allow_partial=options.allow_partial
-        )  # fmt: skip
+            tensors,
+            dict(net.named_parameters()),
+            source=f"--network_weights {options.network_weights}",
+            remedy="Give the options it was trained with, or --allow_partial to take what fits",
+            allow_partial=options.allow_partial,
+        )
     if device.type != "meta":
-        channels = sorted(set(shapes.values()))
-        log.info("ControlNet-LLLite: %d modules in %s, (embedding, network) channels %s", len(shapes), ", ".join(dict.fromkeys(place.block for place in chosen)), channels)  # fmt: skip
+        log.info(
+            "ControlNet-LLLite: %d modules in %s, (embedding, network) channels %s",
+            len(shapes),
+            _blocks(targets),
+            sorted(set(shapes.values())),
+        )
     return net.to(device, dtype)
+
+
+def _blocks(targets: Iterable[Place]) -> str:
+    """Return the names of the targets' blocks, once each."""
+    return ", ".join(dict.fromkeys(target.block for target in targets))
