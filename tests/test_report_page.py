@@ -80,9 +80,8 @@ def notes_of(page):
 def points(chart, name):
     """(steps, values) of the line, without the steps at which only other lines have a value."""
     (line,) = [line for line in chart["lines"] if line["name"] == name]
-    assert len(line["values"]) == len(
-        chart["steps"]
-    )  # so that the cursor reads every line at one step
+    # The cursor reads every line at one step.
+    assert len(line["values"]) == len(chart["steps"])
     found = [
         (step, value)
         for step, value in zip(chart["steps"], line["values"], strict=True)
@@ -338,9 +337,8 @@ def test_a_hundred_thousand_steps_make_a_small_page_quickly(tmp_path):
     assert len(page) < 300_000
     steps, values = points(charts_of(page)["Loss"], "each step")
     assert 1000 < len(steps) <= 1500
-    assert (
-        steps[values.argmax()] == 77_778 and values.max() == 9.0
-    )  # what is thinned keeps its extremes
+    # Thinning keeps the extremes.
+    assert steps[values.argmax()] == 77_778 and values.max() == 9.0
 
 
 def median_ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
@@ -402,9 +400,8 @@ def test_a_browser_shows_the_page_light_and_dark(tmp_path):
     for shot in shots.values():
         visible = np.abs(shot - shot[2, 2]).max(axis=-1) > 60
         assert 0.01 < visible.mean() < 0.5
-        assert (
-            np.abs(shot - (250, 0, 250)).max(axis=-1) < 12
-        ).sum() > 20_000  # the sample, 12 rem wide
+        # The sample is 12 rem wide.
+        assert (np.abs(shot - (250, 0, 250)).max(axis=-1) < 12).sum() > 20_000
     blue = {"light": (0x25, 0x63, 0xC9), "dark": (0x7A, 0xB0, 0xFF)}
     for scheme, shot in shots.items():
         assert (np.abs(shot - blue[scheme]).max(axis=-1) < 4).sum() > 300  # the smoothed loss
@@ -452,16 +449,13 @@ def test_the_legends_show_the_last_values_and_those_under_the_cursor(tmp_path):
         ("validation", "0.125"),
     ]
     assert shown[4:6] == [("step", "11"), (evil, "1.1e-5")]
-    assert [name for name, _ in shown].count(
-        "step"
-    ) == 4  # a legend for each chart; no line has memory_gib
+    # Each chart has a legend; no line has memory_gib.
+    assert [name for name, _ in shown].count("step") == 4
 
     # The policy would not let the test's script run.
     text = re.sub('<meta http-equiv="Content-Security-Policy".*?>', "", text)
-    for events, step in (
-        (HOVER, 6),
-        (ZOOM, 9),
-    ):  # the middle of steps 1 to 11; six tenths of 6 to 11
+    # The middle of steps 1 to 11, and six tenths of 6 to 11.
+    for events, step in ((HOVER, 6), (ZOOM, 9)):
         with_mouse = tmp_path / "mouse.html"
         script = MOUSE.replace("EVENTS", json.dumps(events))
         with_mouse.write_text(text.replace("</body>", script + "</body>"), encoding="utf-8")

@@ -187,9 +187,8 @@ def test_fault_65_a_run_that_failed_during_gradient_accumulation_repeats_the_com
     with pytest.raises(RuntimeError, match="power failure"):
         train_network(golden_model, images, output, *words, "--auto_resume", quick=quick)
     steps = [place.step for place in calls]
-    assert (
-        steps == sorted(steps) and steps[-1] == 2 and steps.count(2) > 1
-    )  # which window is the short one, the seed decides
+    # The seed decides which step is the short one.
+    assert steps == sorted(steps) and steps[-1] == 2 and steps.count(2) > 1
     monkeypatch.undo()
     train_network(golden_model, images, output, *words, "--auto_resume", quick=quick)
     seed = read_metadata(output / "lora-state").signature["seed"]
@@ -613,10 +612,8 @@ def test_a_run_that_starts_in_the_middle_has_that_steps_images_and_learning_rate
         "1e-30",
     ]
     train_network(golden_model, begun.images, tmp_path / "plain", *words)
-    for start, first in (
-        (["--initial_step", "6"], 6),
-        (["--initial_epoch", "2"], 8),
-    ):  # eight steps an epoch
+    # An epoch has eight steps.
+    for start, first in ((["--initial_step", "6"], 6), (["--initial_epoch", "2"], 8)):
         train_network(
             golden_model,
             begun.images,

@@ -398,15 +398,12 @@ def test_the_tables_of_the_tracker_config_are_arguments_and_override_the_run_nam
 @pytest.mark.parametrize(
     "text, tokens",
     [
-        ("[wandb\n", "can't be read as TOML"),
-        (
-            "[wanbd]\nname = 'x'\n",
-            r"'wanbd' is not a tracker; expected the tables \[tensorboard\] and \[wandb\]",
-        ),
-        ("wandb = 'x'\n", r"wandb is a single value; expected a table, \[wandb\]"),
-        ("[wandb]\nnaem = 'x'\n", r"\[wandb\]: got an unexpected keyword argument 'naem'"),
-        ("[wandb]\nsettings = 'x'\n", r"settings must be a table, \[wandb.settings\]"),
-        ("[tensorboard]\nmax_queu = 3\n", r"\[tensorboard\]: .*'max_queu'"),
+        ("[wandb\n", ["TOML"]),
+        ("[wanbd]\nname = 'x'\n", ["wanbd", "[tensorboard]", "[wandb]"]),
+        ("wandb = 'x'\n", ["wandb", "table", "[wandb]"]),
+        ("[wandb]\nnaem = 'x'\n", ["[wandb]", "naem"]),
+        ("[wandb]\nsettings = 'x'\n", ["settings", "table", "[wandb.settings]"]),
+        ("[tensorboard]\nmax_queu = 3\n", ["[tensorboard]", "max_queu"]),
     ],
 )
 def test_an_error_in_the_tracker_config_names_the_file(text, tokens, wandb, tmp_path):
