@@ -52,7 +52,6 @@ def test_training_doesnt_notice_validation(caches, golden_model, images, tmp_pat
     assert [line["step"] for line in told if "loss/validation/epoch_average" in line] == [4]
 
 
-@pytest.mark.numeric
 def test_the_same_weights_have_the_same_validation_loss(golden_model, images, tmp_path):
     train_network(
         golden_model, images, tmp_path / "out", *SPLIT, "--learning_rate", "1e-12", "--validate_every_n_steps", 1
