@@ -76,7 +76,6 @@ def test_validation_does_not_affect_training(caches, golden_model, images, tmp_p
     assert [line["step"] for line in lines if "loss/validation/epoch_average" in line] == [4]
 
 
-@pytest.mark.numeric
 def test_the_same_weights_have_the_same_validation_loss(golden_model, images, tmp_path):
     train_network(
         golden_model,
