@@ -1,23 +1,18 @@
-"""LoRA: a low-rank change beside each linear layer and convolution of the U-Net and the text encoders.
+"""LoRA: a low-rank change of the linear layers and convolutions of the U-Net and the text encoders (networks/lora_layers.py).
 
-y = W x + multiplier * (alpha / r) * up(down(x)),  down [r, in], up [out, r]; up starts at zero.
-
-Shapes: B batch, N positions, r rank. File format, names and order: contract, formats.md section 4.
-Source: Hu et al. 2021, arXiv:2106.09685, equation 3.
+File format, names and order: contract, formats.md section 4. Source: Hu et al. 2021, arXiv:2106.09685, equation 3.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.models.text_encoders import clip_body
 from library.models.unet import UNet, block_of
-from library.models.unet_blocks import Conv2d, Linear
 from library.param_group import ParamGroup
-from networks.lora_linear import lora_linear
+from networks.lora_layers import LoraModule, add_lora
 from networks.options import LoraSettings
 
 # In each layer of a text encoder, in the order of files and optimizer.
@@ -28,139 +23,70 @@ _PREFIXES = {"unet": "lora_unet", "text_encoder_1": "lora_te1", "text_encoder_2"
 
 
 class Target(NamedTuple):
-    """A layer that may get a module.
+    """A layer that may get a LoRA.
 
     Attributes:
         part: "unet", "text_encoder_1" or "text_encoder_2".
         name: the module's name in files, lora_unet_….
+        parent: the module that holds the layer.
+        attribute: the layer's name in `parent`.
         block: the U-Net block, 0..22; None in text encoders.
-        in_residual: it belongs to a residual block or to resampling, which get modules only with conv_dim.
-        is_used: the result depends on it; the first text encoder's last layer is left out of its output.
+        in_residual: the layer belongs to a residual block or to resampling, which get modules only with conv_dim.
+        is_used: the output depends on the layer. That of the first text encoder doesn't depend on its last layer.
     """
 
     part: str
     name: str
-    layer: nn.Module
+    parent: nn.Module
+    attribute: str
     block: int | None = None
     in_residual: bool = False
     is_used: bool = True
 
+    @property
+    def layer(self) -> nn.Module:
+        """The layer; once a network is attached, the one that replaces it."""
+        return getattr(self.parent, self.attribute)
+
+    def replace(self, layer: nn.Module) -> None:
+        """Put another layer in its place."""
+        setattr(self.parent, self.attribute, layer)
+
 
 def unet_targets(unet: UNet) -> Iterator[Target]:
-    """Every layer of the U-Net that a LoRA may cover, in the checkpoint's order."""
+    """Yield every layer of the U-Net that can have a LoRA, in the checkpoint's order."""
     for path, layer in unet.named_modules():
         is_layer = isinstance(layer, nn.Linear | nn.Conv2d) and path.startswith(
             ("input_blocks.", "middle_block.", "output_blocks.")
         )
         if is_layer and path != "input_blocks.0.0":
             in_transformer = ".transformer_blocks." in path or path.endswith((".proj_in", ".proj_out"))
-            yield Target(UNET, module_key(UNET, path), layer, block_of(path), in_residual=not in_transformer)
+            parent, _, attribute = path.rpartition(".")
+            yield Target(
+                UNET,
+                module_key(UNET, path),
+                unet.get_submodule(parent),
+                attribute,
+                block_of(path),
+                in_residual=not in_transformer,
+            )
 
 
 def text_encoder_targets(encoder: Any, number: int) -> Iterator[Target]:
-    """Every layer of text encoder 1 or 2 that a LoRA may cover."""
+    """Yield every layer of text encoder 1 or 2 that can have a LoRA."""
     part = TEXT_ENCODERS[number - 1]
     layers = clip_body(encoder).encoder.layers
     for i, layer in enumerate(layers):
         is_used = number == 2 or i < len(layers) - 1
         for path in _TEXT_LAYERS:
-            yield Target(
-                part,
-                module_key(part, f"text_model.encoder.layers.{i}.{path}"),
-                layer.get_submodule(path),
-                is_used=is_used,
-            )
+            name = module_key(part, f"text_model.encoder.layers.{i}.{path}")
+            parent, _, attribute = path.rpartition(".")
+            yield Target(part, name, layer.get_submodule(parent), attribute, is_used=is_used)
 
 
 def module_key(part: str, path: str) -> str:
-    """The name in files of the module beside the layer at `path`."""
+    """Return the name in files of the module for the layer at `path`."""
     return f"{_PREFIXES[part]}_{path.replace('.', '_')}"
-
-
-class LoraModule(nn.Module):
-    """The change beside one layer."""
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        rank: int,
-        alpha: float,
-        *,
-        dropout: float = 0.0,
-        rank_dropout: float = 0.0,
-        module_dropout: float = 0.0,
-    ):
-        super().__init__()
-        self.rank, self.alpha = rank, alpha
-        self.multiplier = 1.0
-        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
-        self.lora_down: nn.Linear | nn.Conv2d
-        self.lora_up: nn.Linear | nn.Conv2d
-        if isinstance(layer, nn.Conv2d):
-            sizes: Any = {"kernel_size": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
-            self.lora_down = Conv2d(layer.in_channels, rank, bias=False, **sizes)
-            self.lora_up = Conv2d(rank, layer.out_channels, 1, bias=False)
-        else:
-            assert isinstance(layer, nn.Linear)
-            self.lora_down = Linear(layer.in_features, rank, bias=False)
-            self.lora_up = Linear(rank, layer.out_features, bias=False)
-        nn.init.kaiming_uniform_(self.lora_down.weight, a=5**0.5)
-        nn.init.zeros_(self.lora_up.weight)
-
-    def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-        """base(x) with the change added. Nothing as large as the output is made or kept twice.
-
-        Args:
-            x: [B, ..., in], or [B, in, H, W] for convolutions.
-            base: the layer's own forward.
-        """
-        scale = self.multiplier * self.alpha / self.rank
-        if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
-            scale = 0.0  # gradients become zero instead of missing, which several processes couldn't exchange
-        if isinstance(self.lora_down, nn.Conv2d):
-            return base(x).add_(self.lora_up(self._dropped(self.lora_down(x))), alpha=scale)
-        frozen = None if self._drops else _frozen_linear(base)
-        if frozen is not None:
-            y = lora_linear(x.flatten(0, -2), *frozen, self.lora_down.weight, self.lora_up.weight, scale)
-            return y.unflatten(0, x.shape[:-1])
-        # In two dimensions the base's output is no view, so the product can be added in place.
-        y = base(x.flatten(0, -2))
-        h = self._dropped(self.lora_down(x)).flatten(0, -2)
-        return y.addmm_(h, self.lora_up.weight.to(h.dtype).t(), alpha=scale).unflatten(0, x.shape[:-1])
-
-    @torch.no_grad()
-    def limit_norm(self, most: float) -> Tensor:
-        """Scale both projections down so that the change's Frobenius norm is at most `most`; returns its norm before, [].
-
-        The norm of up @ down is taken from two r x r products, so the change itself is never made.
-        Source: contract, training_math.md section 7.
-        """
-        up, down = self.lora_up.weight.flatten(1).float(), self.lora_down.weight.flatten(1).float()
-        norm = self.alpha / self.rank * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
-        factor = (most / norm.clamp(min=most)).sqrt()
-        self.lora_up.weight.mul_(factor)
-        self.lora_down.weight.mul_(factor)
-        return norm
-
-    @property
-    def _drops(self) -> bool:
-        return self.training and bool(self.dropout or self.rank_dropout)
-
-    def _dropped(self, h: Tensor) -> Tensor:
-        """Dropout of single values and, per sample, of whole ranks. h: [B, ..., r], or [B, r, H, W]."""
-        if not self._drops:
-            return h
-        if self.dropout:
-            h = F.dropout(h, self.dropout)
-        if self.rank_dropout:
-            kept = torch.rand(len(h), self.rank, device=h.device) > self.rank_dropout
-            shape = (
-                (len(h), self.rank, 1, 1)
-                if isinstance(self.lora_down, nn.Conv2d)
-                else (len(h), *[1] * (h.ndim - 2), self.rank)
-            )
-            h = h * (kept.view(shape).to(h.dtype) / (1 - self.rank_dropout))
-        return h
 
 
 class LoraNetwork(nn.Module):
@@ -225,9 +151,9 @@ class LoraNetwork(nn.Module):
         return (self.lora(target.name) for target in self.targets)
 
     def attach(self) -> None:
-        """Put each module in front of its layer's own forward."""
+        """Replace each layer by one with its LoRA."""
         for target in self.targets:
-            target.layer.forward = _with_change(self.lora(target.name), target.layer.forward)
+            target.replace(add_lora(target.layer, self.lora(target.name)))
 
     def set_multiplier(self, multiplier: float) -> None:
         for lora in self.loras():
@@ -290,20 +216,6 @@ def _rank(target: Target, settings: LoraSettings) -> tuple[int, float]:
         return 0, 0.0
     is_conv3x3 = isinstance(target.layer, nn.Conv2d) and target.layer.kernel_size != (1, 1)
     return settings.rank_in_block(target.block, is_conv3x3=is_conv3x3)
-
-
-def _frozen_linear(base: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias, if `base` is a plain linear layer's own forward and neither is trained."""
-    layer = getattr(base, "__self__", None)
-    if getattr(base, "__func__", None) not in (Linear.forward, nn.Linear.forward):
-        return None
-    assert isinstance(layer, nn.Linear)
-    is_frozen = not any(parameter.requires_grad for parameter in layer.parameters())
-    return (layer.weight, layer.bias) if is_frozen else None
-
-
-def _with_change(lora: LoraModule, base: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: lora(x, base)
 
 
 def _add_groups(

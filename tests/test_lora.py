@@ -12,11 +12,13 @@ from tolerance import ADAPTER_GRADIENT_NORM, assert_formula, assert_network, ass
 from library.errors import OptionError
 from library.models import text_encoders
 from library.models.checkpoint.key_maps import Renaming, unet_pairs_of_config
+from library.models.memory.quantization import QuantizedLinear
 from library.models.unet import UNet
 from library.models.unet_config import UNetConfig
 from library.safetensors_io import load_tensors, read_header, write_safetensors
-from networks.lora import LoraModule, LoraNetwork, text_encoder_targets, unet_targets
+from networks.lora import LoraNetwork, text_encoder_targets, unet_targets
 from networks.lora_file import load_into, network_from_file, read_lora, write_lora
+from networks.lora_layers import LoraModule, add_lora
 from networks.lora_linear import lora_linear
 from networks.options import LoraSettings, NetworkOptions, read_network_args
 
@@ -128,13 +130,13 @@ def test_the_module_adds_what_the_formula_says_and_starts_at_nothing(layer):
     torch.manual_seed(0)
     lora = LoraModule(layer, rank=3, alpha=1.5)
     x = torch.randn(2, 6, 8, 8) if isinstance(layer, torch.nn.Conv2d) else torch.randn(2, 7, 6)
-    assert torch.equal(lora(x, layer.forward), layer(x))
+    assert torch.equal(add_lora(layer, lora)(x), layer(x))
     torch.nn.init.normal_(lora.lora_up.weight)
     delta = (lora.lora_up.weight.flatten(1) @ lora.lora_down.weight.flatten(1)).view(layer.weight.shape)
     lora.multiplier = -0.5
     merged = layer.weight + -0.5 * (1.5 / 3) * delta
     expected = torch.func.functional_call(layer, {"weight": merged, "bias": layer.bias}, (x,))
-    torch.testing.assert_close(lora(x, layer.forward), expected)
+    torch.testing.assert_close(add_lora(layer, lora)(x), expected)
 
 
 def test_nothing_as_large_as_the_output_is_saved_for_backward_beyond_what_the_base_saves():
@@ -148,7 +150,7 @@ def test_nothing_as_large_as_the_output_is_saved_for_backward_beyond_what_the_ba
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = lora(x, layer.forward)
+        y = add_lora(layer, lora)(x)
     assert y.numel() not in saved and saved.count(x.numel()) <= 1
 
 
@@ -168,18 +170,35 @@ def test_the_function_of_a_linear_layer_and_its_lora_has_the_gradients_of_its_fo
 
     assert torch.autograd.gradcheck(fused, (x, down, up))
     expected = layer(x) - 0.35 * (x @ down.t() @ up.t())
-    torch.testing.assert_close(lora(x, layer.forward), expected)
-    assert "_LoraLinear" in str(lora(x, layer.forward).grad_fn.next_functions[0][0].name())
+    torch.testing.assert_close(add_lora(layer, lora)(x), expected)
+    assert "_LoraLinear" in str(add_lora(layer, lora)(x).grad_fn.next_functions[0][0].name())
 
 
-def test_a_base_that_is_trained_or_another_function_gets_its_gradient_too():
+def test_a_base_layer_that_is_trained_gets_its_gradient_too():
     layer, x = torch.nn.Linear(5, 7), torch.randn(4, 5)
     lora = LoraModule(layer, rank=2, alpha=2)
-    lora(x, layer.forward).sum().backward()
+    add_lora(layer, lora)(x).sum().backward()
     assert layer.weight.grad is not None
-    calls = []
-    lora(x, lambda x: calls.append(x) or layer(x))
-    assert len(calls) == 1
+
+
+def test_a_quantized_layer_with_a_lora_is_the_sum_of_both():
+    torch.manual_seed(0)
+    quantized = QuantizedLinear(torch.nn.Linear(8, 6).requires_grad_(False), torch.randn(6, 8), "int8")
+    lora = LoraModule(quantized, rank=2, alpha=2)
+    torch.nn.init.normal_(lora.lora_up.weight)
+    x = torch.randn(3, 4, 8)
+    expected = quantized(x) + x @ lora.lora_down.weight.T @ lora.lora_up.weight.T
+    torch.testing.assert_close(add_lora(quantized, lora)(x), expected)
+
+
+def test_attaching_leaves_the_parameters_of_the_models_and_their_names(own_models):
+    modules = [own_models.unet, *own_models.text_encoders]
+    before = [dict(module.named_parameters()) for module in modules]
+    LoraNetwork.from_settings(all_targets(own_models), LoraSettings(dim=2, conv_dim=1)).attach()
+    for module, parameters in zip(modules, before, strict=True):
+        after = dict(module.named_parameters())
+        assert list(after) == list(parameters)
+        assert all(after[name] is parameters[name] for name in parameters)
 
 
 @pytest.mark.numeric
@@ -190,14 +209,14 @@ def test_dropouts_keep_the_mean_and_act_in_training_only(name):
     lora = LoraModule(layer, rank=8, alpha=8, **{name: 0.25})
     torch.nn.init.normal_(lora.lora_up.weight)
     x = torch.randn(4000, 2, 16) if name != "module_dropout" else torch.randn(1, 2, 16)
-    base, full = layer(x), lora.eval()(x, layer.forward)
+    base, full = layer(x), add_lora(layer, lora.eval())(x)
     lora.train()
     if name == "module_dropout":
-        outputs = torch.cat([lora(x, layer.forward) - base for _ in range(4000)])
+        outputs = torch.cat([add_lora(layer, lora)(x) - base for _ in range(4000)])
         share = (outputs.abs().sum((1, 2)) == 0).float().mean()
         assert share == pytest.approx(0.25, abs=0.03)
         return
-    change = lora(x, layer.forward) - base
+    change = add_lora(layer, lora)(x) - base
     torch.testing.assert_close(
         (change * (full - base)).sum() / (full - base).square().sum(), torch.tensor(1.0), atol=0.03, rtol=0
     )
@@ -209,7 +228,7 @@ def test_rank_dropout_drops_whole_ranks_of_a_sample():
     layer = torch.nn.Linear(3, 3, bias=False)
     lora = LoraModule(layer, rank=3, alpha=3, rank_dropout=0.5).train()
     lora.lora_up.weight.data, lora.lora_down.weight.data = torch.eye(3), torch.eye(3)
-    change = lora(torch.ones(50, 7, 3), layer.forward) - layer(torch.ones(50, 7, 3))
+    change = add_lora(layer, lora)(torch.ones(50, 7, 3)) - layer(torch.ones(50, 7, 3))
     values = {round(value, 4) for value in change.flatten().tolist()}
     assert values == {0.0, 2.0} and (change == change[:, :1]).all()
 
@@ -217,7 +236,7 @@ def test_rank_dropout_drops_whole_ranks_of_a_sample():
 def test_bfloat16_layers_take_float32_modules():
     layer = torch.nn.Linear(8, 8).bfloat16()
     lora = LoraModule(layer, rank=2, alpha=2)
-    y = lora(torch.randn(2, 3, 8).bfloat16(), layer.forward)
+    y = add_lora(layer, lora)(torch.randn(2, 3, 8).bfloat16())
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and lora.lora_up.weight.grad.dtype == torch.float32
 
