@@ -1,10 +1,12 @@
-"""How long a picture takes, and that it is the right one: ours beside Diffusers' StableDiffusionXLPipeline.
+"""How long an image takes compared with Diffusers' StableDiffusionXLPipeline, and that both are equal.
 
-    python benchmarks/generate.py                                          the tiny model on a CPU
-    python benchmarks/generate.py --model sdxl.safetensors --width 1024 --height 1024 --precision fp16        on a card
+    python benchmarks/generate.py                      the tiny model on a CPU
+    python benchmarks/generate.py --model sdxl.safetensors --width 1024 --height 1024 --precision fp16
+                                                       SDXL on a GPU
 
-Same weights, sampler, steps, first noise and guidance, in one process and in turn, so that a machine whose speed drifts is no
-matter; a ratio above 1 means that ours is faster. Prompts are encoded anew for each picture, and pictures are decoded.
+Both use the same weights, sampler, steps, initial noise and guidance, and alternate in one process, so
+that a machine whose speed drifts doesn't matter. A ratio above 1 means that ours is faster. Prompts
+are encoded again for each image, and images are decoded.
 """
 
 import statistics
@@ -20,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from library.errors import RunError, run
 from library.generation.request import GenerationRequest
-from library.generation.sampler_options import SAMPLERS
+from library.generation.samplers import SAMPLERS
 from library.options import OptionGroup, option, read_options
 
 if TYPE_CHECKING:
@@ -33,16 +35,18 @@ PROMPT, NEGATIVE, SCALE, SEED = "a red cat on a sofa, detailed", "blurry", 7.0, 
 
 @dataclass(frozen=True)
 class GenerateOptions(OptionGroup):
-    """What is measured"""
+    """Measurement"""
 
     model: Path | None = option(None, "an SDXL single file; unset: the tiny model")
     width: int = option(256, "in pixels", at_least=32)
     height: int = option(256, "in pixels", at_least=32)
     steps: int = option(10, "denoising steps", at_least=1)
-    sampler: str = option("ddim", "of both", choices=tuple(SAMPLERS))
+    sampler: str = option("ddim", "sampler of both pipelines", choices=tuple(SAMPLERS))
     precision: str = option("no", "dtype to compute in", choices=("no", "fp16", "bf16"))
-    pairs: int = option(9, "pairs of pictures, after one to warm up", at_least=1)
-    threads: int | None = option(None, "threads of a CPU; 1 on a machine that does other things too", at_least=1)
+    pairs: int = option(9, "pairs of images, after one to warm up", at_least=1)
+    threads: int | None = option(
+        None, "CPU threads; use 1 if the machine runs other programs", at_least=1
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,22 +64,30 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         precision = Precision.decide(chosen.precision, None, no_half_vae=True)
         models = SdxlModels(open_checkpoint(str(path)), precision, device)
-        contenders = [ours(models, chosen), theirs(models, chosen, Path(folder) / "diffusers")]
-        taken: list[list[tuple[float, float]]] = [[], []]
+        pipelines = [ours(models, chosen), theirs(models, chosen, Path(folder) / "diffusers")]
+        times: list[list[tuple[float, float]]] = [[], []]
         images = []
-        for number in range(chosen.pairs + 1):
-            images = [timed(draw, kept, device, number) for draw, kept in zip(contenders, taken, strict=True)]
+        for i in range(chosen.pairs + 1):
+            images = []
+            for generate, own_times in zip(pipelines, times, strict=True):
+                image, seconds = timed(generate)
+                images.append(image)
+                if i > 0:
+                    own_times.append(seconds)
     difference = float((images[0] - images[1]).abs().max())
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}; {chosen}")
-    for name, which in (("on the clock", 0), ("of all threads", 1)):
-        medians = [statistics.median(times[which] for times in kept) for kept in taken]
-        ratio = statistics.median(b[which] / a[which] for a, b in zip(*taken, strict=True))
+    for name, clock in (("elapsed", 0), ("of all threads", 1)):
+        medians = [
+            statistics.median(seconds[clock] for seconds in own_times) for own_times in times
+        ]
+        ratio = statistics.median(b[clock] / a[clock] for a, b in zip(*times, strict=True))
         print(
-            f"seconds {name}: ours {medians[0]:.3f}, Diffusers {medians[1]:.3f}; median of the pairs' ratios {ratio:.2f}"
+            f"seconds {name}: ours {medians[0]:.3f}, Diffusers {medians[1]:.3f}; "
+            f"median of the pairs' ratios {ratio:.2f}"
         )
-    print(f"largest difference of the pictures, 0..1: {difference:.2g}")
+    print(f"largest difference of the images, 0..1: {difference:.2g}")
     if chosen.precision == "no" and difference > 1e-3:
-        raise RunError("the pictures differ by more than 1e-3")
+        raise RunError("the images differ by more than 1e-3")
 
 
 def tiny_model(folder: Path) -> Path:
@@ -87,34 +99,63 @@ def tiny_model(folder: Path) -> Path:
 
 
 def ours(models: "SdxlModels", chosen: GenerateOptions) -> Callable[[], "torch.Tensor"]:
-    """Draws a picture: [3, H, W] in 0..1."""
+    """Return a function that generates an image: [3, H, W] in 0..1."""
     from library.generation.pipeline import SdxlPipeline
-    from library.generation.prompt_encoder import PromptEncoder
+    from library.generation.prompts.encoder import PromptEncoder
     from library.models.vae import unscale_latents
     from networks.inference.adapters import AppliedNetworks
     from networks.inference.options import AppliedNetworkOptions
 
-    drawing = GenerationRequest(
-        prompt=PROMPT, negative=NEGATIVE, prompt2=None, negative2=None, raw_prompt=PROMPT, clip_prompt=None, width=chosen.width,
-        height=chosen.height, original_width=None, original_height=None, original_width_negative=None,
-        original_height_negative=None, crop_top=None, crop_left=None, steps=chosen.steps, seed=SEED, sampler=chosen.sampler,
-        scale=SCALE, negative_scale=None, guidance_rescale=0.0, strength=0.8, multipliers=None, shrink=None, growth=None,
-        source=None, mask=None, guides=(), number=0, row=0,
-    )  # fmt: skip
+    request = GenerationRequest(
+        prompt=PROMPT,
+        negative=NEGATIVE,
+        prompt2=None,
+        negative2=None,
+        raw_prompt=PROMPT,
+        clip_prompt=None,
+        width=chosen.width,
+        height=chosen.height,
+        original_width=None,
+        original_height=None,
+        original_width_negative=None,
+        original_height_negative=None,
+        crop_top=None,
+        crop_left=None,
+        steps=chosen.steps,
+        seed=SEED,
+        sampler=chosen.sampler,
+        scale=SCALE,
+        negative_scale=None,
+        guidance_rescale=0.0,
+        strength=0.8,
+        multipliers=None,
+        deep_shrink=None,
+        gradual_latent=None,
+        init_image=None,
+        mask=None,
+        guide_images=(),
+        index=0,
+        prompt_index=0,
+    )
+    adapters = AppliedNetworks(AppliedNetworkOptions(), models)
 
-    changes = AppliedNetworks(AppliedNetworkOptions(), models)
-
-    def draw() -> "torch.Tensor":
-        painter = SdxlPipeline(
-            models, PromptEncoder(models, None), changes, v_prediction=False, zero_terminal_snr=False
+    def generate() -> "torch.Tensor":
+        pipeline = SdxlPipeline(
+            models,
+            PromptEncoder(models, None),
+            adapters,
+            v_prediction=False,
+            zero_terminal_snr=False,
         )
-        pixels = models.decode_latents(unscale_latents(painter.latents([drawing])))[0]
+        pixels = models.decode_latents(unscale_latents(pipeline.latents([request])))[0]
         return (pixels / 2 + 0.5).clamp(0, 1)
 
-    return draw
+    return generate
 
 
-def theirs(models: "SdxlModels", chosen: GenerateOptions, folder: Path) -> Callable[[], "torch.Tensor"]:
+def theirs(
+    models: "SdxlModels", chosen: GenerateOptions, folder: Path
+) -> Callable[[], "torch.Tensor"]:
     """The same by Diffusers, from a folder that holds the same weights."""
     import torch
 
@@ -131,27 +172,34 @@ def theirs(models: "SdxlModels", chosen: GenerateOptions, folder: Path) -> Calla
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = make_sampler(chosen.sampler, v_prediction=False, zero_terminal_snr=False)
 
-    def draw() -> "torch.Tensor":
+    def generate() -> "torch.Tensor":
         generator = torch.Generator(models.device).manual_seed(SEED)
         shape = (1, 4, chosen.height // 8, chosen.width // 8)
-        noise = torch.randn(shape, generator=generator, device=models.device, dtype=models.precision.compute)
-        return pipeline(
-            PROMPT, negative_prompt=NEGATIVE, width=chosen.width, height=chosen.height, num_inference_steps=chosen.steps,
-            guidance_scale=SCALE, latents=noise, output_type="pt",
-        ).images[0]  # fmt: skip
+        noise = torch.randn(
+            shape, generator=generator, device=models.device, dtype=models.precision.compute
+        )
+        result = pipeline(
+            PROMPT,
+            negative_prompt=NEGATIVE,
+            width=chosen.width,
+            height=chosen.height,
+            num_inference_steps=chosen.steps,
+            guidance_scale=SCALE,
+            latents=noise,
+            output_type="pt",
+        )
+        return result.images[0]
 
-    return draw
+    return generate
 
 
 def timed(
-    draw: Callable[[], "torch.Tensor"], kept: list[tuple[float, float]], device: "torch.device", number: int
-) -> "torch.Tensor":
-    """The picture; its seconds on the clock and of all threads are kept, those of the first one apart."""
-    start, start_of_all = time.perf_counter(), time.process_time()
-    image = draw().float().cpu()  # waits for a card
-    if number:
-        kept.append((time.perf_counter() - start, time.process_time() - start_of_all))
-    return image
+    generate: Callable[[], "torch.Tensor"],
+) -> tuple["torch.Tensor", tuple[float, float]]:
+    """Return an image, and the seconds that passed on the clock and in all threads."""
+    start, threads_start = time.perf_counter(), time.process_time()
+    image = generate().float().cpu()  # waits for the GPU
+    return image, (time.perf_counter() - start, time.process_time() - threads_start)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import pytest
 from library.data.dataset_config import read_datasets
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.errors import OptionError, RunError
-from library.generation.prompt_options import LINE_OPTIONS
-from library.generation.sample_prompts import _INLINE, read_sample_prompts
+from library.generation.prompts.line import LINE_OPTIONS
+from library.generation.sample_prompts import INLINE_OPTIONS, read_sample_prompts
 from library.option_types import read_value
 from library.options import read_options
 from library.training.monitoring.trackers import read_tracker_config
@@ -371,7 +371,7 @@ def test_every_option_that_a_page_names_exists(name):
     known = (
         {option for script in SCRIPTS for option in declared_by(script).names}
         | {"help"}
-        | set(_INLINE)
+        | set(INLINE_OPTIONS)
         | set(LINE_OPTIONS)
     )
     named = {

@@ -1,4 +1,4 @@
-"""sdxl_gen_img.py: files, names, metadata, seeds, batches, and everything that a picture can be told."""
+"""sdxl_gen_img.py: files, names, metadata, seeds, batches, and the options of prompts."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import random
 import re
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,22 +18,43 @@ from running import ROOT, script, train_network
 
 import sdxl_gen_img
 from library.errors import OptionError
-from library.generation.dynamic_prompts import variants
+from library.generation.deep_shrink import DeepShrinkOptions
+from library.generation.generate import check_generation
+from library.generation.gradual_latent import GradualLatentOptions
 from library.generation.init_images import read_image
 from library.generation.metadata import read_texts, save_arguments
-from library.generation.prompt_options import LINE_OPTIONS
+from library.generation.options import (
+    GENERATION,
+    HighresFixOptions,
+    ImageOptions,
+    InitImageOptions,
+    PromptOptions,
+)
+from library.generation.prompts.dynamic import variants
+from library.generation.prompts.line import LINE_OPTIONS
+from library.generation.prompts.sources import read_prompts
+from library.generation.request import GenerationRequest
+from library.generation.requests import AdapterCounts, RequestBuilder
+from library.log import LogOptions
+from library.options import read_options
+
+WRITTEN_BEFORE = (
+    GOLDEN / "generated_image_v1.png"
+)  # by the version before GenerationRequest got its names
 
 SMALL = ["--W", "64", "--H", "64", "--steps", "2", "--sampler", "euler_a"]
 
 
 @pytest.fixture
-def draw(golden_model, tmp_path):
-    """Draws in this process; returns the new files in the order of their making."""
+def generate(golden_model, tmp_path):
+    """Runs the script in this process; returns the new files in the order in which they were written."""
 
     def run(*words, outdir=None, small=SMALL):
         folder = outdir or tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         before = set(folder.iterdir()) if folder.exists() else set()
-        sdxl_gen_img.main([str(word) for word in ("--ckpt", golden_model, "--outdir", folder, *small, *words)])
+        sdxl_gen_img.main(
+            [str(word) for word in ("--ckpt", golden_model, "--outdir", folder, *small, *words)]
+        )
         new = set(folder.iterdir()) - before if folder.exists() else set()
         return sorted(new, key=lambda path: path.stat().st_mtime_ns)
 
@@ -47,7 +69,7 @@ def assert_same(one, two, most=0):
     assert np.abs(pixels(one) - pixels(two)).max() <= most
 
 
-# ------------------------------------------------------------------------------------------------ prompts and their seeds
+# ------------------------------------------------------------------------------------------------- prompts and their seeds
 
 
 EVERY_OPTION = {
@@ -59,26 +81,48 @@ EVERY_OPTION = {
 
 
 @pytest.mark.long
-def test_a_file_of_lines_with_every_option_is_drawn_as_each_line_says(draw, tmp_path, golden_model, images):
+def test_every_option_within_a_prompt_has_its_effect(generate, tmp_path, golden_model, images):
     assert EVERY_OPTION.keys() == LINE_OPTIONS.keys()
     lora = train_network(golden_model, images, tmp_path / "lora", "--max_train_steps", 1)
-    lines = [f"a (red:1.2) cat BREAK sitting --{name.upper()} {value}" for name, value in EVERY_OPTION.items()]
+    lines = [
+        f"a (red:1.2) cat BREAK sitting --{name.upper()} {value}"
+        for name, value in EVERY_OPTION.items()
+    ]
     file = tmp_path / "lines.txt"
     file.write_text("\ufeff# all of them\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    drawn = draw("--from_file", file, "--seed", 3, "--network_weights", lora, "--sequential_file_name", "--steps", 1)
-    assert [path.name for path in drawn] == [f"im_{n:06d}.png" for n in range(1, len(lines) + 1)]
-    texts = [read_texts(path, "") for path in drawn]
+    files = generate(
+        "--from_file",
+        file,
+        "--seed",
+        3,
+        "--network_weights",
+        lora,
+        "--sequential_file_name",
+        "--steps",
+        1,
+    )
+    assert [path.name for path in files] == [f"im_{n:06d}.png" for n in range(1, len(lines) + 1)]
+    texts = [read_texts(path, "") for path in files]
     by_option = dict(zip(EVERY_OPTION, texts, strict=True))
-    assert by_option["n"]["negative-prompt"] == "dark, blurry" and by_option["c"]["clip-prompt"] == "a drawing"
-    assert Image.open(drawn[4]).size == (96, 64)
+    assert (
+        by_option["n"]["negative-prompt"] == "dark, blurry"
+        and by_option["c"]["clip-prompt"] == "a drawing"
+    )
+    assert Image.open(files[4]).size == (96, 64)
     assert (by_option["ow"]["original-width"], by_option["oh"]["original-height"]) == ("512", "768")
     assert (by_option["nw"]["original-width-negative"], by_option["ct"]["crop-top"]) == ("64", "8")
     assert (by_option["s"]["steps"], by_option["d"]["seed"]) == ("3", "7")
     assert (by_option["l"]["scale"], by_option["nl"]["negative-scale"]) == ("4.5", "2.0")
     settings = {name: json.loads(text["settings"])["drawing"] for name, text in by_option.items()}
     assert settings["am"]["multipliers"] == [0.5] and settings["t"]["strength"] == 0.5
-    last = settings["glus"]  # Deep Shrink and Gradual Latent stay on for the lines that follow
-    assert last["shrink"] == {"depth_1": 2, "timesteps_1": 700, "depth_2": 4, "timesteps_2": 300, "ratio": 0.5}
+    last = settings["glus"]  # Deep Shrink and Gradual Latent stay on for the prompts that follow
+    assert last["shrink"] == {
+        "depth_1": 2,
+        "timesteps_1": 700,
+        "depth_2": 4,
+        "timesteps_2": 300,
+        "ratio": 0.5,
+    }
     assert last["growth"] == {"timesteps": 800, "ratio": 0.5, "ratio_step": 0.5, "every_n_steps": 1, "s_noise": 0.9, "unsharp": "3,0.5,0.5,0"}  # fmt: skip
     assert settings["c"]["shrink"] is None
     rng = random.Random(3)
@@ -88,26 +132,27 @@ def test_a_file_of_lines_with_every_option_is_drawn_as_each_line_says(draw, tmp_
     ]
 
 
-def seeds_of(drawn):
-    return [int(read_texts(path, "")["seed"]) for path in drawn]
+def seeds_of(files):
+    return [int(read_texts(path, "")["seed"]) for path in files]
 
 
 @pytest.mark.long
-def test_seeds_one_image_has_its_own_lists_are_used_up_and_rounds_may_share(draw):
-    plan = ("--dry_run",)
-    assert draw("--prompt", "a", "--seed", 5, *plan) == []
-    assert seeds_of(draw("--prompt", "a", "--seed", 5)) == [5]
-    assert seeds_of(draw("--prompt", "a --d 8,9", "--images_per_prompt", 3)) == [8, 9, 9]
+def test_a_single_image_uses_the_seed_itself_and_several_sample_seeds_from_it(generate):
+    assert seeds_of(generate("--prompt", "a", "--seed", 5)) == [5]
+    assert seeds_of(generate("--prompt", "a --d 8,9", "--images_per_prompt", 3)) == [8, 9, 9]
     rng = random.Random(5)
-    drawn = [rng.randint(0, 0x7FFFFFFF) for _ in range(4)]
-    assert seeds_of(draw("--prompt", "a", "--seed", 5, "--n_iter", 2, "--images_per_prompt", 2)) == drawn
+    expected = [rng.randint(0, 0x7FFFFFFF) for _ in range(4)]
+    assert (
+        seeds_of(generate("--prompt", "a", "--seed", 5, "--n_iter", 2, "--images_per_prompt", 2))
+        == expected
+    )
 
 
 @pytest.mark.long
-def test_iter_same_seed_gives_all_prompts_of_a_round_the_same_seeds(draw, tmp_path):
+def test_iter_same_seed_gives_all_prompts_of_an_iteration_the_same_seeds(generate, tmp_path):
     file = tmp_path / "two.txt"
     file.write_text("a\nb\n", encoding="utf-8")
-    seeds = seeds_of(draw("--from_file", file, "--seed", 5, "--n_iter", 2, "--iter_same_seed"))
+    seeds = seeds_of(generate("--from_file", file, "--seed", 5, "--n_iter", 2, "--iter_same_seed"))
     assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
 
 
@@ -115,37 +160,40 @@ def test_iter_same_seed_gives_all_prompts_of_a_round_the_same_seeds(draw, tmp_pa
     ("a {b|c} d", {"a b d", "a c d"}), ("{2$$a|b}", {"a, b", "b, a"}), ("{1-2$$ and $$a|b}", {"a", "b", "a and b", "b and a"}),
     ("{{a|b}|c} x", {"a x", "b x", "c x"}), ("{one} way", {"one way"}),
 ])  # fmt: skip
-def test_variants_draw_all_that_they_may_and_nothing_else(text, allowed):
+def test_variants_pick_every_allowed_text_and_no_other(text, allowed):
     found = {variants(text, random.Random(seed))[0][0] for seed in range(100)}
     assert found == allowed
 
 
 @pytest.mark.long
-def test_enumerated_variants_multiply_and_replace_the_images_per_prompt(draw):
-    assert variants("{e$$a|b} {e$$1|2|3}", random.Random(0)) == (["a 1", "a 2", "a 3", "b 1", "b 2", "b 3"], True)
-    drawn = draw("--prompt", "a {e$$red|blue} cat --s 1", "--images_per_prompt", 5)
-    assert [read_texts(path, "")["prompt"] for path in drawn] == ["a red cat", "a blue cat"]
-    assert {read_texts(path, "")["raw-prompt"] for path in drawn} == {"a {e$$red|blue} cat --s 1"}
+def test_enumerated_variants_give_all_combinations_and_override_images_per_prompt(generate):
+    assert variants("{e$$a|b} {e$$1|2|3}", random.Random(0)) == (
+        ["a 1", "a 2", "a 3", "b 1", "b 2", "b 3"],
+        True,
+    )
+    files = generate("--prompt", "a {e$$red|blue} cat --s 1", "--images_per_prompt", 5)
+    assert [read_texts(path, "")["prompt"] for path in files] == ["a red cat", "a blue cat"]
+    assert {read_texts(path, "")["raw-prompt"] for path in files} == {"a {e$$red|blue} cat --s 1"}
 
 
 # ----------------------------------------------------------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize("line, told", [
-    ("a --w 1000", "--w 1000: must be a multiple of 32; take 992 or 1024"),
-    ("a --w 20", "must be a multiple of 32; take 32"), ("a --s 3.5", "--s: expected a whole number, got '3.5'"),
-    ("a --ss euler", "--ss is no option of a prompt"), ("a --d 1,x", "expected a whole number from 0 to 9.22337e+18, or several with commas"),
+@pytest.mark.parametrize("line, found", [
+    ("a --w 1000", "--w 1000: must be a multiple of 32; use 992 or 1024"),
+    ("a --w 20", "--w 20: must be a multiple of 32; use 32"), ("a --s 3.5", "--s: expected a whole number, got '3.5'"),
+    ("a --ss euler", "--ss "), ("a --d 1,x", "--d: expected a whole number from 0 to 9.22337e+18"),
     ("a --d 99999999999999999999", "--d: expected a whole number from 0"),
-    ("a --glt 700 --glr 0.1", "leaves nothing of the 8 latent cells of a picture of 64x64; take a larger ratio, 0.125 or more"),
-    ("a --dsd1 3 --dsr 0.1", "leaves nothing of a map of 8 cells, as block 3 sees a picture of 64x64"),
-    ("a --am 0.5", "no network is loaded"), ("a --t 2", "expected a number from 0 to 1"), ("{3$$a|b}", "but it has 2"),
-    ("a --glus 4,1,1", "with an odd size"), ("a AND b", "divides a prompt for networks"), ("a --ds1 3", "did you mean 'dsd1'?"),
+    ("a --glt 700 --glr 0.1", "a 64x64 image; use a ratio of 0.125 or more"),
+    ("a --dsd1 3 --dsr 0.1", "8 cells that block 3 sees of a 64x64 image"),
+    ("a --am 0.5", "--am: no network"), ("a --t 2", "--t: expected a number from 0 to 1"), ("{3$$a|b}", "it has 2"),
+    ("a --glus 4,1,1", "--glus 4,1,1: "), ("a AND b", "AND separates"), ("a --ds1 3", "did you mean 'dsd1'?"),
 ])  # fmt: skip
-def test_mistakes_in_lines_are_told_with_the_line(line, told, draw, tmp_path):
+def test_mistakes_in_prompts_are_reported_with_the_line(line, found, generate, tmp_path):
     file = tmp_path / "lines.txt"
     file.write_text(f"good\n{line}\n", encoding="utf-8")
-    with pytest.raises(OptionError, match=re.escape(told)) as error:
-        draw("--from_file", file)
+    with pytest.raises(OptionError, match=re.escape(found)) as error:
+        generate("--from_file", file)
     assert "lines.txt, line 2: " in str(error.value)
 
 
@@ -158,72 +206,85 @@ def bad_files(tmp_path):
     Image.new("RGB", (64, 64), "grey").save(tmp_path / "grey.png")
 
 
-@pytest.mark.parametrize("words, told", [
+@pytest.mark.parametrize("words, found", [
     (["--from_file", "gone.txt"], "gone.txt: no such file"), (["--from_file", "utf16.txt"], "save it as UTF-8"),
-    (["--from_file", "empty.txt"], "no prompt in it"), ([], "nothing to draw"), (["--prompt", "a", "--sampler", "eular"], "did you mean 'euler'"),
-    (["--prompt", "a", "--W", "100"], "take 96 or 128"), (["--prompt", "a", "--image_path", "text.png"], "can't be read as a picture"),
-    (["--prompt", "a", "--image_path", "folder"], "no picture in it"), (["--prompt", "a", "--mask_path", "grey.png"], "--mask_path needs"),
+    (["--from_file", "empty.txt"], "--from_file empty.txt: "), ([], "no prompt: "), (["--prompt", "a", "--sampler", "eular"], "did you mean 'euler'"),
+    (["--prompt", "a", "--W", "100"], "use 96 or 128"), (["--prompt", "a", "--image_path", "text.png"], "--image_path text.png: "),
+    (["--prompt", "a", "--image_path", "folder"], "--image_path folder: "), (["--prompt", "a", "--mask_path", "grey.png"], "--mask_path needs"),
     (["--prompt", "a", "--mask_path", "grey.png", "--network_weights", "grey.png", "--network_merge"], "--network_weights that aren't merged"),
     (["--prompt", "a", "--mask_path", "grey.png", "--network_weights", "grey.png", "--network_pre_calc"], "weights have no regions"),
     (["--prompt", "a", "--network_weights", "lora.safetensors"], "lora.safetensors"), (["--prompt", "a", "--network_weights", "gone"], "no such file"),
     (["--prompt", "a", "--guide_image_path", "gone.png"], "no such file"), (["--from_png", "gone.png"], "no such file"),
     (["--prompt", "a", "--control_net_lllite_models", "lora.safetensors"], "need --guide_image_path"),
-    (["--prompt", "a", "--gradual_latent_timesteps", "500", "--sampler", "ddim"], "Gradual Latent works with"),
-    (["--prompt", "a", "--highres_fix_scale", "0.5", "--highres_fix_upscaler", "no.module"], "can't be used"),
-    (["--prompt", "a", "--highres_fix_scale", "0.4"], "makes 0x0 of 64x64; each side needs 32 pixels: take 0.5 or more"),
-    (["--prompt", "a --glt 700", "--highres_fix_scale", "0.5"], "Gradual Latent and --highres_fix_scale: take one of them"),
-    (["--prompt", "a --glt 700", "--image_path", "grey.png", "--mask_path", "grey.png"], "sizes that --mask_path doesn't fit"),
+    (["--prompt", "a", "--gradual_latent_timesteps", "500", "--sampler", "ddim"], "Gradual Latent needs --sampler euler_a"),
+    (["--prompt", "a", "--highres_fix_scale", "0.5", "--highres_fix_upscaler", "no.module"], "--highres_fix_upscaler no.module: "),
+    (["--prompt", "a", "--highres_fix_scale", "0.4"], "makes 0x0 of 64x64; each side needs at least 32 pixels: use 0.5 or more"),
+    (["--prompt", "a --glt 700", "--highres_fix_scale", "0.5"], "Gradual Latent and --highres_fix_scale"),
+    (["--prompt", "a --glt 700", "--image_path", "grey.png", "--mask_path", "grey.png"], "can't be combined with --mask_path"),
 ])  # fmt: skip
-def test_mistakes_in_options_and_files_are_told(words, told, draw, tmp_path, monkeypatch):
+def test_mistakes_in_options_and_files_are_reported(words, found, generate, tmp_path, monkeypatch):
     bad_files(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Exception, match=re.escape(told)) as error:
-        draw(*words)
+    with pytest.raises(Exception, match=re.escape(found)) as error:
+        generate(*words)
     assert type(error.value).__name__ in ("OptionError", "RunError")
 
 
-def test_a_mistake_is_told_without_torch_and_ends_with_status_2(golden_model):
+def test_a_mistake_is_reported_without_torch_and_exits_with_status_2(golden_model):
     code = (
         "import sys, sdxl_gen_img\nfrom library.errors import run\ntry:\n"
         f"    run(lambda: sdxl_gen_img.main(['--ckpt', {str(golden_model)!r}, '--prompt', 'a --w 1001']))\n"
         "except SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)"
     )
     done = script("-c", code)
-    assert done.stdout == "2 False\n" and "take 992 or 1024" in done.stderr
+    assert done.stdout == "2 False\n" and "use 992 or 1024" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------- files and metadata
 
 
 @pytest.mark.long
-def test_names_are_the_contracts_and_nothing_is_replaced(draw, tmp_path, monkeypatch):
+def test_names_follow_the_contract_and_no_file_is_replaced(generate, tmp_path, monkeypatch):
     monkeypatch.setattr("library.generation.output._now", lambda: "20261126000000")
     folder = tmp_path / "out"
     words = ("--prompt", "a --d 5 --s 1", "--images_per_prompt", 2, "--batch_size", 2)
-    first = draw(*words, outdir=folder)
-    assert {path.name for path in first} == {"im_20261126000000_000_5.png", "im_20261126000000_001_5.png"}
+    first = generate(*words, outdir=folder)
+    assert {path.name for path in first} == {
+        "im_20261126000000_000_5.png",
+        "im_20261126000000_001_5.png",
+    }
     kept = [path.read_bytes() for path in first]
-    again = draw(*words, outdir=folder)
-    assert {path.name for path in again} == {"im_20261126000000_000_5-2.png", "im_20261126000000_001_5-2.png"}
+    again = generate(*words, outdir=folder)
+    assert {path.name for path in again} == {
+        "im_20261126000000_000_5-2.png",
+        "im_20261126000000_001_5-2.png",
+    }
     assert [path.read_bytes() for path in first] == kept
-    assert [p.name for p in draw(*words, "--sequential_file_name", "--n_iter", 2, outdir=folder)] == [f"im_00000{n}.png" for n in (1, 2, 3, 4)]  # fmt: skip
-    assert [p.name for p in draw("--prompt", "a --s 1", "--sequential_file_name", outdir=folder)] == ["im_000005.png"]
-    own = draw(
-        "--prompt", "a --s 1 --t 0.1", "--image_path", first[0], "--use_original_file_name", outdir=tmp_path / "own"
+    assert [p.name for p in generate(*words, "--sequential_file_name", "--n_iter", 2, outdir=folder)] == [f"im_00000{n}.png" for n in (1, 2, 3, 4)]  # fmt: skip
+    assert [
+        p.name for p in generate("--prompt", "a --s 1", "--sequential_file_name", outdir=folder)
+    ] == ["im_000005.png"]
+    own = generate(
+        "--prompt",
+        "a --s 1 --t 0.1",
+        "--image_path",
+        first[0],
+        "--use_original_file_name",
+        outdir=tmp_path / "own",
     )
     assert [path.name for path in own] == [first[0].name]
 
 
 @pytest.mark.parametrize("kind", ["png", pytest.param("webp", marks=pytest.mark.long)])
-def test_a_file_draws_its_image_again(kind, draw):
+def test_a_file_generates_its_image_again(kind, generate):
     words = ["--prompt", "a [red|blue] cät, {1$$x|y} --n dark --l 5 --d 11", "--highres_fix_scale", "0.5", "--highres_fix_steps", "2", "--image_format", kind]  # fmt: skip
-    (first,) = draw(*words, "--guidance_rescale", "0.5", "--max_embeddings_multiples", 2)
-    (again,) = draw("--from_png", first, small=[])
+    (first,) = generate(*words, "--guidance_rescale", "0.5", "--max_embeddings_multiples", 2)
+    (again,) = generate("--from_png", first, small=[])
     assert_same(first, again)
     assert read_texts(first, "")["negative-prompt"] == "dark" and first.suffix == f".{kind}"
-    (other,) = draw("--from_png", first, "--highres_fix_steps", 3, small=[])
-    assert np.abs(pixels(first) - pixels(other)).max() > 0, "options beside the file win"
-    beside = (
+    (other,) = generate("--from_png", first, "--highres_fix_steps", 3, small=[])
+    assert np.abs(pixels(first) - pixels(other)).max() > 0, "options on the command line win"
+    more = [
         "--steps",
         1,
         "--seed",
@@ -236,80 +297,162 @@ def test_a_file_draws_its_image_again(kind, draw):
         "a dog --n bright",
         "--highres_fix_steps",
         1,
-    )
-    (changed,) = draw("--from_png", first, *beside, small=[])
+    ]
+    (changed,) = generate("--from_png", first, *more, small=[])
     texts = read_texts(changed, "")
     assert [texts[name] for name in ("steps", "seed", "scale", "prompt", "negative-prompt")] == ["1", "12", "1.0", "a dog", "bright"]  # fmt: skip
     assert Image.open(changed).size == (96, 64) and texts["sampler"] == "euler_a"
 
 
-def test_what_draws_a_image_alone_are_options_that_plan_the_same_image(draw, tmp_path, monkeypatch):
-    """Every field of a drawing goes through the command line and comes back."""
-    seen = []
-    monkeypatch.setattr("library.generation.generate._tell", lambda drawings, options: seen.extend(drawings))
+def requests_of(*words):
+    """The requests of a command line."""
+    options = read_options(
+        "", [*GENERATION, LogOptions], [str(word) for word in words], checks=[check_generation]
+    )
+    prompts = read_prompts(options[PromptOptions], options[InitImageOptions].image_path)
+    builder = RequestBuilder(
+        prompts=options[PromptOptions],
+        image=options[ImageOptions],
+        init_images=options[InitImageOptions],
+        highres_fix=options[HighresFixOptions],
+        deep_shrink=options[DeepShrinkOptions],
+        gradual_latent=options[GradualLatentOptions],
+        num_prompts=len(prompts),
+        counts=AdapterCounts(),
+    )
+    return builder.build_all(prompts)
+
+
+def test_every_field_of_a_request_survives_the_command_line(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     line = " ".join(f"--{name} {value}" for name, value in EVERY_OPTION.items() if name != "am")
-    draw(
-        "--prompt", f"a cat, {{big}} {line}", "--image_path", tmp_path / "a.png", "--dry_run", "--guidance_rescale", 0.3
+    words = [
+        "--ckpt",
+        "m.safetensors",
+        "--sampler",
+        "euler_a",
+        "--guidance_rescale",
+        0.3,
+        "--image_path",
+        tmp_path / "a.png",
+    ]
+    (request,) = requests_of(*words, "--prompt", f"a cat, {{big}} {line}")
+    again = ["--ckpt", "m.safetensors"]
+    for name, value in request.as_options().items():
+        if value is not None:
+            again += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    (same,) = requests_of(*again)
+    assert same == dataclasses.replace(request, raw_prompt=same.raw_prompt)
+
+
+def test_a_request_is_stored_under_the_keys_of_the_first_version(tmp_path):
+    """An image written before the fields were renamed; its settings are also what this version writes."""
+    stored = json.loads(read_texts(WRITTEN_BEFORE, "")["settings"])["drawing"]
+    request = GenerationRequest.from_json(stored)
+    assert (
+        request.deep_shrink.depth_2 == 4
+        and request.gradual_latent.timesteps == 800
+        and request.index == 0
     )
-    words = [word for name, value in seen[0].as_options().items() if value is not None for word in (f"--{name}", value)]
-    draw(*(word for value in words for word in (value if isinstance(value, list) else [value])), "--dry_run", small=[])
-    assert seen[1] == dataclasses.replace(seen[0], raw_prompt=seen[1].raw_prompt)
+    assert request.as_json() == stored
+    with_files = {
+        **stored,
+        "source": "a.png",
+        "mask": "b.png",
+        "guides": ["c.png"],
+        "multipliers": [0.5],
+        "number": 7,
+    }
+    request = GenerationRequest.from_json(with_files)
+    assert (request.init_image, request.guide_images, request.index) == (
+        Path("a.png"),
+        (Path("c.png"),),
+        7,
+    )
+    assert json.loads(json.dumps(request.as_json())) == with_files
+
+
+def test_an_image_that_an_earlier_version_wrote_is_generated_again(generate):
+    (again,) = generate("--from_png", WRITTEN_BEFORE, small=[])
+    before, after = read_texts(WRITTEN_BEFORE, ""), read_texts(again, "")
+    assert before.keys() == after.keys()
+    for name in before.keys() - {"raw-prompt", "settings"}:
+        assert before[name] == after[name]
+    assert Image.open(again).size == (64, 64)
+    assert_same(again, WRITTEN_BEFORE, most=2)
 
 
 @pytest.mark.parametrize("length, kept", [(9_000, {"settings"}), (20_000, set())])
-def test_a_jpeg_keeps_as_much_of_long_texts_as_it_can(length, kept, tmp_path):
+def test_a_jpeg_stores_as_much_of_long_texts_as_it_can(length, kept, tmp_path):
     texts = {"prompt": "a" * length, "raw-prompt": "a" * length, "settings": "a" * 2 * length}
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", **save_arguments(texts, "jpeg"))
     assert read_texts(tmp_path / "a.jpg", "").keys() == kept
 
 
 @pytest.mark.long
-def test_jpeg_keeps_the_texts_and_a_dry_run_writes_nothing(draw, tmp_path, caplog):
-    (drawn,) = draw("--prompt", "a cät --d 4", "--image_format", "jpeg")
-    assert drawn.suffix == ".jpg" and read_texts(drawn, "")["raw-prompt"] == "a cät --d 4"
-    assert draw("--prompt", "a cat", "--images_per_prompt", 3, "--dry_run", outdir=tmp_path / "none") == []
+def test_a_jpeg_stores_the_texts_and_a_dry_run_writes_nothing(generate, tmp_path, caplog):
+    (files,) = generate("--prompt", "a cät --d 4", "--image_format", "jpeg")
+    assert files.suffix == ".jpg" and read_texts(files, "")["raw-prompt"] == "a cät --d 4"
+    assert (
+        generate(
+            "--prompt", "a cat", "--images_per_prompt", 3, "--dry_run", outdir=tmp_path / "none"
+        )
+        == []
+    )
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.long
-def test_the_contact_sheet_has_a_row_for_each_prompt(draw, tmp_path):
+def test_the_contact_sheet_has_a_row_for_each_prompt(generate, tmp_path):
     file = tmp_path / "two.txt"
     file.write_text("a --s 1\nb --s 1\n", encoding="utf-8")
-    drawn = draw("--from_file", file, "--images_per_prompt", 2, "--contact_sheet")
-    sheet = next(path for path in drawn if path.name.startswith("contact_sheet"))
-    assert len(drawn) == 5 and Image.open(sheet).height >= 2 * 64 and Image.open(sheet).width >= 2 * 64
+    files = generate("--from_file", file, "--images_per_prompt", 2, "--contact_sheet")
+    sheet = next(path for path in files if path.name.startswith("contact_sheet"))
+    assert (
+        len(files) == 5 and Image.open(sheet).height >= 2 * 64 and Image.open(sheet).width >= 2 * 64
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------------- images
 
 
-def test_a_batch_of_four_is_four_images_and_its_company_changes_no_bit(draw, tmp_path):
+def test_an_image_doesnt_depend_on_the_others_of_its_batch(generate, tmp_path):
     words = ("--prompt", "a cat --d 1,2,3,4", "--images_per_prompt", 4)
-    single, batch = draw(*words), draw(*words, "--batch_size", 4)
+    single, batch = generate(*words), generate(*words, "--batch_size", 4)
     for one, other in zip(single, batch, strict=True):
         assert_same(one, other, most=1)
     assert len({pixels(path).tobytes() for path in single}) == 4
     file = tmp_path / "others.txt"
     file.write_text("a dog --d 9\na cat --d 3\na dog --d 9\nred --d 8\n", encoding="utf-8")
-    assert_same(draw("--from_file", file, "--batch_size", 4)[1], batch[2])
+    assert_same(generate("--from_file", file, "--batch_size", 4)[1], batch[2])
 
 
-def test_a_lora_changes_the_image_and_multiplier_0_restores_it_bit_for_bit(draw, golden_model, images, tmp_path):
-    lora = train_network(golden_model, images, tmp_path / "lora", "--max_train_steps", 2, "--learning_rate", "1e-1")
+def test_a_lora_changes_the_image_and_strength_0_restores_it_bit_for_bit(
+    generate, golden_model, images, tmp_path
+):
+    lora = train_network(
+        golden_model, images, tmp_path / "lora", "--max_train_steps", 2, "--learning_rate", "1e-1"
+    )
     words = ("--prompt", "a cat --d 5", "--network_weights", lora)
-    (plain,), (changed,), (off,) = draw(*words[:2]), draw(*words), draw(*words, "--network_mul", 0)
+    (plain,), (changed,), (off,) = (
+        generate(*words[:2]),
+        generate(*words),
+        generate(*words, "--network_mul", 0),
+    )
     assert_same(plain, off)
     assert np.abs(pixels(plain) - pixels(changed)).max() > 3
-    (by_line,) = draw("--prompt", "a cat --d 5 --am 0", *words[2:])
-    assert_same(plain, by_line)
-    (folded,), (merged,) = draw(*words, "--network_pre_calc"), draw(*words, "--network_merge")
-    assert_same(changed, folded, most=1)
+    (by_prompt,) = generate("--prompt", "a cat --d 5 --am 0", *words[2:])
+    assert_same(plain, by_prompt)
+    (fused,), (merged,) = (
+        generate(*words, "--network_pre_calc"),
+        generate(*words, "--network_merge"),
+    )
+    assert_same(changed, fused, most=1)
     assert_same(changed, merged, most=1)
 
 
 @pytest.mark.long
-def test_control_nets_take_their_guides_in_turn_and_strength_0_leaves_the_image(draw):
+def test_control_nets_use_guide_images_in_turn_and_strength_0_has_no_effect(generate):
     guides = GOLDEN / "10_training" / "dataset" / "data_cond"
     words = ("--prompt", "a cat --d 5", "--images_per_prompt", 2)
     net = (
@@ -318,86 +461,110 @@ def test_control_nets_take_their_guides_in_turn_and_strength_0_leaves_the_image(
         "--guide_image_path",
         guides,
     )
-    plain = draw(*words)
+    plain = generate(*words)
     off, followed = (
-        draw(*words, *net, "--control_net_multipliers", 0),
-        draw(*words, *net, "--control_net_multipliers", 20),
+        generate(*words, *net, "--control_net_multipliers", 0),
+        generate(*words, *net, "--control_net_multipliers", 20),
     )
     assert_same(plain[0], off[0], most=1)
-    settings = [json.loads(read_texts(path, "")["settings"])["drawing"]["guides"] for path in followed]
+    settings = [
+        json.loads(read_texts(path, "")["settings"])["drawing"]["guides"] for path in followed
+    ]
     names = sorted(path.name for path in guides.iterdir())
-    assert [[os.path.basename(guide) for guide in one] for one in settings] == [[names[0]], [names[1]]]
-    assert np.abs(pixels(followed[0]) - pixels(followed[1])).max() > 0, "the seed is one, the guides are two"
-    for one, both in zip(followed, draw(*words, *net, "--control_net_multipliers", 20, "--batch_size", 2), strict=True):
+    assert [[os.path.basename(guide) for guide in one] for one in settings] == [
+        [names[0]],
+        [names[1]],
+    ]
+    assert np.abs(pixels(followed[0]) - pixels(followed[1])).max() > 0, (
+        "the seed is the same, the guide images differ"
+    )
+    for one, both in zip(
+        followed,
+        generate(*words, *net, "--control_net_multipliers", 20, "--batch_size", 2),
+        strict=True,
+    ):
         assert_same(one, both, most=1)
 
 
 @pytest.mark.long
-def test_regions_have_their_networks_and_sub_prompts_and_draw_again_from_the_file(draw, tmp_path):
+def test_regions_have_their_networks_and_sub_prompts_and_are_stored_in_the_file(generate, tmp_path):
     lora = GOLDEN / "10_training" / "lora_te.out.safetensors"
     mask = np.zeros((64, 64, 3), dtype=np.uint8)
     mask[:, :32, 0], mask[:, 32:, 1] = 255, 255
     Image.fromarray(mask).save(tmp_path / "regions.png")
-    words = ("--network_weights", lora, lora, "--network_mul", 4, 4, "--mask_path", tmp_path / "regions.png")
-    (both,) = draw("--prompt", "a cat AND a dog --d 5", *words)
-    (other,) = draw("--prompt", "a cat AND a tree --d 5", *words)
+    words = (
+        "--network_weights",
+        lora,
+        lora,
+        "--network_mul",
+        4,
+        4,
+        "--mask_path",
+        tmp_path / "regions.png",
+    )
+    (both,) = generate("--prompt", "a cat AND a dog --d 5", *words)
+    (other,) = generate("--prompt", "a cat AND a tree --d 5", *words)
     assert np.abs(pixels(both) - pixels(other)).max() > 0
-    assert_same(draw("--from_png", both, small=[])[0], both)
-    with pytest.raises(OptionError, match="2 networks need as many sub-prompts, divided by AND; this prompt has 1"):
-        draw("--prompt", "a cat", *words)
+    assert_same(generate("--from_png", both, small=[])[0], both)
+    with pytest.raises(OptionError, match=r"--prompt: 2 networks .* AND.* 1$"):
+        generate("--prompt", "a cat", *words)
 
 
 @pytest.fixture
-def source(tmp_path):
-    path = tmp_path / "source.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8)).resize((100, 70)).save(
-        path
-    )
+def init_image(tmp_path):
+    path = tmp_path / "init.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8)).resize(
+        (100, 70)
+    ).save(path)
     return path
 
 
-def test_16_bits_are_read_as_training_reads_them(tmp_path):
+def test_16_bit_images_are_read_as_in_training(tmp_path):
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "depth.png")
-    assert np.array_equal(np.asarray(read_image(tmp_path / "depth.png", ""))[..., 0], np.rint(ramp / 257))
+    assert np.array_equal(read_image(tmp_path / "depth.png", "")[..., 0], np.rint(ramp / 257))
 
 
-def test_with_merged_networks_a_mask_says_what_is_repainted(draw, source, tmp_path):
+def test_with_merged_networks_the_mask_is_for_inpainting(generate, init_image, tmp_path):
     lora = GOLDEN / "10_training" / "lora_te.out.safetensors"
     Image.new("RGB", (64, 64), "black").save(tmp_path / "mask.png")
     words = (
         "--prompt",
         "a --d 1",
         "--image_path",
-        source,
+        init_image,
         "--strength",
         1,
         "--network_weights",
         lora,
         "--network_merge",
     )
-    (painted,), (kept,) = draw(*words), draw(*words, "--mask_path", tmp_path / "mask.png")
-    (untouched,) = draw("--prompt", "a --d 1", "--image_path", source, "--strength", 0)
+    (repainted,), (kept,) = generate(*words), generate(*words, "--mask_path", tmp_path / "mask.png")
+    (untouched,) = generate("--prompt", "a --d 1", "--image_path", init_image, "--strength", 0)
     assert_same(kept, untouched, 1)
-    assert np.abs(pixels(painted) - pixels(kept)).mean() > 1
+    assert np.abs(pixels(repainted) - pixels(kept)).mean() > 1
 
 
-def test_stored_prompts_are_drawn_from_their_own_images(draw, tmp_path):
+def test_stored_prompts_use_their_own_image_as_init_image(generate, tmp_path):
     for name in "ab":
-        draw("--prompt", f"picture {name}", outdir=tmp_path / name)[0].replace(tmp_path / f"{name}.png")
+        generate("--prompt", f"image {name}", outdir=tmp_path / name)[0].replace(
+            tmp_path / f"{name}.png"
+        )
         (tmp_path / name).rmdir()
-    drawn = draw("--image_path", tmp_path, "--images_per_prompt", 2, outdir=tmp_path / "out")
-    texts = [read_texts(path, "") for path in drawn]
+    files = generate("--image_path", tmp_path, "--images_per_prompt", 2, outdir=tmp_path / "out")
+    texts = [read_texts(path, "") for path in files]
     sources = [json.loads(text["settings"])["drawing"]["source"] for text in texts]
-    assert [(text["prompt"], source[-5]) for text, source in zip(texts, sources, strict=True)] == [("picture a", "a")] * 2 + [("picture b", "b")] * 2  # fmt: skip
+    assert [(text["prompt"], source[-5]) for text, source in zip(texts, sources, strict=True)] == [("image a", "a")] * 2 + [("image b", "b")] * 2  # fmt: skip
 
 
 @pytest.mark.long
-def test_from_a_image_sizes_are_its_own_and_strength_tells_how_much_stays(draw, source):
-    words = ("--prompt", "a --d 1", "--image_path", source)
-    (weak,), (strong,) = (draw(*words, "--strength", s, small=["--steps", "4"]) for s in (0.0, 1.0))
+def test_img2img_keeps_the_size_and_strength_sets_the_change(generate, init_image):
+    words = ("--prompt", "a --d 1", "--image_path", init_image)
+    (weak,), (strong,) = (
+        generate(*words, "--strength", s, small=["--steps", "4"]) for s in (0.0, 1.0)
+    )
     assert Image.open(weak).size == (96, 64)
-    (resized,) = draw(*words)
+    (resized,) = generate(*words)
     assert Image.open(resized).size == (64, 64)
     assert np.abs(pixels(weak) - pixels(strong)).mean() > 1
 
@@ -406,7 +573,7 @@ def test_from_a_image_sizes_are_its_own_and_strength_tells_how_much_stays(draw, 
 @pytest.mark.parametrize("words", [
     ["--highres_fix_latents_upscaling"], ["--highres_fix_upscaler", "an_upscaler", "--highres_fix_upscaler_args", "factor=2"],
 ])  # fmt: skip
-def test_highres_fix_saves_both_stages_with_their_prefixes(words, draw, tmp_path, monkeypatch):
+def test_highres_fix_saves_both_stages_with_prefixes(words, generate, tmp_path, monkeypatch):
     (tmp_path / "an_upscaler.py").write_text(
         "import torch\n"
         "class Up:\n"
@@ -419,33 +586,43 @@ def test_highres_fix_saves_both_stages_with_their_prefixes(words, draw, tmp_path
         encoding="utf-8",
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    drawn = draw("--prompt", "a --w 128 --h 64 --d 3", "--highres_fix_scale", 0.5, "--highres_fix_steps", 2, "--highres_fix_save_1st", *words)  # fmt: skip
-    assert [re.sub(r"\d{14}", "T", path.name) for path in drawn] == ["im_T_0000_3.png", "im_T_1000_3.png"]
-    assert [Image.open(path).size for path in drawn] == [(64, 32), (128, 64)]
+    files = generate("--prompt", "a --w 128 --h 64 --d 3", "--highres_fix_scale", 0.5, "--highres_fix_steps", 2, "--highres_fix_save_1st", *words)  # fmt: skip
+    assert [re.sub(r"\d{14}", "T", path.name) for path in files] == [
+        "im_T_0000_3.png",
+        "im_T_1000_3.png",
+    ]
+    assert [Image.open(path).size for path in files] == [(64, 32), (128, 64)]
 
 
 @pytest.mark.long
-def test_slices_decode_the_same_image_and_small_vae_batches_too(draw):
+def test_vae_slices_and_small_vae_batches_decode_the_same_image(generate):
     words = ("--prompt", "a --w 96 --d 1,2", "--images_per_prompt", 2, "--batch_size", 2)
-    plain = draw(*words)
-    for more in (("--vae_slices", 3), ("--vae_batch_size", 1), ("--vae_batch_size", 0.5), ("--vae_tiling",)):
-        for one, other in zip(plain, draw(*words, *more), strict=True):
+    plain = generate(*words)
+    for more in (
+        ("--vae_slices", 3),
+        ("--vae_batch_size", 1),
+        ("--vae_batch_size", 0.5),
+        ("--vae_tiling",),
+    ):
+        for one, other in zip(plain, generate(*words, *more), strict=True):
             assert_same(one, other, most=1)
 
 
-def test_a_black_image_is_decoded_again_in_float32_and_told(draw, monkeypatch, capsys):
+def test_a_black_image_is_decoded_again_in_float32_with_a_warning(generate, monkeypatch, capsys):
     from library.models import vae
 
     real = vae._decode
     monkeypatch.setattr(vae, "_decode", lambda model, raw: real(model, raw) if model.dtype == torch.float32 else torch.full((len(raw), 3, 64, 64), -1.0))  # fmt: skip
-    (drawn,) = draw("--prompt", "a --d 1", "--bf16")
+    (files,) = generate("--prompt", "a --d 1", "--bf16")
     assert "overflowed in bfloat16 for 1 of 1 pictures" in capsys.readouterr().err
-    assert pixels(drawn).max() > 10
+    assert pixels(files).max() > 10
 
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_interactive_draws_line_by_line_at_a_terminal_and_survives_mistakes(golden_model, tmp_path):
+def test_interactive_generates_prompt_by_prompt_and_continues_after_mistakes(
+    golden_model, tmp_path
+):
     import pty
 
     main, side = pty.openpty()
@@ -465,6 +642,6 @@ def test_interactive_draws_line_by_line_at_a_terminal_and_survives_mistakes(gold
     names = sorted(re.sub(r"\d{14}", "T", path.name) for path in (tmp_path / "out").iterdir())
     assert (
         names == ["im_T_000_5.png", "im_T_000_6.png"]
-        and b"take 992 or 1024" in said
-        and b"leaves nothing of a map" in said
+        and b"use 992 or 1024" in said
+        and b"Deep Shrink" in said
     )

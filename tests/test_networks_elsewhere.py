@@ -13,7 +13,7 @@ from library.errors import OptionError
 from library.models.text_encoders import TextConditioning
 from library.safetensors_io import read_header, write_safetensors
 from networks.base_weights import BaseWeights
-from networks.inference.deltas import change_of
+from networks.inference.deltas import weight_delta
 from networks.lora import text_encoder_targets, unet_targets
 from networks.lora_file import load_into, network_from_file, read_lora
 from networks.options import LoraSettings
@@ -142,7 +142,7 @@ def test_merged_base_weights_do_what_the_network_beside_the_model_does(golden_mo
 def test_the_change_of_a_convolution_by_hand():
     down, up = torch.randn(2, 3, 3, 3), torch.randn(5, 2, 1, 1)
     parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
-    change = change_of(parts, torch.empty(5, 3, 3, 3))
+    change = weight_delta(parts, torch.empty(5, 3, 3, 3))
     x = torch.randn(1, 3, 6, 6)
     expected = 0.5 * torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, down), up)
     assert_network(torch.nn.functional.conv2d(x, change), expected)

@@ -10,7 +10,7 @@ from forked import processes as on_processes
 from PIL import Image
 from running import QUICK, arguments, assert_bit_equal, losses_of, tensors_of, train_network, without
 
-from library.generation import image_grid as image
+from library.generation import single_image
 from library.generation.image_grid import contact_sheet, thumbnail
 
 PROMPTS = "a red square --s 2\na (blue:1.4) circle --w 96 --h 64 --d 5 --s 2 --ss euler_a --n dark\n"
@@ -76,7 +76,7 @@ def test_fault_69_a_sample_that_fails_is_told_and_the_run_goes_on(golden_model, 
     def broken(*args, **kwargs):
         raise RuntimeError("no memory for this\nsecond line")
 
-    monkeypatch.setattr(image, "denoise", broken)
+    monkeypatch.setattr(single_image, "denoise", broken)
     final = train_network(golden_model, images, tmp_path / "out", "--max_train_steps", 2, "--sample_prompts", prompts, "--sample_every_n_steps", 1)  # fmt: skip
     assert final.exists() and len(losses_of(tmp_path / "out")) == 2
     assert "sample 1 of 000002 is left out: RuntimeError: no memory for this\n" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Sample prompts: files, inline options, and what is told of bad ones."""
+"""Sample prompts: files, inline options, and the problems of invalid ones."""
 
 import json
 
@@ -22,11 +22,11 @@ def read(path, text):
     ("p.json", json.dumps([{"prompt": "a cat", "negative_prompt": "dark, blurry", "width": 530, "height": "768", "seed": 5, "sample_steps": 20, "scale": 3.5, "sample_sampler": "euler_a"}])),
     ("p.toml", '[prompt]\nnegative_prompt = "dark, blurry"\nscale = 3.5\nseed = 1\n[[prompt.subset]]\nprompt = "a cat"\nwidth = 512\nheight = 768\nseed = 5\nsample_steps = 20\nsample_sampler = "euler_a"\n'),
 ])  # fmt: skip
-def test_all_kinds_of_files_say_the_same(name, text, tmp_path):
+def test_all_kinds_of_files_give_the_same_prompt(name, text, tmp_path):
     assert read(tmp_path / name, text) == ([CAT], [])
 
 
-def test_what_looks_like_an_option_within_the_prompt_stays_there(tmp_path):
+def test_words_that_look_like_options_stay_in_the_prompt(tmp_path):
     """The reference takes `w 512` and `n cat` at the start of a prompt for options."""
     found, problems = read(tmp_path / "p.txt", "w 512 n cat, well-lit --s 2\n--n only negative\n")
     assert [(p.prompt, p.negative_prompt, p.width, p.sample_steps) for p in found] == [
@@ -36,13 +36,18 @@ def test_what_looks_like_an_option_within_the_prompt_stays_there(tmp_path):
     assert problems == []
 
 
-def test_bad_values_are_told_with_their_line_and_left_out(tmp_path):
-    found, problems = read(tmp_path / "p.txt", f"a --w wide --ss nope --d {2**63}\nb --s 99999 --ar 16:9 --g 3\n")
+def test_bad_values_are_reported_with_their_line_and_ignored(tmp_path):
+    found, problems = read(
+        tmp_path / "p.txt", f"a --w wide --ss nope --d {2**63}\nb --s 99999 --ar 16:9 --g 3\n"
+    )
     assert found == [SamplePrompt("a"), SamplePrompt("b", sample_steps=1000)]
     assert [problem.split(": ")[0] for problem in problems] == [
         f"{tmp_path / 'p.txt'}, line {n}" for n in (1, 1, 1, 2, 2)
     ]
-    assert "width: expected a whole number, got 'wide'" in problems[0] and "expected one of ddim" in problems[1]
+    assert (
+        "width: expected a whole number, got 'wide'" in problems[0]
+        and "expected one of ddim" in problems[1]
+    )
 
 
 @pytest.mark.parametrize("name, content", [
@@ -55,5 +60,7 @@ def test_files_that_cant_be_read_are_refused(name, content, tmp_path):
         read_sample_prompts(tmp_path / name)
 
 
-def test_sizes_are_the_runs_own_unless_told():
-    assert at_size(SamplePrompt("a", width=96), 1024, 1000) == SamplePrompt("a", width=96, height=992)
+def test_prompts_without_a_size_get_the_size_of_the_run():
+    assert at_size(SamplePrompt("a", width=96), 1024, 1000) == SamplePrompt(
+        "a", width=96, height=992
+    )

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     from PIL import Image
 
     from library.device import Precision
-    from library.generation.image_grid import draw_image
+    from library.generation.single_image import generate_image
     from library.models.checkpoint.reader import open_checkpoint
     from library.models.sdxl import SdxlModels
     from library.models.text_encoders import TextConditioning
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             prompt, negative = (
                 TextConditioning.of(models.encode_texts([t], 75)) for t in (chosen.prompt, chosen.negative_prompt)
             )
-            image = draw_image(
+            image = generate_image(
                 models.unet, models.decode_latents, prompt, negative, width=chosen.width, height=chosen.height, steps=chosen.steps,
                 scale=chosen.scale, seed=chosen.seed, sampler="euler",
                 v_prediction=bool(checkpoint.v_prediction), zero_terminal_snr=bool(checkpoint.zero_terminal_snr),

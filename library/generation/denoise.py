@@ -1,6 +1,6 @@
-"""Denoise: from noise to scaled latents, with guidance.
+"""Denoising: from noise to scaled latents, with guidance.
 
-Shapes: B pictures, H and W in pixels, h = H / 8 and w = W / 8.
+Shapes: B images, H and W in pixels, h = H / 8 and w = W / 8, G guidance branches.
 """
 
 import inspect
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from library.generation.adapters import ControlAt
+from library.generation.adapters import ControlSchedule
 from library.generation.deep_shrink import DeepShrink
 from library.models.size_conditioning import conditioning_vector
 from library.models.text_encoders import TextConditioning
@@ -18,11 +18,12 @@ from library.models.unet import Shrink, UNet
 from library.models.unet_config import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 
 Generators = torch.Generator | list[torch.Generator] | None
-"""Of the noise that samplers like euler_a add at each step: one, or one for each picture; None: the global one."""
+"""Random generators of samplers that add noise at each step (euler_a): one, or one per image.
+None: PyTorch's global generator."""
 
 
 class Conditioning(NamedTuple):
-    """What the U-Net is told of each picture: context [B, T, 2048], vector [B, 2816]."""
+    """The U-Net's conditioning in one guidance branch: context [B, T, 2048], vector [B, 2816]."""
 
     context: Tensor
     vector: Tensor
@@ -37,30 +38,41 @@ class Conditioning(NamedTuple):
         crop: tuple[int, int] = (0, 0),
         score: float | None = None,
     ) -> "Conditioning":
-        """Args:
-        original, target: (height, width) in pixels.
-        crop: (top, left).
-        score: what models that know scores are told in place of the target (score_of).
+        """Combine encoded prompts with the size conditioning.
+
+        Args:
+            text: the encoded prompts.
+            original: (height, width) of the original image in pixels.
+            target: (height, width) of the generated image in pixels.
+            crop: (top, left) in pixels.
+            score: aesthetic score that takes the place of the target size, for models that are
+                conditioned on it (`aesthetic_score`).
         """
-        pairs = (original, crop, target if score is None else (score,))
-        sizes = [torch.tensor([pair], device=text.pooled.device).expand(len(text.pooled), -1) for pair in pairs]
+        last = target if score is None else (score,)
+        sizes = [
+            torch.tensor([values], device=text.pooled.device).expand(len(text.pooled), -1)
+            for values in (original, crop, last)
+        ]
         return cls(text.context, conditioning_vector(text.pooled, *sizes))
 
 
-def score_of(unet: UNet, *, is_negative: bool) -> float | None:
-    """How beautiful a picture is said to be, to the refiner; None: the model isn't told."""
+def aesthetic_score(unet: UNet, *, is_negative: bool) -> float | None:
+    """Return the score that the refiner is conditioned on; None for models without a score."""
     if not unet.config.takes_score:
         return None
     return NEGATIVE_AESTHETIC_SCORE if is_negative else AESTHETIC_SCORE
 
 
 class Guidance(NamedTuple):
-    """How predictions become one.
+    """Classifier-free guidance: how the predictions of the branches are combined.
 
     Attributes:
-        scale: strength of the prompt against the negative one; 1 or below leaves the negative one out.
-        negative_scale: None, or the negative prompt's own strength, both as seen from the empty prompt.
-        rescale: share of the guided prediction that gets the prompt's own spread back.
+        scale: strength of the prompt against the negative prompt. 1 or less: the negative prompt
+            isn't used.
+        negative_scale: strength of the negative prompt, if both prompts are guided relative to the
+            empty prompt. None: guidance is relative to the negative prompt.
+        rescale: 0..1, how much of the guided prediction's standard deviation is set back to that of
+            the prompt's prediction.
     """
 
     scale: float
@@ -68,46 +80,64 @@ class Guidance(NamedTuple):
     rescale: float = 0.0
 
     @property
-    def parts(self) -> int:
-        """Predictions of each picture: [negative, [empty,] prompt]."""
-        return 1 if self.scale <= 1 else 2 if self.negative_scale is None else 3
+    def num_branches(self) -> int:
+        """Number of predictions per image: [negative, [empty,] prompt]."""
+        if self.scale <= 1:
+            return 1
+        return 2 if self.negative_scale is None else 3
 
-    def applied(self, predicted: Tensor) -> Tensor:
-        """[parts * B, 4, h, w] -> [B, 4, h, w].
+    def combine(self, predicted: Tensor) -> Tensor:
+        """Combine the predictions of all branches: [G * B, 4, h, w] -> [B, 4, h, w].
 
-        Source: Ho & Salimans 2022, arXiv:2207.12598, equation 6; Lin et al. 2023, arXiv:2305.08891, equations 14-16.
+        Source: Ho & Salimans 2022, arXiv:2207.12598, equation 6; Lin et al. 2023,
+        arXiv:2305.08891, equations 14-16.
         """
-        if self.parts == 1:
+        if self.num_branches == 1:
             return predicted
-        negative, *between, prompt = predicted.chunk(self.parts)
+        negative, *between, prompt = predicted.chunk(self.num_branches)
         if self.negative_scale is None:
             guided = negative + self.scale * (prompt - negative)
         else:
             empty = between[0]
-            guided = empty + self.scale * (prompt - empty) - self.negative_scale * (negative - empty)
+            guided = (
+                empty + self.scale * (prompt - empty) - self.negative_scale * (negative - empty)
+            )
         if self.rescale:
-            spreads = [part.float().std(dim=(1, 2, 3), keepdim=True) for part in (prompt, guided)]
-            factor = self.rescale * (spreads[0] / spreads[1]) + (1 - self.rescale)
+            factor = self.rescale * (_std(prompt) / _std(guided)) + (1 - self.rescale)
             guided = guided * factor.to(guided.dtype)
         return guided
 
 
+def _std(prediction: Tensor) -> Tensor:
+    """Return the standard deviation of each image's prediction: [B, 1, 1, 1], float32."""
+    return prediction.float().std(dim=(1, 2, 3), keepdim=True)
+
+
 class InpaintBlend(NamedTuple):
-    """What stays of a picture that is painted over in part.
+    """The latents that inpainting keeps.
 
     Attributes:
-        latents: its own, scaled, [B, 4, h, w]; noise: that which it gets, the same shape.
-        mask: 1 where it is repainted, 0 where it stays, [B, 1, h, w].
+        latents: of the init image, scaled, [B, 4, h, w].
+        noise: the noise that is added to them, [B, 4, h, w].
+        mask: 1 where the image is repainted, 0 where it is kept, [B, 1, h, w].
     """
 
     latents: Tensor
     noise: Tensor
     mask: Tensor
 
-    def laid_over(self, drawn: Tensor, sampler: Any, timestep: Tensor | None) -> Tensor:
-        """The drawn latents with what stays, at the noise of the timestep; None: at none."""
-        own = self.latents if timestep is None else sampler.add_noise(self.latents, self.noise, timestep[None])
-        return drawn * self.mask + own.to(drawn.dtype) * (1 - self.mask)
+    def apply(self, latents: Tensor, sampler: Any, timestep: Tensor | None) -> Tensor:
+        """Return the latents with the kept ones blended in.
+
+        Args:
+            latents: the denoised latents, [B, 4, h, w].
+            sampler: the scheduler that adds the noise.
+            timestep: the noise level of the kept latents. None: no noise.
+        """
+        kept = self.latents
+        if timestep is not None:
+            kept = sampler.add_noise(self.latents, self.noise, timestep[None])
+        return latents * self.mask + kept.to(latents.dtype) * (1 - self.mask)
 
 
 @torch.no_grad()
@@ -115,54 +145,73 @@ def denoise(
     unet: UNet,
     sampler: Any,
     latents: Tensor,
-    told: Sequence[Conditioning],
+    conditioning: Sequence[Conditioning],
     guidance: Guidance,
     *,
     timesteps: Tensor,
     generators: Generators = None,
-    control_at: ControlAt = lambda step, steps: None,
+    control_at: ControlSchedule = lambda step, steps: None,
     shrink: DeepShrink | None = None,
-    kept: InpaintBlend | None = None,
-    beside: Tensor | None = None,
+    blend: InpaintBlend | None = None,
+    inpaint_channels: Tensor | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Draw pictures: scaled latents, [B, 4, h, w], in the dtype of `latents`.
+    """Denoise latents and return them: scaled, [B, 4, h, w], in the dtype of `latents`.
 
-    Nothing waits for the device: what the host must know lies on the host.
+    The loop never waits for the device, because the host works on copies in RAM.
 
     Args:
-        sampler: of make_sampler, its timesteps set on the CPU.
-        latents: at the noise of the first timestep.
-        told: for each part of the guidance, [negative, [empty,] prompt].
-        timesteps: those of the sampler that are gone through, whole steps of them (`sampler.order`), on the CPU.
-        extra_at: what else reaches the U-Net in a step.
-        beside: what an inpainting model sees beside the latents, [B, 5, h, w] (models/inpainting.py).
+        unet: predicts noise or velocity.
+        sampler: scheduler of `make_sampler`, with its timesteps set on the CPU.
+        latents: at the noise level of the first timestep.
+        conditioning: one per guidance branch, [negative, [empty,] prompt].
+        guidance: how the predictions of the branches are combined.
+        timesteps: the sampler's timesteps to run, `sampler.order` for each step, on the CPU.
+        generators: for samplers that add noise.
+        control_at: the control inputs of each step.
+        shrink: Deep Shrink.
+        blend: the latents that inpainting keeps.
+        inpaint_channels: additional input of an inpainting model, [B, 5, h, w]
+            (models/inpainting.py).
+        on_step: called after each step.
     """
-    context, vector = (torch.cat(parts) for parts in zip(*told, strict=True))
-    rng = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
-    on_device = timesteps.to(latents.device)
-    steps = -(-len(timesteps) // sampler.order)  # the last step has one timestep with every sampler
+    context = torch.cat([branch.context for branch in conditioning])
+    vector = torch.cat([branch.vector for branch in conditioning])
+    step_arguments = {}
+    if "generator" in inspect.signature(sampler.step).parameters:
+        step_arguments["generator"] = generators
+    device_timesteps = timesteps.to(latents.device)
+    steps = -(-len(timesteps) // sampler.order)  # every sampler's last step has one timestep
     for i, timestep in enumerate(timesteps):
-        scaled = sampler.scale_model_input(latents, timestep).to(latents.dtype)
-        if beside is not None:
-            scaled = torch.cat([scaled, beside], dim=1)
-        many = torch.cat([scaled] * guidance.parts) if guidance.parts > 1 else scaled
-        block = None if shrink is None else shrink.block_at(float(timestep))
+        unet_input = sampler.scale_model_input(latents, timestep).to(latents.dtype)
+        if inpaint_channels is not None:
+            unet_input = torch.cat([unet_input, inpaint_channels], dim=1)
+        if guidance.num_branches > 1:
+            unet_input = torch.cat([unet_input] * guidance.num_branches)
         predicted = unet(
-            many,
-            on_device[i].expand(len(many)),
+            unet_input,
+            device_timesteps[i].expand(len(unet_input)),
             context,
             vector,
             control_at(i // sampler.order, steps),
-            None if shrink is None or block is None else Shrink(block, shrink.ratio),
+            _shrink_at(shrink, timestep),
         )
-        latents = sampler.step(guidance.applied(predicted), timestep, latents, return_dict=False, **rng)[0]
-        following = timesteps[i + 1] if i + 1 < len(timesteps) else None
-        if following is not None and (i + 1) % sampler.order:
-            continue  # in the midst of a step, whose noise isn't always that of a timestep
-        if kept is not None:
-            latents = kept.laid_over(latents, sampler, following)
+        guided = guidance.combine(predicted)
+        latents = sampler.step(guided, timestep, latents, return_dict=False, **step_arguments)[0]
+        is_last = i + 1 == len(timesteps)
+        if not is_last and (i + 1) % sampler.order:
+            continue  # within a step, whose noise level isn't always that of a timestep
+        if blend is not None:
+            latents = blend.apply(latents, sampler, None if is_last else timesteps[i + 1])
         on_step()
-    if kept is not None and not len(timesteps):
-        latents = kept.laid_over(latents, sampler, None)
+    if blend is not None and not len(timesteps):
+        latents = blend.apply(latents, sampler, None)
     return latents
+
+
+def _shrink_at(shrink: DeepShrink | None, timestep: Tensor) -> Shrink | None:
+    """Return where the U-Net shrinks its feature map at this timestep."""
+    if shrink is None:
+        return None
+    block = shrink.block_at(float(timestep))
+    return None if block is None else Shrink(block, shrink.ratio)

@@ -1,266 +1,291 @@
-"""Studio: a model made ready, drawing batch after batch, and files of what came out of it.
-
-While one batch is drawn, the one before is decoded and written by a thread of its own.
-"""
+"""ImageGenerator: batches of requests, the stages of highres fix, and init images."""
 
 import dataclasses
 import functools
 import importlib
 import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from library.device import Precision
-from library.errors import OptionError, RunError
-from library.generation.adapters import LoadAdapters
-from library.generation.image_grid import as_bytes, contact_sheet
-from library.generation.init_images import as_images, as_mask, as_tensor, read_image, resized
-from library.generation.metadata import texts_of
-from library.generation.options import (
-    GenerationModelOptions,
-    HighresFixOptions,
-    ImageOptions,
-    InitImageOptions,
-    OutputOptions,
-    PromptOptions,
-)
-from library.generation.output import Output
+from library.errors import OptionError
+from library.generation.image_grid import to_uint8
+from library.generation.init_images import read_image, resized, to_latent_mask, to_tensor
+from library.generation.options import GenerationModelOptions, HighresFixOptions
 from library.generation.pipeline import InitImage, SdxlPipeline
-from library.generation.prompt_encoder import PromptEncoder
 from library.generation.request import GenerationRequest
-from library.log import log, progress_bar
+from library.generation.writer import BatchWriter
+from library.log import progress_bar
 from library.models.attention import choose_attention
 from library.models.checkpoint.reader import Checkpoint
 from library.models.compile import compile_blocks
 from library.models.sdxl import SdxlModels
-from library.models.vae import decode_in_slices, decode_in_tiles, finite_samples, unscale_latents
-from library.options import Options
+from library.models.vae import decode_in_slices, decode_in_tiles
+from library.size import Size
 
-_THUMBNAIL = 256  # pixels
-_WORST_BLACK = -1 + 2 / 255  # a picture that is nowhere brighter is black
+
+@dataclasses.dataclass(frozen=True)
+class ClipVision:
+    """Replaces the pooled text embedding by the CLIP embedding of the init image.
+
+    Attributes:
+        model: folder or hub id of the image encoder.
+        strength: factor of the embedding.
+    """
+
+    model: str
+    strength: float
 
 
 class ImageGenerator:
-    """Draws with one model, and writes."""
+    """Generates the images of requests and writes them."""
 
-    def __init__(self, options: Options, checkpoint: Checkpoint, open_changes: LoadAdapters):
-        """Load the model and put the networks on it."""
-        self._options = options
-        chosen = options[GenerationModelOptions]
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        precision = Precision.decide(chosen.mixed_precision, None, no_half_vae=chosen.no_half_vae)
-        attention = choose_attention(mem_eff_attn=False, use_xformers=chosen.xformers and not chosen.sdpa)
-        self._models = SdxlModels(
-            checkpoint, precision, device, vae=chosen.vae, tokenizer_folder=chosen.tokenizer_cache_dir, attention=attention
-        )  # fmt: skip
-        self._changes = open_changes(self._models)
-        self._painter = SdxlPipeline(
-            self._models,
-            PromptEncoder(self._models, options[PromptOptions].max_embeddings_multiples),
-            self._changes,
-            v_prediction=chosen.v_parameterization or bool(checkpoint.v_prediction),
-            zero_terminal_snr=chosen.zero_terminal_snr or bool(checkpoint.zero_terminal_snr),
-            on_step=lambda images: self._bar.update(),
-        )
-        if chosen.vae_tiling:
-            self._models.change_vae(decode_in_tiles)
-        elif chosen.vae_slices is not None:
-            self._models.change_vae(functools.partial(decode_in_slices, slices=chosen.vae_slices))
-        if chosen.compile:
-            compile_blocks(self._models.unet, "inductor", device, flag="--compile")
-        fix = options[HighresFixOptions]
-        self._output = Output(options[OutputOptions], with_stages=fix.highres_fix_scale is not None)
-        self._upscaler = None if fix.highres_fix_upscaler is None else _open_upscaler(fix, self._models)
-        self._seen: dict[Path | None, Tensor] = {}
-        self._writer = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
-        self._rows: dict[int, tuple[str, list[Image | None]]] = {}
-        self._failed = 0
-        self._bar = progress_bar("drawing", 0)
+    def __init__(
+        self,
+        pipeline: SdxlPipeline,
+        writer: BatchWriter,
+        *,
+        batch_size: int,
+        highres_fix: HighresFixOptions,
+        clip_vision: ClipVision | None,
+    ):
+        """Make a generator.
 
-    def draw(self, drawings: Sequence[GenerationRequest]) -> None:
-        """Draw all of them, in batches of those that have everything but prompts, seeds and files in common."""
-        self._see_sources(drawings)
-        batches = list(self._batches(drawings))
-        self._bar = progress_bar("drawing", sum(self._steps_of(batch[0]) for batch in batches))
+        Args:
+            pipeline: generates the latents of a batch.
+            writer: decodes latents and writes images.
+            batch_size: largest number of images per batch.
+            highres_fix: the two stages, if any.
+            clip_vision: None: the pooled text embedding is used.
+
+        Raises:
+            OptionError: if --highres_fix_upscaler can't be used.
+        """
+        self._models = pipeline.models
+        # The progress bar of each call counts the steps.
+        self._pipeline = dataclasses.replace(pipeline, on_step=lambda images: self._bar.update())
+        self._writer = writer
+        self._batch_size = batch_size
+        self._highres_fix = highres_fix
+        self._clip_vision = clip_vision
+        self._upscaler = None
+        if highres_fix.highres_fix_upscaler is not None:
+            self._upscaler = _open_upscaler(highres_fix, self._models)
+        self._embeddings: dict[Path | None, Tensor] = {}
+        self._bar = progress_bar("generating", 0)
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> None:
+        """Generate all requests, in batches that share all settings but prompts, seeds and files.
+
+        Raises:
+            OptionError: if an input file can't be used.
+        """
+        self._embed_init_images(requests)
+        batches = list(split_into_batches(requests, self._batch_size, self._batch_key))
+        num_steps = sum(self._num_steps(batch[0]) for batch in batches)
+        self._bar = progress_bar("generating", num_steps)
         try:
             for batch in batches:
-                self._draw_batch(batch)
-            self._wait()
+                self._generate_batch(batch)
+            self._writer.wait()
         finally:
             self._bar.close()
 
     def finish(self) -> None:
-        """Wait for what is still written, and write the contact sheet. Raises RunError if pictures failed."""
-        self._wait()
-        self._writer.shutdown()
-        if self._options[OutputOptions].contact_sheet and self._rows:
-            rows = [(str(row + 1), images) for row, (_, images) in sorted(self._rows.items())]
-            log.info("contact sheet: %s", self._output.save_sheet(contact_sheet(rows)))
-        if self._failed:
-            raise RunError(f"{self._failed} pictures could not be drawn; see above")
+        """Wait until all images are written.
 
-    def _batches(self, drawings: Sequence[GenerationRequest]) -> Iterator[list[GenerationRequest]]:
-        size = self._options[ImageOptions].batch_size
-        painter = self._painter
-        for _, group in itertools.groupby(
-            drawings, key=lambda d: (d.settings, painter.chunks(d), len(painter.sub_prompts(d)))
-        ):
-            same = list(group)
-            for first in range(0, len(same), size):
-                yield same[first : first + size]
+        Raises:
+            RunError: if images failed.
+        """
+        self._writer.finish()
 
-    def _steps_of(self, drawing: GenerationRequest) -> int:
-        """About how many steps a batch takes, for the progress bar; pndm takes more."""
-        fix = self._options[HighresFixOptions]
+    def _batch_key(self, request: GenerationRequest) -> tuple[Any, ...]:
+        chunks = self._pipeline.chunks(request)
+        return (*request.batch_key, chunks, len(self._pipeline.sub_prompts(request)))
+
+    def _num_steps(self, request: GenerationRequest) -> int:
+        steps = _steps_to_run(request, has_init_image=request.init_image is not None)
+        if self._highres_fix.highres_fix_scale is None:
+            return steps
+        small = self._first_stage(request)
+        first_stage_steps = _steps_to_run(small, has_init_image=small.init_image is not None)
+        return first_stage_steps + _steps_to_run(request, has_init_image=True)
+
+    def _first_stage(self, request: GenerationRequest) -> GenerationRequest:
+        """Return the request of the small image of highres fix."""
+        fix = self._highres_fix
+        assert fix.highres_fix_scale is not None
+        return request.first_stage(
+            scale=fix.highres_fix_scale,
+            steps=fix.highres_fix_steps,
+            strength=fix.highres_fix_strength,
+        )
+
+    def _generate_batch(self, requests: Sequence[GenerationRequest]) -> None:
+        fix = self._highres_fix
         if fix.highres_fix_scale is None:
-            return int(drawing.steps * drawing.strength) if drawing.source else drawing.steps
-        small = drawing.small_stage(scale=1, steps=fix.highres_fix_steps, strength=fix.highres_fix_strength)
-        first = int(small.steps * small.strength) if drawing.source else small.steps
-        return first + int(drawing.steps * drawing.strength)
-
-    # ------------------------------------------------------------------------------------------------------ one batch
-
-    def _draw_batch(self, drawings: Sequence[GenerationRequest]) -> None:
-        fix = self._options[HighresFixOptions]
-        if fix.highres_fix_scale is None:
-            latents = self._latents(drawings, self._start(drawings), with_guides=True)
+            latents = self._latents(requests, self._init_image(requests), with_control_nets=True)
         else:
-            scale, steps, strength = fix.highres_fix_scale, fix.highres_fix_steps, fix.highres_fix_strength
-            small = [drawing.small_stage(scale=scale, steps=steps, strength=strength) for drawing in drawings]
-            first = self._latents(small, self._start(small), with_guides=True)
+            small = [self._first_stage(request) for request in requests]
+            first = self._latents(small, self._init_image(small), with_control_nets=True)
             if fix.highres_fix_save_1st:
-                self._write(drawings, first, stage=1)
-            start = self._enlarged(first, drawings[0].width, drawings[0].height)
-            source = self._start(drawings)
-            if source is not None and source.mask is not None:
-                start = start._replace(mask=source.mask, stays=source.pixels)
-            again = [dataclasses.replace(d, seed=d.seed + 1) for d in drawings]
-            latents = self._latents(again, start, with_guides=not fix.highres_fix_disable_control_net)
-        self._wait()
-        self._writing = self._writer.submit(self._write, drawings, latents, 2)
+                self._writer.write(requests, first, stage=1)
+            start = self._enlarge(first, Size(requests[0].width, requests[0].height))
+            own = self._init_image(requests)
+            if own is not None and own.mask is not None:
+                start = start._replace(mask=own.mask, kept_pixels=own.pixels)
+            second = [dataclasses.replace(r, seed=r.seed + 1) for r in requests]
+            with_control_nets = not fix.highres_fix_disable_control_net
+            latents = self._latents(second, start, with_control_nets=with_control_nets)
+        self._writer.submit(requests, latents)
 
-    def _latents(self, drawings: Sequence[GenerationRequest], start: InitImage | None, *, with_guides: bool) -> Tensor:
-        first = drawings[0]
-        count = self._changes.num_guides if with_guides else 0
-        guides = [self._pixels([d.guides[i] for d in drawings], first, "--guide_image_path") for i in range(count)]
+    def _latents(
+        self,
+        requests: Sequence[GenerationRequest],
+        init_image: InitImage | None,
+        *,
+        with_control_nets: bool,
+    ) -> Tensor:
+        """Generate a batch in one stage and return its scaled latents."""
+        adapters = self._pipeline.adapters
+        first = requests[0]
+        size = Size(first.width, first.height)
+        guide_images = []
+        if with_control_nets:
+            for i in range(adapters.num_control_nets):
+                paths = [request.guide_images[i] for request in requests]
+                guide_images.append(to_tensor(_read_resized(paths, size, "--guide_image_path")))
         regions = None
-        if self._changes.is_regional and first.mask is not None:
-            region = self._resized([first.mask], first, "--mask_path")[0]
-            regions = as_bytes(as_tensor([region]))[0]
-        return self._painter.latents(
-            drawings, start, guides, None if regions is None else torch.from_numpy(regions), self._pooled(drawings)
-        )
+        if adapters.is_regional and first.mask is not None:
+            regions = torch.from_numpy(_read_resized([first.mask], size, "--mask_path")[0].copy())
+        pooled = None
+        if self._clip_vision is not None:
+            embeddings = [self._embeddings[request.init_image] for request in requests]
+            pooled = self._clip_vision.strength * torch.cat(embeddings)
+        return self._pipeline.latents(requests, init_image, guide_images, regions, pooled)
 
-    def _start(self, drawings: Sequence[GenerationRequest]) -> InitImage | None:
-        """What the pictures are drawn from; None: noise alone."""
-        first = drawings[0]
-        if first.source is None:
+    def _init_image(self, requests: Sequence[GenerationRequest]) -> InitImage | None:
+        """Read the init images and masks of a batch; None if images start from noise."""
+        first = requests[0]
+        if first.init_image is None:
             return None
+        size = Size(first.width, first.height)
+        paths = [request.init_image for request in requests if request.init_image]
+        pixels = to_tensor(_read_resized(paths, size, "--image_path"))
         mask = None
-        if not self._changes.is_regional and first.mask is not None:
-            mask = as_mask(self._resized([d.mask for d in drawings if d.mask], first, "--mask_path"))
-        return InitImage(
-            pixels=self._pixels([d.source for d in drawings if d.source], first, "--image_path"), mask=mask
-        )
+        if not self._pipeline.adapters.is_regional and first.mask is not None:
+            masks = [request.mask for request in requests if request.mask]
+            mask = to_latent_mask(_read_resized(masks, size, "--mask_path"))
+        return InitImage(pixels=pixels, mask=mask)
 
-    def _pixels(self, paths: Sequence[Any], first: GenerationRequest, flag: str) -> Tensor:
-        return as_tensor(self._resized(paths, first, flag))
-
-    def _resized(self, paths: Sequence[Any], first: GenerationRequest, flag: str) -> list[Image]:
-        return [resized(read_image(path, flag), first.width, first.height) for path in paths]
-
-    def _see_sources(self, drawings: Sequence[GenerationRequest]) -> None:
-        """--clip_vision_strength: what CLIP sees in each source, before the first is drawn; its encoder's memory is free then."""
-        chosen = self._options[InitImageOptions]
-        new = [
-            path for path in dict.fromkeys(d.source for d in drawings) if path is not None and path not in self._seen
-        ]
-        if chosen.clip_vision_strength is None or not new:
+    def _embed_init_images(self, requests: Sequence[GenerationRequest]) -> None:
+        """Compute the CLIP embeddings of all init images, so that the encoder is then released."""
+        if self._clip_vision is None:
             return
-        from library.generation.clip_vision import image_vectors
+        paths: list[Path] = []
+        for request in requests:
+            path = request.init_image
+            if path is not None and path not in self._embeddings and path not in paths:
+                paths.append(path)
+        if not paths:
+            return
+        from library.generation.clip_vision import image_embeddings
 
-        vectors = image_vectors(
-            chosen.clip_vision_model, (read_image(path, "--image_path") for path in new),
-            width=self._models.checkpoint.unet.pooled_channels, device=self._models.device, dtype=self._models.precision.compute,
-        )  # fmt: skip
-        self._seen.update(zip(new, vectors, strict=True))
+        embeddings = image_embeddings(
+            self._clip_vision.model,
+            (read_image(path, "--image_path") for path in paths),
+            width=self._models.checkpoint.unet.pooled_channels,
+            device=self._models.device,
+            dtype=self._models.precision.compute,
+        )
+        self._embeddings.update(zip(paths, embeddings, strict=True))
 
-    def _pooled(self, drawings: Sequence[GenerationRequest]) -> Tensor | None:
-        """What CLIP sees in the sources, in place of the pooled text."""
-        strength = self._options[InitImageOptions].clip_vision_strength
-        return None if strength is None else strength * torch.cat([self._seen[d.source] for d in drawings])
-
-    def _enlarged(self, latents: Tensor, width: int, height: int) -> InitImage:
-        """What the second stage of highres fix is drawn from."""
-        fix = self._options[HighresFixOptions]
+    def _enlarge(self, latents: Tensor, size: Size) -> InitImage:
+        """Enlarge the result of highres fix's first stage to the init image of the second."""
         if self._upscaler is not None:
-            pixels = None if self._upscaler.support_latents() else self._decode(latents)
-            made = self._upscaler.upscale(
-                self._models.vae, pixels, latents, self._models.precision.compute, width, height, len(latents), None
+            return self._upscale(self._upscaler, latents, size)
+        if self._highres_fix.highres_fix_latents_upscaling:
+            latent_size = (size.height // 8, size.width // 8)
+            enlarged = torch.nn.functional.interpolate(
+                latents.float(), size=latent_size, mode="bilinear"
             )
-            is_latents = isinstance(made, Tensor) and made.shape[1] == 4
-            return (
-                InitImage(latents=made)
-                if is_latents
-                else InitImage(pixels=made if isinstance(made, Tensor) else as_tensor(made))
-            )
-        if fix.highres_fix_latents_upscaling:
-            size = (height // 8, width // 8)
-            return InitImage(latents=torch.nn.functional.interpolate(latents.float(), size=size, mode="bilinear"))
-        images = as_images(as_bytes(self._decode(latents)))
-        return InitImage(pixels=as_tensor([resized(image, width, height) for image in images]))
+            return InitImage(latents=enlarged)
+        images = to_uint8(self._writer.decode(latents))
+        return InitImage(pixels=to_tensor([resized(image, size) for image in images]))
 
-    # ---------------------------------------------------------------------------------------------------- what comes out
+    def _upscale(self, upscaler: Any, latents: Tensor, size: Size) -> InitImage:
+        pixels = None if upscaler.support_latents() else self._writer.decode(latents)
+        result = upscaler.upscale(
+            self._models.vae,
+            pixels,
+            latents,
+            self._models.precision.compute,
+            size.width,
+            size.height,
+            len(latents),
+            None,
+        )
+        if not isinstance(result, Tensor):  # images of Pillow
+            return InitImage(pixels=to_tensor([np.asarray(image) for image in result]))
+        if result.shape[1] == 4:
+            return InitImage(latents=result)
+        return InitImage(pixels=result)
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        """[B, 3, H, W] in about -1..1, float32."""
-        chosen = self._options[GenerationModelOptions]
-        wanted = len(latents) if chosen.vae_batch_size is None else chosen.vae_batch_size
-        size = max(1, int(wanted if wanted >= 1 else wanted * len(latents)))
-        return torch.cat([self._decode_some(part) for part in unscale_latents(latents).split(size)])
 
-    @torch.no_grad()
-    def _decode_some(self, raw: Tensor) -> Tensor:
-        try:
-            return self._models.decode_latents(raw, black=_WORST_BLACK)
-        except torch.OutOfMemoryError:
-            log.warning("the VAE finds no memory for whole pictures and decodes tiles (--vae_tiling, --vae_batch_size)")
-            torch.cuda.empty_cache()
-            self._models.change_vae(decode_in_tiles)
-            return self._models.decode_latents(raw, black=_WORST_BLACK)
+def split_into_batches(
+    requests: Sequence[GenerationRequest],
+    batch_size: int,
+    key: Callable[[GenerationRequest], tuple[Any, ...]],
+) -> Iterator[list[GenerationRequest]]:
+    """Yield batches of consecutive requests.
 
-    def _write(self, drawings: Sequence[GenerationRequest], latents: Tensor, stage: int) -> None:
-        """Decode and write a batch."""
-        pixels = self._decode(latents)
-        whole = finite_samples(pixels).tolist()
-        for place, (drawing, image) in enumerate(zip(drawings, as_images(as_bytes(pixels)), strict=True)):
-            if not whole[place]:
-                self._failed += 1
-                log.error(
-                    "picture %d (seed %d) isn't finite and isn't saved; try --bf16 or no --fp16: %s",
-                    drawing.number + 1, drawing.seed, drawing.prompt,
-                )  # fmt: skip
-                continue
-            texts = texts_of(drawing, self._options)
-            path = self._output.save(image, drawing, texts, place=place, stage=stage)
-            log.info("%s", path)
-            if stage == 2 and self._options[OutputOptions].contact_sheet:
-                small = image.copy()
-                small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-                self._rows.setdefault(drawing.row, (drawing.prompt, []))[1].append(small)
+    Args:
+        requests: in the order of the run.
+        batch_size: largest number of requests per batch.
+        key: requests of one batch have the same key.
+    """
+    for _, group in itertools.groupby(requests, key):
+        members = list(group)
+        for first in range(0, len(members), batch_size):
+            yield members[first : first + batch_size]
 
-    def _wait(self) -> None:
-        """For the batch that is being written. Raises what went wrong with it."""
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+
+def load_models(checkpoint: Checkpoint, options: GenerationModelOptions) -> SdxlModels:
+    """Load the models on the GPU if there is one, else on the CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return SdxlModels(
+        checkpoint,
+        Precision.decide(options.mixed_precision, None, no_half_vae=options.no_half_vae),
+        device,
+        vae=options.vae,
+        tokenizer_folder=options.tokenizer_cache_dir,
+        attention=choose_attention(
+            mem_eff_attn=False, use_xformers=options.xformers and not options.sdpa
+        ),
+    )
+
+
+def prepare_models(models: SdxlModels, options: GenerationModelOptions) -> None:
+    """Apply the options of the VAE, and compile the U-Net with its networks."""
+    if options.vae_tiling:
+        models.change_vae(decode_in_tiles)
+    elif options.vae_slices is not None:
+        models.change_vae(functools.partial(decode_in_slices, slices=options.vae_slices))
+    if options.compile:
+        compile_blocks(models.unet, "inductor", models.device, flag="--compile")
+
+
+def _steps_to_run(request: GenerationRequest, *, has_init_image: bool) -> int:
+    return int(request.steps * request.strength) if has_init_image else request.steps
+
+
+def _read_resized(paths: Sequence[Path], size: Size, flag: str) -> list[np.ndarray]:
+    return [resized(read_image(path, flag), size) for path in paths]
 
 
 def _open_upscaler(options: HighresFixOptions, models: SdxlModels) -> Any:

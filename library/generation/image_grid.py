@@ -1,93 +1,51 @@
-"""Picture: one picture from a prompt's conditioning, and many of them on one sheet."""
+"""Decoded images as 8-bit arrays, thumbnails, and a contact sheet of many images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from library.generation.denoise import Conditioning, Guidance, denoise, score_of
-from library.generation.samplers import make_sampler, set_steps
-from library.models.control import ControlInputs
-from library.models.text_encoders import TextConditioning
-from library.models.unet import UNet
-from library.models.vae import unscale_latents
-
-_MARGIN, _LABEL_WIDTH = 4, 56  # pixels
+_MARGIN = 4  # pixels
+_LABEL_WIDTH = 56  # pixels
+_EMPTY_ROW_HEIGHT = 16  # pixels
 
 
-def draw_image(
-    unet: UNet,
-    decode: Callable[[Tensor], Tensor],
-    prompt: TextConditioning,
-    negative: TextConditioning,
-    *,
-    width: int,
-    height: int,
-    steps: int,
-    scale: float,
-    seed: int,
-    sampler: str,
-    v_prediction: bool,
-    zero_terminal_snr: bool,
-    beside: Tensor | None = None,
-    extra: ControlInputs | None = None,
-) -> np.ndarray:
-    """One picture: [H, W, 3], uint8.
-
-    Args:
-        decode: raw latents -> pixels in -1..1, [1, 3, H, W].
-        prompt, negative: [1, T, ...]; the picture is drawn in their dtype and on their device.
-        width, height: in pixels, multiples of 32.
-        beside: what an inpainting model sees beside the latents, [1, 5, H/8, W/8].
-        extra: what else reaches the U-Net's blocks, of one picture.
-        seed: of the first noise and all later ones, drawn on the CPU so that every device gives the same.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn((1, 4, height // 8, width // 8), generator=generator).to(prompt.context)
-    chosen = make_sampler(sampler, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
-    set_steps(chosen, steps)
-    told = [
-        Conditioning.of(
-            text, original=(height, width), target=(height, width), score=score_of(unet, is_negative=text is not prompt)
-        )
-        for text in ((negative, prompt) if scale > 1 else (prompt,))
-    ]
-    latents = denoise(
-        unet, chosen, noise * chosen.init_noise_sigma, told, Guidance(scale), timesteps=chosen.timesteps, generators=generator,
-        beside=beside, control_at=lambda step, steps: extra,
-    )  # fmt: skip
-    pixels = decode(unscale_latents(latents))
-    if not pixels.isfinite().all():
-        raise ValueError("its numbers aren't finite")
-    return as_bytes(pixels)[0]
-
-
-def as_bytes(pixels: Tensor) -> np.ndarray:
-    """[B, 3, H, W] in -1..1 -> [B, H, W, 3], uint8."""
-    return pixels.clamp(-1, 1).add(1).mul(127.5).round().permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """Convert [B, 3, H, W] in -1..1 to [B, H, W, 3], uint8."""
+    levels = pixels.clamp(-1, 1).add(1).mul(127.5).round()
+    return levels.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
 
 
 def thumbnail(pixels: np.ndarray, side: int) -> Image.Image:
-    """The picture, its longer side `side` pixels."""
+    """Return the image with its longer side reduced to `side` pixels."""
     image = Image.fromarray(pixels)
     image.thumbnail((side, side))
     return image
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image | None]]]) -> Image.Image:
-    """Rows of small pictures with a label each, in columns. None leaves a gap."""
-    columns = max(len(images) for _, images in rows)
-    all_images = [image for _, images in rows for image in images if image is not None]
-    width = max((image.width for image in all_images), default=1) + _MARGIN
-    heights = [max((p.height for p in images if p is not None), default=16) + _MARGIN for _, images in rows]
-    sheet = Image.new("RGB", (_LABEL_WIDTH + columns * width, sum(heights) + _MARGIN), "white")
-    pen, top = ImageDraw.Draw(sheet), _MARGIN
-    for (label, images), height in zip(rows, heights, strict=True):
-        pen.text((_MARGIN, top), label, fill="black")
+    """Return an image with a row of thumbnails next to each label. None leaves a gap."""
+    num_columns = max(len(images) for _, images in rows)
+    column_width = 1
+    row_heights = []
+    for _, images in rows:
+        row_height = 0
+        for image in images:
+            if image is not None:
+                column_width = max(column_width, image.width)
+                row_height = max(row_height, image.height)
+        row_heights.append((row_height or _EMPTY_ROW_HEIGHT) + _MARGIN)
+    column_width += _MARGIN
+    size = (_LABEL_WIDTH + num_columns * column_width, sum(row_heights) + _MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    canvas = ImageDraw.Draw(sheet)
+    top = _MARGIN
+    for (label, images), row_height in zip(rows, row_heights, strict=True):
+        canvas.text((_MARGIN, top), label, fill="black")
         for column, image in enumerate(images):
             if image is not None:
-                sheet.paste(image, (_LABEL_WIDTH + column * width, top))
-        top += height
+                sheet.paste(image, (_LABEL_WIDTH + column * column_width, top))
+        top += row_height
     return sheet

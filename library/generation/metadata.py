@@ -1,4 +1,4 @@
-"""Metadata: what a picture file says of how it was drawn: the contract's PNG texts, and all that draws it again."""
+"""Metadata of image files: the contract's texts, and all settings that generate the image again."""
 
 import json
 import struct
@@ -9,47 +9,64 @@ from typing import TYPE_CHECKING, Any
 from library.errors import OptionError
 from library.generation.request import GenerationRequest
 from library.log import log
-from library.options import Options
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_SETTINGS = "settings"  # JSON: the drawing, and the options that differ from their defaults
-_EXIF_IFD, _COMMENT = 0x8769, 0x9286  # where webp and jpeg keep the texts
+# Names in image files. They are a file format: don't rename them.
+_SETTINGS = "settings"  # a JSON table of the two that follow
+_REQUEST = "drawing"  # the request
+_OPTIONS = "options"  # the options that differ from their defaults
+
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286  # the EXIF tags in which webp and jpeg store the texts
 _UNICODE = b"UNICODE\0"
-_MOST_EXIF = 65_500  # bytes of it in a jpeg file
+_MAX_EXIF = 65_500  # bytes of EXIF data in a jpeg file
 
 
-def texts_of(drawing: GenerationRequest, options: Options) -> dict[str, str]:
-    """What is stored with a picture."""
-    kept = options.changed(lambda spec: spec.stored_in_image)
-    settings = {"drawing": drawing.as_json(), "options": kept}
-    return {**drawing.texts(), _SETTINGS: json.dumps(settings, ensure_ascii=False, default=str)}
+def texts_of(request: GenerationRequest, stored_options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts that are stored with an image.
+
+    Args:
+        request: the image's settings.
+        stored_options: options of the run that image files store, without their defaults.
+    """
+    settings = {_REQUEST: request.as_json(), _OPTIONS: stored_options}
+    texts = request.texts()
+    texts[_SETTINGS] = json.dumps(settings, ensure_ascii=False, default=str)
+    return texts
 
 
 def save_arguments(texts: Mapping[str, str], image_format: str) -> dict[str, Any]:
-    """The arguments with which Pillow stores the texts in a file of this format."""
+    """Return the arguments with which Pillow stores the texts in a file of this format."""
     if image_format == "png":
-        from PIL.PngImagePlugin import PngInfo
-
-        info = PngInfo()
-        for name, text in texts.items():
-            info.add_itxt(name, text) if not text.isascii() else info.add_text(name, text)
-        return {"pnginfo": info}
+        return {"pnginfo": _png_info(texts)}
     from PIL import Image
 
     exif = Image.Exif()
-    exif.get_ifd(_EXIF_IFD)[_COMMENT] = _comment(texts)
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _comment(texts)
     if image_format == "webp":
         return {"exif": exif, "lossless": True}
-    if len(exif.tobytes()) > _MOST_EXIF:  # what draws the picture again says the rest too
-        exif.get_ifd(_EXIF_IFD)[_COMMENT] = _comment({_SETTINGS: texts[_SETTINGS]})
-    if len(exif.tobytes()) > _MOST_EXIF:
+    if len(exif.tobytes()) > _MAX_EXIF:  # the settings contain everything that the texts contain
+        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _comment({_SETTINGS: texts[_SETTINGS]})
+    if len(exif.tobytes()) > _MAX_EXIF:
         log.warning(
-            "a jpeg picture can't hold so long a prompt: nothing is stored in it; --image_format png or webp can"
+            "the prompt is too long for a jpeg file; the image is saved without metadata "
+            "(--image_format png and webp have no such limit)"
         )
         exif = Image.Exif()
     return {"exif": exif, "quality": 95}
+
+
+def _png_info(texts: Mapping[str, str]) -> Any:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, text in texts.items():
+        if text.isascii():
+            info.add_text(name, text)
+        else:
+            info.add_itxt(name, text)
+    return info
 
 
 def _comment(texts: Mapping[str, str]) -> bytes:
@@ -57,64 +74,83 @@ def _comment(texts: Mapping[str, str]) -> bytes:
 
 
 def read_texts(path: Path, flag: str) -> dict[str, str]:
-    """The texts in a picture; none where it has none. Raises OptionError if it can't be read."""
+    """Return the texts that an image file stores; an empty dict if there are none.
+
+    Raises:
+        OptionError: if the file can't be read.
+    """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             return _texts_in(image)
     except (OSError, ValueError, SyntaxError, struct.error) as error:
-        raise OptionError(f"{flag} {path}: can't be read as a picture: {error}") from None
+        raise OptionError(f"{flag} {path}: the file can't be read as an image: {error}") from None
 
 
 def _texts_in(image: "Image") -> dict[str, str]:
-    comment = image.getexif().get_ifd(_EXIF_IFD).get(_COMMENT)
+    comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     if isinstance(comment, bytes) and comment.startswith(_UNICODE):
-        found = json.loads(comment.removeprefix(_UNICODE).decode("utf-16-be"))
-        return {str(name): str(text) for name, text in found.items()}
-    texts = getattr(image, "text", {})
-    return {name: str(text) for name, text in texts.items()}
+        texts = json.loads(comment.removeprefix(_UNICODE).decode("utf-16-be"))
+    else:
+        texts = getattr(image, "text", {})
+    return {str(name): str(text) for name, text in texts.items()}
 
 
-def words_of(path: Path) -> list[str]:
-    """The command line that draws a picture again. Raises OptionError."""
-    settings = _settings_in(path)
+def stored_arguments(path: Path) -> list[str]:
+    """Return the command-line arguments that generate an image file again.
+
+    Raises:
+        OptionError: if the file has no settings of this program.
+    """
+    settings = _read_settings(path)
     try:
-        drawing = GenerationRequest.from_json(settings["drawing"])
+        request = GenerationRequest.from_json(settings[_REQUEST])
     except (KeyError, TypeError, ValueError) as error:
-        raise OptionError(f"--from_png {path}: what is stored in it can't be read: {error}") from None
-    words = []
-    for name, value in {**settings["options"], **drawing.as_options()}.items():
+        raise OptionError(f"--from_png {path}: the stored settings are invalid: {error}") from None
+    arguments = []
+    for name, value in {**settings[_OPTIONS], **request.as_options()}.items():
         if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
+            arguments += [f"--{name}", *map(str, value)]
         elif value is True:
-            words.append(f"--{name}")
+            arguments.append(f"--{name}")
         elif value is not None and value is not False:
-            words.append(f"--{name}={value}")  # in one word, as it may begin with a dash
-    return words
+            arguments.append(f"--{name}={value}")  # one argument, as the value may begin with "-"
+    return arguments
 
 
-def _settings_in(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise OptionError(f"--from_png {path}: no such file")
     texts = read_texts(path, "--from_png")
+    if _SETTINGS not in texts:
+        prompt = texts.get("prompt", "not stored either")
+        raise OptionError(
+            f"--from_png {path}: the file wasn't written by this suite's sdxl_gen_img.py and "
+            f"stores no settings; its prompt is: {prompt}"
+        )
     try:
         settings = json.loads(texts[_SETTINGS])
-        if not isinstance(settings["options"], dict) or not isinstance(settings["drawing"], dict):
-            raise ValueError
-        return settings
-    except KeyError:
-        raise OptionError(
-            f"--from_png {path}: sdxl_gen_img.py of this suite didn't draw it; its prompt is: {texts.get('prompt', 'not there either')}"
-        ) from None
-    except ValueError:
-        raise OptionError(f"--from_png {path}: what is stored in it can't be read") from None
+        is_valid = isinstance(settings[_OPTIONS], dict) and isinstance(settings[_REQUEST], dict)
+    except (ValueError, KeyError, TypeError):
+        is_valid = False
+    if not is_valid:
+        raise OptionError(f"--from_png {path}: the stored settings are invalid")
+    return settings
 
 
-def with_stored_words(argv: list[str]) -> list[str]:
-    """The words of the command line, behind those that --from_png stands for: the user's own win."""
-    for place, word in enumerate(argv):
+def with_stored_arguments(argv: list[str]) -> list[str]:
+    """Return the command line with the arguments that --from_png stands for.
+
+    They come first, so that the user's own arguments win.
+    """
+    for i, word in enumerate(argv):
         name, equals, value = word.partition("=")
-        if name == "--from_png" and (equals or place + 1 < len(argv)):
-            return [*words_of(Path(value if equals else argv[place + 1]).expanduser()), *argv]
+        if name != "--from_png":
+            continue
+        if not equals:
+            if i + 1 == len(argv):
+                continue  # argparse reports the missing value
+            value = argv[i + 1]
+        return [*stored_arguments(Path(value).expanduser()), *argv]
     return argv

@@ -1,4 +1,4 @@
-"""Output: the names of picture files, which never replace another, and writing them with what they were drawn with."""
+"""Output: names of image files, which never replace an existing file, and writing them."""
 
 import re
 import time
@@ -21,10 +21,11 @@ _SEQUENTIAL = re.compile(r"im_[01]?(\d{6})(?:-\d+)?\.\w+")
 
 @dataclass
 class Output:
-    """The folder that pictures go to.
+    """The folder to which images are written.
 
     Attributes:
-        with_stages: highres fix: names tell the stage.
+        options: how files are named and encoded.
+        with_stages: whether names contain the stage of highres fix.
     """
 
     options: OutputOptions
@@ -32,45 +33,67 @@ class Output:
     _taken: set[str] = field(default_factory=set)
 
     def save(
-        self, image: "Image", drawing: GenerationRequest, texts: Mapping[str, str], *, place: int, stage: int
+        self,
+        image: "Image",
+        request: GenerationRequest,
+        texts: Mapping[str, str],
+        *,
+        batch_index: int,
+        stage: int,
     ) -> Path:
-        """Write a picture under the contract's name.
+        """Write an image under the contract's name and return its path.
 
         Args:
-            place: in its batch.
+            image: the image.
+            request: its settings.
+            texts: the metadata to store.
+            batch_index: index of the image within its batch.
             stage: of highres fix, 1 or 2.
 
-        Raises RunError if the disk refuses.
+        Raises:
+            RunError: if the file can't be written.
         """
-        kind = self.options.image_format
-        path = self._free(self._stem(drawing, place, stage), "jpg" if kind == "jpeg" else kind)
-        write_atomically(path, lambda file: image.save(file, format=kind.upper(), **save_arguments(texts, kind)))
+        image_format = self.options.image_format
+        extension = "jpg" if image_format == "jpeg" else image_format
+        path = self._free_path(self._stem(request, batch_index, stage), extension)
+        arguments = save_arguments(texts, image_format)
+        write_atomically(
+            path, lambda file: image.save(file, format=image_format.upper(), **arguments)
+        )
         return path
 
     def save_sheet(self, image: "Image") -> Path:
-        path = self._free(f"contact_sheet_{_now()}", "png")
+        """Write a contact sheet and return its path."""
+        path = self._free_path(f"contact_sheet_{_now()}", "png")
         write_atomically(path, lambda file: image.save(file, format="PNG"))
         return path
 
-    def _stem(self, drawing: GenerationRequest, place: int, stage: int) -> str:
+    def _stem(self, request: GenerationRequest, batch_index: int, stage: int) -> str:
         prefix = str(stage - 1) if self.with_stages else ""
-        if self.options.use_original_file_name and drawing.source is not None:
-            return f"{prefix}_{drawing.source.stem}" if stage == 1 and self.with_stages else drawing.source.stem
+        if self.options.use_original_file_name and request.init_image is not None:
+            stem = request.init_image.stem
+            return f"{prefix}_{stem}" if stage == 1 and self.with_stages else stem
         if self.options.sequential_file_name:
-            return f"im_{prefix}{self._last + drawing.number + 1:06d}"
-        return f"im_{_now()}_{prefix}{place:03d}_{drawing.seed}"
+            return f"im_{prefix}{self._last_number + request.index + 1:06d}"
+        return f"im_{_now()}_{prefix}{batch_index:03d}_{request.seed}"
 
     @cached_property
-    def _last(self) -> int:
-        """The highest number that a file in the folder has when the first one is written."""
-        found = (_SEQUENTIAL.fullmatch(path.name) for path in self.options.outdir.glob("im_*"))
-        return max((int(match[1]) for match in found if match), default=0)
+    def _last_number(self) -> int:
+        """The highest number of a file in the folder when the first image is written."""
+        last = 0
+        for path in self.options.outdir.glob("im_*"):
+            match = _SEQUENTIAL.fullmatch(path.name)
+            if match:
+                last = max(last, int(match[1]))
+        return last
 
-    def _free(self, stem: str, ending: str) -> Path:
-        """A name that no file has: -2, -3 and so on behind it where it is taken."""
-        name, number = f"{stem}.{ending}", 2
+    def _free_path(self, stem: str, extension: str) -> Path:
+        """Return a path that doesn't exist, with -2, -3 and so on added if necessary."""
+        name = f"{stem}.{extension}"
+        count = 1
         while name in self._taken or (self.options.outdir / name).exists():
-            name, number = f"{stem}-{number}.{ending}", number + 1
+            count += 1
+            name = f"{stem}-{count}.{extension}"
         self._taken.add(name)
         return self.options.outdir / name
 

@@ -1,24 +1,96 @@
-"""Samplers: Diffusers' schedulers with SDXL's noise schedule, by the names that users know (library/generation/sampler_options.py)."""
+"""Samplers by the names that users know: Diffusers' schedulers with SDXL's noise schedule.
+
+This module doesn't import torch by itself, because options list the samplers' names.
+"""
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from library.generation.sampler_options import SAMPLERS
 from library.imports import import_diffusers
-from library.models.noise_schedule import BETA_END, BETA_START, NUM_TIMESTEPS, NoiseSchedule
 
-_LEAST_RUNGE_KUTTA = 4  # steps, with which pndm may begin with those of Runge and Kutta
-_LEAST_ALPHA_BAR = 2.0**-24  # Diffusers' own, of schedules whose last signal-to-noise ratio is zero
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MIN_RUNGE_KUTTA_STEPS = 4  # with fewer steps pndm can't begin with Runge-Kutta steps
+_MIN_ALPHA_BAR = 2.0**-24  # Diffusers' own bound for schedules with zero terminal SNR
 
 
-def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool, from_source: bool = False) -> Any:
-    """The Diffusers scheduler of that name, for what the model predicts.
+class SamplerKind(NamedTuple):
+    """A scheduler class of Diffusers, and its arguments in addition to the noise schedule."""
 
-    Args: from_source: it begins at any of its steps (begin_at).
+    scheduler: str
+    arguments: Mapping[str, Any]
+
+
+_EULER = SamplerKind("EulerDiscreteScheduler", {"steps_offset": 1})
+_EULER_A = SamplerKind("EulerAncestralDiscreteScheduler", {"steps_offset": 1})
+_LMS = SamplerKind("LMSDiscreteScheduler", {"steps_offset": 1})
+_HEUN = SamplerKind("HeunDiscreteScheduler", {"steps_offset": 1})
+_DPM_2 = SamplerKind("KDPM2DiscreteScheduler", {"steps_offset": 1})
+_DPM_2_A = SamplerKind("KDPM2AncestralDiscreteScheduler", {"steps_offset": 1})
+_DPM_PP = SamplerKind(
+    "DPMSolverMultistepScheduler", {"steps_offset": 1, "algorithm_type": "dpmsolver++"}
+)
+_DPM_SDE = SamplerKind(
+    "DPMSolverMultistepScheduler", {"steps_offset": 1, "algorithm_type": "sde-dpmsolver++"}
+)
+_UNI_PC = SamplerKind("UniPCMultistepScheduler", {"steps_offset": 1})
+
+
+def _karras(kind: SamplerKind) -> SamplerKind:
+    """Use the noise levels of Karras et al. 2022, arXiv:2206.00364, equation 5."""
+    return SamplerKind(kind.scheduler, {**kind.arguments, "use_karras_sigmas": True})
+
+
+# The first sixteen are the reference's. Source: contract, training_math.md section 10.
+SAMPLERS = {
+    "ddim": SamplerKind("DDIMScheduler", {"steps_offset": 1, "clip_sample": False}),
+    "pndm": SamplerKind("PNDMScheduler", {"steps_offset": 1}),
+    "lms": _LMS,
+    "euler": _EULER,
+    "euler_a": _EULER_A,
+    "heun": _HEUN,
+    "dpm_2": _DPM_2,
+    "dpm_2_a": _DPM_2_A,
+    "dpmsolver": SamplerKind(
+        "DPMSolverMultistepScheduler",
+        {"steps_offset": 1, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    ),
+    "dpmsolver++": _DPM_PP,
+    "dpmsingle": SamplerKind("DPMSolverSinglestepScheduler", {}),
+    "k_lms": _LMS,
+    "k_euler": _EULER,
+    "k_euler_a": _EULER_A,
+    "k_dpm_2": _DPM_2,
+    "k_dpm_2_a": _DPM_2_A,
+    "dpmsolver++_sde": _DPM_SDE,
+    "uni_pc": _UNI_PC,
+    "lcm": SamplerKind("LCMScheduler", {"steps_offset": 1, "clip_sample": False}),
+    "lms_karras": _karras(_LMS),
+    "euler_karras": _karras(_EULER),
+    "heun_karras": _karras(_HEUN),
+    "dpm_2_karras": _karras(_DPM_2),
+    "dpm_2_a_karras": _karras(_DPM_2_A),
+    "dpmsolver++_karras": _karras(_DPM_PP),
+    "dpmsolver++_sde_karras": _karras(_DPM_SDE),
+    "uni_pc_karras": _karras(_UNI_PC),
+}
+
+
+def make_sampler(
+    name: str, *, v_prediction: bool, zero_terminal_snr: bool, from_init_image: bool = False
+) -> Any:
+    """Build the Diffusers scheduler of a sampler.
+
+    Args:
+        name: a key of SAMPLERS.
+        v_prediction: whether the model predicts velocity instead of noise.
+        zero_terminal_snr: whether the last timestep is pure noise.
+        from_init_image: whether denoising may begin at any step (`begin_at`).
     """
+    from library.models.noise_schedule import BETA_END, BETA_START, NUM_TIMESTEPS
+
     kind = SAMPLERS[name]
     scheduler = getattr(import_diffusers(), kind.scheduler)
     arguments: dict[str, Any] = {
@@ -29,40 +101,53 @@ def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool, from
         "prediction_type": "v_prediction" if v_prediction else "epsilon",
         **kind.arguments,
     }
-    if from_source and name == "pndm":
-        arguments["skip_prk_steps"] = True  # Runge-Kutta steps begin at the first timestep alone
+    if from_init_image and name == "pndm":
+        arguments["skip_prk_steps"] = True  # Runge-Kutta steps can only begin at the first timestep
     if zero_terminal_snr:
-        arguments |= _zero_terminal_snr(scheduler)
+        arguments |= _zero_terminal_snr_arguments(scheduler)
     return scheduler(**arguments)
 
 
 def set_steps(sampler: Any, steps: int) -> None:
-    """Let it draw in so many steps."""
-    if steps < _LEAST_RUNGE_KUTTA and "skip_prk_steps" in sampler.config:
+    """Set the sampler's timesteps for this number of steps."""
+    from library.models.noise_schedule import NUM_TIMESTEPS
+
+    if steps < _MIN_RUNGE_KUTTA_STEPS and "skip_prk_steps" in sampler.config:
         sampler.register_to_config(skip_prk_steps=True)
     if steps > sampler.config.get("original_inference_steps", steps):
-        # lcm takes its timesteps from 50; more than those from all, as another multiple would leave out the first ones.
+        # lcm picks its timesteps from 50. More than 50 are picked from all timesteps, because
+        # another multiple would leave out the first ones.
         sampler.set_timesteps(steps, original_inference_steps=NUM_TIMESTEPS)
     else:
         sampler.set_timesteps(steps)
 
 
-def begin_at(sampler: Any, step: int) -> Tensor:
-    """Let drawing begin at a step, counted from 0. Returns the timesteps that are gone through: `sampler.order` of each step."""
+def begin_at(sampler: Any, step: int) -> "Tensor":
+    """Make denoising begin at a step (0-based).
+
+    Returns:
+        The remaining timesteps, `sampler.order` for each step.
+    """
+    import torch
+
     if sampler.config.get("skip_prk_steps"):
-        each = sampler.timesteps.unique().flip(0)
-        return torch.cat([each[step : step + 2], each[step + 1 :]])  # pndm makes its first step twice
+        timesteps = sampler.timesteps.unique().flip(0)
+        # pndm runs its first step twice.
+        return torch.cat([timesteps[step : step + 2], timesteps[step + 1 :]])
     first = step * sampler.order
     if hasattr(sampler, "set_begin_index"):
-        sampler.set_begin_index(first)  # a timestep that is there twice doesn't tell its place
+        sampler.set_begin_index(first)  # a timestep that occurs twice doesn't identify its index
     return sampler.timesteps[first:]
 
 
-def _zero_terminal_snr(scheduler: Any) -> dict[str, Any]:
-    """How a scheduler is told of the schedule: those that don't know it get its betas."""
+def _zero_terminal_snr_arguments(scheduler: Any) -> dict[str, Any]:
+    """Return the arguments that give a Diffusers scheduler the betas of zero terminal SNR."""
+    from library.models.noise_schedule import NoiseSchedule
+
     if "rescale_betas_zero_snr" in inspect.signature(scheduler.__init__).parameters:
         return {"rescale_betas_zero_snr": True}
-    alpha_bar = NoiseSchedule.sdxl(zero_terminal_snr=True).alpha_bar.clamp(min=_LEAST_ALPHA_BAR)
+    schedule = NoiseSchedule.sdxl(zero_terminal_snr=True)
+    alpha_bar = schedule.alpha_bar.clamp(min=_MIN_ALPHA_BAR)
     ratios = alpha_bar.clone()
     ratios[1:] /= alpha_bar[:-1]
     return {"trained_betas": (1 - ratios).tolist()}

@@ -1,4 +1,4 @@
-"""Generation: networks, new words and control nets on a model that draws pictures."""
+"""AppliedNetworks: networks, control nets and embeddings on a model that generates images."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,141 +12,217 @@ from library.models.control import ControlInputs, LLLiteModulation
 from library.models.sdxl import SdxlModels
 from library.safetensors_io import read_header
 from networks.embedding_file import add_bundled_words, add_embeddings
-from networks.inference.apply import FusedAdapters, attach_adapters, matched_modules, merge_into, summed
-from networks.inference.deltas import Parts
+from networks.inference.apply import (
+    FusedAdapters,
+    attach_adapters,
+    matched_modules,
+    merge_into,
+    sum_of_patches,
+)
+from networks.inference.deltas import ModuleTensors
 from networks.inference.key_formats import every_layer
 from networks.inference.options import AppliedNetworkOptions
 from networks.inference.regional import Regional
 from networks.lllite import ControlNetLLLite, Place, by_block, places
 from networks.lllite_file import lllite_from_file
 
+Modulations = list[tuple[Place, LLLiteModulation]]
+
 
 class AppliedNetworks:
-    """Networks and control nets on a model: what drawing asks for, `Changes` of library/generation/adapters.py."""
+    """The `Adapters` of library/generation/adapters.py."""
 
-    def __init__(self, options: AppliedNetworkOptions, models: SdxlModels, *, is_regional: bool = False):
-        """Read the files and put them on the model.
+    def __init__(
+        self, options: AppliedNetworkOptions, models: SdxlModels, *, is_regional: bool = False
+    ):
+        """Read the files and load them onto the model.
 
-        Args: is_regional: a mask says where each network works.
+        Args:
+            options: the files and their strengths.
+            models: the model.
+            is_regional: whether a mask assigns a region to each network.
 
-        Raises OptionError for files that can't be read or don't fit.
+        Raises:
+            OptionError: if a file can't be read or doesn't fit the model.
         """
-        self._device, self._dtype = models.device, models.precision.compute
-        self._own_strengths = options.strengths()
+        self._device = models.device
+        self._dtype = models.precision.compute
+        self._option_strengths = options.strengths()
         self._num_merged = options.num_merged
-        self._strengths = self._own_strengths[self._num_merged :]  # of those beside the model
-        self._folded: FusedAdapters | None = None
+        self._strengths = self._option_strengths[self._num_merged :]  # of unmerged networks
+        self._fused: FusedAdapters | None = None
         self._regional: Regional | None = None
         add_embeddings(models, options.textual_inversion_embeddings or ())
         if options.network_weights:
-            self._apply(options, models, is_regional=is_regional)
-        self._nets = [
-            ControlNet(
-                lllite_from_file(path, places(models.unet), flag="--control_net_lllite_models", allow_partial=options.allow_partial)
-                .to(self._device, self._dtype), strength, share,
-            )
-            for path, strength, share in options.control_nets()
-        ]  # fmt: skip
+            self._load_networks(options, models, is_regional=is_regional)
+        self._control_nets = [
+            self._load_control_net(path, strength, ratio, options, models)
+            for path, strength, ratio in options.control_nets()
+        ]
 
-    def _apply(self, options: AppliedNetworkOptions, models: SdxlModels, *, is_regional: bool) -> None:
+    def _load_networks(
+        self, options: AppliedNetworkOptions, models: SdxlModels, *, is_regional: bool
+    ) -> None:
+        """Merge, fuse or attach the networks."""
         layers = every_layer(models.unet, models.text_encoders)
-        files = options.network_weights or ()
-        beside: dict[int, Mapping[str, Parts]] = {}
-        for i, path in enumerate(files):
+        unmerged: dict[int, Mapping[str, ModuleTensors]] = {}
+        for i, path in enumerate(options.network_weights or ()):
             if options.network_show_meta:
-                tell_metadata(path)
-            modules = matched_modules(path, layers, models.unet, flag="--network_weights", allow_partial=options.allow_partial)  # fmt: skip
-            add_bundled_words(models, path, flag="--network_weights")
-            if i < options.num_merged:
-                merge_into(layers, modules, self._own_strengths[i])
-            else:
-                beside[i - self._num_merged] = modules
-            log.info(
-                "%s: %d modules, strength %g%s",
+                log_metadata(path)
+            modules = matched_modules(
                 path,
-                len(modules),
-                self._own_strengths[i],
-                ", merged" if i < options.num_merged else "",
+                layers,
+                models.unet,
+                flag="--network_weights",
+                allow_partial=options.allow_partial,
             )
+            add_bundled_words(models, path, flag="--network_weights")
+            strength = self._option_strengths[i]
+            is_merged = i < self._num_merged
+            if is_merged:
+                merge_into(layers, modules, strength)
+            else:
+                unmerged[i - self._num_merged] = modules
+            suffix = ", merged" if is_merged else ""
+            log.info("%s: %d modules, strength %g%s", path, len(modules), strength, suffix)
         if options.network_pre_calc:
-            self._folded = FusedAdapters(layers, beside)
-            self._folded.fold(self._strengths)
-        elif is_regional and beside:
-            self._regional = Regional(self._strengths, options.network_regional_mask_max_color_codes)
-            attach_adapters(layers, beside, self._regional.forward_of)
+            self._fused = FusedAdapters(layers, unmerged)
+            self._fused.fuse(self._strengths)
+        elif is_regional and unmerged:
+            max_color_codes = options.network_regional_mask_max_color_codes
+            self._regional = Regional(self._strengths, max_color_codes)
+            attach_adapters(layers, unmerged, self._regional.forward_of)
         else:
-            attach_adapters(layers, beside, lambda one: summed(self._strengths, one))
+            attach_adapters(layers, unmerged, lambda layer: sum_of_patches(self._strengths, layer))
+
+    def _load_control_net(
+        self,
+        path: Path,
+        strength: float,
+        ratio: float,
+        options: AppliedNetworkOptions,
+        models: SdxlModels,
+    ) -> "ControlNet":
+        net = lllite_from_file(
+            path,
+            places(models.unet),
+            flag="--control_net_lllite_models",
+            allow_partial=options.allow_partial,
+        )
+        return ControlNet(net.to(self._device, self._dtype), strength, ratio)
 
     @property
-    def num_guides(self) -> int:
-        return len(self._nets)
+    def num_control_nets(self) -> int:
+        return len(self._control_nets)
 
     @property
     def is_regional(self) -> bool:
         return self._regional is not None
 
-    def set_multipliers(self, multipliers: Sequence[float] | None, sub_prompt: int | None = None) -> None:
-        """The strengths from now on, of all files in turn; the last one holds for all behind it, None: those of the options.
-
-        Args: sub_prompt: while this one is encoded, only the network of its region works.
-        """
-        given = self._own_strengths if multipliers is None else list(multipliers)
-        for i in range(len(self._strengths)):
-            own = given[min(self._num_merged + i, len(given) - 1)]
-            self._strengths[i] = own if sub_prompt in (None, i) else 0.0
-        if self._folded is not None:
-            self._folded.fold(self._strengths)
-
-    def conditions(
-        self, *, guides: Sequence[Tensor], sub_contexts: Sequence[Tensor], mask: Tensor | None, parts: int
-    ) -> Callable[[int, int], ControlInputs | None]:
-        """What else reaches the U-Net while one batch is drawn, by (step, steps).
+    def set_multipliers(
+        self, multipliers: Sequence[float] | None, sub_prompt: int | None = None
+    ) -> None:
+        """Set the strengths of the networks.
 
         Args:
-            guides: one for each control net, [B, 3, H, W] in -1..1; none: they are off.
-            sub_contexts: of each sub-prompt, [B, T, 2048]; none where prompts aren't split.
-            mask: which network works where, uint8 [H, W, 3].
-            parts: the U-Net's batch is so many times the pictures.
+            multipliers: one per file; the last one is repeated. None: those of the options.
+            sub_prompt: index of the sub-prompt that is being encoded; only the network of its
+                region is active. None: all networks are.
+        """
+        given = self._option_strengths if multipliers is None else list(multipliers)
+        for i in range(len(self._strengths)):
+            self._strengths[i] = 0.0
+            if sub_prompt is None or sub_prompt == i:
+                self._strengths[i] = given[min(self._num_merged + i, len(given) - 1)]
+        if self._fused is not None:
+            self._fused.fuse(self._strengths)
 
-        Raises OptionError if sub-prompts and networks don't go together.
+    def prepare_batch(
+        self,
+        *,
+        guide_images: Sequence[Tensor],
+        sub_contexts: Sequence[Tensor],
+        mask: Tensor | None,
+        num_branches: int,
+    ) -> Callable[[int, int], ControlInputs | None]:
+        """Prepare the denoising of one batch and return the control inputs of its steps.
+
+        Args:
+            guide_images: one per control net, [B, 3, H, W] in -1..1. Empty: control nets are off.
+            sub_contexts: the context of each sub-prompt, [B, T, 2048]. Empty: prompts aren't split.
+            mask: the region of each network, uint8 [H, W, 3].
+            num_branches: guidance branches.
+
+        Returns:
+            (step index, number of steps) -> control inputs.
+
+        Raises:
+            OptionError: if the numbers of sub-prompts and networks don't match.
         """
         if self._regional is not None:
             assert mask is not None
-            self._regional.set_places(sub_contexts, mask)
-        if not guides:
+            self._regional.set_batch(sub_contexts, mask)
+        if not guide_images:
             return lambda step, steps: None
-        with torch.no_grad():
-            steered = [
-                net.steerings(guide.to(self._device, self._dtype), parts)
-                for net, guide in zip(self._nets, guides, strict=True)
-            ]
-        made: dict[tuple[bool, ...], ControlInputs] = {}
-
-        def at(step: int, steps: int) -> ControlInputs | None:
-            works = tuple(net.share >= step / steps for net in self._nets)
-            if works not in made:
-                active = [own for own, on in zip(steered, works, strict=True) if on]
-                made[works] = by_block(pair for pairs in active for pair in pairs)
-            return made[works]
-
-        return at
+        modulations = []
+        for net, guide_image in zip(self._control_nets, guide_images, strict=True):
+            guide_image = guide_image.to(self._device, self._dtype)
+            modulations.append(net.modulations(guide_image, num_branches))
+        ratios = [net.ratio for net in self._control_nets]
+        return _ControlSchedule(modulations, ratios)
 
 
 class ControlNet:
-    """A control net with its strength, and the share of the steps in which it works."""
+    """A control net, its strength, and the share of the steps in which it is active."""
 
-    def __init__(self, net: ControlNetLLLite, strength: float, share: float):
-        self.net, self.strength, self.share = net, strength, share
+    def __init__(self, net: ControlNetLLLite, strength: float, ratio: float):
+        self.net = net
+        self.strength = strength
+        self.ratio = ratio
 
-    def steerings(self, guide: Tensor, parts: int) -> list[tuple[Place, LLLiteModulation]]:
-        """Of one guide image for all pictures of a batch, or one for each, repeated for each part of the guidance."""
-        found = self.net(guide, self.strength)
-        if len(guide) == 1:
-            return found
-        return [(place, one._replace(condition=one.condition.repeat(parts, 1, 1))) for place, one in found]
+    @torch.no_grad()
+    def modulations(self, guide_image: Tensor, num_branches: int) -> Modulations:
+        """Return how the guide images modulate each layer.
+
+        Args:
+            guide_image: [B, 3, H, W], one per image; or [1, 3, H, W] for the complete batch.
+            num_branches: guidance branches; the conditions of B images are repeated for each.
+        """
+        modulations = self.net(guide_image, self.strength)
+        if len(guide_image) == 1:
+            return modulations
+        repeated = []
+        for place, modulation in modulations:
+            condition = modulation.condition.repeat(num_branches, 1, 1)
+            repeated.append((place, modulation._replace(condition=condition)))
+        return repeated
 
 
-def tell_metadata(path: Path) -> None:
-    """--network_show_meta: a network file's own words."""
-    metadata = read_header(path).metadata if path.suffix == ".safetensors" else {}
-    log.info("%s: %s", path, json.dumps(metadata, indent=2) if metadata else "no metadata")
+class _ControlSchedule:
+    """The control inputs of each step: those of the control nets that are active in it."""
+
+    def __init__(self, modulations: Sequence[Modulations], ratios: Sequence[float]):
+        self._modulations = modulations
+        self._ratios = ratios
+        self._by_active_nets: dict[tuple[bool, ...], ControlInputs] = {}
+
+    def __call__(self, step: int, steps: int) -> ControlInputs:
+        is_active = tuple(ratio >= step / steps for ratio in self._ratios)
+        if is_active not in self._by_active_nets:
+            active: Modulations = []
+            for modulations, is_on in zip(self._modulations, is_active, strict=True):
+                if is_on:
+                    active += modulations
+            self._by_active_nets[is_active] = by_block(active)
+        return self._by_active_nets[is_active]
+
+
+def log_metadata(path: Path) -> None:
+    """Log the metadata of a network file (--network_show_meta)."""
+    metadata: Mapping[str, str] = {}
+    if path.suffix == ".safetensors":
+        metadata = read_header(path).metadata
+    if metadata:
+        log.info("%s: %s", path, json.dumps(metadata, indent=2))
+    else:
+        log.info("%s: no metadata", path)

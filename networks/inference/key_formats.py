@@ -1,9 +1,11 @@
-"""Layouts: network files of kohya's, Diffusers' and PEFT's spelling, as modules with the names that we give them.
+"""Key formats: network files with kohya's, Diffusers' or PEFT's keys, read as modules by our names.
 
-lora_unet_input_blocks_4_1_proj_in.lora_down.weight              kohya, the original's module names
+lora_unet_input_blocks_4_1_proj_in.lora_down.weight              kohya, original module names
 lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight    kohya, Diffusers' module names
-unet.down_blocks.1.attentions.0.proj_in.lora_A.weight            Diffusers (PEFT); older: lora.down.weight, processor.to_q_lora.down.weight
-base_model.model.down_blocks.1.attentions.0.proj_in.lora_A.weight    PEFT alone, of a U-Net
+unet.down_blocks.1.attentions.0.proj_in.lora_A.weight            Diffusers (PEFT); in older files
+                                                                 lora.down.weight or
+                                                                 processor.to_q_lora.down.weight
+base_model.model.down_blocks.1.attentions.0.proj_in.lora_A.weight    PEFT, of a U-Net
 """
 
 import json
@@ -19,129 +21,152 @@ from library.errors import OptionError
 from library.models.text_encoders import clip_body
 from library.models.unet import UNet
 from library.safetensors_io import read_header
-from networks.inference.deltas import Parts, unscaled_change
+from networks.inference.deltas import ModuleTensors, unscaled_delta
 from networks.lora import TEXT_ENCODERS, UNET, Target, module_key
 from networks.lora_file import BUNDLED, diffusers_names, read_tensors
 
-_DOTTED_PART = re.compile(
+_DOTTED_KEY = re.compile(
     r"(?P<path>.+?)(?:\.processor\.(?P<projection>\w+)_lora|\.lora_linear_layer|\.lora)?"
-    r"\.(?P<part>down\.weight|up\.weight|lora_[AB](?:\.\w+)?\.weight|lora_(?:down|up)\.weight|lora_magnitude_vector(?:\.\w+)*|alpha|dora_scale)"
+    r"\.(?P<tensor>down\.weight|up\.weight|lora_[AB](?:\.\w+)?\.weight|lora_(?:down|up)\.weight"
+    r"|lora_magnitude_vector(?:\.\w+)*|alpha|dora_scale)"
 )
-_PARTS_OF = {"unet": UNET, "text_encoder": TEXT_ENCODERS[0], "text_encoder_2": TEXT_ENCODERS[1]}
+_MODELS = {"unet": UNET, "text_encoder": TEXT_ENCODERS[0], "text_encoder_2": TEXT_ENCODERS[1]}
 
 
 def every_layer(unet: UNet, encoders: Iterable[nn.Module]) -> list[Target]:
-    """Every linear layer and convolution that a file may have a module for."""
-    found = [
-        Target(UNET, module_key(UNET, path), layer)
-        for path, layer in unet.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    ]
-    for part, encoder in zip(TEXT_ENCODERS, encoders, strict=True):
-        layers: dict[str, Any] = {f"text_model.{path}": layer for path, layer in clip_body(encoder).named_modules()}
+    """Return every linear layer and convolution for which a file may have a module."""
+    targets = []
+    for path, layer in unet.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            targets.append(Target(UNET, module_key(UNET, path), layer))
+    for model, encoder in zip(TEXT_ENCODERS, encoders, strict=True):
+        layers: dict[str, Any] = {}
+        for path, layer in clip_body(encoder).named_modules():
+            layers[f"text_model.{path}"] = layer
         layers["text_projection"] = getattr(encoder, "text_projection", None)
-        found += [
-            Target(part, module_key(part, path), layer)
-            for path, layer in layers.items()
-            if isinstance(layer, nn.Linear)
-        ]
-    return found
+        for path, layer in layers.items():
+            if isinstance(layer, nn.Linear):
+                targets.append(Target(model, module_key(model, path), layer))
+    return targets
 
 
 def modules_in_file(path: Path, unet: UNet, *, flag: str) -> dict[str, dict[str, Tensor]]:
-    """The parts of each module of a network file, by our names for both. What isn't understood keeps its own name.
+    """Read a network file and return the tensors of each module, by our names for both.
 
-    Raises OptionError if the file can't be read or holds numbers that aren't finite.
+    Keys that aren't understood keep their name.
+
+    Args:
+        path: the network file.
+        unet: whose names Diffusers' names are translated to.
+        flag: names the option in messages.
+
+    Raises:
+        OptionError: if the file can't be read or contains NaN or Inf.
     """
-    respelt = diffusers_names(unet)
+    our_names = diffusers_names(unet)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_tensors(path, flag=flag).items():
-        if key.startswith(BUNDLED):  # embedding_file.py adds these words
+        if key.startswith(BUNDLED):  # placeholder tokens, which embedding_file.py reads
             continue
-        name, part = _split(key)
-        modules.setdefault(respelt.get(name, name), {})[part] = tensor
-    _add_alphas(modules, path, respelt)
+        name, tensor_name = _split(key)
+        modules.setdefault(our_names.get(name, name), {})[tensor_name] = tensor
+    _add_peft_alphas(modules, path, our_names)
     return modules
 
 
 def _split(key: str) -> tuple[str, str]:
-    """(module, part) of a key."""
+    """Split a key into our names of the module and the tensor."""
     if key.startswith("lora_"):  # kohya's
-        name, _, part = key.partition(".")
-        return name, _our_part(part)
-    match = _DOTTED_PART.fullmatch(key)
+        name, _, tensor_name = key.partition(".")
+        return name, _our_tensor_name(tensor_name)
+    match = _DOTTED_KEY.fullmatch(key)
     if match is None:
         return key, ""
     path = match["path"].removeprefix("base_model.model.")
     if match["projection"]:
-        path = f"{path}.{match['projection']}" + (".0" if match["projection"] == "to_out" else "")
-    return _module(path), _our_part(match["part"])
+        path = f"{path}.{match['projection']}"
+        if match["projection"] == "to_out":
+            path += ".0"
+    return _our_module_name(path), _our_tensor_name(match["tensor"])
 
 
-def _module(path: str) -> str:
-    """Our name of the module at a dotted path."""
+def _our_module_name(path: str) -> str:
+    """Return our name of the module at a dotted path."""
     first, _, rest = path.partition(".")
-    part = _PARTS_OF.get(first, UNET)
-    own = rest if first in _PARTS_OF else path
-    if part != UNET and not own.startswith(("text_model.", "text_projection")):
-        own = f"text_model.{own}"  # transformers 5 leaves it out
-    return module_key(part, own)
+    model = _MODELS.get(first, UNET)
+    if first in _MODELS:
+        path = rest
+    if model != UNET and not path.startswith(("text_model.", "text_projection")):
+        path = f"text_model.{path}"  # transformers 5 leaves it out
+    return module_key(model, path)
 
 
-def _our_part(part: str) -> str:
-    if part.startswith("lora_magnitude_vector"):
+def _our_tensor_name(name: str) -> str:
+    if name.startswith("lora_magnitude_vector"):
         return "dora_scale"
-    if match := re.fullmatch(r"(?:lora_)?(down|up|A|B)(?:\.\w+)?\.weight", part):
-        return {"A": "lora_down.weight", "B": "lora_up.weight"}.get(match[1], f"lora_{match[1]}.weight")
-    return part
+    match = re.fullmatch(r"(?:lora_)?(down|up|A|B)(?:\.\w+)?\.weight", name)
+    if match is None:
+        return name
+    projection = {"A": "down", "B": "up"}.get(match[1], match[1])
+    return f"lora_{projection}.weight"
 
 
-def _add_alphas(modules: Mapping[str, dict[str, Tensor]], path: Path, respelt: Mapping[str, str]) -> None:
-    """Diffusers and PEFT write alphas elsewhere, as PEFT's configuration of each model."""
+def _add_peft_alphas(
+    modules: Mapping[str, dict[str, Tensor]], path: Path, our_names: Mapping[str, str]
+) -> None:
+    """Add the alphas of Diffusers and PEFT, which are stored in PEFT's configuration."""
     config = _peft_config(path)
-    for first, part in _PARTS_OF.items():
-        alpha = config.get(f"{first}.lora_alpha")
-        patterns = {
-            respelt.get(name, name): own
-            for name, own in (
-                (_module(f"{first}.{layer}"), own)
-                for layer, own in (config.get(f"{first}.alpha_pattern") or {}).items()
-            )
-        }
+    for prefix, model in _MODELS.items():
+        alpha = config.get(f"{prefix}.lora_alpha")
         if alpha is None:
             continue
-        for name, parts in modules.items():
-            down = parts.get("lora_down.weight")
-            if down is not None and name.startswith(module_key(part, "")) and "alpha" not in parts:
-                own = float(patterns.get(name, alpha))
-                parts["alpha"] = torch.tensor(own * len(down) ** 0.5 if config.get(f"{first}.use_rslora") else own)
+        alphas = {}  # of single modules
+        for layer, value in (config.get(f"{prefix}.alpha_pattern") or {}).items():
+            name = _our_module_name(f"{prefix}.{layer}")
+            alphas[our_names.get(name, name)] = value
+        for name, tensors in modules.items():
+            down = tensors.get("lora_down.weight")
+            if down is None or "alpha" in tensors or not name.startswith(module_key(model, "")):
+                continue
+            value = float(alphas.get(name, alpha))
+            if config.get(f"{prefix}.use_rslora"):
+                value *= len(down) ** 0.5
+            tensors["alpha"] = torch.tensor(value)
 
 
 def _peft_config(path: Path) -> dict[str, Any]:
-    """By model and name, "unet.lora_alpha": from Diffusers' metadata, or the file that PEFT, which trained a U-Net, writes beside its own.
+    """Return PEFT's configuration, with keys such as "unet.lora_alpha"; empty if there is none.
 
-    Raises OptionError if it can't be read.
+    It is stored in the metadata of Diffusers' files. PEFT, which trained a U-Net, writes it to
+    another file in the same folder.
+
+    Raises:
+        OptionError: if it can't be read.
     """
-    metadata = read_header(path).metadata if path.suffix == ".safetensors" else {}
-    beside = path.with_name("adapter_config.json")
+    metadata: Mapping[str, str] = {}
+    if path.suffix == ".safetensors":
+        metadata = read_header(path).metadata
+    config_file = path.with_name("adapter_config.json")
     try:
         if "lora_adapter_metadata" in metadata:
             return json.loads(metadata["lora_adapter_metadata"])
-        if path.name.startswith("adapter_model.") and beside.is_file():
-            return {f"unet.{name}": value for name, value in json.loads(beside.read_text(encoding="utf-8")).items()}
+        if path.name.startswith("adapter_model.") and config_file.is_file():
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            return {f"unet.{name}": value for name, value in config.items()}
     except ValueError as error:
-        raise OptionError(f"{path}: PEFT's configuration of it can't be read: {error}") from None
+        raise OptionError(f"{path}: its PEFT configuration can't be read: {error}") from None
     return {}
 
 
-def fits(parts: Parts, layer: nn.Module) -> bool:
-    """Whether the module's change has the size of the layer's weight. Computes shapes alone."""
+def fits(tensors: ModuleTensors, layer: nn.Module) -> bool:
+    """Whether a module's delta has the size of the layer's weight. Only shapes are computed."""
     weight: Any = layer.weight
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items() if tensor.ndim}
     try:
-        change = unscaled_change({name: tensor.to("meta") for name, tensor in parts.items() if tensor.ndim})
+        delta = unscaled_delta(shapes)
     except (RuntimeError, ValueError):
         return False
-    magnitude = parts.get("dora_scale")
-    return change.numel() == weight.numel() and (
-        magnitude is None or magnitude.numel() in (weight.shape[0], weight.shape[1])
-    )
+    if delta.numel() != weight.numel():
+        return False
+    magnitude = tensors.get("dora_scale")
+    return magnitude is None or magnitude.numel() in weight.shape[:2]

@@ -16,8 +16,9 @@ from torch import Tensor
 from library import images
 from library.errors import first_line
 from library.files import write_atomically
-from library.generation.image_grid import contact_sheet, draw_image, thumbnail
+from library.generation.image_grid import contact_sheet, thumbnail
 from library.generation.sample_prompts import SamplePrompt
+from library.generation.single_image import generate_image
 from library.log import log
 from library.models.control import ControlInputs
 from library.models.inpainting import inpainting_channels
@@ -135,12 +136,12 @@ class Preview:
             for text in (prompt.prompt, prompt.negative_prompt)
         )
         assert prompt.width and prompt.height
-        return draw_image(
+        return generate_image(
             self.unet, self._decode, wanted, unwanted, width=prompt.width, height=prompt.height, steps=prompt.sample_steps, scale=prompt.scale,
             seed=seed_of(self.seed, "sample", number) if prompt.seed is None else prompt.seed, sampler=prompt.sample_sampler or self.sampler,
             v_prediction=self.v_prediction, zero_terminal_snr=self.zero_terminal_snr,
-            beside=self._all_hidden(prompt.width, prompt.height) if self.unet.config.is_inpainting else None,
-            extra=None if prompt.controlnet_image is None else self._steered(prompt.controlnet_image, Size(prompt.width, prompt.height)),
+            inpaint_channels=self._all_hidden(prompt.width, prompt.height) if self.unet.config.is_inpainting else None,
+            control=None if prompt.controlnet_image is None else self._steered(prompt.controlnet_image, Size(prompt.width, prompt.height)),
         )  # fmt: skip
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.errors import Mistake
-from library.generation.sampler_options import SAMPLERS
+from library.generation.samplers import SAMPLERS
 from library.options import OptionGroup, option
 
 
