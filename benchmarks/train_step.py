@@ -298,7 +298,7 @@ def ours(config: Any, setup: Setup) -> Any:
     from library.models.memory.activation_checkpointing import KEPT, ActivationPolicy
     from library.models.unet import UNet
     from networks.lora import LoraNetwork, unet_targets
-    from networks.options import LoraSettings
+    from networks.lora_settings import LoraSettings
 
     unet = UNet(config, checkpointing=ActivationPolicy("full") if setup.checkpointing else KEPT)
     if setup.train == "full":

@@ -16,6 +16,7 @@ from library.errors import OptionError, first_line
 from library.models.text_encoders import clip_body
 from library.models.unet import UNet
 from library.param_group import ParamGroup
+from networks.lora_file import TRAINING_REMEDY, copy_fitting, read_tensors
 from networks.options import NetworkOptions
 
 
@@ -91,13 +92,41 @@ class _Named(nn.Module):
         self.text_model = getattr(encoder, "text_model", encoder)
 
 
-def build_foreign(
-    options: NetworkOptions, unet: UNet, encoders: Sequence[nn.Module], weights: Mapping[str, Tensor] | None, compute: torch.dtype
-) -> ExternalNetwork:  # fmt: skip
-    """The network that --network_module makes over a U-Net and text encoders. Raises OptionError if it can't.
+def build(options: NetworkOptions, unet: UNet, encoders: Sequence[nn.Module], compute: torch.dtype) -> ExternalNetwork:
+    """Build the network with the weights of --network_weights; networks/kinds.py calls it.
 
-    Args: weights: of --network_weights, from which --dim_from_weights takes its shapes.
+    Args:
+        options: the options of the network.
+        unet: the U-Net.
+        encoders: the text encoders that it covers.
+        compute: dtype of the computation.
+
+    Raises:
+        OptionError: the module can't build it, or --network_weights don't fit.
+        NotImplementedError: it can't be built on the meta device.
     """
+    if options.network_weights is None:
+        return _create(options, unet, encoders, None, compute)
+    tensors = read_tensors(options.network_weights)
+    network = _create(options, unet, encoders, tensors, compute)
+    copy_fitting(
+        tensors,
+        network.file_tensors(),
+        source=f"--network_weights {options.network_weights}",
+        remedy=TRAINING_REMEDY,
+        allow_partial=options.allow_partial,
+    )
+    return network
+
+
+def _create(
+    options: NetworkOptions,
+    unet: UNet,
+    encoders: Sequence[nn.Module],
+    weights: Mapping[str, Tensor] | None,
+    compute: torch.dtype,
+) -> ExternalNetwork:
+    """Let the module create the network; --dim_from_weights takes its shapes from `weights`."""
     module = import_network(str(options.network_module))
     named = [_Named(encoder) for encoder in encoders]
     arguments: dict[str, Any] = dict(pair.split("=", 1) for pair in options.network_args or ())

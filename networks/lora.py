@@ -13,7 +13,7 @@ from library.models.text_encoders import clip_body
 from library.models.unet import UNet, block_of
 from library.param_group import ParamGroup
 from networks.lora_layers import LoraModule, add_lora
-from networks.options import LoraSettings
+from networks.lora_settings import LoraSettings
 
 # In each layer of a text encoder, in the order of files and optimizer.
 _TEXT_LAYERS = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")

@@ -1,10 +1,12 @@
-"""LoRA files: reading, checking against a network, and writing with metadata and hashes.
+"""networks.lora: building a LoRA for its options, and LoRA files: reading, checking, and writing with metadata and hashes.
 
 Format: contract, formats.md section 4.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +18,44 @@ from library.models.checkpoint.key_maps import Renaming, unet_pairs_of_config
 from library.models.checkpoint.reader import identify, open_tensors
 from library.models.unet import UNet
 from library.safetensors_io import network_hashes, storable_metadata, write_safetensors
-from networks.lora import UNET, LoraNetwork, Target, module_key
-from networks.options import LoraSettings
+from networks.lora import UNET, LoraNetwork, Target, module_key, text_encoder_targets, unet_targets
+from networks.lora_settings import LoraSettings
+from networks.options import NetworkOptions
 
 _SHOWN = 5
 BUNDLED = "bundle_emb."  # before the word and clip_l or clip_g
 TRAINING_REMEDY = "Give the options it was trained with, --dim_from_weights, or --allow_partial to take what fits"
+
+
+def build(options: NetworkOptions, unet: UNet, encoders: Sequence[Any], compute: torch.dtype) -> LoraNetwork:
+    """Build a LoRA with the weights of --network_weights; networks/kinds.py calls it.
+
+    Args:
+        options: the options of the network.
+        unet: the U-Net.
+        encoders: the text encoders that it covers.
+        compute: not used: layers compute in the dtype of their input.
+
+    Raises:
+        OptionError: --network_weights don't fit.
+    """
+    settings, _ = options.read_settings()
+    targets: list[Target] = []
+    for index, encoder in enumerate(encoders):
+        targets += text_encoder_targets(encoder, index + 1)
+    if not options.network_train_text_encoder_only:
+        targets += unet_targets(unet)
+    if options.network_weights is None:
+        return LoraNetwork.from_settings(targets, settings)
+    tensors = read_lora(options.network_weights, unet)
+    if options.dim_from_weights:
+        # Ranks and alphas are the file's. Learning rate factors apply, dropouts don't (as in sd-scripts).
+        settings = replace(settings, dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
+        network = network_from_file(targets, tensors, settings)
+    else:
+        network = LoraNetwork.from_settings(targets, settings)
+    load_into(network, tensors, source=options.network_weights, allow_partial=options.allow_partial)
+    return network
 
 
 def read_tensors(path: Path, *, flag: str = "--network_weights") -> dict[str, Tensor]:

@@ -20,22 +20,17 @@ from networks.lora import LoraNetwork, text_encoder_targets, unet_targets
 from networks.lora_file import load_into, network_from_file, read_lora, write_lora
 from networks.lora_layers import LoraModule, add_lora
 from networks.lora_linear import lora_linear
-from networks.options import LoraSettings, NetworkOptions, read_network_args
+from networks.lora_settings import LoraSettings, read_lora_settings
+from networks.options import NetworkOptions
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads(gzip.decompress((GOLDEN / "07_lora_fullsize.json.gz").read_bytes()))["cases"]
 
 
 def settings_of(*pairs: str, dim: int = 4, alpha: float = 1.0) -> LoraSettings:
-    settings, mistakes = read_network_args(_unchecked(dim, alpha, pairs))
+    settings, mistakes = read_lora_settings(dim, alpha, None, pairs)
     assert not mistakes, mistakes
     return settings
-
-
-def _unchecked(dim, alpha, pairs) -> NetworkOptions:
-    options = NetworkOptions(network_module="networks.lora", network_dim=dim, network_alpha=alpha)
-    object.__setattr__(options, "network_args", tuple(pairs))
-    return options
 
 
 def all_targets(models):
@@ -63,9 +58,9 @@ def full_size_targets():
 def test_golden_07_names_shapes_alphas_and_learning_rates_at_full_size(case, full_size_targets):
     result = case["result"]
     pairs = [f"{key}={value}" for key, value in case["network_args"].items()]
-    settings, mistakes = read_network_args(_unchecked(case["network_dim"], case["network_alpha"], pairs))
+    settings, mistakes = read_lora_settings(case["network_dim"], case["network_alpha"], None, pairs)
     if "error" in result:
-        assert mistakes and "23" in mistakes[0].text
+        assert mistakes and "23" in mistakes[0]
         return
     text, unet = full_size_targets
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from networks.base_weights import BaseWeights
 from networks.inference.deltas import weight_delta
 from networks.lora import text_encoder_targets, unet_targets
 from networks.lora_file import load_into, network_from_file, read_lora
-from networks.options import LoraSettings
+from networks.lora_settings import LoraSettings
 
 TEXT_TOO = without(QUICK, "--cache_text_encoder_outputs", "--network_train_unet_only")
 

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     from library.models.text_encoders import TextConditioning
     from networks.lora import text_encoder_targets, unet_targets
     from networks.lora_file import load_into, network_from_file, read_lora
-    from networks.options import LoraSettings
+    from networks.lora_settings import LoraSettings
 
     assert chosen.ckpt is not None and chosen.network_weights is not None
     checkpoint = open_checkpoint(chosen.ckpt)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from library.data.options import CacheOptions
 from library.errors import Mistake
+from library.models.unet_config import NUM_LR_BLOCKS
 from library.options import OptionGroup, Options, option
 from library.training.options.compatibility import check_trained_shards
 from library.training.options.memory import MemoryOptions
@@ -15,7 +16,7 @@ from library.training.options.objective import LossOptions
 from library.training.options.optimizer import OptimizerOptions, UpdateOptions
 from library.training.options.output import is_plain_name
 from library.training.options.run import RunOptions
-from networks.options import NUM_BLOCKS, NetworkOptions, check_weights
+from networks.options import NetworkOptions, check_weights
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class FineTuneOptions(OptionGroup):
                 rates = self.block_lrs or ()
             except ValueError:
                 rates = ()
-            if len(rates) != NUM_BLOCKS or not all(0 <= rate < math.inf for rate in rates):
+            if len(rates) != NUM_LR_BLOCKS or not all(0 <= rate < math.inf for rate in rates):
                 yield Mistake(
-                    f"--block_lr: expected {NUM_BLOCKS} numbers of at least 0, separated by commas, got {self.block_lr!r}",
+                    f"--block_lr: expected {NUM_LR_BLOCKS} numbers of at least 0, separated by commas, got {self.block_lr!r}",
                     ("block_lr",),
                 )
         if not self.train_text_encoder and any(rate is not None for rate in self.text_encoder_lrs):
@@ -192,7 +193,7 @@ def check_network(options: Options) -> Iterable[Mistake]:
             ("stop_text_encoder_training", "network_train_text_encoder_only"),
         )
     yield from check_weights(network)
-    if options[MemoryOptions].quantized and not network.is_own:
+    if options[MemoryOptions].quantized and not network.kind.supports_quantized_base:
         yield Mistake(
             f"--network_module {network.network_module} reads the base model's weights itself, and can't go with --fp8_base or --base_quant",
             ("network_module", "fp8_base", "base_quant"),

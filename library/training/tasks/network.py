@@ -108,7 +108,7 @@ class NetworkTask(Task):
         if text_is_cached:
             self._encoders: tuple[Any, ...] = ()
         else:  # another package's network may look for transformers' own classes
-            self._encoders = models.text_layers if options.is_own else models.text_encoders
+            self._encoders = models.text_layers if options.kind.replaces_layers else models.text_encoders
         self.unet = models.unet
         self.compute_dtype = models.precision.compute
         self._network = build_network(options, self.unet, self._encoders, models.device, models.precision)
