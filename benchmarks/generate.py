@@ -44,7 +44,9 @@ class GenerateOptions(OptionGroup):
     sampler: str = option("ddim", "sampler of both pipelines", choices=tuple(SAMPLERS))
     precision: str = option("no", "dtype to compute in", choices=("no", "fp16", "bf16"))
     pairs: int = option(9, "pairs of images, after one to warm up", at_least=1)
-    threads: int | None = option(None, "CPU threads; use 1 if the machine runs other programs", at_least=1)
+    threads: int | None = option(
+        None, "CPU threads; use 1 if the machine runs other programs", at_least=1
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,7 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     difference = float((images[0] - images[1]).abs().max())
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}; {chosen}")
     for name, clock in (("elapsed", 0), ("of all threads", 1)):
-        medians = [statistics.median(seconds[clock] for seconds in own_times) for own_times in times]
+        medians = [
+            statistics.median(seconds[clock] for seconds in own_times) for own_times in times
+        ]
         ratio = statistics.median(b[clock] / a[clock] for a, b in zip(*times, strict=True))
         print(
             f"seconds {name}: ours {medians[0]:.3f}, Diffusers {medians[1]:.3f}; "
@@ -149,7 +153,9 @@ def ours(models: "SdxlModels", chosen: GenerateOptions) -> Callable[[], "torch.T
     return generate
 
 
-def theirs(models: "SdxlModels", chosen: GenerateOptions, folder: Path) -> Callable[[], "torch.Tensor"]:
+def theirs(
+    models: "SdxlModels", chosen: GenerateOptions, folder: Path
+) -> Callable[[], "torch.Tensor"]:
     """The same by Diffusers, from a folder that holds the same weights."""
     import torch
 
@@ -169,7 +175,9 @@ def theirs(models: "SdxlModels", chosen: GenerateOptions, folder: Path) -> Calla
     def generate() -> "torch.Tensor":
         generator = torch.Generator(models.device).manual_seed(SEED)
         shape = (1, 4, chosen.height // 8, chosen.width // 8)
-        noise = torch.randn(shape, generator=generator, device=models.device, dtype=models.precision.compute)
+        noise = torch.randn(
+            shape, generator=generator, device=models.device, dtype=models.precision.compute
+        )
         result = pipeline(
             PROMPT,
             negative_prompt=NEGATIVE,

@@ -38,7 +38,9 @@ from library.generation.requests import AdapterCounts, RequestBuilder
 from library.log import LogOptions
 from library.options import read_options
 
-WRITTEN_BEFORE = GOLDEN / "generated_image_v1.png"  # by the version before GenerationRequest got its names
+WRITTEN_BEFORE = (
+    GOLDEN / "generated_image_v1.png"
+)  # by the version before GenerationRequest got its names
 
 SMALL = ["--W", "64", "--H", "64", "--steps", "2", "--sampler", "euler_a"]
 
@@ -50,7 +52,9 @@ def generate(golden_model, tmp_path):
     def run(*words, outdir=None, small=SMALL):
         folder = outdir or tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         before = set(folder.iterdir()) if folder.exists() else set()
-        sdxl_gen_img.main([str(word) for word in ("--ckpt", golden_model, "--outdir", folder, *small, *words)])
+        sdxl_gen_img.main(
+            [str(word) for word in ("--ckpt", golden_model, "--outdir", folder, *small, *words)]
+        )
         new = set(folder.iterdir()) - before if folder.exists() else set()
         return sorted(new, key=lambda path: path.stat().st_mtime_ns)
 
@@ -80,7 +84,10 @@ EVERY_OPTION = {
 def test_every_option_within_a_prompt_has_its_effect(generate, tmp_path, golden_model, images):
     assert EVERY_OPTION.keys() == LINE_OPTIONS.keys()
     lora = train_network(golden_model, images, tmp_path / "lora", "--max_train_steps", 1)
-    lines = [f"a (red:1.2) cat BREAK sitting --{name.upper()} {value}" for name, value in EVERY_OPTION.items()]
+    lines = [
+        f"a (red:1.2) cat BREAK sitting --{name.upper()} {value}"
+        for name, value in EVERY_OPTION.items()
+    ]
     file = tmp_path / "lines.txt"
     file.write_text("\ufeff# all of them\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
     files = generate(
@@ -97,7 +104,10 @@ def test_every_option_within_a_prompt_has_its_effect(generate, tmp_path, golden_
     assert [path.name for path in files] == [f"im_{n:06d}.png" for n in range(1, len(lines) + 1)]
     texts = [read_texts(path, "") for path in files]
     by_option = dict(zip(EVERY_OPTION, texts, strict=True))
-    assert by_option["n"]["negative-prompt"] == "dark, blurry" and by_option["c"]["clip-prompt"] == "a drawing"
+    assert (
+        by_option["n"]["negative-prompt"] == "dark, blurry"
+        and by_option["c"]["clip-prompt"] == "a drawing"
+    )
     assert Image.open(files[4]).size == (96, 64)
     assert (by_option["ow"]["original-width"], by_option["oh"]["original-height"]) == ("512", "768")
     assert (by_option["nw"]["original-width-negative"], by_option["ct"]["crop-top"]) == ("64", "8")
@@ -132,7 +142,10 @@ def test_a_single_image_uses_the_seed_itself_and_several_sample_seeds_from_it(ge
     assert seeds_of(generate("--prompt", "a --d 8,9", "--images_per_prompt", 3)) == [8, 9, 9]
     rng = random.Random(5)
     expected = [rng.randint(0, 0x7FFFFFFF) for _ in range(4)]
-    assert seeds_of(generate("--prompt", "a", "--seed", 5, "--n_iter", 2, "--images_per_prompt", 2)) == expected
+    assert (
+        seeds_of(generate("--prompt", "a", "--seed", 5, "--n_iter", 2, "--images_per_prompt", 2))
+        == expected
+    )
 
 
 @pytest.mark.long
@@ -248,9 +261,9 @@ def test_names_follow_the_contract_and_no_file_is_replaced(generate, tmp_path, m
     }
     assert [path.read_bytes() for path in first] == kept
     assert [p.name for p in generate(*words, "--sequential_file_name", "--n_iter", 2, outdir=folder)] == [f"im_00000{n}.png" for n in (1, 2, 3, 4)]  # fmt: skip
-    assert [p.name for p in generate("--prompt", "a --s 1", "--sequential_file_name", outdir=folder)] == [
-        "im_000005.png"
-    ]
+    assert [
+        p.name for p in generate("--prompt", "a --s 1", "--sequential_file_name", outdir=folder)
+    ] == ["im_000005.png"]
     own = generate(
         "--prompt",
         "a --s 1 --t 0.1",
@@ -293,7 +306,9 @@ def test_a_file_generates_its_image_again(kind, generate):
 
 def requests_of(*words):
     """The requests of a command line."""
-    options = read_options("", [*GENERATION, LogOptions], [str(word) for word in words], checks=[check_generation])
+    options = read_options(
+        "", [*GENERATION, LogOptions], [str(word) for word in words], checks=[check_generation]
+    )
     prompts = read_prompts(options[PromptOptions], options[InitImageOptions].image_path)
     builder = RequestBuilder(
         prompts=options[PromptOptions],
@@ -334,7 +349,11 @@ def test_a_request_is_stored_under_the_keys_of_the_first_version(tmp_path):
     """An image written before the fields were renamed; its settings are also what this version writes."""
     stored = json.loads(read_texts(WRITTEN_BEFORE, "")["settings"])["drawing"]
     request = GenerationRequest.from_json(stored)
-    assert request.deep_shrink.depth_2 == 4 and request.gradual_latent.timesteps == 800 and request.index == 0
+    assert (
+        request.deep_shrink.depth_2 == 4
+        and request.gradual_latent.timesteps == 800
+        and request.index == 0
+    )
     assert request.as_json() == stored
     with_files = {
         **stored,
@@ -374,7 +393,12 @@ def test_a_jpeg_stores_as_much_of_long_texts_as_it_can(length, kept, tmp_path):
 def test_a_jpeg_stores_the_texts_and_a_dry_run_writes_nothing(generate, tmp_path, caplog):
     (files,) = generate("--prompt", "a cät --d 4", "--image_format", "jpeg")
     assert files.suffix == ".jpg" and read_texts(files, "")["raw-prompt"] == "a cät --d 4"
-    assert generate("--prompt", "a cat", "--images_per_prompt", 3, "--dry_run", outdir=tmp_path / "none") == []
+    assert (
+        generate(
+            "--prompt", "a cat", "--images_per_prompt", 3, "--dry_run", outdir=tmp_path / "none"
+        )
+        == []
+    )
     assert not (tmp_path / "none").exists()
 
 
@@ -384,7 +408,9 @@ def test_the_contact_sheet_has_a_row_for_each_prompt(generate, tmp_path):
     file.write_text("a --s 1\nb --s 1\n", encoding="utf-8")
     files = generate("--from_file", file, "--images_per_prompt", 2, "--contact_sheet")
     sheet = next(path for path in files if path.name.startswith("contact_sheet"))
-    assert len(files) == 5 and Image.open(sheet).height >= 2 * 64 and Image.open(sheet).width >= 2 * 64
+    assert (
+        len(files) == 5 and Image.open(sheet).height >= 2 * 64 and Image.open(sheet).width >= 2 * 64
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------- images
@@ -401,8 +427,12 @@ def test_an_image_doesnt_depend_on_the_others_of_its_batch(generate, tmp_path):
     assert_same(generate("--from_file", file, "--batch_size", 4)[1], batch[2])
 
 
-def test_a_lora_changes_the_image_and_strength_0_restores_it_bit_for_bit(generate, golden_model, images, tmp_path):
-    lora = train_network(golden_model, images, tmp_path / "lora", "--max_train_steps", 2, "--learning_rate", "1e-1")
+def test_a_lora_changes_the_image_and_strength_0_restores_it_bit_for_bit(
+    generate, golden_model, images, tmp_path
+):
+    lora = train_network(
+        golden_model, images, tmp_path / "lora", "--max_train_steps", 2, "--learning_rate", "1e-1"
+    )
     words = ("--prompt", "a cat --d 5", "--network_weights", lora)
     (plain,), (changed,), (off,) = (
         generate(*words[:2]),
@@ -437,13 +467,17 @@ def test_control_nets_use_guide_images_in_turn_and_strength_0_has_no_effect(gene
         generate(*words, *net, "--control_net_multipliers", 20),
     )
     assert_same(plain[0], off[0], most=1)
-    settings = [json.loads(read_texts(path, "")["settings"])["drawing"]["guides"] for path in followed]
+    settings = [
+        json.loads(read_texts(path, "")["settings"])["drawing"]["guides"] for path in followed
+    ]
     names = sorted(path.name for path in guides.iterdir())
     assert [[os.path.basename(guide) for guide in one] for one in settings] == [
         [names[0]],
         [names[1]],
     ]
-    assert np.abs(pixels(followed[0]) - pixels(followed[1])).max() > 0, "the seed is the same, the guide images differ"
+    assert np.abs(pixels(followed[0]) - pixels(followed[1])).max() > 0, (
+        "the seed is the same, the guide images differ"
+    )
     for one, both in zip(
         followed,
         generate(*words, *net, "--control_net_multipliers", 20, "--batch_size", 2),
@@ -479,9 +513,9 @@ def test_regions_have_their_networks_and_sub_prompts_and_are_stored_in_the_file(
 @pytest.fixture
 def init_image(tmp_path):
     path = tmp_path / "init.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8)).resize((100, 70)).save(
-        path
-    )
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8)).resize(
+        (100, 70)
+    ).save(path)
     return path
 
 
@@ -513,7 +547,9 @@ def test_with_merged_networks_the_mask_is_for_inpainting(generate, init_image, t
 
 def test_stored_prompts_use_their_own_image_as_init_image(generate, tmp_path):
     for name in "ab":
-        generate("--prompt", f"image {name}", outdir=tmp_path / name)[0].replace(tmp_path / f"{name}.png")
+        generate("--prompt", f"image {name}", outdir=tmp_path / name)[0].replace(
+            tmp_path / f"{name}.png"
+        )
         (tmp_path / name).rmdir()
     files = generate("--image_path", tmp_path, "--images_per_prompt", 2, outdir=tmp_path / "out")
     texts = [read_texts(path, "") for path in files]
@@ -524,7 +560,9 @@ def test_stored_prompts_use_their_own_image_as_init_image(generate, tmp_path):
 @pytest.mark.long
 def test_img2img_keeps_the_size_and_strength_sets_the_change(generate, init_image):
     words = ("--prompt", "a --d 1", "--image_path", init_image)
-    (weak,), (strong,) = (generate(*words, "--strength", s, small=["--steps", "4"]) for s in (0.0, 1.0))
+    (weak,), (strong,) = (
+        generate(*words, "--strength", s, small=["--steps", "4"]) for s in (0.0, 1.0)
+    )
     assert Image.open(weak).size == (96, 64)
     (resized,) = generate(*words)
     assert Image.open(resized).size == (64, 64)
@@ -582,7 +620,9 @@ def test_a_black_image_is_decoded_again_in_float32_with_a_warning(generate, monk
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_interactive_generates_prompt_by_prompt_and_continues_after_mistakes(golden_model, tmp_path):
+def test_interactive_generates_prompt_by_prompt_and_continues_after_mistakes(
+    golden_model, tmp_path
+):
     import pty
 
     main, side = pty.openpty()
@@ -600,4 +640,8 @@ def test_interactive_generates_prompt_by_prompt_and_continues_after_mistakes(gol
             break
     assert run.wait(30) == 0, said.decode()
     names = sorted(re.sub(r"\d{14}", "T", path.name) for path in (tmp_path / "out").iterdir())
-    assert names == ["im_T_000_5.png", "im_T_000_6.png"] and b"use 992 or 1024" in said and b"Deep Shrink" in said
+    assert (
+        names == ["im_T_000_5.png", "im_T_000_6.png"]
+        and b"use 992 or 1024" in said
+        and b"Deep Shrink" in said
+    )

@@ -31,7 +31,9 @@ SMALL = [
 def generate(tmp_path):
     def run(model, *words):
         folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-        sdxl_gen_img.main([str(word) for word in ("--ckpt", model, "--outdir", folder, *SMALL, *words)])
+        sdxl_gen_img.main(
+            [str(word) for word in ("--ckpt", model, "--outdir", folder, *SMALL, *words)]
+        )
         (path,) = folder.iterdir()
         return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
@@ -73,10 +75,14 @@ def test_a_velocity_model_with_zero_snr_is_recognized_by_its_keys(twins, generat
     """The same weights without the keys need the options; without those, another image is generated."""
     by_keys = generate(twins("base-v"))
     by_options = generate(twins("base"), "--v_parameterization", "--zero_terminal_snr")
-    assert np.array_equal(by_keys, by_options) and np.abs(by_keys - generate(twins("base"))).max() > 5
+    assert (
+        np.array_equal(by_keys, by_options) and np.abs(by_keys - generate(twins("base"))).max() > 5
+    )
 
 
-def test_the_refiner_refines_an_image_and_is_conditioned_on_two_scores(twins, generate, seen, files):
+def test_the_refiner_refines_an_image_and_is_conditioned_on_two_scores(
+    twins, generate, seen, files
+):
     generate(twins("refiner"), "--image_path", files[0], "--strength", 0.5)
     scores = sinusoidal_embedding(torch.tensor([2.5, 6.0]), 256)
     for branch, score in zip(seen[0][0], scores, strict=True):
@@ -93,10 +99,16 @@ def test_an_embedding_is_refused_for_the_refiner_which_has_one_encoder(twins, ge
 # ----------------------------------------------------------------------------------------------------------- inpainting
 
 
-def test_an_inpainting_model_gets_the_mask_or_generates_complete_images(twins, generate, seen, files, caplog):
+def test_an_inpainting_model_gets_the_mask_or_generates_complete_images(
+    twins, generate, seen, files, caplog
+):
     masked = generate(twins("inpainting"), "--image_path", files[0], "--mask_path", files[1])
     channels = seen[0][1]
-    assert channels.shape == (1, 5, 8, 8) and (channels[:, 0, :, 4:] == 1).all() and (channels[:, 0, :, :4] == 0).all()
+    assert (
+        channels.shape == (1, 5, 8, 8)
+        and (channels[:, 0, :, 4:] == 1).all()
+        and (channels[:, 0, :, :4] == 0).all()
+    )
     assert "--mask_path" not in caplog.text
     complete = generate(twins("inpainting"), "--image_path", files[0])
     assert (seen[1][1][:, 0] == 1).all() and np.abs(masked - complete).max() > 5
@@ -134,12 +146,16 @@ def vision_folder(folder, width):
         "num_hidden_layers": 1,
         "num_attention_heads": 1,
     }
-    config = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=16, projection_dim=width)
+    config = transformers.CLIPVisionConfig(
+        **sizes, image_size=32, patch_size=16, projection_dim=width
+    )
     transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder)
     return folder
 
 
-def test_the_clip_embedding_times_the_strength_replaces_the_pooled_text(twins, generate, seen, files, tmp_path):
+def test_the_clip_embedding_times_the_strength_replaces_the_pooled_text(
+    twins, generate, seen, files, tmp_path
+):
     vision = vision_folder(tmp_path / "vision", 128)
     for strength in (1, 2):
         generate(
@@ -152,13 +168,21 @@ def test_the_clip_embedding_times_the_strength_replaces_the_pooled_text(twins, g
             vision,
         )
     generate(twins("base"), "--image_path", files[0])
-    (negative, once), (_, twice), (plain_negative, plain) = (conditioning for conditioning, _ in seen)
-    assert torch.equal(once.vector[:, :128] * 2, twice.vector[:, :128]) and once.vector[:, :128].any()
-    assert torch.equal(once.vector[:, 128:], plain.vector[:, 128:]) and torch.equal(once.context, plain.context)
+    (negative, once), (_, twice), (plain_negative, plain) = (
+        conditioning for conditioning, _ in seen
+    )
+    assert (
+        torch.equal(once.vector[:, :128] * 2, twice.vector[:, :128]) and once.vector[:, :128].any()
+    )
+    assert torch.equal(once.vector[:, 128:], plain.vector[:, 128:]) and torch.equal(
+        once.context, plain.context
+    )
     assert torch.equal(negative.vector, plain_negative.vector)
 
 
-def test_an_image_encoder_that_doesnt_fit_is_refused_before_generation(twins, generate, files, tmp_path):
+def test_an_image_encoder_that_doesnt_fit_is_refused_before_generation(
+    twins, generate, files, tmp_path
+):
     words = ("--image_path", files[0], "--clip_vision_strength", 1, "--clip_vision_model")
     with pytest.raises(OptionError, match=r"--clip_vision_model .*\b96\b.*\b128\b"):
         generate(twins("base"), *words, vision_folder(tmp_path / "vision", 96))
@@ -179,7 +203,8 @@ def test_without_a_working_compiler_the_image_is_generated_uncompiled_with_a_war
     monkeypatch.setattr(compiling.torch, "compile", fail)
     assert np.array_equal(plain, generate(twins("base"), "--compile"))
     assert (
-        "--compile: inductor doesn't work here: no C++ compiler. The run goes on uncompiled" in capsys.readouterr().err
+        "--compile: inductor doesn't work here: no C++ compiler. The run goes on uncompiled"
+        in capsys.readouterr().err
     )
 
 

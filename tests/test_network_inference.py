@@ -30,7 +30,9 @@ def golden():
 @pytest.fixture(scope="module")
 def golden_lora(golden, tmp_path_factory):
     path = tmp_path_factory.mktemp("lora") / "golden.safetensors"
-    write_safetensors(path, {n.removeprefix("lora."): t for n, t in golden.items() if n.startswith("lora.")}, {})
+    write_safetensors(
+        path, {n.removeprefix("lora."): t for n, t in golden.items() if n.startswith("lora.")}, {}
+    )
     return path
 
 
@@ -43,9 +45,13 @@ def predicted(models, golden):
 
 
 @pytest.mark.parametrize("way", [{}, {"network_pre_calc": True}])
-def test_golden_07_at_every_multiplier_and_0_restores_the_model_bit_for_bit(way, golden, golden_lora, own_models):
+def test_golden_07_at_every_multiplier_and_0_restores_the_model_bit_for_bit(
+    way, golden, golden_lora, own_models
+):
     plain = predicted(own_models, golden)
-    networks = AppliedNetworks(AppliedNetworkOptions(network_weights=(golden_lora,), **way), own_models)
+    networks = AppliedNetworks(
+        AppliedNetworkOptions(network_weights=(golden_lora,), **way), own_models
+    )
     for name in (name for name in golden if name.startswith("unet_out.mult")):
         networks.set_multipliers([float(name.removeprefix("unet_out.mult"))])
         assert_network(predicted(own_models, golden), golden[name], name)
@@ -70,7 +76,9 @@ def test_merged_and_attached_networks_add_up(golden, golden_lora, own_models):
     networks = AppliedNetworks(options, own_models)
     found = predicted(own_models, golden)
     other = open_models(own_models.checkpoint.path)
-    AppliedNetworks(AppliedNetworkOptions(network_weights=(golden_lora,), network_mul=(0.5,)), other)
+    AppliedNetworks(
+        AppliedNetworkOptions(network_weights=(golden_lora,), network_mul=(0.5,)), other
+    )
     assert_network(found, predicted(other, golden))
     networks.set_multipliers([9.0, 0.25])
     assert torch.equal(predicted(own_models, golden), found)
@@ -83,7 +91,9 @@ LINEAR, CONVOLUTION = torch.nn.Linear(12, 20), torch.nn.Conv2d(8, 12, 3, padding
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("layer", [LINEAR, CONVOLUTION], ids=["linear", "conv"])
-@pytest.mark.parametrize("kind, module", [("locon", "LoConModule"), ("loha", "LohaModule"), ("lokr", "LokrModule")])
+@pytest.mark.parametrize(
+    "kind, module", [("locon", "LoConModule"), ("loha", "LohaModule"), ("lokr", "LokrModule")]
+)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"use_tucker": True}, {"weight_decompose": True}, {"weight_decompose": True, "wd_on_out": False}, {"use_scalar": True}],
@@ -100,7 +110,9 @@ def test_every_kind_gives_the_delta_of_lycoris(kind, module, settings, layer):
             parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
         else:
             parameter.data.normal_()
-    tensors = theirs.custom_state_dict() if hasattr(theirs, "custom_state_dict") else theirs.state_dict()
+    tensors = (
+        theirs.custom_state_dict() if hasattr(theirs, "custom_state_dict") else theirs.state_dict()
+    )
     x = torch.randn(2, 12) if layer is LINEAR else torch.randn(2, 8, 5, 5)
     forward = layer.forward
     theirs.apply_to()
@@ -119,7 +131,9 @@ def test_dora_equals_peft(own_models, tmp_path):
     torch.manual_seed(0)
     path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     layer = own_models.unet.get_submodule("input_blocks.4.1.transformer_blocks.0.attn1.to_q")
-    model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(layer.in_features, layer.out_features, bias=False)})
+    model = torch.nn.ModuleDict(
+        {"to_q": torch.nn.Linear(layer.in_features, layer.out_features, bias=False)}
+    )
     model["to_q"].weight.data.copy_(layer.weight)
     config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["to_q"], use_dora=True)
     wrapped = peft.get_peft_model(model, config)
@@ -133,10 +147,14 @@ def test_dora_equals_peft(own_models, tmp_path):
         for name, tensor in peft.get_peft_model_state_dict(wrapped).items()
     }
     tensors[f"base_model.model.{path}.alpha"] = torch.tensor(2.0)
-    write_safetensors(tmp_path / "dora.safetensors", {n: t.contiguous() for n, t in tensors.items()}, {})
+    write_safetensors(
+        tmp_path / "dora.safetensors", {n: t.contiguous() for n, t in tensors.items()}, {}
+    )
     x = torch.randn(3, layer.in_features)
     expected = wrapped.base_model.model["to_q"](x)
-    AppliedNetworks(AppliedNetworkOptions(network_weights=(tmp_path / "dora.safetensors",)), own_models)
+    AppliedNetworks(
+        AppliedNetworkOptions(network_weights=(tmp_path / "dora.safetensors",)), own_models
+    )
     assert_network(layer(x), expected)
 
 
@@ -149,16 +167,22 @@ def test_diffusers_and_peft_keys_give_the_same_network(golden, golden_lora, own_
     from diffusers.loaders import StableDiffusionXLLoraLoaderMixin as Loader
 
     tensors = {
-        n: t for n, t in load_tensors(golden_lora)[0].items() if "lora_unet" in n and "_1_transformer_blocks" in n
+        n: t
+        for n, t in load_tensors(golden_lora)[0].items()
+        if "lora_unet" in n and "_1_transformer_blocks" in n
     }
     write_safetensors(tmp_path / "kohya.safetensors", tensors, {})
     layers = every_layer(own_models.unet, own_models.text_encoders)
 
     def read(name):
-        return matched_modules(tmp_path / name, layers, own_models.unet, flag="--network_weights", allow_partial=False)
+        return matched_modules(
+            tmp_path / name, layers, own_models.unet, flag="--network_weights", allow_partial=False
+        )
 
     ours = read("kohya.safetensors")
-    diffusers, alphas = Loader.lora_state_dict({k: v.clone() for k, v in tensors.items()}, unet_config=_Config())
+    diffusers, alphas = Loader.lora_state_dict(
+        {k: v.clone() for k, v in tensors.items()}, unet_config=_Config()
+    )
     one = next(iter(alphas.values()))
     metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": one, "unet.r": 3})}
     write_safetensors(tmp_path / "diffusers.safetensors", diffusers, metadata)
@@ -166,7 +190,9 @@ def test_diffusers_and_peft_keys_give_the_same_network(golden, golden_lora, own_
     assert theirs.keys() == ours.keys() and all(name.startswith("lora_unet_") for name in ours)
     by_name = {target.name: target.layer.weight for target in layers}
     for name, tensors in ours.items():
-        assert_network(weight_delta(theirs[name], by_name[name]), weight_delta(tensors, by_name[name]))
+        assert_network(
+            weight_delta(theirs[name], by_name[name]), weight_delta(tensors, by_name[name])
+        )
 
 
 @pytest.mark.numeric
@@ -220,11 +246,15 @@ class _Config:
 )  # fmt: skip
 def test_keys_of_other_programs(key, module, part, golden_models, tmp_path):
     write_safetensors(tmp_path / "one.safetensors", {key: torch.zeros(2, 2)}, {})
-    found = modules_in_file(tmp_path / "one.safetensors", golden_models.unet, flag="--network_weights")
+    found = modules_in_file(
+        tmp_path / "one.safetensors", golden_models.unet, flag="--network_weights"
+    )
     assert {name: list(parts) for name, parts in found.items()} == {module: [part]}
 
 
-def test_a_file_that_does_not_fit_is_refused_with_counts_unless_partial(golden_lora, own_models, tmp_path):
+def test_a_file_that_does_not_fit_is_refused_with_counts_unless_partial(
+    golden_lora, own_models, tmp_path
+):
     tensors, _ = load_tensors(golden_lora)
     changed = {**tensors, "lora_unet_nowhere.lora_down.weight": torch.zeros(2, 4), "lora_unet_nowhere.lora_up.weight": torch.zeros(4, 2)}  # fmt: skip
     up = next(name for name in tensors if name.endswith("to_q.lora_up.weight"))
@@ -246,8 +276,12 @@ def test_a_file_that_does_not_fit_is_refused_with_counts_unless_partial(golden_l
         match=r"--network_weights .*other\.safetensors: .*\b1 of its 1 modules .*lora_unet_x",
     ):
         AppliedNetworks(AppliedNetworkOptions(**options, allow_partial=True), own_models)
-    write_safetensors(tmp_path / "other.safetensors", {"model.diffusion_model.out.0.weight": torch.zeros(2)}, {})
-    with pytest.raises(OptionError, match=r"--network_weights .*other\.safetensors: .*LoRA, LoHa or LoKr"):
+    write_safetensors(
+        tmp_path / "other.safetensors", {"model.diffusion_model.out.0.weight": torch.zeros(2)}, {}
+    )
+    with pytest.raises(
+        OptionError, match=r"--network_weights .*other\.safetensors: .*LoRA, LoHa or LoKr"
+    ):
         AppliedNetworks(AppliedNetworkOptions(**options, allow_partial=True), own_models)
 
 
@@ -267,7 +301,9 @@ def test_regional_networks_by_hand(golden, golden_lora, own_models):
 
     def predict(mask, strengths):
         networks.set_multipliers(strengths)
-        at = networks.prepare_batch(guide_images=(), sub_contexts=[context, context], mask=mask, num_branches=2)
+        at = networks.prepare_batch(
+            guide_images=(), sub_contexts=[context, context], mask=mask, num_branches=2
+        )
         with torch.no_grad():
             return own_models.unet(*rows, at(0, 4))
 
@@ -286,9 +322,14 @@ def test_regional_networks_by_hand(golden, golden_lora, own_models):
 
 @pytest.mark.numeric
 def test_merged_networks_have_no_region(golden, golden_lora, own_models):
-    options = AppliedNetworkOptions(network_weights=(golden_lora, golden_lora), network_merge_n_models=1)
+    options = AppliedNetworkOptions(
+        network_weights=(golden_lora, golden_lora), network_merge_n_models=1
+    )
     networks = AppliedNetworks(options, own_models, is_regional=True)
-    rows = [golden[name][:1].expand(2, *golden[name].shape[1:]) for name in ("latents", "timesteps", "context", "y")]
+    rows = [
+        golden[name][:1].expand(2, *golden[name].shape[1:])
+        for name in ("latents", "timesteps", "context", "y")
+    ]
     everywhere = torch.zeros(*(8 * side for side in rows[0].shape[2:]), 3, dtype=torch.uint8)
     networks.prepare_batch(
         guide_images=(), sub_contexts=[rows[2][:1]], mask=everywhere, num_branches=2
@@ -299,11 +340,15 @@ def test_merged_networks_have_no_region(golden, golden_lora, own_models):
         networks.set_multipliers([9.0, 1.0])
         assert not torch.equal(own_models.unet(*rows), without)
     options = AppliedNetworkOptions(network_weights=(golden_lora,), network_merge=True)
-    assert not AppliedNetworks(options, open_models(own_models.checkpoint.path), is_regional=True).is_regional
+    assert not AppliedNetworks(
+        options, open_models(own_models.checkpoint.path), is_regional=True
+    ).is_regional
 
 
 @pytest.mark.parametrize("sides", [(40, 32), (28, 60)])
-def test_regions_keep_their_position_on_feature_maps_of_another_aspect_ratio(sides, golden_lora, own_models):
+def test_regions_keep_their_position_on_feature_maps_of_another_aspect_ratio(
+    sides, golden_lora, own_models
+):
     """Gradual Latent shrinks 416x608 to 32x40 latents, and 1120x576 to 60x28: the left half stays the left half."""
     networks = AppliedNetworks(
         AppliedNetworkOptions(network_weights=(golden_lora, golden_lora)),
@@ -315,7 +360,9 @@ def test_regions_keep_their_position_on_feature_maps_of_another_aspect_ratio(sid
     mask[:, : width // 2, 0], mask[:, width // 2 :, 1] = 255, 255
     torch.manual_seed(0)
     x, context, vector = torch.randn(1, 4, *sides), torch.randn(1, 77, 192), torch.randn(1, 1664)
-    networks.prepare_batch(guide_images=(), sub_contexts=[context, context], mask=mask, num_branches=1)
+    networks.prepare_batch(
+        guide_images=(), sub_contexts=[context, context], mask=mask, num_branches=1
+    )
 
     def predict(*strengths):
         networks.set_multipliers(strengths)
@@ -324,7 +371,9 @@ def test_regions_keep_their_position_on_feature_maps_of_another_aspect_ratio(sid
 
     changed = (predict(1.0, 0.0) - predict(0.0, 0.0)).abs().mean(dim=(0, 1))
     quarter = sides[1] // 4
-    assert changed[:, :quarter].mean(dim=1).min() > changed[:, -quarter:].mean(dim=1).max(), "in every row"
+    assert changed[:, :quarter].mean(dim=1).min() > changed[:, -quarter:].mean(dim=1).max(), (
+        "in every row"
+    )
 
 
 def test_text_encoders_use_only_the_network_of_the_sub_prompt(golden_lora, own_models):
@@ -378,7 +427,9 @@ def test_embedding_files_of_each_format_are_tokens(own_models, tmp_path):
     AppliedNetworks(AppliedNetworkOptions(textual_inversion_embeddings=files), own_models)
     assert len(own_models.tokenizers[0].ids("xboth xolder")) == 4
     with torch.no_grad():
-        one, two, three = (own_models.encode_texts([f"a {word} cat"], 75) for word in ("xboth", "xdict", "xolder"))
+        one, two, three = (
+            own_models.encode_texts([f"a {word} cat"], 75) for word in ("xboth", "xdict", "xolder")
+        )
     assert torch.equal(one.hidden_1, two.hidden_1) and torch.equal(one.pooled, two.pooled)
     assert torch.equal(one.hidden_1, three.hidden_1) and not torch.equal(one.pooled, three.pooled)
 
@@ -387,19 +438,29 @@ def test_a_bundled_embedding_is_loaded_unless_its_own_file_is(golden_lora, own_m
     torch.manual_seed(0)
     rows = {"clip_l": torch.randn(2, 64), "clip_g": torch.randn(2, 128)}
     bundled = {f"bundle_emb.zyx.{name}": tensor for name, tensor in rows.items()}
-    write_safetensors(tmp_path / "lora.safetensors", {**load_tensors(golden_lora)[0], **bundled}, {})
-    write_safetensors(tmp_path / "zyx.safetensors", {name: -tensor for name, tensor in rows.items()}, {})
+    write_safetensors(
+        tmp_path / "lora.safetensors", {**load_tensors(golden_lora)[0], **bundled}, {}
+    )
+    write_safetensors(
+        tmp_path / "zyx.safetensors", {name: -tensor for name, tensor in rows.items()}, {}
+    )
 
     def pooled(**words):
         models = open_models(own_models.checkpoint.path)
-        AppliedNetworks(AppliedNetworkOptions(network_weights=(tmp_path / "lora.safetensors",), **words), models)
+        AppliedNetworks(
+            AppliedNetworkOptions(network_weights=(tmp_path / "lora.safetensors",), **words), models
+        )
         assert len(models.tokenizers[0].ids("zyx")) == 2
         with torch.no_grad():
             return models.encode_texts(["a zyx cat"], 75).pooled
 
-    assert not torch.equal(pooled(), pooled(textual_inversion_embeddings=(tmp_path / "zyx.safetensors",)))
+    assert not torch.equal(
+        pooled(), pooled(textual_inversion_embeddings=(tmp_path / "zyx.safetensors",))
+    )
     # A token whose name another embedding uses for one of its vectors changes neither tokenizer.
-    write_safetensors(tmp_path / "zyx1.safetensors", {name: tensor[:1] for name, tensor in rows.items()}, {})
+    write_safetensors(
+        tmp_path / "zyx1.safetensors", {name: tensor[:1] for name, tensor in rows.items()}, {}
+    )
     options = AppliedNetworkOptions(
         network_weights=(tmp_path / "lora.safetensors",),
         textual_inversion_embeddings=(tmp_path / "zyx1.safetensors",),
@@ -413,10 +474,14 @@ def test_embedding_files_that_do_not_fit_are_refused(own_models, tmp_path):
     def refused(tensors, text, name="word.safetensors"):
         write_safetensors(tmp_path / name, tensors, {})
         with pytest.raises(OptionError, match=text):
-            AppliedNetworks(AppliedNetworkOptions(textual_inversion_embeddings=(tmp_path / name,)), own_models)
+            AppliedNetworks(
+                AppliedNetworkOptions(textual_inversion_embeddings=(tmp_path / name,)), own_models
+            )
 
     refused({"clip_l": torch.zeros(1, 768)}, r"clip_l is \[1, 768\].*clip_l \[n, 64\]")
-    refused({"clip_l": torch.zeros(1, 64), "clip_g": torch.zeros(2, 128)}, "both encoders need as many")
+    refused(
+        {"clip_l": torch.zeros(1, 64), "clip_g": torch.zeros(2, 128)}, "both encoders need as many"
+    )
     refused({"clip_l": torch.full((1, 64), torch.nan)}, "aren't finite")
     refused(
         {"clip_l": torch.zeros(1, 64)},
@@ -425,7 +490,9 @@ def test_embedding_files_that_do_not_fit_are_refused(own_models, tmp_path):
     )
     (tmp_path / "bad.pt").write_bytes(b"no pickle")
     with pytest.raises(OptionError, match=r"bad\.pt"):
-        AppliedNetworks(AppliedNetworkOptions(textual_inversion_embeddings=(tmp_path / "bad.pt",)), own_models)
+        AppliedNetworks(
+            AppliedNetworkOptions(textual_inversion_embeddings=(tmp_path / "bad.pt",)), own_models
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- control nets
@@ -446,18 +513,25 @@ def test_control_nets_add_up_and_end_after_their_share_of_the_steps(golden_model
     )
     networks = AppliedNetworks(options, golden_models)
     guide = golden["cond_image"]
-    at = networks.prepare_batch(guide_images=[guide, guide], sub_contexts=(), mask=None, num_branches=1)
+    at = networks.prepare_batch(
+        guide_images=[guide, guide], sub_contexts=(), mask=None, num_branches=1
+    )
     inputs = [golden[name] for name in ("latents", "timesteps", "context", "y")]
     with torch.no_grad():
         assert_network(golden_models.unet(*inputs, at(3, 4)), golden["out.mult0.5"])
         both = golden_models.unet(*inputs, at(2, 4))
     assert (both - golden["out.mult0.5"]).abs().max() > 1e-3
     assert at(0, 4) is at(2, 4)  # the control inputs of all steps are one object
-    doubled = networks.prepare_batch(guide_images=[guide, guide], sub_contexts=(), mask=None, num_branches=2)
+    doubled = networks.prepare_batch(
+        guide_images=[guide, guide], sub_contexts=(), mask=None, num_branches=2
+    )
     with torch.no_grad():
         twice = golden_models.unet(*(torch.cat([value, value]) for value in inputs), doubled(3, 4))
     assert_network(twice, torch.cat([golden["out.mult0.5"]] * 2))
-    assert networks.prepare_batch(guide_images=(), sub_contexts=(), mask=None, num_branches=2)(0, 4) is None
+    assert (
+        networks.prepare_batch(guide_images=(), sub_contexts=(), mask=None, num_branches=2)(0, 4)
+        is None
+    )
 
 
 @pytest.mark.parametrize(

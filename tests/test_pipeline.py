@@ -45,7 +45,10 @@ def golden():
 
 
 def cases(names):
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in sorted(names)]
+    return [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.long)
+        for name in sorted(names)
+    ]
 
 
 def request_of(case):
@@ -86,7 +89,9 @@ def request_of(case):
 
 def pipeline_of(models, adapters=None):
     adapters = adapters or AppliedNetworks(AppliedNetworkOptions(), models)
-    return SdxlPipeline(models, PromptEncoder(models, 3), adapters, v_prediction=False, zero_terminal_snr=False)
+    return SdxlPipeline(
+        models, PromptEncoder(models, 3), adapters, v_prediction=False, zero_terminal_snr=False
+    )
 
 
 def assert_golden(latents, name):
@@ -98,7 +103,9 @@ def test_final_latents_equal_the_reference(name, golden_models):
     assert_golden(pipeline_of(golden_models).latents([request_of(CASES[name])]), name)
 
 
-def test_img2img_runs_the_timesteps_and_gives_the_latents_of_the_reference(golden_models, monkeypatch):
+def test_img2img_runs_the_timesteps_and_gives_the_latents_of_the_reference(
+    golden_models, monkeypatch
+):
     """The reference's VAE lacks its attention (INDEX, P9), so the noisy init latents are taken from its record."""
     case = CASES["img2img"]
     noisy = golden()["img2img.first_unet_input"][:1]
@@ -110,7 +117,9 @@ def test_img2img_runs_the_timesteps_and_gives_the_latents_of_the_reference(golde
         return noisy, timesteps
 
     monkeypatch.setattr("library.generation.pipeline.noise_init_latents", noise_as_recorded)
-    latents = pipeline_of(golden_models).latents([request_of(case)], InitImage(pixels=torch.zeros(1, 3, 128, 128)))
+    latents = pipeline_of(golden_models).latents(
+        [request_of(case)], InitImage(pixels=torch.zeros(1, 3, 128, 128))
+    )
     assert seen == case["timesteps"]
     assert_golden(latents, "img2img")
 
@@ -123,22 +132,34 @@ def test_inpainting_keeps_the_latents_where_the_mask_is_black(golden_models):
     pipeline = pipeline_of(golden_models)
     painted = pipeline.latents([request], InitImage(pixels=pixels, mask=mask))
     complete = pipeline.latents([request], InitImage(pixels=pixels))
-    noise = ImageNoise.sample(request.seed, (1, 4, 16, 12), 3, CPU, torch.float32, has_init_image=True)
-    own = scale_latents(golden_models.encode_images(pixels, torch.randn((1, 4, 16, 12), generator=noise.generator)))
+    noise = ImageNoise.sample(
+        request.seed, (1, 4, 16, 12), 3, CPU, torch.float32, has_init_image=True
+    )
+    own = scale_latents(
+        golden_models.encode_images(pixels, torch.randn((1, 4, 16, 12), generator=noise.generator))
+    )
     assert torch.equal(painted[..., :6], own[..., :6])
-    assert (painted - own)[..., 6:].abs().mean() > 0.1 and (complete - own)[..., :6].abs().mean() > 0.1
+    assert (painted - own)[..., 6:].abs().mean() > 0.1 and (complete - own)[
+        ..., :6
+    ].abs().mean() > 0.1
     # Highres fix starts from one image and keeps parts of another.
     start = InitImage(latents=torch.zeros(1, 4, 16, 12), mask=mask, kept_pixels=pixels)
     above = pipeline.latents([request], start)
-    assert torch.equal(above[..., :6], own[..., :6]) and not torch.equal(above[..., 6:], painted[..., 6:])
+    assert torch.equal(above[..., :6], own[..., :6]) and not torch.equal(
+        above[..., 6:], painted[..., 6:]
+    )
 
 
 def test_gradual_latent_grows_to_the_full_size_and_equals_euler_a_at_ratio_1(golden_models):
     case = dataclasses.replace(request_of(CASES["euler_a"]), steps=6)
     plain = pipeline_of(golden_models).latents([case])
-    same = pipeline_of(golden_models).latents([dataclasses.replace(case, gradual_latent=GradualLatent(ratio=1.0))])
+    same = pipeline_of(golden_models).latents(
+        [dataclasses.replace(case, gradual_latent=GradualLatent(ratio=1.0))]
+    )
     assert distance(same, plain) <= LAST_LATENTS
-    growing = GradualLatent(timesteps=700, ratio=0.5, ratio_step=0.25, every_n_steps=2, unsharp="3,0.5,0.5,0")
+    growing = GradualLatent(
+        timesteps=700, ratio=0.5, ratio_step=0.25, every_n_steps=2, unsharp="3,0.5,0.5,0"
+    )
     assert growing.sizes_by_step([999, 799, 599, 399, 199, 0], 128, 96) == [
         None,
         None,
@@ -147,19 +168,18 @@ def test_gradual_latent_grows_to_the_full_size_and_equals_euler_a_at_ratio_1(gol
         (128, 96),
         None,
     ]
-    assert pipeline_of(golden_models).latents([dataclasses.replace(case, gradual_latent=growing)]).shape == (
-        1,
-        4,
-        16,
-        12,
-    )
+    assert pipeline_of(golden_models).latents(
+        [dataclasses.replace(case, gradual_latent=growing)]
+    ).shape == (1, 4, 16, 12)
 
 
 def test_a_growing_step_equals_the_contract_by_hand():
     """Flat latents stay flat when they are resized or sharpened: x + d dt, plus noise times s_noise. euler_a at t = 999, 499."""
     sampler = make_sampler("euler_a", v_prediction=False, zero_terminal_snr=False)
     for target in (0, 1):
-        growth = GradualLatent(timesteps=1000, ratio=0.5, ratio_step=0.5, s_noise=0.25, unsharp=f"3,0.5,2,{target}")
+        growth = GradualLatent(
+            timesteps=1000, ratio=0.5, ratio_step=0.5, s_noise=0.25, unsharp=f"3,0.5,2,{target}"
+        )
         growing = GrowingEuler(sampler, growth, 16, 16)
         growing.set_timesteps(2)
         sigma, following = (float(s) for s in sampler.sigmas[:2])
@@ -230,7 +250,9 @@ def test_sequential_names_number_the_images_and_both_stages_share_a_number(tmp_p
 def test_an_init_image_isnt_changed_if_no_step_runs():
     sampler = make_sampler("euler", v_prediction=False, zero_terminal_snr=False)
     sampler.set_timesteps(4)
-    latents, timesteps = noise_init_latents(sampler, torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2), 4, 0.2)
+    latents, timesteps = noise_init_latents(
+        sampler, torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2), 4, 0.2
+    )
     assert torch.equal(latents, torch.ones(1, 4, 2, 2)) and not len(timesteps)
 
 
@@ -240,7 +262,9 @@ def test_deep_shrink_is_on_in_its_timesteps():
     assert [DeepShrink().block_at(t) for t in (650, 649)] == [3, None]
 
 
-@pytest.mark.parametrize("block", [pytest.param(0, marks=pytest.mark.long), 3, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "block", [pytest.param(0, marks=pytest.mark.long), 3, pytest.param(8, marks=pytest.mark.long)]
+)
 def test_a_shrunk_feature_map_has_the_size_of_each_skip_connection(block, golden_models):
     """The shrunk block and those after it see half the sides; the output block that gets its skip connection sees the full ones."""
     unet, seen = golden_models.unet, {}
@@ -266,18 +290,28 @@ def test_a_shrunk_feature_map_has_the_size_of_each_skip_connection(block, golden
     for i in range(9):
         factor = 1 if i < block else 2
         assert all(
-            a == b * factor for a, b in zip(sizes[0][f"input_blocks.{i}"], sizes[1][f"input_blocks.{i}"], strict=True)
+            a == b * factor
+            for a, b in zip(
+                sizes[0][f"input_blocks.{i}"], sizes[1][f"input_blocks.{i}"], strict=True
+            )
         )
         factor = 2 if 8 - i >= block else 1  # the skip of input block 8 - i comes to output block i
         assert all(
-            a == b * factor for a, b in zip(sizes[0][f"output_blocks.{i}"], sizes[1][f"output_blocks.{i}"], strict=True)
+            a == b * factor
+            for a, b in zip(
+                sizes[0][f"output_blocks.{i}"], sizes[1][f"output_blocks.{i}"], strict=True
+            )
         )
 
 
 def test_long_prompts_keep_start_and_end_tokens_and_weights_keep_the_mean(golden_models):
     encoder = PromptEncoder(golden_models, None)
     text = ", ".join(f"detail {i}" for i in range(60))  # 60 words, 59 commas, 110 digits
-    assert encoder.chunks(text) == 4 and encoder.chunks("a", text) == 4 and encoder.chunks("a BREAK b") == 2
+    assert (
+        encoder.chunks(text) == 4
+        and encoder.chunks("a", text) == 4
+        and encoder.chunks("a BREAK b") == 2
+    )
     assert PromptEncoder(golden_models, 1).chunks(text) == 1
     plain, weighted = (
         encoder.encode("a red house", None, 1),
@@ -285,7 +319,9 @@ def test_long_prompts_keep_start_and_end_tokens_and_weights_keep_the_mean(golden
     )
     assert plain.context.shape == (1, 77, 192) and torch.equal(plain.pooled, weighted.pooled)
     for part in (slice(0, 64), slice(64, None)):
-        torch.testing.assert_close(weighted.context[..., part].mean(), plain.context[..., part].mean())
+        torch.testing.assert_close(
+            weighted.context[..., part].mean(), plain.context[..., part].mean()
+        )
     assert not torch.equal(plain.context, weighted.context)
     second = encoder.encode("a red house", "a dog", 1)
     assert torch.equal(second.context[..., :64], plain.context[..., :64]) and not torch.equal(
@@ -308,7 +344,9 @@ def test_the_initial_noise_and_the_vector_equal_the_reference(golden_models):
             request.original_height or 0,
             request.original_width or 0,
         ]
-        assert_conditioning(vectors, recorded[f"{name}.unet_y"], torch.full((len(vectors), 6), max(sizes)))
+        assert_conditioning(
+            vectors, recorded[f"{name}.unet_y"], torch.full((len(vectors), 6), max(sizes))
+        )
 
 
 @pytest.mark.parametrize("name", cases(WITH_ADAPTERS))
@@ -336,4 +374,6 @@ def test_final_latents_with_adapters_equal_the_reference(name, own_models, tmp_p
         file = runs / "dataset" / "data_cond" / options["guide_image_path"][0]
         pixels = resized(read_image(file, ""), Size(request.width, request.height))
         guide_images = [to_tensor([pixels])]
-    assert_golden(pipeline_of(own_models, applied).latents([request], guide_images=guide_images), name)
+    assert_golden(
+        pipeline_of(own_models, applied).latents([request], guide_images=guide_images), name
+    )

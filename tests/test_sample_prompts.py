@@ -37,12 +37,17 @@ def test_words_that_look_like_options_stay_in_the_prompt(tmp_path):
 
 
 def test_bad_values_are_reported_with_their_line_and_ignored(tmp_path):
-    found, problems = read(tmp_path / "p.txt", f"a --w wide --ss nope --d {2**63}\nb --s 99999 --ar 16:9 --g 3\n")
+    found, problems = read(
+        tmp_path / "p.txt", f"a --w wide --ss nope --d {2**63}\nb --s 99999 --ar 16:9 --g 3\n"
+    )
     assert found == [SamplePrompt("a"), SamplePrompt("b", sample_steps=1000)]
     assert [problem.split(": ")[0] for problem in problems] == [
         f"{tmp_path / 'p.txt'}, line {n}" for n in (1, 1, 1, 2, 2)
     ]
-    assert "width: expected a whole number, got 'wide'" in problems[0] and "expected one of ddim" in problems[1]
+    assert (
+        "width: expected a whole number, got 'wide'" in problems[0]
+        and "expected one of ddim" in problems[1]
+    )
 
 
 @pytest.mark.parametrize("name, content", [
@@ -56,4 +61,6 @@ def test_files_that_cant_be_read_are_refused(name, content, tmp_path):
 
 
 def test_prompts_without_a_size_get_the_size_of_the_run():
-    assert at_size(SamplePrompt("a", width=96), 1024, 1000) == SamplePrompt("a", width=96, height=992)
+    assert at_size(SamplePrompt("a", width=96), 1024, 1000) == SamplePrompt(
+        "a", width=96, height=992
+    )

@@ -19,13 +19,17 @@ CONDITIONING = [Conditioning(torch.zeros(2, 1, 1), torch.zeros(2, 1))]
 
 def exact_model(image, *, v_prediction, zero_terminal_snr):
     """Predicts noise or velocity of the image exactly, between timesteps too."""
-    alpha_bar = NoiseSchedule.sdxl(zero_terminal_snr=zero_terminal_snr).alpha_bar.clamp(min=2.0**-24)
+    alpha_bar = NoiseSchedule.sdxl(zero_terminal_snr=zero_terminal_snr).alpha_bar.clamp(
+        min=2.0**-24
+    )
     log_sigmas = ((1 - alpha_bar) / alpha_bar).sqrt().log()
 
     def predict(x, timesteps, context, vector, control, shrink):
         below = timesteps[0].floor().long()
         share = timesteps[0] - below
-        sigma = torch.lerp(log_sigmas[below], log_sigmas[(below + 1).clamp(max=999)], share.float()).exp()
+        sigma = torch.lerp(
+            log_sigmas[below], log_sigmas[(below + 1).clamp(max=999)], share.float()
+        ).exp()
         alpha = 1 / (sigma**2 + 1)
         noise = (x - alpha.sqrt() * image) / (1 - alpha).sqrt()
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * image if v_prediction else noise
@@ -105,7 +109,10 @@ def denoise_init_image(name, strength, mask=None):
 @pytest.mark.parametrize("strength", [1.0, 0.8, 0.3])
 @pytest.mark.parametrize(
     "name",
-    [name if name in MULTI_CALL else pytest.param(name, marks=pytest.mark.long) for name in SAMPLERS],
+    [
+        name if name in MULTI_CALL else pytest.param(name, marks=pytest.mark.long)
+        for name in SAMPLERS
+    ],
 )
 def test_every_sampler_restores_an_init_image_at_every_strength(name, strength):
     """The first prediction is the noise of its timestep; with one timestep per step, as in the reference, that of the step before."""
@@ -138,7 +145,9 @@ def test_lcm_works_with_more_than_the_50_steps_of_its_training():
     set_steps(sampler, 4)
     assert sampler.timesteps.tolist() == [999, 759, 499, 259]
     set_steps(sampler, 80)
-    assert sampler.timesteps[:5].tolist() == [999, 987, 974, 962, 949] and sampler.timesteps[-1] == 12
+    assert (
+        sampler.timesteps[:5].tolist() == [999, 987, 974, 962, 949] and sampler.timesteps[-1] == 12
+    )
     image = torch.randn(2, 4, 8, 8)
     model = exact_model(image, v_prediction=False, zero_terminal_snr=False)
     generator = torch.Generator().manual_seed(0)
@@ -178,10 +187,16 @@ def test_guidance_by_hand():
     both = torch.cat([negative, prompt])
     assert torch.equal(Guidance(3.0).combine(both), torch.full((1, 1, 1, 2), 1.0 + 3 * 3))
     three = torch.cat([negative, empty, prompt])
-    assert torch.equal(Guidance(3.0, 0.5).combine(three), torch.full((1, 1, 1, 2), 2.0 + 3 * 2 - 0.5 * -1))
+    assert torch.equal(
+        Guidance(3.0, 0.5).combine(three), torch.full((1, 1, 1, 2), 2.0 + 3 * 2 - 0.5 * -1)
+    )
     assert torch.equal(Guidance(1.0).combine(prompt), prompt)
     spread = torch.cat(
         [torch.tensor([[[[0.0, 1.0]]]]), torch.tensor([[[[0.0, 2.0]]]])]
     )  # guided: 0 and 1 + 3 * (2 - 1) = 4
-    assert torch.allclose(Guidance(3.0, rescale=1.0).combine(spread), torch.tensor([[[[0.0, 2.0]]]]))
-    assert torch.allclose(Guidance(3.0, rescale=0.5).combine(spread), torch.tensor([[[[0.0, 3.0]]]]))
+    assert torch.allclose(
+        Guidance(3.0, rescale=1.0).combine(spread), torch.tensor([[[[0.0, 2.0]]]])
+    )
+    assert torch.allclose(
+        Guidance(3.0, rescale=0.5).combine(spread), torch.tensor([[[[0.0, 3.0]]]])
+    )

@@ -29,7 +29,9 @@ class Adapters(Protocol):
         """Whether each network works in its own region and on its own sub-prompt."""
         ...
 
-    def set_multipliers(self, multipliers: Sequence[float] | None, sub_prompt: int | None = None) -> None:
+    def set_multipliers(
+        self, multipliers: Sequence[float] | None, sub_prompt: int | None = None
+    ) -> None:
         """Set the strengths of the networks in the text encoders and the U-Net.
 
         Args:

@@ -19,9 +19,15 @@ class DeepShrinkOptions(OptionGroup):
         at_least=0,
         at_most=8,
     )
-    ds_timesteps_1: int = option(650, "shrink at --ds_depth_1 down to this timestep", at_least=0, at_most=1000)
-    ds_depth_2: int | None = option(None, "a second such block, for the timesteps that follow", at_least=0, at_most=8)
-    ds_timesteps_2: int = option(650, "shrink at --ds_depth_2 down to this timestep", at_least=0, at_most=1000)
+    ds_timesteps_1: int = option(
+        650, "shrink at --ds_depth_1 down to this timestep", at_least=0, at_most=1000
+    )
+    ds_depth_2: int | None = option(
+        None, "a second such block, for the timesteps that follow", at_least=0, at_most=8
+    )
+    ds_timesteps_2: int = option(
+        650, "shrink at --ds_depth_2 down to this timestep", at_least=0, at_most=1000
+    )
     ds_ratio: float = option(0.5, "factor of the feature map's sides", above=0, at_most=1)
 
 

@@ -99,7 +99,9 @@ class Guidance(NamedTuple):
             guided = negative + self.scale * (prompt - negative)
         else:
             empty = between[0]
-            guided = empty + self.scale * (prompt - empty) - self.negative_scale * (negative - empty)
+            guided = (
+                empty + self.scale * (prompt - empty) - self.negative_scale * (negative - empty)
+            )
         if self.rescale:
             factor = self.rescale * (_std(prompt) / _std(guided)) + (1 - self.rescale)
             guided = guided * factor.to(guided.dtype)

@@ -122,7 +122,9 @@ def check_generation(options: Options) -> Iterable[Mistake]:
         yield Mistake("--from_png belongs on the command line, not in --config_file", ("from_png",))
 
 
-def _build_generator(options: Options, checkpoint: Checkpoint, load_adapters: "LoadAdapters") -> "ImageGenerator":
+def _build_generator(
+    options: Options, checkpoint: Checkpoint, load_adapters: "LoadAdapters"
+) -> "ImageGenerator":
     """Load the model with its networks, and make the generator of a run."""
     from library.generation.generator import (
         ClipVision,
@@ -192,7 +194,8 @@ def _open_checkpoint(options: GenerationModelOptions) -> Checkpoint:
             raise OptionError(f"--ckpt {name}: no file matches; exactly one must")
         if len(matches) > 1:
             raise OptionError(
-                f"--ckpt {name}: {len(matches)} files match ({', '.join(matches[:3])}, …); exactly one must"
+                f"--ckpt {name}: {len(matches)} files match ({', '.join(matches[:3])}, …); "
+                "exactly one must"
             )
         name = matches[0]
     checkpoint = open_checkpoint(name, prefer_fp16=options.fp16)

@@ -211,7 +211,9 @@ class ImageGenerator:
             return self._upscale(self._upscaler, latents, size)
         if self._highres_fix.highres_fix_latents_upscaling:
             latent_size = (size.height // 8, size.width // 8)
-            enlarged = torch.nn.functional.interpolate(latents.float(), size=latent_size, mode="bilinear")
+            enlarged = torch.nn.functional.interpolate(
+                latents.float(), size=latent_size, mode="bilinear"
+            )
             return InitImage(latents=enlarged)
         images = to_uint8(self._writer.decode(latents))
         return InitImage(pixels=to_tensor([resized(image, size) for image in images]))
@@ -262,7 +264,9 @@ def load_models(checkpoint: Checkpoint, options: GenerationModelOptions) -> Sdxl
         device,
         vae=options.vae,
         tokenizer_folder=options.tokenizer_cache_dir,
-        attention=choose_attention(mem_eff_attn=False, use_xformers=options.xformers and not options.sdpa),
+        attention=choose_attention(
+            mem_eff_attn=False, use_xformers=options.xformers and not options.sdpa
+        ),
     )
 
 

@@ -29,10 +29,18 @@ class GradualLatentOptions(OptionGroup):
         at_least=0,
         at_most=1000,
     )
-    gradual_latent_ratio: float = option(0.5, "factor of the latents' sides at the start", above=0, at_most=1)
-    gradual_latent_ratio_step: float = option(0.125, "increase of the factor each time", above=0, at_most=1)
-    gradual_latent_every_n_steps: int = option(3, "minimum number of steps from one increase to the next", at_least=1)
-    gradual_latent_s_noise: float = option(1.0, "factor of the noise that is added where latents grow", at_least=0)
+    gradual_latent_ratio: float = option(
+        0.5, "factor of the latents' sides at the start", above=0, at_most=1
+    )
+    gradual_latent_ratio_step: float = option(
+        0.125, "increase of the factor each time", above=0, at_most=1
+    )
+    gradual_latent_every_n_steps: int = option(
+        3, "minimum number of steps from one increase to the next", at_least=1
+    )
+    gradual_latent_s_noise: float = option(
+        1.0, "factor of the noise that is added where latents grow", at_least=0
+    )
     gradual_latent_unsharp_params: str | None = option(
         None,
         "sharpen grown latents: size of the blur, its sigma, strength, and 1 (sharpen the next "
@@ -63,11 +71,16 @@ def read_unsharp(text: str) -> tuple[int, float, float, bool]:
     try:
         size, sigma, strength = int(parts[0]), float(parts[1]), float(parts[2])
         target = int(parts[3]) if len(parts) > 3 else 1
-        is_valid = len(parts) <= 4 and size >= 1 and size % 2 == 1 and sigma > 0 and target in (0, 1)
+        is_valid = (
+            len(parts) <= 4 and size >= 1 and size % 2 == 1 and sigma > 0 and target in (0, 1)
+        )
     except (ValueError, IndexError):
         is_valid = False
     if not is_valid:
-        raise ValueError(f"expected size,sigma,strength[,0 or 1] with an odd size, such as 3,0.5,0.5,1, got {text!r}")
+        raise ValueError(
+            f"expected size,sigma,strength[,0 or 1] with an odd size, such as 3,0.5,0.5,1, "
+            f"got {text!r}"
+        )
     return size, sigma, strength, target == 1
 
 
@@ -118,7 +131,9 @@ class GradualLatent:
             f"of a {width}x{height} image; use a ratio of {least:g} or more"
         )
 
-    def sizes_by_step(self, timesteps: Sequence[float], height: int, width: int) -> list[tuple[int, int] | None]:
+    def sizes_by_step(
+        self, timesteps: Sequence[float], height: int, width: int
+    ) -> list[tuple[int, int] | None]:
         """Return the (h, w) to which latents grow in each step; None: they keep their size.
 
         Args:
@@ -245,7 +260,9 @@ class GrowingEuler:
         else:
             sample = _sharpen(_resize(sample, size), unsharp)
             sample = sample + _resize(step.derivative, size) * step.dt
-        noise = randn_tensor(tuple(sample.shape), dtype=predicted.dtype, device=sample.device, generator=generator)
+        noise = randn_tensor(
+            tuple(sample.shape), dtype=predicted.dtype, device=sample.device, generator=generator
+        )
         factor = 1.0 if size is None else self._gradual.s_noise
         return ((sample + noise * factor * step.noise_sigma).to(latents.dtype),)
 

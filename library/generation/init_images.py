@@ -30,7 +30,9 @@ def list_images(paths: Iterable[Path], flag: str) -> list[Path]:
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if file.suffix.lower() in _EXTENSIONS)
         if not files:
-            raise OptionError(f"{flag} {path}: the folder contains no images ({', '.join(_EXTENSIONS)})")
+            raise OptionError(
+                f"{flag} {path}: the folder contains no images ({', '.join(_EXTENSIONS)})"
+            )
         found += files
     return found
 
@@ -48,7 +50,9 @@ def size_of(path: Path, flag: str) -> Size:
     except images.ImageError as error:
         raise OptionError(f"{flag} {path}: {error}") from None
     if min(width, height) < SIDE:
-        raise OptionError(f"{flag} {path}: {width}x{height} is too small; each side needs at least {SIDE} pixels")
+        raise OptionError(
+            f"{flag} {path}: {width}x{height} is too small; each side needs at least {SIDE} pixels"
+        )
     return Size(width // SIDE * SIDE, height // SIDE * SIDE)
 
 

@@ -25,9 +25,12 @@ class GenerationModelOptions(OptionGroup):
 
     ckpt: str | None = option(
         None,
-        "model: a .safetensors or .ckpt file, a Diffusers folder, a hub id, or a pattern (*) that matches one file",
+        "model: a .safetensors or .ckpt file, a Diffusers folder, a hub id, or a pattern (*) that "
+        "matches one file",
     )
-    vae: str | None = option(None, "another VAE: a VAE file or complete checkpoint, a Diffusers folder, or a hub id")
+    vae: str | None = option(
+        None, "another VAE: a VAE file or complete checkpoint, a Diffusers folder, or a hub id"
+    )
     tokenizer_cache_dir: Path | None = option(
         None,
         "folder in which the two tokenizers are cached; unset: the model folder's, or those that "
@@ -37,14 +40,19 @@ class GenerationModelOptions(OptionGroup):
     bf16: bool = option(False, "generate in bfloat16; --fp16 wins")
     no_half_vae: bool = option(
         False,
-        "run the VAE in float32; without it, only an image that is black or has NaN is decoded again in float32",
+        "run the VAE in float32; without it, only an image that is black or has NaN is decoded "
+        "again in float32",
     )
-    v_parameterization: bool = option(False, "the model predicts velocity; read from the checkpoint where it says so")
+    v_parameterization: bool = option(
+        False, "the model predicts velocity; read from the checkpoint where it says so"
+    )
     zero_terminal_snr: bool = option(
         False, "the model's last timestep is pure noise; read from the checkpoint where it says so"
     )
     sdpa: bool = option(False, "PyTorch's attention, which is the default")
-    xformers: bool = option(False, "xformers' attention in the U-Net, if xformers is installed; else PyTorch's")
+    xformers: bool = option(
+        False, "xformers' attention in the U-Net, if xformers is installed; else PyTorch's"
+    )
     diffusers_xformers: bool = option(
         False,
         "xformers by Diffusers",
@@ -59,7 +67,8 @@ class GenerationModelOptions(OptionGroup):
     )
     vae_batch_size: float | None = option(
         None,
-        "images that the VAE decodes at once; a value below 1 is a fraction of the batch; unset: the complete batch",
+        "images that the VAE decodes at once; a value below 1 is a fraction of the batch; "
+        "unset: the complete batch",
         above=0,
     )
     vae_slices: int | None = option(
@@ -83,7 +92,8 @@ class GenerationModelOptions(OptionGroup):
             yield Mistake("--ckpt is missing: the SDXL model to generate with", ("ckpt",))
         if self.vae_batch_size is not None and self.vae_batch_size >= 1 and self.vae_batch_size % 1:
             yield Mistake(
-                f"--vae_batch_size {self.vae_batch_size:g}: expected a whole number of images, or a fraction below 1",
+                f"--vae_batch_size {self.vae_batch_size:g}: expected a whole number of images, "
+                "or a fraction below 1",
                 ("vae_batch_size",),
             )
         if self.vae_slices is not None and self.vae_tiling:
@@ -102,15 +112,19 @@ class PromptOptions(OptionGroup):
         "prompt; may contain options such as --w 832 (docs/generate.md)",
         stored_in_image=False,
     )
-    prompt2: str | None = option(None, "prompt of the second text encoder, if it differs; --p2 within a prompt wins")
+    prompt2: str | None = option(
+        None, "prompt of the second text encoder, if it differs; --p2 within a prompt wins"
+    )
     from_file: Path | None = option(
         None,
-        "text file with one prompt per line; blank lines and # lines are skipped; --prompt is ignored",
+        "text file with one prompt per line; blank lines and # lines are skipped; "
+        "--prompt is ignored",
         stored_in_image=False,
     )
     from_png: Path | None = option(
         None,
-        "generate the image of this file again: use the options that it stores; options on the command line win",
+        "generate the image of this file again: use the options that it stores; "
+        "options on the command line win",
         stored_in_image=False,
     )
     interactive: bool = option(
@@ -124,8 +138,12 @@ class PromptOptions(OptionGroup):
         no_effect="no window is ever opened; the name of each file is logged",
         stored_in_image=False,
     )
-    images_per_prompt: int = option(1, "images to generate per prompt", at_least=1, stored_in_image=False)
-    n_iter: int = option(1, "times that the complete list of prompts is generated", at_least=1, stored_in_image=False)
+    images_per_prompt: int = option(
+        1, "images to generate per prompt", at_least=1, stored_in_image=False
+    )
+    n_iter: int = option(
+        1, "times that the complete list of prompts is generated", at_least=1, stored_in_image=False
+    )
     seed: int | None = option(
         None,
         "seed of the images' seeds; a single image uses it directly; random when unset",
@@ -187,16 +205,21 @@ class ImageOptions(OptionGroup):
     original_height_negative: int | None = option(
         None, "--original_height for the negative prompt; the same when unset", at_least=0
     )
-    crop_top: int | None = option(None, "size conditioning: pixels cropped from the top of the original; 0 when unset")
+    crop_top: int | None = option(
+        None, "size conditioning: pixels cropped from the top of the original; 0 when unset"
+    )
     crop_left: int | None = option(
         None, "size conditioning: pixels cropped from the left of the original; 0 when unset"
     )
     steps: int = option(50, "denoising steps", at_least=1, at_most=1000)
     sampler: str = option("ddim", "sampler (noise scheduler)", choices=tuple(SAMPLERS))
-    scale: float = option(7.5, "classifier-free guidance scale (CFG); guidance is off at 1 and below")
+    scale: float = option(
+        7.5, "classifier-free guidance scale (CFG); guidance is off at 1 and below"
+    )
     negative_scale: float | None = option(
         None,
-        "guidance scale of the negative prompt, if both prompts are guided relative to the empty prompt",
+        "guidance scale of the negative prompt, if both prompts are guided relative to the "
+        "empty prompt",
     )
     guidance_rescale: float = option(
         0.0,
@@ -236,21 +259,25 @@ class InitImageOptions(OptionGroup):
 
     image_path: Path | None = option(
         None,
-        "init image (img2img), or a folder of them; without prompts, the prompts stored in the images are used",
+        "init image (img2img), or a folder of them; without prompts, the prompts stored in the "
+        "images are used",
     )
     mask_path: Path | None = option(
         None,
-        "inpainting mask, or a folder of them: white is repainted; with networks: the region of each network",
+        "inpainting mask, or a folder of them: white is repainted; with networks: the region of "
+        "each network",
     )
     strength: float | None = option(
         None,
-        "share of the steps that run on --image_path: 0 keeps the image, 1 replaces it; 0.8 when unset",
+        "share of the steps that run on --image_path: 0 keeps the image, 1 replaces it; "
+        "0.8 when unset",
         at_least=0,
         at_most=1,
     )
     guide_image_path: tuple[Path, ...] | None = option(
         None,
-        "guide images of control nets, or folders of them, used in order: one per control net and image",
+        "guide images of control nets, or folders of them, used in order: one per control net "
+        "and image",
     )
     clip_vision_strength: float | None = option(
         None,
@@ -267,9 +294,13 @@ class InitImageOptions(OptionGroup):
                 yield Mistake(f"--{name} {value}: no such file or folder", (name,))
         for path in self.guide_image_path or ():
             if not path.exists():
-                yield Mistake(f"--guide_image_path {path}: no such file or folder", ("guide_image_path",))
+                yield Mistake(
+                    f"--guide_image_path {path}: no such file or folder", ("guide_image_path",)
+                )
         if self.clip_vision_strength is not None and self.image_path is None:
-            yield Mistake("--clip_vision_strength needs --image_path: the image to embed", ("image_path",))
+            yield Mistake(
+                "--clip_vision_strength needs --image_path: the image to embed", ("image_path",)
+            )
 
 
 @dataclass(frozen=True)
@@ -289,11 +320,19 @@ class HighresFixOptions(OptionGroup):
         at_least=0,
         at_most=1,
     )
-    highres_fix_save_1st: bool = option(False, "save the images of the first stage too", stored_in_image=False)
+    highres_fix_save_1st: bool = option(
+        False, "save the images of the first stage too", stored_in_image=False
+    )
     highres_fix_latents_upscaling: bool = option(False, "enlarge latents instead of pixels")
-    highres_fix_upscaler: str | None = option(None, "module with create_upscaler(**arguments) that enlarges the image")
-    highres_fix_upscaler_args: str | None = option(None, "arguments of --highres_fix_upscaler: key=value;key=value")
-    highres_fix_disable_control_net: bool = option(False, "turn control nets off in the second stage")
+    highres_fix_upscaler: str | None = option(
+        None, "module with create_upscaler(**arguments) that enlarges the image"
+    )
+    highres_fix_upscaler_args: str | None = option(
+        None, "arguments of --highres_fix_upscaler: key=value;key=value"
+    )
+    highres_fix_disable_control_net: bool = option(
+        False, "turn control nets off in the second stage"
+    )
 
     def mistakes(self) -> Iterable[Mistake]:
         if self.highres_fix_upscaler_args is not None:
@@ -323,8 +362,12 @@ class HighresFixOptions(OptionGroup):
 class OutputOptions(OptionGroup, stored_in_image=False):
     """Image files"""
 
-    outdir: Path = option(Path("outputs"), "folder for the images; existing files are never replaced")
-    sequential_file_name: bool = option(False, "name files im_000001.png and so on, after the existing ones")
+    outdir: Path = option(
+        Path("outputs"), "folder for the images; existing files are never replaced"
+    )
+    sequential_file_name: bool = option(
+        False, "name files im_000001.png and so on, after the existing ones"
+    )
     use_original_file_name: bool = option(
         False, "name files like the images of --image_path; wins over --sequential_file_name"
     )
@@ -333,8 +376,12 @@ class OutputOptions(OptionGroup, stored_in_image=False):
         "file format; all of them store the settings of the image",
         choices=("png", "webp", "jpeg"),
     )
-    contact_sheet: bool = option(False, "also save a contact sheet of all images, with a row per prompt")
-    dry_run: bool = option(False, "list the images that would be generated; read no weights, write nothing")
+    contact_sheet: bool = option(
+        False, "also save a contact sheet of all images, with a row per prompt"
+    )
+    dry_run: bool = option(
+        False, "list the images that would be generated; read no weights, write nothing"
+    )
 
     def mistakes(self) -> Iterable[Mistake]:
         if self.outdir.exists() and not self.outdir.is_dir():

@@ -57,7 +57,9 @@ class Output:
         extension = "jpg" if image_format == "jpeg" else image_format
         path = self._free_path(self._stem(request, batch_index, stage), extension)
         arguments = save_arguments(texts, image_format)
-        write_atomically(path, lambda file: image.save(file, format=image_format.upper(), **arguments))
+        write_atomically(
+            path, lambda file: image.save(file, format=image_format.upper(), **arguments)
+        )
         return path
 
     def save_sheet(self, image: "Image") -> Path:

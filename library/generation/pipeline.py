@@ -195,7 +195,9 @@ class SdxlPipeline:
 
     # ------------------------------------------------------------------------------------ prompts
 
-    def encode_prompts(self, requests: Sequence[GenerationRequest]) -> tuple[TextConditioning, list[Tensor]]:
+    def encode_prompts(
+        self, requests: Sequence[GenerationRequest]
+    ) -> tuple[TextConditioning, list[Tensor]]:
         """Encode the prompts of a batch.
 
         Returns:
@@ -216,7 +218,9 @@ class SdxlPipeline:
         self.adapters.set_multipliers(requests[0].multipliers, sub_prompt=len(encoded))
         return encoded[-1], [text.context for text in encoded]
 
-    def conditioning(self, requests: Sequence[GenerationRequest], prompts: TextConditioning) -> list[Conditioning]:
+    def conditioning(
+        self, requests: Sequence[GenerationRequest], prompts: TextConditioning
+    ) -> list[Conditioning]:
         """Return the conditioning of each guidance branch: [negative, [empty,] prompt].
 
         Args:
@@ -282,7 +286,9 @@ class SdxlPipeline:
         set_steps(sampler, request.steps)
         return sampler
 
-    def _sample_noise(self, requests: Sequence[GenerationRequest], *, has_init_image: bool) -> list[ImageNoise]:
+    def _sample_noise(
+        self, requests: Sequence[GenerationRequest], *, has_init_image: bool
+    ) -> list[ImageNoise]:
         noises = []
         for request in requests:
             per_step = 2 if request.sampler in _TWO_NOISES_PER_STEP else 1
@@ -311,7 +317,9 @@ class SdxlPipeline:
         init_latents = self._init_latents(init_image, generators)
         added = [noise.for_init_image for noise in noises if noise.for_init_image is not None]
         noise = torch.cat(added)
-        latents, timesteps = noise_init_latents(sampler, init_latents, noise, request.steps, request.strength)
+        latents, timesteps = noise_init_latents(
+            sampler, init_latents, noise, request.steps, request.strength
+        )
         if init_image.mask is None:
             return _Start(latents, timesteps)
         kept = init_latents
@@ -361,7 +369,9 @@ class SdxlPipeline:
             pixels = torch.zeros(len(noises), 3, request.height, request.width)
         device = self.models.device
         generators = [torch.Generator(device).manual_seed(noise.seed) for noise in noises]
-        channels = inpainting_channels(pixels.cpu(), masks, lambda images: self._raw_latents(images, generators))
+        channels = inpainting_channels(
+            pixels.cpu(), masks, lambda images: self._raw_latents(images, generators)
+        )
         return channels.to(device, self.models.precision.compute)
 
 
@@ -401,7 +411,9 @@ def noise_init_latents(
 
 
 def _stack(texts: Sequence[TextConditioning]) -> TextConditioning:
-    return TextConditioning(torch.cat([text.context for text in texts]), torch.cat([text.pooled for text in texts]))
+    return TextConditioning(
+        torch.cat([text.context for text in texts]), torch.cat([text.pooled for text in texts])
+    )
 
 
 def _default(value: int | None, default: int) -> int:

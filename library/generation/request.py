@@ -125,7 +125,9 @@ class GenerationRequest:
     def is_guided(self) -> bool:
         return self.scale > 1
 
-    def first_stage(self, *, scale: float, steps: int, strength: float | None) -> "GenerationRequest":
+    def first_stage(
+        self, *, scale: float, steps: int, strength: float | None
+    ) -> "GenerationRequest":
         """Return the first stage of highres fix: a smaller image.
 
         Args:

@@ -172,7 +172,8 @@ class RequestBuilder:
             self._gradual_latent = dataclasses.replace(growing, **changes)
         if self._gradual_latent is not None and self._image.sampler not in GRADUAL_SAMPLERS:
             raise OptionError(
-                f"{where}: Gradual Latent needs --sampler {' or '.join(GRADUAL_SAMPLERS)}, not {self._image.sampler}"
+                f"{where}: Gradual Latent needs --sampler {' or '.join(GRADUAL_SAMPLERS)}, "
+                f"not {self._image.sampler}"
             )
         is_resizing = self._gradual_latent is not None or self._deep_shrink is not None
         if self._counts.control_nets and is_resizing:
@@ -210,8 +211,12 @@ class RequestBuilder:
             height=height,
             original_width=_first(line.original_width, image.original_width),
             original_height=_first(line.original_height, image.original_height),
-            original_width_negative=_first(line.original_width_negative, image.original_width_negative),
-            original_height_negative=_first(line.original_height_negative, image.original_height_negative),
+            original_width_negative=_first(
+                line.original_width_negative, image.original_width_negative
+            ),
+            original_height_negative=_first(
+                line.original_height_negative, image.original_height_negative
+            ),
             crop_top=_first(line.crop_top, image.crop_top),
             crop_left=_first(line.crop_left, image.crop_left),
             steps=_first(line.steps, image.steps),
@@ -254,7 +259,10 @@ class RequestBuilder:
             if scale is not None:
                 yield "Gradual Latent and --highres_fix_scale can't be combined; use one of them"
             if request.mask is not None and not self._counts.regional:
-                yield ("Gradual Latent changes the size of latents and can't be combined with --mask_path")
+                yield (
+                    "Gradual Latent changes the size of latents and can't be combined with "
+                    "--mask_path"
+                )
         for stage in stages:
             for technique in (stage.deep_shrink, stage.gradual_latent):
                 if technique is not None:

@@ -142,7 +142,9 @@ def _entries(path: Path, problems: list[str]) -> Iterable[tuple[str, Mapping[str
         if path.suffix.lower() == ".toml":
             return _toml_tables(path, tomllib.loads(text), problems)
     except UnicodeDecodeError:
-        raise OptionError(f"--sample_prompts {path}: the file is not UTF-8; save it as UTF-8") from None
+        raise OptionError(
+            f"--sample_prompts {path}: the file is not UTF-8; save it as UTF-8"
+        ) from None
     except (OSError, ValueError) as error:
         raise OptionError(f"--sample_prompts {path}: can't be read: {error}") from None
     entries = []
@@ -153,7 +155,9 @@ def _entries(path: Path, problems: list[str]) -> Iterable[tuple[str, Mapping[str
     return entries
 
 
-def _toml_tables(path: Path, content: Any, problems: list[str]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+def _toml_tables(
+    path: Path, content: Any, problems: list[str]
+) -> Iterable[tuple[str, Mapping[str, Any]]]:
     """Read [prompt] with defaults, and [[prompt.subset]] for each image."""
     table = content.get("prompt")
     if not isinstance(table, dict):

@@ -29,8 +29,12 @@ _LMS = SamplerKind("LMSDiscreteScheduler", {"steps_offset": 1})
 _HEUN = SamplerKind("HeunDiscreteScheduler", {"steps_offset": 1})
 _DPM_2 = SamplerKind("KDPM2DiscreteScheduler", {"steps_offset": 1})
 _DPM_2_A = SamplerKind("KDPM2AncestralDiscreteScheduler", {"steps_offset": 1})
-_DPM_PP = SamplerKind("DPMSolverMultistepScheduler", {"steps_offset": 1, "algorithm_type": "dpmsolver++"})
-_DPM_SDE = SamplerKind("DPMSolverMultistepScheduler", {"steps_offset": 1, "algorithm_type": "sde-dpmsolver++"})
+_DPM_PP = SamplerKind(
+    "DPMSolverMultistepScheduler", {"steps_offset": 1, "algorithm_type": "dpmsolver++"}
+)
+_DPM_SDE = SamplerKind(
+    "DPMSolverMultistepScheduler", {"steps_offset": 1, "algorithm_type": "sde-dpmsolver++"}
+)
 _UNI_PC = SamplerKind("UniPCMultistepScheduler", {"steps_offset": 1})
 
 
@@ -74,7 +78,9 @@ SAMPLERS = {
 }
 
 
-def make_sampler(name: str, *, v_prediction: bool, zero_terminal_snr: bool, from_init_image: bool = False) -> Any:
+def make_sampler(
+    name: str, *, v_prediction: bool, zero_terminal_snr: bool, from_init_image: bool = False
+) -> Any:
     """Build the Diffusers scheduler of a sampler.
 
     Args:

@@ -51,7 +51,9 @@ def generate_image(
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn((1, 4, height // 8, width // 8), generator=generator).to(prompt.context)
-    scheduler = make_sampler(sampler, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
+    scheduler = make_sampler(
+        sampler, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr
+    )
     set_steps(scheduler, steps)
     branches = [(prompt, False)]
     if scale > 1:

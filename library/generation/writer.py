@@ -67,7 +67,10 @@ class BatchWriter:
         try:
             return self._models.decode_latents(raw, black=_BLACK)
         except torch.OutOfMemoryError:
-            log.warning("out of memory (OOM) in the VAE: it decodes tiles from now on (--vae_tiling, --vae_batch_size)")
+            log.warning(
+                "out of memory (OOM) in the VAE: it decodes tiles from now on "
+                "(--vae_tiling, --vae_batch_size)"
+            )
             torch.cuda.empty_cache()
             self._models.change_vae(decode_in_tiles)
             return self._models.decode_latents(raw, black=_BLACK)
@@ -92,7 +95,8 @@ class BatchWriter:
             if not is_finite[i]:
                 self._num_failed += 1
                 log.error(
-                    "image %d (seed %d) contains NaN or Inf and isn't saved; use --bf16, or leave --fp16 out: %s",
+                    "image %d (seed %d) contains NaN or Inf and isn't saved; "
+                    "use --bf16, or leave --fp16 out: %s",
                     request.index + 1,
                     request.seed,
                     request.prompt,

@@ -32,7 +32,9 @@ Modulations = list[tuple[Place, LLLiteModulation]]
 class AppliedNetworks:
     """The `Adapters` of library/generation/adapters.py."""
 
-    def __init__(self, options: AppliedNetworkOptions, models: SdxlModels, *, is_regional: bool = False):
+    def __init__(
+        self, options: AppliedNetworkOptions, models: SdxlModels, *, is_regional: bool = False
+    ):
         """Read the files and load them onto the model.
 
         Args:
@@ -58,7 +60,9 @@ class AppliedNetworks:
             for path, strength, ratio in options.control_nets()
         ]
 
-    def _load_networks(self, options: AppliedNetworkOptions, models: SdxlModels, *, is_regional: bool) -> None:
+    def _load_networks(
+        self, options: AppliedNetworkOptions, models: SdxlModels, *, is_regional: bool
+    ) -> None:
         """Merge, fuse or attach the networks."""
         layers = every_layer(models.unet, models.text_encoders)
         unmerged: dict[int, Mapping[str, ModuleTensors]] = {}
@@ -115,7 +119,9 @@ class AppliedNetworks:
     def is_regional(self) -> bool:
         return self._regional is not None
 
-    def set_multipliers(self, multipliers: Sequence[float] | None, sub_prompt: int | None = None) -> None:
+    def set_multipliers(
+        self, multipliers: Sequence[float] | None, sub_prompt: int | None = None
+    ) -> None:
         """Set the strengths of the networks.
 
         Args:

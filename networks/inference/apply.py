@@ -59,7 +59,9 @@ def matched_modules(
         elif not fits(tensors, by_name[name]):
             other_size.append(name)
     if len(unknown) == len(modules):
-        raise OptionError(f"{flag} {path}: this is {identify(modules)}; a LoRA, LoHa or LoKr is needed")
+        raise OptionError(
+            f"{flag} {path}: this is {identify(modules)}; a LoRA, LoHa or LoKr is needed"
+        )
     problems = []
     for names, problem in (
         (sorted(unknown), "aren't understood"),
@@ -74,7 +76,8 @@ def matched_modules(
         raise OptionError(f"{flag} {path}: nothing of it fits this model: {description}")
     if bad and not allow_partial:
         raise OptionError(
-            f"{flag} {path}: {description}. It was made for another model; --allow_partial uses the modules that fit"
+            f"{flag} {path}: {description}. It was made for another model; "
+            "--allow_partial uses the modules that fit"
         )
     if bad:
         log.warning("%s %s: %s; the others are used (--allow_partial)", flag, path, description)
@@ -171,7 +174,9 @@ class FusedAdapters:
     They cost nothing per step, and some time whenever strengths change.
     """
 
-    def __init__(self, layers: Sequence[Target], networks: Mapping[int, Mapping[str, ModuleTensors]]):
+    def __init__(
+        self, layers: Sequence[Target], networks: Mapping[int, Mapping[str, ModuleTensors]]
+    ):
         self._networks = networks
         self._base_weights: list[tuple[Target, nn.Parameter]] = []
         for target in layers:
@@ -204,7 +209,9 @@ def _frozen(weight: Tensor) -> nn.Parameter:
 
 
 @torch.no_grad()
-def merge_into(layers: Sequence[Target], modules: Mapping[str, ModuleTensors], strength: float) -> None:
+def merge_into(
+    layers: Sequence[Target], modules: Mapping[str, ModuleTensors], strength: float
+) -> None:
     """Add a network to the weights of layers, in float32 and rounded once.
 
     Weights are replaced and not modified in place, because they may be mapped from a file.

@@ -117,7 +117,9 @@ def _with_magnitude(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
     There is a magnitude per output channel, or, in older files, per input channel.
     """
     changed = weight + delta
-    is_per_input = magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] == weight.shape[1]
+    is_per_input = (
+        magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] == weight.shape[1]
+    )
     channel_dim = 1 if is_per_input else 0
     dims = [dim for dim in range(weight.ndim) if dim != channel_dim]
     norm = torch.linalg.vector_norm(changed, dim=dims, keepdim=True)

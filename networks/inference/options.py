@@ -21,7 +21,8 @@ class AppliedNetworkOptions(OptionGroup):
 
     network_weights: tuple[Path, ...] | None = option(
         None,
-        "network files: LoRA, LoHa, LoKr, with or without DoRA, with keys of kohya, Diffusers or PEFT",
+        "network files: LoRA, LoHa, LoKr, with or without DoRA, with keys of kohya, Diffusers or "
+        "PEFT",
     )
     network_module: tuple[str, ...] | None = option(
         None, "kind of each network; may be left out, because it is read from the files"
@@ -32,13 +33,18 @@ class AppliedNetworkOptions(OptionGroup):
     network_args: tuple[str, ...] | None = option(
         None, "arguments of the networks", no_effect="the files contain all settings"
     )
-    network_show_meta: bool = option(False, "log the metadata of the network files", stored_in_image=False)
+    network_show_meta: bool = option(
+        False, "log the metadata of the network files", stored_in_image=False
+    )
     network_merge_n_models: int | None = option(
         None,
-        "merge the first N networks into the model with their --network_mul; the others stay separate",
+        "merge the first N networks into the model with their --network_mul; the others stay "
+        "separate",
         at_least=0,
     )
-    network_merge: bool = option(False, "merge all networks into the model; wins over --network_merge_n_models")
+    network_merge: bool = option(
+        False, "merge all networks into the model; wins over --network_merge_n_models"
+    )
     network_pre_calc: bool = option(
         False,
         "fuse the networks into the weights whenever strengths change: faster steps, "
@@ -51,7 +57,9 @@ class AppliedNetworkOptions(OptionGroup):
         at_least=1,
         at_most=_MAX_COLOR_CODES,
     )
-    allow_partial: bool = option(False, "accept files of which some modules don't fit the model; those are ignored")
+    allow_partial: bool = option(
+        False, "accept files of which some modules don't fit the model; those are ignored"
+    )
     textual_inversion_embeddings: tuple[Path, ...] | None = option(
         None, "embedding files (textual inversion); the file name is the token in prompts"
     )
@@ -63,7 +71,8 @@ class AppliedNetworkOptions(OptionGroup):
     )
     control_net_ratios: tuple[float, ...] | None = option(
         None,
-        "share of the steps, from the first one, in which each control net is active; 1 where it is missing",
+        "share of the steps, from the first one, in which each control net is active; "
+        "1 where it is missing",
         at_least=0,
         at_most=1,
     )
@@ -98,7 +107,9 @@ class AppliedNetworkOptions(OptionGroup):
         embeddings = self.textual_inversion_embeddings or ()
         yield from _wrong_modules(self.network_module or (), len(networks))
         yield from _too_many("network_mul", self.network_mul, len(networks))
-        yield from _too_many("control_net_multipliers", self.control_net_multipliers, len(control_nets))
+        yield from _too_many(
+            "control_net_multipliers", self.control_net_multipliers, len(control_nets)
+        )
         yield from _too_many("control_net_ratios", self.control_net_ratios, len(control_nets))
         yield from _missing_files("network_weights", networks)
         yield from _missing_files("textual_inversion_embeddings", embeddings)
@@ -115,7 +126,8 @@ class AppliedNetworkOptions(OptionGroup):
 def _wrong_modules(modules: Sequence[str], num_files: int) -> Iterable[Mistake]:
     if num_files < len(modules):
         yield Mistake(
-            f"--network_module: {len(modules)} networks, but --network_weights has {num_files} files",
+            f"--network_module: {len(modules)} networks, but --network_weights has "
+            f"{num_files} files",
             ("network_weights",),
         )
     for name in modules:

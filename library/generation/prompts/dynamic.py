@@ -64,6 +64,8 @@ def _pick(group: str, inside: str, counted: re.Match[str] | None, rng: random.Ra
     most = int(counted[3]) if counted[3] else least
     choices = counted[5].split("|")
     if not least <= most <= len(choices):
-        raise ValueError(f"{group}: {least} to {most} variants can't be picked; it has {len(choices)}")
+        raise ValueError(
+            f"{group}: {least} to {most} variants can't be picked; it has {len(choices)}"
+        )
     separator = _SEPARATOR if counted[4] is None else counted[4]
     return separator.join(rng.sample(choices, rng.randint(least, most)))

@@ -58,7 +58,9 @@ class PromptEncoder:
         return max(1, -(-num_tokens // CHUNK_TOKENS))
 
     @torch.no_grad()
-    def encode(self, text: str, text2: str | None, chunks: int, key: object = None) -> TextConditioning:
+    def encode(
+        self, text: str, text2: str | None, chunks: int, key: object = None
+    ) -> TextConditioning:
         """Encode one prompt: context [1, 77 n, 2048], pooled [1, 1280], in the encoders' dtype.
 
         Args:
@@ -82,7 +84,9 @@ class PromptEncoder:
             chunked = torch.tensor([chunks_of(tokens.ids, tokenizer.pad, chunks)])
             ids.append(to_device(chunked, self._models.device))
             weights.append(_token_weights(tokens.weights, chunks))
-        encoded = text_encoders.encode(ids[0], ids[1], *self._models.text_encoders, keep_markers=True)
+        encoded = text_encoders.encode(
+            ids[0], ids[1], *self._models.text_encoders, keep_markers=True
+        )
         weighted = EncodedText(
             _apply_weights(encoded.hidden_1, weights[0]),
             _apply_weights(encoded.hidden_2, weights[1]),
@@ -96,7 +100,8 @@ class PromptEncoder:
         if text not in self._warned:
             self._warned.add(text)
             log.warning(
-                "prompt has %d tokens, more than the %d of --max_embeddings_multiples; truncated: %r",
+                "prompt has %d tokens, more than the %d of --max_embeddings_multiples; "
+                "truncated: %r",
                 len(tokens.ids),
                 self._max_tokens,
                 tokenizer.text(tokens.ids[self._max_tokens :]),

@@ -68,7 +68,9 @@ def _stored_prompt(path: Path, index: int) -> PromptSource:
     """Return the prompt that an image stores."""
     texts = read_texts(path, "--image_path")
     if "prompt" not in texts:
-        raise OptionError(f"--image_path {path}: the image stores no prompt; use --prompt or --from_file")
+        raise OptionError(
+            f"--image_path {path}: the image stores no prompt; use --prompt or --from_file"
+        )
     text = texts["prompt"]
     negative = texts.get("negative-prompt", "")
     if negative:
