@@ -1,4 +1,4 @@
-"""Logging: lines on stderr (or in a file) from the main process; of the others only what ends the run is heard."""
+"""Logging: to stderr or a file. The main process logs everything, the others only errors."""
 
 import logging
 import os
@@ -26,33 +26,34 @@ class LogOptions(OptionGroup, affects_result=False, stored_in_image=False):
 
     console_log_level: str | None = option(
         None,
-        "least level of the records shown; INFO when unset",
+        "lowest level of the records that are shown; INFO when unset",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     )
     console_log_file: Path | None = option(
-        None, "write log records to this file, emptied at the start, in place of the console", private=True
+        None,
+        "write log records to this file instead of the console; it is emptied at the start",
+        private=True,
     )
     console_log_simple: bool = option(False, "plain lines on stdout, without time and level")
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that speaks and saves, before accelerate is there to ask (torchrun's variables)."""
+    """Return whether this is the process that logs and saves (by torchrun's variables)."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def start_logging(options: Options) -> None:
-    """Send our log records where the options say, and tell what was noticed while the options were read."""
-    chosen = options[LogOptions]
+    """Send our log records where the options say, and log the notices about the options."""
+    log_options = options[LogOptions]
     handler: logging.Handler
-    if chosen.console_log_file is not None:
-        handler = _file_handler(chosen.console_log_file)
+    if log_options.console_log_file is not None:
+        handler = _file_handler(log_options.console_log_file)
     else:
-        handler = _ConsoleHandler(sys.stdout if chosen.console_log_simple else sys.stderr)
-    simple = chosen.console_log_simple and chosen.console_log_file is None
-    handler.setFormatter(
-        logging.Formatter("%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
-    )
-    level = chosen.console_log_level or "INFO"
+        handler = _ConsoleHandler(sys.stdout if log_options.console_log_simple else sys.stderr)
+    is_simple = log_options.console_log_simple and log_options.console_log_file is None
+    form = "%(message)s" if is_simple else "%(asctime)s %(levelname)-7s %(message)s"
+    handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
+    level = log_options.console_log_level or "INFO"
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(level if is_main_process() else logging.ERROR)
@@ -62,8 +63,9 @@ def start_logging(options: Options) -> None:
 
 @contextmanager
 def silence_logging() -> Iterator[None]:
-    """Nothing is told meanwhile: for what is done twice."""
-    was_disabled, log.disabled = log.disabled, True
+    """Context manager: silence our logger, for work that is repeated."""
+    was_disabled = log.disabled
+    log.disabled = True
     try:
         yield
     finally:
@@ -71,17 +73,29 @@ def silence_logging() -> Iterator[None]:
 
 
 def _file_handler(path: Path) -> logging.Handler:
-    """The main process empties the file; the others, which tell errors alone, add to it. Raises OptionError."""
+    """Open the log file: the main process empties it, the others append their errors.
+
+    Raises:
+        OptionError: it can't be written.
+    """
     try:
         if is_main_process():
             return logging.FileHandler(path, mode="w", encoding="utf-8")
         return logging.FileHandler(path, mode="a", encoding="utf-8", delay=True)
     except OSError as error:
-        raise OptionError(f"--console_log_file {path}: can't be written: {error.strerror}") from None
+        raise OptionError(
+            f"--console_log_file {path}: can't be written: {error.strerror}"
+        ) from None
 
 
 def progress_bar(what: str, total: int, unit: str = "it") -> "tqdm":
-    """A progress bar on stderr, of the main process; where stderr is no terminal, a line now and then."""
+    """Return a progress bar on the main process's stderr; a line now and then if that is a file.
+
+    Args:
+        what: its label.
+        total: number of units; 0: no bar.
+        unit: name of the unit.
+    """
     from tqdm import tqdm
 
     is_terminal = sys.stderr.isatty()
@@ -96,7 +110,7 @@ def progress_bar(what: str, total: int, unit: str = "it") -> "tqdm":
 
 
 class _ConsoleHandler(logging.StreamHandler):
-    """Writes above a progress bar instead of through it, if a bar is running."""
+    """Writes above a progress bar instead of through it, if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         bars = sys.modules.get("tqdm")

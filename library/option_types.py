@@ -1,8 +1,9 @@
-"""Values of options: what each option takes, reading it from text or TOML, and near misses of names."""
+"""Specs of options: their types, values read from text or TOML, and similar names."""
 
 import dataclasses
 import json
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +22,8 @@ class DatasetKey:
     """How an option is a key of the dataset file.
 
     Attributes:
-        tables: the levels of the tables in which the key may be given: "general", "dataset", "subset".
+        tables: the levels of the tables in which the key may be given: "general", "dataset",
+            "subset".
         name: the key, where it isn't the option's name.
         type: the annotation, where the file's type isn't the option's.
         default: the default, where it isn't the option's.
@@ -103,26 +105,41 @@ def specs_of(group: type) -> list[Spec]:
 
 
 def _kinds(hint: Any) -> tuple[tuple[type, ...], bool]:
+    """Return the types that a single value of an annotation may have, and whether it is a list."""
     if isinstance(hint, types.UnionType):
-        parts = [_kinds(arg) for arg in typing.get_args(hint) if arg is not type(None)]
-        return tuple(kind for kinds, _ in parts for kind in kinds), any(is_list for _, is_list in parts)
+        all_kinds: list[type] = []
+        any_list = False
+        for member in typing.get_args(hint):
+            if member is not type(None):
+                kinds, is_list = _kinds(member)
+                all_kinds += kinds
+                any_list = any_list or is_list
+        return tuple(all_kinds), any_list
     if typing.get_origin(hint) in (tuple, list):
         return (typing.get_args(hint)[0],), True
     return (hint,), False
 
 
 UNSET = object()
-_WANTED = {
-    (bool,): "true or false", (int,): "a whole number", (float,): "a number", (str,): "text", (Path,): "a path",
-    (int, float): "a whole number of steps, or a share (0.1 or 10%; all: 100%)", (dict,): "a table",
-}  # fmt: skip
+_EXPECTED = {
+    (bool,): "true or false",
+    (int,): "a whole number",
+    (float,): "a number",
+    (str,): "text",
+    (Path,): "a path",
+    (int, float): "a whole number of steps, or a share (0.1 or 10%; all: 100%)",
+    (dict,): "a table",
+}
 
 
 def read_value(value: Any, spec: Spec) -> Any:
-    """The value as the option's type, or UNSET. Raises ValueError with what was expected.
+    """Return the value as the option's type, or UNSET.
 
-    Takes what real config files carry: whole numbers for floats, 0 and 1 for switches, quoted numbers, one value for a
-    list of one; `[]`, "" and (for what is no switch) false say "not set".
+    Accepts what real config files contain: whole numbers for floats, 0 and 1 for switches, quoted
+    numbers, one value for a list of one. `[]`, "" and, except for switches, false say "not set".
+
+    Raises:
+        ValueError: says what is expected.
     """
     if value in ("", []) or value in spec.unset_values or (value is False and not spec.is_switch):
         return UNSET
@@ -133,24 +150,28 @@ def read_value(value: Any, spec: Spec) -> Any:
 
 
 def _read_single(value: Any, spec: Spec) -> Any:
-    read = _READERS[spec.kinds](value)
-    if read is None:
-        raise ValueError(f"expected {_WANTED[spec.kinds]}")
-    rules = spec.rules
-    if rules["choices"] is not None and read not in rules["choices"]:
-        near = nearest(str(read), [str(choice) for choice in rules["choices"]])
+    result = _READERS[spec.kinds](value)
+    if result is None:
+        raise ValueError(f"expected {_EXPECTED[spec.kinds]}")
+    if spec.rules["choices"] is not None and result not in spec.rules["choices"]:
+        choices = [str(choice) for choice in spec.rules["choices"]]
+        near = nearest(str(result), choices)
         hint = f" (did you mean {near!r}?)" if near else ""
-        raise ValueError(f"expected one of {', '.join(str(choice) for choice in rules['choices'])}{hint}")
-    if isinstance(read, float) and not math.isfinite(read):
+        raise ValueError(f"expected one of {', '.join(choices)}{hint}")
+    if isinstance(result, float) and not math.isfinite(result):
         raise ValueError("expected a finite number")
-    for rule, holds, words in (
-        ("at_least", lambda limit: read >= limit, "at least"),
-        ("above", lambda limit: read > limit, "above"),
-        ("at_most", lambda limit: read <= limit, "at most"),
-    ):
-        if rules[rule] is not None and not holds(rules[rule]):
-            raise ValueError(f"must be {words} {rules[rule]:g}")
-    return read
+    for rule, holds, words in _BOUNDS:
+        limit = spec.rules[rule]
+        if limit is not None and not holds(result, limit):
+            raise ValueError(f"must be {words} {limit:g}")
+    return result
+
+
+_BOUNDS = (
+    ("at_least", operator.ge, "at least"),
+    ("above", operator.gt, "above"),
+    ("at_most", operator.le, "at most"),
+)
 
 
 def _read_bool(value: Any) -> bool | None:
@@ -159,7 +180,9 @@ def _read_bool(value: Any) -> bool | None:
 
 def _read_int(value: Any) -> int | None:
     number = _read_float(value)
-    return int(number) if number is not None and math.isfinite(number) and number == int(number) else None
+    if number is None or not math.isfinite(number) or number != int(number):
+        return None
+    return int(number)
 
 
 def _read_float(value: Any) -> float | None:
@@ -183,59 +206,72 @@ def _read_table(value: Any) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_steps_or_share(value: Any) -> int | float | None:
-    """30 is 30 steps; 0.1 and "10%" are a tenth of all; 1.5 is neither, and 1.0 could be either."""
+def _read_steps_or_fraction(value: Any) -> int | float | None:
+    """Read 30 as steps, 0.1 and "10%" as a tenth of all; 1.5 is neither, 1.0 could be either."""
     if isinstance(value, str) and value.endswith("%"):
-        share = _read_float(value[:-1])
-        return None if share is None or not 0 <= share <= 100 else share / 100
+        percent = _read_float(value[:-1])
+        if percent is None or not 0 <= percent <= 100:
+            return None
+        return percent / 100
     number = _read_float(value)
     if number is None or not math.isfinite(number) or number < 0:
         return None
     if number == 1 and (isinstance(value, float) or "." in str(value)):
         return None
-    return int(number) if number == int(number) else number if number < 1 else None
+    if number == int(number):
+        return int(number)
+    return number if number < 1 else None
 
 
 _READERS: dict[tuple[type, ...], Callable[[Any], Any]] = {
-    (bool,): _read_bool, (int,): _read_int, (float,): _read_float, (str,): _read_text, (Path,): _read_path,
-    (int, float): _read_steps_or_share, (dict,): _read_table,
-}  # fmt: skip
+    (bool,): _read_bool,
+    (int,): _read_int,
+    (float,): _read_float,
+    (str,): _read_text,
+    (Path,): _read_path,
+    (int, float): _read_steps_or_fraction,
+    (dict,): _read_table,
+}
 
 
-# ------------------------------------------------------------------------------------------------- names and nearness
+# ----------------------------------------------------------------------------------- similar names
 
 
 def edits(a: str, b: str) -> int:
-    """Levenshtein distance: the single-letter changes between two names."""
+    """Return the Levenshtein distance: the single-letter changes between two names."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         above = row
         row = [i]
         for j, y in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
+            replaced = above[j - 1] if x == y else above[j - 1] + 1
+            row.append(min(above[j] + 1, row[j - 1] + 1, replaced))
     return row[-1]
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name within two edits of `name`, if there is one."""
-    close = [(edits(name, other), other) for other in known if abs(len(other) - len(name)) <= MAX_TYPO_EDITS]
-    distance, other = min(close, default=(MAX_TYPO_EDITS + 1, ""))
+    """Return the known name within two edits of `name`, if there is one."""
+    similar = [other for other in known if abs(len(other) - len(name)) <= MAX_TYPO_EDITS]
+    distances = [(edits(name, other), other) for other in similar]
+    distance, other = min(distances, default=(MAX_TYPO_EDITS + 1, ""))
     return other if distance <= MAX_TYPO_EDITS else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message that names the nearest known name; empty if there is none."""
     near = nearest(name, known)
     return f"; did you mean {near!r}?" if near else ""
 
 
 def as_toml(value: Any) -> str:
-    """A value as TOML, on one line."""
+    """Return a value as TOML, on one line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{as_toml(key)} = {as_toml(item)}" for key, item in value.items()) + "}"
+        pairs = [f"{as_toml(key)} = {as_toml(item)}" for key, item in value.items()]
+        return "{" + ", ".join(pairs) + "}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(as_toml, value))}]"
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,13 +1,11 @@
-"""Options: dataclass fields that are also command-line options, filled from command line > --config_file > default.
+"""Options: dataclass fields that are also options of the command line and of --config_file.
 
-Each room declares its own groups beside the code they configure (its `options.py`). Nothing here imports torch, so a
-mistake is told in a fraction of a second, and all mistakes of a run are told together.
+The command line wins over the config file, the config file over defaults. Each package declares its
+option groups in its own `options.py`, next to the code that they configure. Nothing here imports
+torch, so that all mistakes of a run are reported together, in a fraction of a second.
 """
 
-import argparse
 import dataclasses
-import re
-import tomllib
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from library.errors import Mistake, OptionError, RunError
-from library.foreign_keys import foreign_key
-from library.option_types import UNSET, DatasetKey, Spec, as_toml, did_you_mean, nearest, read_value, specs_of
-
-# ------------------------------------------------------------------------------------------------ declaring options
+from library.option_reader import OptionReader
+from library.option_types import DatasetKey, Spec, as_toml, specs_of
 
 
 def option(
@@ -38,12 +34,14 @@ def option(
     stored_in_image: bool | None = None,
     dataset_key: DatasetKey | None = None,
 ) -> Any:
-    """Declare a dataclass field that is also the command-line option `--<field name>` of the field's type.
+    """Declare a dataclass field that is also the option `--<field name>`, of the field's type.
 
     Args:
         default: the value where neither the command line nor the config file sets the option.
-        help: one lower-case phrase: effect, unit, what it excludes. The help printer adds the default.
-        choices: the accepted values. Like the bounds, they are checked for the command line and for TOML.
+        help: one lower-case phrase: effect, unit, what it excludes. The help printer adds the
+            default.
+        choices: the accepted values. Like the bounds, they are checked for the command line and for
+            TOML.
         at_least: the lower bound, inclusive.
         above: the lower bound, exclusive.
         at_most: the upper bound, inclusive.
@@ -79,15 +77,21 @@ class OptionGroup:
     """Base of all option groups: an instance that breaks its own rules can't be made.
 
     Attributes:
-        affects_result: whether options of this group affect what a run learns, unless they say otherwise.
-        stored_in_image: whether generated images store options of this group, unless they say otherwise.
+        affects_result: whether options of this group affect what a run learns, unless they say
+            otherwise.
+        stored_in_image: whether generated images store options of this group, unless they say
+            otherwise.
     """
 
     affects_result: ClassVar[bool] = True
     stored_in_image: ClassVar[bool] = True
 
     def __init_subclass__(
-        cls, *, affects_result: bool | None = None, stored_in_image: bool | None = None, **keywords: Any
+        cls,
+        *,
+        affects_result: bool | None = None,
+        stored_in_image: bool | None = None,
+        **keywords: Any,
     ):
         super().__init_subclass__(**keywords)
         if affects_result is not None:
@@ -96,26 +100,37 @@ class OptionGroup:
             cls.stored_in_image = stored_in_image
 
     def mistakes(self) -> Iterable[Mistake]:
-        """What is wrong between the options of this group; single values were checked already."""
+        """Yield contradictions between the options of this group, whose values are valid."""
         return ()
 
     def __post_init__(self) -> None:
-        if found := list(self.mistakes()):
-            raise OptionError(*found)
+        mistakes = list(self.mistakes())
+        if mistakes:
+            raise OptionError(*mistakes)
 
 
 G = TypeVar("G", bound=OptionGroup)
 
 
-# ------------------------------------------------------------------------------------------------------ the whole run
-
-
 class Options:
-    """The options of one run, by group: `options[LossOptions].min_snr_gamma`."""
+    """The options of one run, by group: `options[LossOptions].min_snr_gamma`.
 
-    def __init__(self, groups: Iterable[OptionGroup], where: Mapping[str, str], notices: Sequence[str]):
+    Attributes:
+        notices: what has no effect, to be logged once logging is set up.
+    """
+
+    def __init__(
+        self, groups: Iterable[OptionGroup], sources: Mapping[str, str], notices: Sequence[str]
+    ):
+        """Keep the groups.
+
+        Args:
+            groups: one instance of each.
+            sources: where the user gave each option.
+            notices: what has no effect.
+        """
         self._groups = {type(group): group for group in groups}
-        self._where = dict(where)
+        self._sources = dict(sources)
         self.notices = list(notices)
 
     def __getitem__(self, group: type[G]) -> G:
@@ -125,19 +140,20 @@ class Options:
         return group in self._groups
 
     def given(self, name: str) -> bool:
-        """Whether the user set this option, be it to its default."""
-        return name in self._where
+        """Return whether the user set this option, even if to its default."""
+        return name in self._sources
 
     def where(self, name: str) -> str:
-        """How to point at this option in a message: `--name`, or the line of the config file that sets it."""
-        return self._where.get(name, f"--{name}")
+        """Return how messages name this option: `--name`, or the line of the config file."""
+        return self._sources.get(name, f"--{name}")
 
     def replaced(self, group: OptionGroup) -> "Options":
-        """The same options with another instance of one group."""
+        """Return the same options with another instance of one group."""
         groups = {**self._groups, type(group): group}
-        return Options(groups.values(), self._where, self.notices)
+        return Options(groups.values(), self._sources, self.notices)
 
     def items(self) -> Iterator[tuple[str, Any]]:
+        """Yield the name and value of each option."""
         for group in self._groups.values():
             for field in dataclasses.fields(group):
                 yield field.name, getattr(group, field.name)
@@ -149,7 +165,7 @@ class Options:
                 yield spec, getattr(group, spec.name)
 
     def changed(self, keep: Callable[[Spec], bool] = lambda spec: True) -> dict[str, Any]:
-        """Return the options that differ from their defaults, without secrets, as values that TOML can hold.
+        """Return the options that differ from their defaults, without secrets, for TOML.
 
         Args:
             keep: which options to return.
@@ -172,12 +188,14 @@ class ConfigOptions(OptionGroup, affects_result=False, stored_in_image=False):
     """Configuration file"""
 
     config_file: Path | None = option(
-        None, "TOML file with option values; the command line wins over it; .toml is added when missing", private=True
+        None,
+        "TOML file with option values; the command line wins over it; .toml is added when missing",
+        private=True,
     )
-    output_config: bool = option(False, "write the options that differ from their defaults to --config_file, and exit")
-    strict_config: bool = option(
-        False, "refuse every key of --config_file that this script doesn't know, instead of warning"
+    output_config: bool = option(
+        False, "write the options that differ from their defaults to --config_file, and exit"
     )
+    strict_config: bool = option(False, "refuse unknown keys in --config_file, instead of warning")
 
 
 def read_options(
@@ -189,227 +207,70 @@ def read_options(
     refused: Mapping[str, str] | None = None,
     unused: Mapping[str, str] | None = None,
 ) -> Options:
-    """Read the options of `groups` from `argv` over --config_file over defaults.
+    """Read the options of `groups` from the command line, --config_file and defaults.
+
+    Exits with status 0 after --help and --output_config.
 
     Args:
         description: the script's docstring, the head of its --help.
+        groups: the script's option groups, in the order of --help.
+        argv: the arguments; None: those of the process.
         checks: functions that look for contradictions between groups.
-        refused: options of the reference that can't be used, each with the reason and the alternative.
-        unused: options of the reference that change nothing, each with the reason; said in one line when set.
+        refused: options of sd-scripts that can't be used, each with the reason and the
+            alternative.
+        unused: options of sd-scripts that change nothing, each with the reason, which is logged
+            when the option is set.
 
-    Raises OptionError with every mistake found. Exits 0 after --help and --output_config.
+    Raises:
+        OptionError: with every mistake.
     """
-    groups = [ConfigOptions, *groups]
-    specs = {spec.name: spec for group in groups for spec in specs_of(group)}
-    reader = _Reader(specs, refused or {}, unused or {})
-    reader.read_command_line(_make_parser(description, groups, [*reader.refused, *reader.unused]), argv)
-    config_file = reader.config_file()
-    writing = reader.raw.get("output_config", (False, ""))[0]
-    if config_file is not None and not writing:
-        reader.read_toml(config_file)
+    all_groups: list[type[OptionGroup]] = [ConfigOptions, *groups]
+    specs = {spec.name: spec for group in all_groups for spec in specs_of(group)}
+    reader = OptionReader(specs, refused or {}, unused or {})
+    reader.read_command_line(description, all_groups, argv)
+    if reader.config_file is not None and not reader.writes_config:
+        reader.read_toml(reader.config_file)
     values = reader.values()
 
-    made = [_unchecked(group, values) for group in groups]
-    options = Options(made, {name: where for name, (_, where) in reader.raw.items()}, reader.notices)
-    for group in made:
-        reader.add(group.mistakes())
+    instances = [_unchecked(group, values) for group in all_groups]
+    options = Options(instances, reader.sources, reader.notices)
+    for instance in instances:
+        reader.add(instance.mistakes())
     for check in checks:
         reader.add(check(options))
     if reader.mistakes:
         raise OptionError(*reader.mistakes)
-    if writing:
-        write_config(config_file, options)
+    if reader.writes_config:
+        write_config(reader.config_file, options)
         raise SystemExit(0)
     return options
 
 
-class _Reader:
-    """Collects raw values, their places, and every mistake on the way."""
-
-    def __init__(self, specs: Mapping[str, Spec], refused: Mapping[str, str], unused: Mapping[str, str]):
-        self.specs = specs
-        self.refused = refused
-        self.unused = unused
-        self.raw: dict[str, tuple[Any, str]] = {}  # option -> value as given, where it was given
-        self.mistakes: list[Mistake] = []
-        self.notices: list[str] = []
-        self.broken: set[str] = set()  # options with a mistake of their own: what follows from them isn't told
-
-    def add(self, mistakes: Iterable[Mistake]) -> None:
-        self.mistakes += [m for m in mistakes if not self.broken.intersection(m.about)]
-
-    def config_file(self) -> Path | None:
-        value = self.raw.get("config_file", (None, ""))[0]
-        return None if value is None else Path(value if value.endswith(".toml") else value + ".toml")
-
-    def read_command_line(self, parser: "_Parser", argv: Sequence[str] | None) -> None:
-        try:
-            given, unknown = parser.parse_known_args(argv)
-        except _CommandLineError as error:
-            self.mistakes.append(Mistake(f"{error}; see --help"))
-            return
-        for name, value in vars(given).items():
-            self.raw[name] = (value, f"--{name}")
-        follows_unknown = False  # the words behind an unknown option are its values
-        for word in unknown:
-            if word.startswith("-"):
-                name = word.lstrip("-").split("=")[0]
-                kind = foreign_key(name)
-                elsewhere = f"; it is {kind}" if kind else did_you_mean(name, self.specs)
-                dashes = "" if word.startswith("--") else " (options start with two dashes)"
-                self.mistakes.append(Mistake(f"{word.split('=')[0]} is no option of this script{elsewhere}{dashes}"))
-                follows_unknown = True
-            elif not follows_unknown:
-                self.mistakes.append(Mistake(f"unexpected word {word!r} on the command line; see --help"))
-
-    def read_toml(self, path: Path) -> None:
-        """Raises OptionError if the file can't be read at all: what would follow from its absence isn't worth telling."""
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            tables = tomllib.loads(text)
-        except FileNotFoundError:
-            raise OptionError(*self.mistakes, f"--config_file {path}: no such file") from None
-        except UnicodeDecodeError:
-            raise OptionError(*self.mistakes, f"--config_file {path}: it is not UTF-8; save it as UTF-8") from None
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            hint = "; write Windows paths in 'single quotes', or with /" if "Unescaped" in str(error) else ""
-            raise OptionError(*self.mistakes, f"--config_file {path}: can't be read as TOML: {error}{hint}") from None
-        values: dict[str, Any] = {}
-        for key, value in tables.items():  # section names only group keys for the reader
-            values |= value if isinstance(value, dict) else {key: value}
-        strict = bool(self.raw.get("strict_config", (False, ""))[0] or values.get("strict_config"))
-        foreign = []
-        for key, value in values.items():
-            where = f"{path}, line {_line_of(text, key)}: {key}"
-            if key in self.specs or key in self.refused or key in self.unused:
-                self.raw.setdefault(key, (value, where))
-            elif foreign_key(key) is None and nearest(key, self.specs):
-                self.mistakes.append(Mistake(f"{where} is no option of this script{did_you_mean(key, self.specs)}"))
-            elif strict:
-                why = foreign_key(key) or "unknown"
-                self.mistakes.append(
-                    Mistake(f"{where} is no option of this script ({why}), and --strict_config is set")
-                )
-            else:
-                kind = foreign_key(key)
-                foreign.append(f"{key} ({kind})" if kind else key)
-        if foreign:
-            self.notices.append(f"{path}: no options of this script, ignored: {', '.join(sorted(foreign))}")
-
-    def values(self) -> dict[str, Any]:
-        """The value of every option; a broken one has its default, and a mistake."""
-        values = {name: spec.default for name, spec in self.specs.items()}
-        idle: dict[str, list[str]] = {}  # reason -> options
-        for name, (value, where) in list(self.raw.items()):
-            if name in self.refused:
-                if value not in (False, 0, "", "0", [], None):
-                    self.mistakes.append(Mistake(f"{where}: {self.refused[name]}"))
-                continue
-            if name in self.unused:
-                if value not in (False, "", []):
-                    idle.setdefault(self.unused[name], []).append(name)
-                continue
-            spec = self.specs[name]
-            try:
-                read = read_value(value, spec)
-            except ValueError as error:
-                got = "something else" if spec.rules["secret"] else repr(value)
-                self.mistakes.append(Mistake(f"{where}: {error}, got {got}"))
-                self.broken.add(name)
-                continue
-            if read is UNSET:
-                del self.raw[name]
-                continue
-            values[name] = read
-            if spec.rules["no_effect"] and read != spec.default:
-                self.notices.append(f"{where} changes nothing: {spec.rules['no_effect']}")
-        if idle:
-            told = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in idle.items())
-            self.notices.append(f"these options change nothing here: {told}")
-        return values
-
-
 def _unchecked(group: type[OptionGroup], values: Mapping[str, Any]) -> OptionGroup:
-    """An instance whose rules the caller checks, so that all mistakes can be collected before any is raised."""
-    made = object.__new__(group)
+    """Return an instance whose mistakes the caller collects, instead of raising the first."""
+    instance = object.__new__(group)
     for field in dataclasses.fields(group):
-        object.__setattr__(made, field.name, values[field.name])
-    return made
-
-
-def _line_of(text: str, key: str) -> int:
-    """The line that sets `key` last, as later sections win; 1 if the key is spelt in a way that isn't searched for."""
-    lines = [
-        n for n, line in enumerate(text.splitlines(), 1) if re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line)
-    ]
-    return lines[-1] if lines else 1
+        object.__setattr__(instance, field.name, values[field.name])
+    return instance
 
 
 def write_config(path: Path | None, options: Options) -> None:
-    """Write the options that differ from their defaults as TOML. Raises RunError if the file exists already."""
+    """Write the options that differ from their defaults as TOML.
+
+    Raises:
+        OptionError: there is no path.
+        RunError: the file exists already.
+    """
     if path is None:
         raise OptionError("--output_config needs --config_file: the file to write")
+    about_the_file = {spec.name for spec in specs_of(ConfigOptions)}
     try:
-        about_the_file = {spec.name for spec in specs_of(ConfigOptions)}
         with open(path, "x", encoding="utf-8") as file:
             for name, value in options.changed().items():
                 if name not in about_the_file:
                     file.write(f"{name} = {as_toml(value)}\n")
     except FileExistsError:
-        raise RunError(f"--output_config: {path} exists already; remove it or name another --config_file") from None
+        raise RunError(
+            f"--output_config: {path} exists already; remove it or name another --config_file"
+        ) from None
     print(f"options written to {path}")
-
-
-# ------------------------------------------------------------------------------------------------- argparse, and main
-
-
-class _CommandLineError(Exception):
-    pass
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise _CommandLineError(message)
-
-
-def _make_parser(description: str, groups: Sequence[type[OptionGroup]], hidden: Iterable[str]) -> _Parser:
-    """A parser that only splits words: types and choices are checked by read_value, for command line and TOML alike."""
-    parser = _Parser(
-        usage="%(prog)s [options]",
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-    )  # fmt: skip
-    for group in groups:
-        title = (group.__doc__ or "").splitlines()[0].rstrip(".")
-        section = parser.add_argument_group(title)
-        for spec in specs_of(group):
-            text = _help(spec)
-            if spec.is_switch:
-                section.add_argument(f"--{spec.name}", action="store_true", help=text)
-            else:
-                nargs = "*" if spec.is_list else None
-                metavar = spec.rules["metavar"] or (
-                    None if spec.rules["choices"] is None else "{" + ",".join(map(str, spec.rules["choices"])) + "}"
-                )
-                section.add_argument(
-                    f"--{spec.name}", nargs=nargs, help=text, metavar=metavar or _METAVARS.get(spec.kinds, "VALUE")
-                )
-    for name in hidden:
-        parser.add_argument(f"--{name}", nargs="*", action=_GivenAtAll, help=argparse.SUPPRESS)
-    return parser
-
-
-_METAVARS = {(int,): "N", (float,): "X", (str,): "TEXT", (Path,): "PATH", (int, float): "N"}
-
-
-class _GivenAtAll(argparse.Action):
-    """A refused or unused option: whatever follows it, it was given."""
-
-    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ANN001 - argparse's signature
-        setattr(namespace, self.dest, values or True)
-
-
-def _help(spec: Spec) -> str:
-    default = "" if spec.default in (None, False, "") else f" (default: {spec.default})"
-    no_effect = f"; changes nothing here: {spec.rules['no_effect']}" if spec.rules["no_effect"] else ""
-    return (spec.rules["help"] + no_effect + default).replace("%", "%%")

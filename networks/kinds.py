@@ -1,37 +1,26 @@
-"""The kinds of networks that --network_module can name, and how a network is built.
+"""The kinds of networks that --network_module can name. This module doesn't import torch.
 
 To add a kind, for example networks.loha:
-1. Write networks/loha.py: a `Network` (networks/base.py), and a function `build(options, unet, encoders, compute)` that
-   returns it with the weights of --network_weights loaded.
-2. Add a row to KINDS. Its settings are read without torch (networks/lora_settings.py shows how), so that mistakes in
-   --network_args are reported before torch is imported.
-
-This module imports torch only when a network is built.
+1. Write networks/loha.py: a class derived from `Network` (networks/base.py), and a function
+   `build(options, unet, encoders, compute)` that returns such a network with the weights of
+   --network_weights loaded. networks/build.py calls it.
+2. Add a row to KINDS. Its settings are read without torch (networks/lora_settings.py shows how), so
+   that mistakes in --network_args are reported before torch is imported.
 """
 
-import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from library.errors import Mistake
-from library.log import log
 from library.option_types import did_you_mean
 from networks.lora_settings import read_lora_settings
 
-if TYPE_CHECKING:
-    import torch
-
-    from library.device import Precision
-    from library.models.unet import UNet
-    from networks.base import Network
-    from networks.options import NetworkOptions
-
 ReadSettings = Callable[[int | None, float, float | None, Sequence[str]], tuple[Any, list[str]]]
-"""(--network_dim, --network_alpha, --network_dropout, --network_args) -> settings, and a sentence for each mistake."""
+"""(--network_dim, --network_alpha, --network_dropout, --network_args) -> settings, and a sentence for
+each mistake."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +31,9 @@ class NetworkKind:
         module: the module with its function `build`.
         read_settings: reads its options, without torch.
         check_module: yields what is wrong with the value of --network_module.
-        weights_key: how one key per module ends in its files; None: any file may fit.
-        replaces_layers: it replaces layers of this suite's encoders; otherwise it looks for classes of transformers.
+        weights_key: the ending of a key that each module has in its files; None: any file may fit.
+        needs_transformers_encoders: it looks for classes of transformers in the text encoders, and
+            doesn't work with this suite's own layers.
         supports_quantized_base: it works on quantized layers (--fp8_base, --base_quant).
     """
 
@@ -51,7 +41,7 @@ class NetworkKind:
     read_settings: ReadSettings
     check_module: Callable[[str], Iterable[Mistake]] = lambda name: ()
     weights_key: str | None = None
-    replaces_layers: bool = True
+    needs_transformers_encoders: bool = False
     supports_quantized_base: bool = True
 
 
@@ -67,11 +57,15 @@ def _check_external_module(name: str) -> Iterable[Mistake]:
     """Yield what is wrong with the name of another package's module, without importing it."""
     package = name.partition(".")[0]
     if name in _USE_INSTEAD:
-        yield Mistake(f"--network_module {name}: not part of this suite; {_USE_INSTEAD[name]}", ("network_module",))
+        yield Mistake(
+            f"--network_module {name}: not part of this suite; {_USE_INSTEAD[name]}",
+            ("network_module",),
+        )
     elif package == "networks" or not re.fullmatch(r"\w+(\.\w+)*", name):
         hint = did_you_mean(name, [*KINDS, "lycoris.kohya"])
         yield Mistake(
-            f"--network_module {name}: no such module; networks.lora trains a LoRA{hint}", ("network_module",)
+            f"--network_module {name}: no such module; networks.lora trains a LoRA{hint}",
+            ("network_module",),
         )
     elif importlib.util.find_spec(package) is None:
         yield Mistake(
@@ -88,7 +82,9 @@ def _read_external_settings(
 
 
 KINDS: Mapping[str, NetworkKind] = {
-    "networks.lora": NetworkKind("networks.lora_file", read_lora_settings, weights_key=".lora_down.weight"),
+    "networks.lora": NetworkKind(
+        "networks.lora", read_lora_settings, weights_key=".lora_down.weight"
+    ),
 }
 """The kinds of this suite, by the value of --network_module."""
 
@@ -96,7 +92,7 @@ EXTERNAL = NetworkKind(
     "networks.external",
     _read_external_settings,
     check_module=_check_external_module,
-    replaces_layers=False,
+    needs_transformers_encoders=True,
     supports_quantized_base=False,
 )
 """Any other module with sd-scripts' create_network."""
@@ -105,41 +101,3 @@ EXTERNAL = NetworkKind(
 def kind_of(network_module: str | None) -> NetworkKind:
     """Return the kind of network that --network_module names."""
     return KINDS.get(network_module or "networks.lora", EXTERNAL)
-
-
-def build_network(
-    options: "NetworkOptions",
-    unet: "UNet",
-    encoders: Sequence[Any],
-    device: "torch.device",
-    precision: "Precision",
-) -> "Network":
-    """Build the network for the options and attach it to the models.
-
-    Args:
-        options: the options of the network.
-        unet: the U-Net.
-        encoders: the text encoders that it may cover; empty if captions are encoded in advance.
-        device: the device of the models. On "meta" the network has no data either.
-        precision: its dtypes.
-
-    Raises:
-        OptionError: it can't be built, or --network_weights don't fit.
-    """
-    import torch
-
-    if options.network_train_unet_only:
-        encoders = ()
-    build = importlib.import_module(options.kind.module).build
-    with torch.device("meta") if device.type == "meta" else nullcontext():
-        network: Network = build(options, unet, encoders, precision.compute)
-    network.module.to(device, precision.trained)
-    network.attach()
-    if untrainable := network.untrainable():
-        log.info(
-            "%d modules can't be trained and are saved with their initial weights: %s … (SDXL doesn't use the output of the "
-            "first text encoder's last layer)",
-            len(untrainable),
-            untrainable[0],
-        )
-    return network

@@ -49,7 +49,11 @@ class LoraModule(nn.Module):
         self.lora_down: nn.Linear | nn.Conv2d
         self.lora_up: nn.Linear | nn.Conv2d
         if isinstance(layer, nn.Conv2d):
-            sizes: Any = {"kernel_size": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
+            sizes: Any = {
+                "kernel_size": layer.kernel_size,
+                "stride": layer.stride,
+                "padding": layer.padding,
+            }
             self.lora_down = Conv2d(layer.in_channels, rank, bias=False, **sizes)
             self.lora_up = Conv2d(rank, layer.out_channels, 1, bias=False)
         else:
@@ -130,10 +134,19 @@ class LoraLinear(_LoraLayer, Linear):
         """Return the layer's output with the LoRA's added, [B, ..., out] for x [B, ..., in]."""
         lora = self.lora
         scale = lora.sample_scale()
-        is_trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        is_trained = self.weight.requires_grad or (
+            self.bias is not None and self.bias.requires_grad
+        )
         if is_trained or lora.drops:
             return _add_product(Linear.forward(self, x.flatten(0, -2)), x, lora, scale)
-        y = lora_linear(x.flatten(0, -2), self.weight, self.bias, lora.lora_down.weight, lora.lora_up.weight, scale)
+        y = lora_linear(
+            x.flatten(0, -2),
+            self.weight,
+            self.bias,
+            lora.lora_down.weight,
+            lora.lora_up.weight,
+            scale,
+        )
         return y.unflatten(0, x.shape[:-1])
 
 

@@ -97,7 +97,9 @@ def _block_values(convert: Callable[[str], Any]) -> Callable[[str], tuple]:
     return read
 
 
-def _bounded(convert: Callable[[str], Any], low: float, below: float = math.inf) -> Callable[[str], Any]:
+def _bounded(
+    convert: Callable[[str], Any], low: float, below: float = math.inf
+) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         value = convert(text)
         if not low <= value < below:
@@ -138,11 +140,16 @@ _DIM = NetworkArgument(_bounded(int, 0), "an integer of at least 0")
 _VALUE = NetworkArgument(_bounded(float, 0), "a number of at least 0")
 _PROBABILITY = NetworkArgument(_bounded(float, 0, below=1), "a probability from 0 to below 1")
 _SIDE = NetworkArgument(
-    _side_weights, f"{_SIDE_BLOCKS} numbers separated by commas, or one of {', '.join(_PRESETS)} with +number"
+    _side_weights,
+    f"{_SIDE_BLOCKS} numbers separated by commas, or one of {', '.join(_PRESETS)} with +number",
 )
-_MIDDLE = NetworkArgument(lambda text: _weights(text, _MIDDLE_BLOCKS), f"{_MIDDLE_BLOCKS} numbers separated by commas")
+_MIDDLE = NetworkArgument(
+    lambda text: _weights(text, _MIDDLE_BLOCKS), f"{_MIDDLE_BLOCKS} numbers separated by commas"
+)
 _BLOCK_DIMS = NetworkArgument(_block_values(int), f"{NUM_LR_BLOCKS} integers separated by commas")
-_BLOCK_VALUES = NetworkArgument(_block_values(float), f"{NUM_LR_BLOCKS} numbers separated by commas")
+_BLOCK_VALUES = NetworkArgument(
+    _block_values(float), f"{NUM_LR_BLOCKS} numbers separated by commas"
+)
 
 LORA_ARGUMENTS: Mapping[str, NetworkArgument] = {
     "conv_dim": _DIM,
@@ -184,7 +191,9 @@ def read_arguments(
         key, _, text = pair.partition("=")
         if key not in arguments:
             hint = did_you_mean(key, arguments)
-            mistakes.append(f"{key!r} is not an argument of {module}{hint}; it accepts {', '.join(arguments)}")
+            mistakes.append(
+                f"{key!r} is not an argument of {module}{hint}; it accepts {', '.join(arguments)}"
+            )
             continue
         try:
             values[key] = arguments[key].read(text.strip())
@@ -232,7 +241,11 @@ def read_lora_settings(
 
 def _block_lr_weights(values: Mapping[str, Any]) -> tuple[float, ...] | None:
     """Return 23 factors, where any of the three lists is given; those not above the threshold are 0."""
-    counts = {"down_lr_weight": _SIDE_BLOCKS, "mid_lr_weight": _MIDDLE_BLOCKS, "up_lr_weight": _SIDE_BLOCKS}
+    counts = {
+        "down_lr_weight": _SIDE_BLOCKS,
+        "mid_lr_weight": _MIDDLE_BLOCKS,
+        "up_lr_weight": _SIDE_BLOCKS,
+    }
     if not any(key in values for key in counts):
         return None
     threshold = values.get("block_lr_zero_threshold", 0.0)

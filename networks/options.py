@@ -17,26 +17,37 @@ class NetworkOptions(OptionGroup):
     """Network"""
 
     network_module: str | None = option(
-        None, "kind of network: networks.lora, or a module of another package with create_network: lycoris.kohya"
+        None,
+        "kind of network: networks.lora, or a module of another package with create_network: lycoris.kohya",
     )
     network_dim: int | None = option(None, "rank; 4 if unset", at_least=1)
     network_alpha: float = option(
-        1.0, "alpha: the network's output is scaled by alpha / rank; 0 means alpha = rank", at_least=0
+        1.0,
+        "alpha: the network's output is scaled by alpha / rank; 0 means alpha = rank",
+        at_least=0,
     )
     network_dropout: float | None = option(
-        None, "probability of dropping each value between the down and the up projection", at_least=0, at_most=0.99
+        None,
+        "probability of dropping each value between the down and the up projection",
+        at_least=0,
+        at_most=0.99,
     )
     network_args: tuple[str, ...] | None = option(
         None, "further arguments of the network: conv_dim=4 conv_alpha=1 …", metavar="KEY=VALUE"
     )
     network_weights: Path | None = option(
-        None, "network file to continue from, with a new optimizer and schedule", affects_result=False, private=True
+        None,
+        "network file to continue from, with a new optimizer and schedule",
+        affects_result=False,
+        private=True,
     )
     dim_from_weights: bool = option(
         False, "use the modules, ranks and alphas of --network_weights", affects_result=False
     )
     allow_partial: bool = option(
-        False, "load --network_weights even if some modules don't fit or are missing", affects_result=False
+        False,
+        "load --network_weights even if some modules don't fit or are missing",
+        affects_result=False,
     )
     base_weights: tuple[Path, ...] | None = option(
         None,
@@ -63,16 +74,23 @@ class NetworkOptions(OptionGroup):
         unset=(0,),
     )
     save_model_as: str = option(
-        "safetensors", "format of the saved file", choices=("safetensors", "ckpt", "pt"), affects_result=False
+        "safetensors",
+        "format of the saved file",
+        choices=("safetensors", "ckpt", "pt"),
+        affects_result=False,
     )
     no_metadata: bool = option(
-        False, "write only the metadata that other programs need to load the file", affects_result=False
+        False,
+        "write only the metadata that other programs need to load the file",
+        affects_result=False,
     )
     training_comment: str | None = option(None, "written to the metadata", affects_result=False)
 
     def mistakes(self) -> Iterable[Mistake]:
         if self.network_module is None:
-            yield Mistake("--network_module is required: networks.lora trains a LoRA", ("network_module",))
+            yield Mistake(
+                "--network_module is required: networks.lora trains a LoRA", ("network_module",)
+            )
         else:
             yield from self.kind.check_module(self.network_module)
         if self.network_train_unet_only and self.network_train_text_encoder_only:
@@ -82,11 +100,18 @@ class NetworkOptions(OptionGroup):
             )
         if self.dim_from_weights and self.network_weights is None:
             yield Mistake(
-                "--dim_from_weights requires --network_weights, the file with the ranks", ("network_weights",)
+                "--dim_from_weights requires --network_weights, the file with the ranks",
+                ("network_weights",),
             )
         if self.network_weights is not None and not self.network_weights.is_file():
-            found = "is a folder; a file is required" if self.network_weights.is_dir() else "no such file"
-            yield Mistake(f"--network_weights {self.network_weights}: {found}", ("network_weights",))
+            found = (
+                "is a folder; a file is required"
+                if self.network_weights.is_dir()
+                else "no such file"
+            )
+            yield Mistake(
+                f"--network_weights {self.network_weights}: {found}", ("network_weights",)
+            )
         if len(self.text_encoder_lr or ()) > 2:
             yield Mistake(
                 f"--text_encoder_lr: SDXL has two text encoders, got {len(self.text_encoder_lr or ())} values",
@@ -97,7 +122,8 @@ class NetworkOptions(OptionGroup):
                 yield Mistake(f"--base_weights {path}: no such file", ("base_weights",))
         if len(self.base_weights_multiplier or ()) > len(self.base_weights or ()):
             yield Mistake(
-                "--base_weights_multiplier has more values than --base_weights has files", ("base_weights_multiplier",)
+                "--base_weights_multiplier has more values than --base_weights has files",
+                ("base_weights_multiplier",),
             )
         for text in self.read_settings()[1]:
             yield Mistake(f"--network_args: {text}", ("network_args",))
@@ -122,7 +148,10 @@ class NetworkOptions(OptionGroup):
 
 def check_weights(options: NetworkOptions) -> Iterable[Mistake]:
     """Yield what is wrong with the network files that will be read, by their headers."""
-    files = [("--base_weights", path, KINDS["networks.lora"].weights_key) for path in options.base_weights or ()]
+    files = [
+        ("--base_weights", path, KINDS["networks.lora"].weights_key)
+        for path in options.base_weights or ()
+    ]
     if options.network_weights is not None:
         files.append(("--network_weights", options.network_weights, options.kind.weights_key))
     for flag, path, key in files:
@@ -134,4 +163,7 @@ def check_weights(options: NetworkOptions) -> Iterable[Mistake]:
             yield Mistake(f"{flag} {error}", (flag[2:],))
             continue
         if not any(name.endswith(key) for name in names):
-            yield Mistake(f"{flag} {path}: this is {identify(names)}; a file with {key} keys is required", (flag[2:],))
+            yield Mistake(
+                f"{flag} {path}: this is {identify(names)}; a file with {key} keys is required",
+                (flag[2:],),
+            )

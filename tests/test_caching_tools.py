@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forked import end_together, processes
+from messages import mentions
 from PIL import Image
 from running import QUICK, ROOT, Ended, losses_of, run_here, script, train_network, without
 
@@ -99,10 +100,10 @@ def test_a_config_file_of_training_is_taken_and_damaged_images_are_all_told(gold
     done = ends("tools.cache_latents", "--config_file", tmp_path / "run.toml")
     assert done.returncode == 2 and all(f"picture{number}.png" in done.stderr for number in (0, 2))
     done = call("tools.cache_latents", "--config_file", tmp_path / "run.toml", "--skip_bad_images")
-    assert "the caches of 2 pictures are complete" in done.stderr, done.stderr
-    assert "min_snr_gamma" in done.stderr and "it is for training" in done.stderr
+    assert len(list(images.rglob("*_sdxl.npz"))) == 2 and done.returncode == 0, done.stderr
+    assert mentions(done.stderr, "WARNING", "min_snr_gamma", "learning_rate", "network_module")
     done = ends("tools.cache_text_encoder_outputs", "--config_file", tmp_path / "run.toml")
-    assert done.returncode == 2 and "--text_cache_variants 8" in done.stderr
+    assert done.returncode == 2 and mentions(done.stderr, "shuffle_caption", "--text_cache_variants")
 
 
 def test_images_become_metadata_caches_and_a_lora(golden_model, images, tmp_path):
@@ -151,16 +152,16 @@ def test_prepare_buckets_refuses_what_cant_work_all_at_once(golden_model, images
     assert done.returncode == 2 and done.stderr.count("error:") == 5 and "Traceback" not in done.stderr
 
 
-def test_drawn_captions_train_from_a_cache_without_the_text_encoders(golden_model, images, tmp_path, capsys):
+def test_drawn_captions_train_from_a_cache_without_the_text_encoders(golden_model, images, tmp_path):
     words = ["--shuffle_caption", "--caption_dropout_rate", 0.3, "--text_cache_variants", 3, "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]  # fmt: skip
     train_network(golden_model, images, tmp_path / "first", *words, "--max_train_steps", 4)
     with np.load(next(images.rglob("*_te_outputs.npz"))) as arrays:
         assert {"hidden_state1", "pool2_3"} <= set(
             arrays
         ) and "pool2_4" not in arrays  # three captions and the empty one
-    capsys.readouterr()
+    made = {file: file.stat().st_mtime_ns for file in images.rglob("*_te_outputs.npz")}
     train_network(golden_model, images, tmp_path / "second", *words, "--max_train_steps", 4)
-    assert "text-encoder outputs: 4 of 4 are cached" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in images.rglob("*_te_outputs.npz")} == made
     assert losses_of(tmp_path / "first") == losses_of(tmp_path / "second")
 
 
@@ -191,8 +192,8 @@ def test_debug_dataset_prints_and_writes_a_page_without_training(golden_model, i
         golden_model, images, tmp_path / "out", "--debug_dataset", "--shuffle_caption", "--alpha_mask", quick=words
     )
     told = capsys.readouterr().out
-    assert "mean crop loss" in told and "8 batches / 1 accumulated = 8 steps an epoch" in told
-    assert "LEFT OUT: 'word," in told or "LEFT OUT: ', a word" in told or "LEFT OUT: 'a word" in told, told
+    assert mentions(told, "crop") and mentions(told, "8 batches", "1", "8 steps")
+    assert mentions(told, "'word,|', a word|'a word"), told
     (page,) = (tmp_path / "out").iterdir()
     html = page.read_text(encoding="utf-8")
     assert page.name == "lora-dataset.html" and html.count("data:image/jpeg;base64,") == 4 and "<script" not in html
@@ -203,9 +204,11 @@ def test_debug_dataset_prints_and_writes_a_page_without_training(golden_model, i
 def test_the_tools_tell_mistakes_before_torch(name, tmp_path):
     done = script(ROOT / "tools" / f"{name}.py", "--resolutoin", "64", "--flux", "--debug_dataset")
     assert (
-        done.returncode == 2 and "did you mean 'resolution'" in done.stderr and "this tool is for SDXL" in done.stderr
+        done.returncode == 2
+        and mentions(done.stderr, "--resolutoin", "'resolution'|--resolution")
+        and mentions(done.stderr, "--flux", "SDXL")
     )
-    assert "--debug_dataset is for the training scripts" in done.stderr
+    assert mentions(done.stderr, "--debug_dataset")
 
 
 def test_prepare_buckets_writes_no_metadata_when_a_image_cant_be_encoded(golden_model, images, tmp_path):
@@ -215,6 +218,6 @@ def test_prepare_buckets_writes_no_metadata_when_a_image_cant_be_encoded(golden_
     (folder / "picture1.png").write_bytes(raw[:60] + bytes(len(raw) - 60))  # its header is whole
     words = [folder, tmp_path / "in.json", tmp_path / "out.json", golden_model, "--max_resolution", "64,64", "--min_bucket_reso", 32, "--bucket_reso_steps", 32]  # fmt: skip
     done = ends("prepare_buckets_latents", *words, "--max_data_loader_n_workers", 2)
-    assert done.returncode == 1 and "picture1.png: damaged" in done.stderr and "--skip_existing" in done.stderr
-    assert "--max_data_loader_n_workers changes nothing here" in done.stderr
+    assert done.returncode == 1 and mentions(done.stderr, "picture1.png") and mentions(done.stderr, "--skip_existing")
+    assert mentions(done.stderr, "WARNING", "--max_data_loader_n_workers")
     assert not (tmp_path / "out.json").exists() and len(list(folder.glob("*.npz"))) == 3

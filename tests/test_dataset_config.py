@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from messages import mentioning, mentions
 
-from library.data.dataset_config import check_datasets, read_datasets
+from library.data.dataset_config import DatasetDefinition, read_datasets
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.errors import OptionError
 from library.options import read_options
@@ -87,28 +88,27 @@ def test_json_says_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    "text, tokens",
     [
-        ("[genral]\n", "top level: 'genral' is unknown; did you mean 'general'?"),
-        ("[[datasets]]\nresolution = 512\n", "[[datasets]] 1: it has no [[datasets.subsets]]"),
-        ("[[datasets]]\nresolution = 512\nimage_dir = 'x'\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "[[datasets]] 1: 'image_dir' belongs in [[datasets.subsets]]"),
-        ("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\nbatch_size = 2\n", "subset 1: 'batch_size' belongs in [general] or [[datasets]]"),
-        ("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'DIR/none'\n", "no such folder"),
-        ("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nnum_repeats = 2\n", "subset 1: image_dir is missing"),
-        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "resolution is missing"),
-        ("[[datasets]]\nresolution = [1,2,3]\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "resolution"),
-        ("[[datasets]]\nresolution = 2048\nenable_bucket = true\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "max_bucket_reso 1024 is below the resolution's longer side 2048"),
-        ("[[datasets]]\nresolution = 512\nenable_bucket = true\nbucket_reso_steps = 40\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "SDXL needs a multiple of 32"),
-        ("[[datasets]]\nresolution = 500\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "multiples of 8"),
-        ("[[datasets]]\nresolution = 512\nkeep_tokens = 'two'\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "keep_tokens: expected a whole number, got 'two'"),
-        ("[[datasets]]\nresolution = 512\nkeep_token = 2\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", "'keep_token' is unknown; did you mean 'keep_tokens'?"),
-        ("[datasets]\nresolution = 512\n", "double brackets"),
+        ("[genral]\n", ("'genral'", "'general'")),
+        ("[[datasets]]\nresolution = 512\n", ("[[datasets]] 1", "[[datasets.subsets]]")),
+        ("[[datasets]]\nresolution = 512\nimage_dir = 'x'\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", ("[[datasets]] 1", "'image_dir'", "[[datasets.subsets]]")),
+        ("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\nbatch_size = 2\n", ("subset 1", "'batch_size'", "[general]", "[[datasets]]")),
+        ("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'DIR/none'\n", ("subset 1", "image_dir", "DIR/none")),
+        ("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nnum_repeats = 2\n", ("subset 1", "image_dir")),
+        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", ("[[datasets]] 1", "--resolution")),
+        ("[[datasets]]\nresolution = [1,2,3]\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", ("[[datasets]] 1", "resolution", "[1, 2, 3]")),
+        ("[[datasets]]\nresolution = 2048\nenable_bucket = true\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", ("max_bucket_reso", "1024", "resolution", "2048")),
+        ("[[datasets]]\nresolution = 512\nenable_bucket = true\nbucket_reso_steps = 40\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", ("bucket_reso_steps", "40", "32")),
+        ("[[datasets]]\nresolution = 500\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", ("resolution", "500x500", "8")),
+        ("[[datasets]]\nresolution = 512\nkeep_tokens = 'two'\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", ("keep_tokens", "number|integer", "'two'")),
+        ("[[datasets]]\nresolution = 512\nkeep_token = 2\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n", ("'keep_token'", "'keep_tokens'")),
+        ("[datasets]\nresolution = 512\n", ("[[datasets]]", "[[datasets.subsets]]", "bracket")),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_with_its_table(text, expected, tmp_path):
-    assert any(expected in mistake and "data.toml" in mistake for mistake in mistakes_of(tmp_path, text)), mistakes_of(
-        tmp_path, text
-    )
+def test_a_mistake_is_told_with_its_table(text, tokens, tmp_path):
+    found = mistakes_of(tmp_path, text)
+    assert mentions(found, "data.toml", *(token.replace("DIR", tmp_path.as_posix()) for token in tokens)), found
 
 
 def test_all_mistakes_of_a_file_are_told_at_once(tmp_path):
@@ -117,14 +117,14 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path):
 
 
 def test_a_missing_file_and_an_unknown_ending_are_told(tmp_path):
-    for name, expected in (
-        ("none.toml", "no such file"),
-        ("x.yaml", r"expected a .toml or .json file"),
-        ("x.toml", "can't be read"),
+    for name, tokens in (
+        ("none.toml", ["file"]),
+        ("x.yaml", [".toml", ".json"]),
+        ("x.toml", ["line 1"]),
     ):
         (tmp_path / "x.yaml").write_text("", encoding="utf-8")
         (tmp_path / "x.toml").write_text("= =", encoding="utf-8")
-        with pytest.raises(OptionError, match=expected):
+        with pytest.raises(OptionError, match=mentioning("--dataset_config", name, *tokens)):
             read_datasets(options_of("--dataset_config", tmp_path / name))
 
 
@@ -134,8 +134,7 @@ def test_folders_named_n_class_give_repeats_and_class_tokens(tmp_path):
     plans, notices = read_datasets(options_of("--train_data_dir", tmp_path, "--resolution", "64,96"))
     found = {subset.image_dir.name: (subset.num_repeats, subset.class_tokens) for subset in plans[0].subsets}
     assert found == {"10_a cat_with hat": (10, "a cat_with hat"), "2": (2, ""), "3_": (3, "")}
-    assert any("num_repeats is 0" in notice for notice in notices)
-    assert any("not named N_class, so not used: notes" in notice for notice in notices)
+    assert mentions(notices, "0_none", "num_repeats") and mentions(notices, "N_class", "notes")
     assert plans[0].buckets.resolution == Size(64, 96)
 
 
@@ -143,14 +142,14 @@ def test_a_plain_folder_of_images_is_taken_once_and_told(tmp_path):
     (tmp_path / "x.png").write_bytes(b"")
     plans, notices = read_datasets(options_of("--train_data_dir", tmp_path, "--resolution", 64))
     assert (plans[0].subsets[0].image_dir, plans[0].subsets[0].num_repeats) == (tmp_path, 1)
-    assert "no N_class folders" in notices[0]
+    assert mentions(notices[0], "N_class", tmp_path)
 
 
 def test_a_folder_without_images_or_classes_says_what_is_expected_and_found(tmp_path):
     (tmp_path / "cats").mkdir()
-    with pytest.raises(OptionError, match=r"expected folders named N_class .* found cats"):
+    with pytest.raises(OptionError, match=mentioning("--train_data_dir", "N_class", "cats")):
         read_datasets(options_of("--train_data_dir", tmp_path, "--resolution", 64))
-    with pytest.raises(OptionError, match="no such folder"):
+    with pytest.raises(OptionError, match=mentioning("--train_data_dir", tmp_path / "none")):
         read_datasets(options_of("--train_data_dir", tmp_path / "none", "--resolution", 64))
 
 
@@ -166,7 +165,7 @@ def test_a_folder_named_twice_in_a_dataset_is_used_once_and_told(tmp_path):
     path = tmp_path / "data.toml"
     path.write_text(twice.replace("DIR", tmp_path.as_posix()), encoding="utf-8")
     plans, notices = read_datasets(options_of("--dataset_config", path))
-    assert len(plans[0].subsets) == 1 and "there twice" in notices[0]
+    assert len(plans[0].subsets) == 1 and mentions(notices[0], tmp_path / "a", "twice|duplicate|more than once")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +178,7 @@ def test_fault_59_cached_text_and_captions_that_change_exclude_each_other(name, 
     options = options_of(
         "--train_data_dir", tmp_path, "--resolution", 64, "--cache_text_encoder_outputs", f"--{name}", *value
     )
-    (mistake,) = check_datasets(options)
+    (mistake,) = DatasetDefinition().check(options)
     assert name in mistake.text and "--cache_text_encoder_outputs rules out" in mistake.text
 
 
@@ -187,9 +186,9 @@ def test_fault_59_cached_text_and_captions_that_change_exclude_each_other(name, 
 def test_cached_variants_lift_the_refusal_of_captions_that_change(name, value, tmp_path):
     (tmp_path / "1_x").mkdir()
     words = ["--train_data_dir", tmp_path, "--resolution", 64, "--cache_text_encoder_outputs", f"--{name}", *value]
-    (mistake,) = check_datasets(options_of(*words))
+    (mistake,) = DatasetDefinition().check(options_of(*words))
     assert "--text_cache_variants 8" in mistake.text
-    assert list(check_datasets(options_of(*words, "--text_cache_variants", 4))) == []
+    assert list(DatasetDefinition().check(options_of(*words, "--text_cache_variants", 4))) == []
 
 
 def test_token_warmup_cant_be_cached_at_all(tmp_path):
@@ -204,17 +203,17 @@ def test_token_warmup_cant_be_cached_at_all(tmp_path):
         10,
     ]
     for more in ([], ["--text_cache_variants", 4]):
-        (mistake,) = check_datasets(options_of(*words, *more))
+        (mistake,) = DatasetDefinition().check(options_of(*words, *more))
         assert "token_warmup_step changes captions by the step" in mistake.text
 
 
 @pytest.mark.parametrize("name", ["color_aug", "random_crop"])
 def test_cached_latents_and_pixels_that_change_exclude_each_other(name, tmp_path):
     (tmp_path / "1_x").mkdir()
-    (mistake,) = check_datasets(
+    (mistake,) = DatasetDefinition().check(
         options_of("--train_data_dir", tmp_path, "--resolution", 64, "--cache_latents", f"--{name}")
     )
-    assert f"{name} changes pixels" in mistake.text
+    assert mentions(mistake.text, name, "--cache_latents")
 
 
 def test_settings_that_have_no_effect_are_told(tmp_path):
@@ -223,8 +222,8 @@ def test_settings_that_have_no_effect_are_told(tmp_path):
     path = tmp_path / "data.toml"
     path.write_text(text.replace("DIR", tmp_path.as_posix()), encoding="utf-8")
     plans, notices = read_datasets(options_of("--dataset_config", path))
-    assert any("face_crop_aug_range is not used" in notice for notice in notices)
-    assert any("network_multiplier changes nothing" in notice for notice in notices)
+    assert mentions(notices, "face_crop_aug_range")
+    assert mentions(notices, "network_multiplier")
     assert plans[0].subsets[0].pixels.face_crop_aug_range is None
 
 
@@ -241,4 +240,4 @@ def test_empty_text_is_unset_but_where_it_says_something(tmp_path):
 def test_metadata_and_folders_cant_share_a_dataset(tmp_path):
     (tmp_path / "m.json").write_text("{}")
     text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n[[datasets.subsets]]\nmetadata_file = 'DIR/m.json'\n"  # fmt: skip
-    assert any("put them into two [[datasets]]" in mistake for mistake in mistakes_of(tmp_path, text))
+    assert mentions(mistakes_of(tmp_path, text), "metadata_file", "[[datasets]] 1", "two|separate|own")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from messages import mentioning, mentions
 from PIL import Image
 from running import ROOT
 from scanning import samples_of, scanned, stub_text, stub_vae
@@ -24,6 +24,11 @@ from library.errors import RunError
 
 def samples_in(folder: Path, *argv: object):
     return samples_of(scanned(folder, *argv))
+
+
+def assert_only(found: list[str | None], at: int, *tokens: str) -> None:
+    """Check that one of the samples has a problem, which names the tokens."""
+    assert [i for i, problem in enumerate(found) if problem is not None] == [at] and mentions(found[at], *tokens), found
 
 
 def filled(samples, vae: str = "vae", known: FileIndex | None = None) -> LatentsOnDisk:
@@ -57,11 +62,13 @@ def test_what_an_inpainting_model_sees_is_made_of_a_image_and_its_mask(images, t
     samples = samples_in(images, "--conditioning_data_dir", masks)
     filled(samples)
     cache = LatentsOnDisk("vae", for_inpainting=True)
-    assert set(problems(cache, samples)) == {"lacks inpainting"}, (
+    assert all(mentions(problem, "inpainting") for problem in problems(cache, samples)), (
         "files of runs with other models stay valid for those alone"
     )
     trusted = LatentsOnDisk("vae", trusted=True, for_inpainting=True)
-    assert set(problems(trusted, samples)) == {"lacks inpainting"}, "--skip_cache_check can't make it be there"
+    assert all(mentions(problem, "inpainting") for problem in problems(trusted, samples)), (
+        "--skip_cache_check can't make it be there"
+    )
     assert fill_latents(samples, cache, stub_vae, 3) == []
     assert (
         problems(cache, samples) == problems(LatentsOnDisk("vae"), samples) == problems(trusted, samples) == [None] * 4
@@ -75,7 +82,7 @@ def test_what_an_inpainting_model_sees_is_made_of_a_image_and_its_mask(images, t
         size = image.size
     Image.new("L", size, 0).save(mask)
     again = LatentsOnDisk("vae", for_inpainting=True)
-    assert problems(again, samples) == [None, None, "the mask has changed", None]
+    assert_only(problems(again, samples), 2, "mask", "chang|differ")
     assert fill_latents(samples, again, stub_vae, 3) == [] and (again.read(samples[2]).inpainting[0] == 0).all()
     filled_alone = LatentsOnDisk(
         "other"
@@ -90,7 +97,7 @@ def test_fault_42_a_image_replaced_by_one_of_its_size_is_encoded_again_and_no_ot
     raw = np.asarray(Image.open(samples[1].path))
     Image.fromarray(255 - raw).save(samples[1].path)
     again = samples_in(images)
-    assert problems(LatentsOnDisk("vae"), again) == [None, "the picture has changed", None, None]
+    assert_only(problems(LatentsOnDisk("vae"), again), 1, "picture|image", "chang|differ")
     before = samples[1].latents_file.read_bytes()
     filled(again)
     assert samples[1].latents_file.read_bytes() != before and problems(LatentsOnDisk("vae"), again) == [None] * 4
@@ -107,18 +114,18 @@ def test_fault_42_a_image_that_was_only_touched_or_moved_is_not_encoded_again(im
 
 
 @pytest.mark.parametrize(
-    "argv, reason",
+    "argv, tokens",
     [
-        (["--resize_interpolation", "lanczos"], "resized in another way"),
-        (["--alpha_mask"], "lacks alpha_mask"),
-        (["--flip_aug"], "lacks latents_flipped"),
-        (["--resolution", 160], "are needed"),
+        (["--resize_interpolation", "lanczos"], ["resiz"]),
+        (["--alpha_mask"], ["alpha_mask"]),
+        (["--flip_aug"], ["latents_flipped"]),
+        (["--resolution", 160], ["latents"]),
     ],
 )
-def test_fault_43_another_geometry_makes_the_latents_again(argv, reason, images):
+def test_fault_43_another_geometry_makes_the_latents_again(argv, tokens, images):
     filled(samples_in(images))
     changed = samples_in(images, *argv)
-    assert any(reason in (problem or "") for problem in problems(LatentsOnDisk("vae"), changed))
+    assert any(mentions(problem or "", *tokens) for problem in problems(LatentsOnDisk("vae"), changed))
     filled(changed)
     assert problems(LatentsOnDisk("vae"), changed) == [None] * 4
 
@@ -128,13 +135,13 @@ def test_fault_43_the_same_bucket_by_another_resize_is_made_again(images):
     (sample, *_) = samples_in(images)
     filled([sample])
     other = replace(sample, fit=sample.fit._replace(resized=sample.fit.resized._replace(width=999)))
-    assert LatentsOnDisk("vae").problem(other) == "resized in another way"
+    assert mentions(LatentsOnDisk("vae").problem(other), "resiz")
 
 
 def test_fault_44_another_vae_or_dtype_makes_the_latents_again(images):
     samples = samples_in(images)
     filled(samples, "one in float32")
-    assert set(problems(LatentsOnDisk("one in float16"), samples)) == {"of another VAE or dtype"}
+    assert all(mentions(problem, "VAE", "dtype") for problem in problems(LatentsOnDisk("one in float16"), samples))
 
 
 def test_arrays_that_another_program_changed_are_seen_though_it_kept_our_fingerprint(images):
@@ -144,7 +151,7 @@ def test_arrays_that_another_program_changed_are_seen_though_it_kept_our_fingerp
     with np.load(file) as arrays:
         kept = {name: arrays[name] for name in arrays}
     np.savez(file, **{**kept, "latents": kept["latents"] + 1})
-    assert LatentsOnDisk("vae").problem(samples[0]) == "changed by another program"
+    assert mentions(LatentsOnDisk("vae").problem(samples[0]), "chang|modif", "program")
 
 
 def test_latents_of_sd_scripts_are_accepted_when_newer_than_the_image_and_of_its_size(images):
@@ -156,8 +163,7 @@ def test_latents_of_sd_scripts_are_accepted_when_newer_than_the_image_and_of_its
         assert LatentsOnDisk("vae").problem(sample) is None
         np.savez(name, **{**plain, "original_size": np.array([1, 2])})
         assert (
-            LatentsOnDisk("vae").problem(sample) == "made of a picture of another size"
-            or name == sample.old_latents_file
+            mentions(LatentsOnDisk("vae").problem(sample), "picture|image", "size") or name == sample.old_latents_file
         )
         name.unlink()
 
@@ -166,7 +172,7 @@ def test_fault_33_latents_of_sd_scripts_that_arent_finite_are_made_again(images)
     (sample, *_) = samples_in(images)
     shape = (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
     np.savez(sample.latents_file, latents=np.full(shape, np.nan, np.float32))
-    assert LatentsOnDisk("vae").problem(sample) == "its latents aren't finite"
+    assert mentions(LatentsOnDisk("vae").problem(sample), "finite|NaN|Inf")
 
 
 def test_foreign_arrays_of_a_file_are_kept(images):
@@ -226,8 +232,8 @@ def test_skip_cache_check_believes_every_file_that_is_there(images):
     samples = samples_in(images)
     np.savez(samples[0].latents_file, nothing=np.zeros(1))
     cache = LatentsOnDisk("vae", trusted=True)
-    assert problems(cache, samples) == [None, "not there", "not there", "not there"]
-    assert TextOnDisk(77, trusted=True).problem(samples[0]) == "not there"
+    assert [problem is None for problem in problems(cache, samples)] == [True, False, False, False]
+    assert TextOnDisk(77, trusted=True).problem(samples[0]) is not None
 
 
 def test_what_was_verified_is_remembered_and_not_read_again(images, tmp_path, monkeypatch):
@@ -240,7 +246,8 @@ def test_what_was_verified_is_remembered_and_not_read_again(images, tmp_path, mo
     known.save()
     monkeypatch.setattr("library.data.cache.npz.verify", lambda path: pytest.fail(f"read {path}"))
     assert problems(LatentsOnDisk("vae", FileIndex(tmp_path / "index")), samples) == [None] * 4
-    assert set(problems(LatentsOnDisk("other", FileIndex(tmp_path / "index")), samples)) == {"of another VAE or dtype"}
+    others = problems(LatentsOnDisk("other", FileIndex(tmp_path / "index")), samples)
+    assert all(mentions(problem, "VAE", "dtype") for problem in others)
 
 
 def test_a_mask_is_cached_with_the_latents_and_mirrored(images):
@@ -266,15 +273,14 @@ def test_fault_44_an_edited_caption_other_encoders_or_another_length_are_encoded
     samples = samples_in(images)
     fill_text(samples, TextOnDisk(77, encoders="one"), stub_text)
     assert problems(TextOnDisk(77, encoders="one"), samples) == [None] * 4
-    assert set(problems(TextOnDisk(77, encoders="two"), samples)) == {"of other text encoders or dtype"}
-    assert set(problems(TextOnDisk(152, encoders="one"), samples)) == {
-        "its hidden_state1 are 77x8 where 152x? are needed"
-    }
-    assert set(problems(TextOnDisk(77, (8, 999), encoders="one"), samples)) == {
-        "its hidden_state2 are 77x16 where 77x999 are needed"
-    }
+    for cache, tokens in (
+        (TextOnDisk(77, encoders="two"), ["text encoder", "dtype"]),
+        (TextOnDisk(152, encoders="one"), ["hidden_state1", "77x8", "152x?"]),
+        (TextOnDisk(77, (8, 999), encoders="one"), ["hidden_state2", "77x16", "77x999"]),
+    ):
+        assert all(mentions(problem, *tokens) for problem in problems(cache, samples))
     samples[0].path.with_suffix(".txt").write_text("edited")
-    assert problems(TextOnDisk(77, encoders="one"), samples_in(images)) == ["of other captions", None, None, None]
+    assert_only(problems(TextOnDisk(77, encoders="one"), samples_in(images)), 0, "caption")
 
 
 def test_text_outputs_of_sd_scripts_are_made_again(images):
@@ -285,7 +291,7 @@ def test_text_outputs_of_sd_scripts_are_made_again(images):
         "pool2": np.zeros(16, np.float32),
     }
     np.savez(sample.text_file, **zeros)
-    assert TextOnDisk(77).problem(sample).startswith("not ours")
+    assert TextOnDisk(77).problem(sample) is not None
     fill_text([sample], TextOnDisk(77), stub_text)
     assert TextOnDisk(77).read(sample, 0).pooled[0] == len(sample.caption)
 
@@ -357,7 +363,7 @@ def test_fault_5_a_full_disk_stops_with_the_path_and_leaves_nothing_torn(images)
         .replace("{batch}", "1")
     )
     done = subprocess.run([sys.executable, "-c", code, str(images)], capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and re.search(r"RunError: .*_sdxl.npz: can't be written: File too large", done.stderr)
+    assert done.returncode != 0 and mentions(done.stderr, "RunError", "_sdxl.npz", "File too large")
     assert not list(images.rglob("*.npz")) and litter(images) == []
 
 
@@ -376,7 +382,7 @@ def test_fault_50_a_folder_that_cant_be_written_is_told_with_its_path(images):
     samples = samples_in(images)
     blocked = [replace(sample, cache_stem=str(sample.path / "below a file")) for sample in samples]
     never = lambda *_: pytest.fail("encoded before the folder was tried")
-    with pytest.raises(RunError, match=r"below a file|\.png: caches can't be written here .* give --cache_dir"):
+    with pytest.raises(RunError, match=mentioning("2_shapes", "--cache_dir", "writ|permission")):
         fill_latents(blocked, LatentsOnDisk("vae"), never, 1)
 
 
@@ -386,9 +392,9 @@ def test_latents_made_anew_are_kept_until_the_new_ones_are_whole(images):
     before = contents(images)
 
     def broken(images, noise):
-        raise RunError("the card is gone")
+        raise RunError("the GPU is gone")
 
-    with pytest.raises(RunError, match="the card is gone"):
+    with pytest.raises(RunError, match="the GPU is gone"):
         fill_latents(samples, LatentsOnDisk("vae"), broken, 2, anew=True)
     after = contents(images)
     assert before.keys() == after.keys() and all(
@@ -411,7 +417,7 @@ def test_a_hole_in_a_cache_stops_the_run_before_the_first_step(images):
     cache = filled(samples)
     finish_caches(samples, (cache, None), OneProcess(), FileIndex())
     samples[1].latents_file.unlink()
-    with pytest.raises(RunError, match=r"1 pictures have no cache after caching: .*picture1.png"):
+    with pytest.raises(RunError, match=mentioning("1", "picture1.png", "cache")):
         finish_caches(samples, (cache, None), OneProcess(), FileIndex())
 
 
@@ -449,7 +455,7 @@ def test_fault_26_damage_that_no_decoder_sees_is_seen_by_the_recorded_content(im
     file.write_bytes(raw)
     assert known.get(str(file.parent), file.name, file_stamp(file)) == {}
     (sample,) = (sample for sample in samples if sample.path == file)
-    assert cache.problem(sample) == "the picture has changed"
+    assert mentions(cache.problem(sample), "picture|image", "chang|differ")
 
 
 def test_the_audit_decodes_each_image_once_in_its_life(images, tmp_path, monkeypatch):

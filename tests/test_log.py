@@ -41,12 +41,14 @@ def test_the_level_is_the_users(capsys):
     assert "detail" in capsys.readouterr().err
 
 
-def test_a_log_file_is_emptied_and_stands_in_for_the_console(tmp_path, capsys):
+def test_a_log_file_is_emptied_and_replaces_the_console(tmp_path, capsys):
     path = tmp_path / "run.log"
     path.write_text("old")
     start("--console_log_file", path)
     text = path.read_text(encoding="utf-8")
-    assert "told" in text and "old" not in text.replace("told", "") and capsys.readouterr() == ("", "")
+    assert (
+        "told" in text and "old" not in text.replace("told", "") and capsys.readouterr() == ("", "")
+    )
 
 
 def test_other_processes_keep_quiet(monkeypatch, capsys):
@@ -56,11 +58,11 @@ def test_other_processes_keep_quiet(monkeypatch, capsys):
     assert progress_bar("x", 3).disable
 
 
-def test_notices_of_the_options_are_told(tmp_path, capsys):
+def test_notices_about_options_are_logged(tmp_path, capsys):
     config = tmp_path / "run.toml"
     config.write_text("sdxl = true\n")
     start("--config_file", config)
-    assert "no options of this script, ignored: sdxl" in capsys.readouterr().err
+    assert "not options of this script: sdxl" in capsys.readouterr().err
 
 
 def test_a_progress_bar_into_a_file_writes_few_lines(monkeypatch, capsys):

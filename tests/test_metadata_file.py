@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from messages import mentioning, mentions
 from PIL import Image
 from scanning import BUCKETS, samples_of
 
@@ -64,23 +65,23 @@ def test_json_lines_say_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content, expected",
+    "name, content, tokens",
     [
-        ("m.json", "{", "can't be read as JSON"),
-        ("m.json", "[]", "expected an object with a picture's path as each key"),
-        ("m.json", "[" * 100_000, "can't be read as JSON"),
-        ("m.json", '{"a.png": {}, "a.png": {}}', "'a.png' is there twice"),
-        ("m.json", '{"a.png": 3}', "expected an object with caption"),
-        ("m.json", '{"a.png": {"caption": 3}}', "caption: expected text, got 3"),
-        ("m.json", '{"a.png": {"image_size": [0, 4]}}', "image_size: expected"),
-        ("m.json", '{"a.png": {"image_size": [1e999, 4]}}', "image_size: expected"),
-        ("m.json", '{"\\u0000": {}}', "NUL"),
-        ("m.jsonl", '{"image_path": "a"}\n{"caption": "b"}', "line 2: expected an object with image_path"),
-        ("m.jsonl", '{"image_path": "a"}\n\nnonsense', "line 3: can't be read as JSON"),
+        ("m.json", "{", ["JSON", "line 1"]),
+        ("m.json", "[]", ["object"]),
+        ("m.json", "[" * 100_000, ["JSON"]),
+        ("m.json", '{"a.png": {}, "a.png": {}}', ["'a.png'", "twice|duplicate|more than once"]),
+        ("m.json", '{"a.png": 3}', ["'a.png'", "caption", "int"]),
+        ("m.json", '{"a.png": {"caption": 3}}', ["'a.png'", "caption", "3"]),
+        ("m.json", '{"a.png": {"image_size": [0, 4]}}', ["'a.png'", "image_size", "[0, 4]"]),
+        ("m.json", '{"a.png": {"image_size": [1e999, 4]}}', ["'a.png'", "image_size", "inf"]),
+        ("m.json", '{"\\u0000": {}}', ["NUL"]),
+        ("m.jsonl", '{"image_path": "a"}\n{"caption": "b"}', ["line 2", "image_path"]),
+        ("m.jsonl", '{"image_path": "a"}\n\nnonsense', ["line 3", "JSON"]),
     ],
 )
-def test_fault_56_hostile_metadata_is_told_with_its_place(name, content, expected, tmp_path):
-    with pytest.raises(BadMetadata, match=expected.replace("[", r"\[")):
+def test_fault_56_hostile_metadata_is_told_with_its_place(name, content, tokens, tmp_path):
+    with pytest.raises(BadMetadata, match=mentioning(*tokens)):
         entries(write(tmp_path / name, content))
 
 
@@ -96,7 +97,7 @@ def test_keys_are_absolute_or_inside_the_folder_with_their_ending_or_without(fol
     (dataset,) = scanned(path, folder)
     assert [(Path(s.file).name, s.caption, s.size) for s in dataset.samples] == [("a.png", "one", Size(128, 96)), ("b.JPG", "two", Size(96, 128))]  # fmt: skip
     assert dataset.samples[1].text_file == folder / "b_te_outputs.npz"
-    with pytest.raises(OptionError, match="1 pictures have relative paths, which need image_dir: b"):
+    with pytest.raises(OptionError, match=mentioning("m.json", "1", "image_dir", "b")):
         scanned(path, None)
 
 
@@ -112,8 +113,9 @@ def test_images_that_arent_there_are_listed_or_left_out(folder, tmp_path, caplog
     path = write(tmp_path / "m.json", {"a.png": {}, "c.png": {}, "d": {}})
     with pytest.raises(OptionError) as error:
         scanned(path, folder)
-    assert "c.png: no such picture" in str(error.value) and "d: no such picture" in str(error.value)
-    assert len(samples_of(scanned(path, folder, skip_bad_images=True))) == 1 and "left out" in caplog.text
+    assert mentions(str(error.value), "c.png", folder, path) and mentions(str(error.value), "d", folder, path)
+    assert len(samples_of(scanned(path, folder, skip_bad_images=True))) == 1
+    assert mentions(caplog.text, "WARNING", "2", "--skip_bad_images") and mentions(caplog.text, "c.png", folder)
 
 
 def test_repeats_come_from_dataset_repeats(folder, tmp_path):
@@ -129,4 +131,6 @@ def test_keys_for_folders_are_refused_in_metadata_datasets(folder, tmp_path):
     options = read_options("", [DatasetOptions, CaptionOptions, CacheOptions], ["--dataset_config", str(config)])
     with pytest.raises(OptionError) as error:
         read_datasets(options)
-    assert [key in str(error.value) for key in ("'caption_extension' is for folders", "'class_tokens' is for folders")] == [True, True]  # fmt: skip
+    assert all(
+        mentions(str(error.value), "d.toml", key, "metadata_file") for key in ("'caption_extension'", "'class_tokens'")
+    )

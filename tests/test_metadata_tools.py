@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from messages import mentioning, mentions
 from running import script
 
 from library.errors import OptionError, RunError
@@ -174,15 +175,16 @@ def test_all_texts_that_cant_be_read_are_told_at_once_and_nothing_is_written(fol
     with pytest.raises(RunError) as error:
         captions(folder, out)
     head, *lines = str(error.value).splitlines()
-    assert head == "4 of 5 text files can't be used, nothing was written:"
+    assert mentions(head, "4", "5")
     assert [line.strip().removeprefix(str(folder))[1:10] for line in lines] == [f"{stem}.caption" for stem in "acde"]
-    assert "not UTF-8 (byte 3)" in lines[0] and "no such file" in lines[1] and "not UTF-8 (byte 0)" in lines[2]
+    claims = [("UTF-8", "byte 3"), ("c.png",), ("UTF-8", "byte 0")]
+    assert all(mentions(line, *claim) for line, claim in zip(lines, claims, strict=False))
     assert snapshot(folder.parent) == before
 
 
 def test_two_images_of_one_stem_are_refused_by_name(folder, out):
     lay(folder, {"b.webp": ""})
-    with pytest.raises(OptionError, match=r"b\.png and .*b\.webp would share the entry 'b'; .*--full_path"):
+    with pytest.raises(OptionError, match=mentioning(folder / "b.png", folder / "b.webp", "'b'", "--full_path")):
         captions(folder, out)
     assert not out.exists()
     captions(folder, out, "--full_path")
@@ -190,60 +192,60 @@ def test_two_images_of_one_stem_are_refused_by_name(folder, out):
 
 
 @pytest.mark.parametrize(
-    "raw, told",
+    "raw, tokens",
     [
-        ("{", "can't be read as JSON"),
-        ("", "can't be read as JSON"),
-        (b"\xff\xfe{}", "can't be read as JSON"),
-        ("[" * 100_000, "can't be read as JSON"),
-        ("[]", "expected a JSON object of entries by picture, found a list"),
-        ("null", "found null"),
-        ('{"a": {}, "b": "text"}', "expected an object as the entry of 'b', found a text"),
-        ('{"a": [1]}', "entry of 'a', found a list"),
+        ("{", ["JSON", "line 1"]),
+        ("", ["JSON", "line 1"]),
+        (b"\xff\xfe{}", ["JSON", "utf-8"]),
+        ("[" * 100_000, ["JSON"]),
+        ("[]", ["JSON", "object", "list"]),
+        ("null", ["JSON", "object", "null"]),
+        ('{"a": {}, "b": "text"}', ["object", "'b'", "text|string"]),
+        ('{"a": [1]}', ["object", "'a'", "list"]),
     ],
 )
 @pytest.mark.parametrize("tool", ["merge", "clean"])
-def test_input_that_is_no_metadata_is_refused_in_one_sentence(folder, out, raw, told, tool):
+def test_input_that_is_no_metadata_is_refused_in_one_sentence(folder, out, raw, tokens, tool):
     lay(out.parent, {"out.json": raw})
     before = snapshot(out.parent)
     with pytest.raises(RunError) as error:
         captions(folder, out) if tool == "merge" else clean(out, out)
-    assert str(error.value).startswith(f"{out}: ") and told in str(error.value) and "\n" not in str(error.value)
+    assert mentions(str(error.value), out, *tokens) and "\n" not in str(error.value)
     assert snapshot(out.parent) == before
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, tokens",
     [
-        (["{folder}", "{out}", "--recursive"], "--recursive needs --full_path"),
-        (["{folder}/nowhere", "{out}"], "nowhere: no such folder"),
-        (["{folder}/empty", "{out}"], r"empty: no pictures in it; looked for \.png"),
-        (["{folder}", "{out}", "--in_json", "{folder}/none.json"], r"none\.json: no such file"),
-        (["{folder}"], "required: out_json; see --help"),
-        (["{folder}", "{out}", "third"], "unrecognized arguments: third"),
-        (["{folder}", "{out}", "--full"], "unrecognized arguments: --full"),
+        (["{folder}", "{out}", "--recursive"], ["--recursive", "--full_path"]),
+        (["{folder}/nowhere", "{out}"], ["nowhere", "folder"]),
+        (["{folder}/empty", "{out}"], ["empty", ".png"]),
+        (["{folder}", "{out}", "--in_json", "{folder}/none.json"], ["none.json", "file"]),
+        (["{folder}"], ["out_json", "--help"]),
+        (["{folder}", "{out}", "third"], ["third", "--help"]),
+        (["{folder}", "{out}", "--full"], ["--full", "--help"]),
     ],
 )
 @pytest.mark.parametrize("merge", [captions, tags])
-def test_wrong_usage_is_an_option_error(folder, out, words, told, merge):
+def test_wrong_usage_is_an_option_error(folder, out, words, tokens, merge):
     (folder / "empty").mkdir()
-    with pytest.raises(OptionError, match=told):
+    with pytest.raises(OptionError, match=mentioning(*tokens)):
         merge(*(word.format(folder=folder, out=out) for word in words))
     assert not out.exists()
 
 
 def test_an_output_that_cant_be_written_is_told(folder, tmp_path):
-    with pytest.raises(RunError, match="can't be written"):
+    with pytest.raises(RunError, match=mentioning(tmp_path / "no" / "out.json", "No such file")):
         captions(folder, tmp_path / "no" / "out.json")
 
 
 def test_mistakes_are_told_by_exit_status_and_in_one_line(folder, out, tmp_path):
     tool = "tools/merge_captions_to_metadata.py"
     wrong = script(tool, folder, out, "--recursive")
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and wrong.stderr.startswith("error: --recursive")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and mentions(wrong.stderr, "error", "--recursive")
     (folder / "a.caption").unlink()
     failed = script(tool, folder, out)
-    assert failed.returncode == 1 and "a.caption: no such file" in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.returncode == 1 and mentions(failed.stderr, folder / "a.caption") and "Traceback" not in failed.stderr
     listed = script("tools/clean_captions_and_tags.py", lay(tmp_path, {"x": "[]"}) / "x", out)
     assert (listed.returncode, listed.stderr.count("\n")) == (1, 1)
 
@@ -350,11 +352,13 @@ def test_entries_without_tags_or_caption_are_told(tmp_path, out, capsys):
     path = lay(tmp_path, {"in.json": json.dumps({str(i): {"tags": "a"} for i in range(7)} | {"x": {"caption": "b"}})})
     clean(path / "in.json", out)
     err = capsys.readouterr().err
-    assert "1 of 8 entries have no tags: x" in err
-    assert "7 of 8 entries have no caption: 0, 1, 2, 3, 4 and 2 more" in err and "6: no caption" not in err
+    assert mentions(err, "WARNING", "1", "8", "tags", "x") and mentions(
+        err, "WARNING", "7", "8", "caption", "0, 1, 2, 3, 4", "2 more"
+    )
+    assert not mentions(err, "6", "caption")
     clean(path / "in.json", out, "--debug")
     err = capsys.readouterr().err
-    assert "6: no caption" in err and "x: caption 'b' -> 'b'" in err
+    assert mentions(err, "6", "caption") and mentions(err, "x", "caption", "'b' -> 'b'")
 
 
 @pytest.mark.parametrize("debug_at", [0, 1, 2, 3])
@@ -364,22 +368,20 @@ def test_of_three_files_the_second_is_read_and_the_third_written(tmp_path, out, 
     words.insert(debug_at, "--debug")
     clean(*words)
     assert entries(out) == {"a": {"tags": "x y"}} and not Path("unused").exists()
-    assert "unused is ignored" in capsys.readouterr().err
+    assert mentions(capsys.readouterr().err, "WARNING", "unused")
 
 
 @pytest.mark.parametrize(
-    "words, told", [(["a"], "required: out_json"), (["none.json", "b"], "none.json: no such file"),
-                    (["a", "b", "c", "d"], "unrecognized arguments: d")],
+    "words, tokens", [(["a"], ["out_json", "--help"]), (["none.json", "b"], ["none.json", "file"]),
+                      (["a", "b", "c", "d"], ["d", "--help"])],
 )  # fmt: skip
-def test_wrong_usage_of_the_cleaner_is_an_option_error(words, told):
-    with pytest.raises(OptionError, match=told):
+def test_wrong_usage_of_the_cleaner_is_an_option_error(words, tokens):
+    with pytest.raises(OptionError, match=mentioning(*tokens)):
         clean(*words)
 
 
 def test_tags_that_are_no_text_are_refused_by_entry(tmp_path, out):
     lay(tmp_path, {"in.json": '{"a": {"tags": ["x"]}, "b": {"tags": "y", "caption": 5}, "c": {"caption": null}}'})
-    with pytest.raises(
-        RunError, match=r"in\.json: expected texts, found something else as tags of 'a', caption of 'b'"
-    ):
+    with pytest.raises(RunError, match=mentioning("in.json", "tags of 'a'", "caption of 'b'")):
         clean(tmp_path / "in.json", out)
     assert not out.exists()

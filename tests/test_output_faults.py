@@ -11,23 +11,29 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from forked import free_port
+from messages import lines_mentioning, mentioning, mentions, tells_of_caching
 from running import ROOT, arguments, losses_of, tensors_of, train_network
+from states import state_metadata
 from test_state import some_state, told
 
 from library.errors import NotFinite, OptionError, RunError
 from library.errors import run as run_script
 from library.files import OutputLock, host_name, remove_left_over, temporary_name, write_atomically
 from library.safetensors_io import read_header, write_safetensors
-from library.training.monitoring.metrics import MetricsLogger, saved_files
+from library.training.monitoring.metrics import MetricsLogger
+from library.training.monitoring.step_log import saved_files
 from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.progress import Progress
 from library.training.saving.saver import Saver
-from library.training.saving.state import State, newest_state, read_state, write_state
+from library.training.saving.schedule import SaveSchedule
+from library.training.saving.state import State, read_state, write_state
+from library.training.saving.state_folder import newest_state
 from networks.lora_file import write_lora
 
 __all__ = ["told"]  # a fixture
@@ -97,15 +103,15 @@ def test_fault_2_kill_9_during_a_state_leaves_no_torn_one_and_never_none(tmp_pat
     """The same folder again and again, as a name that is saved twice: it is moved aside before the new one gets its name."""
     draw, torn, step = random.Random(1), 0, 0
     weights = {"a": torch.zeros(300_000)}
-    write_state(tmp_path / "n-state", State({"step": 0}, {"a": weights["a"] * 0}, {"m": weights["a"] * 0}))
+    write_state(tmp_path / "n-state", State(state_metadata(0), {"a": weights["a"] * 0}, {"m": weights["a"] * 0}))
 
     def write() -> None:
         nonlocal step
         step += 1
         tensor = torch.full((300_000,), float(step))
-        write_state(tmp_path / "n-state", State({"step": step}, {"a": tensor}, {"m": tensor}))
+        write_state(tmp_path / "n-state", State(state_metadata(step), {"a": tensor}, {"m": tensor}))
 
-    first = State({"step": 0}, weights, {"m": weights["a"]})
+    first = State(state_metadata(0), weights, {"m": weights["a"]})
     took = seconds_of(lambda: write_state(tmp_path / "first-state", first))
     for _ in range(20):
         with forked(write):
@@ -114,7 +120,7 @@ def test_fault_2_kill_9_during_a_state_leaves_no_torn_one_and_never_none(tmp_pat
         found = newest_state(tmp_path, ["n"])
         assert found == tmp_path / "n-state"
         state = read_state(found)
-        step = state.facts["step"]
+        step = state.metadata.step
         for tensor in (state.weights["a"], state.optimizer["m"]):
             assert (tensor == step).all()
         assert not left_over(tmp_path)
@@ -137,7 +143,7 @@ def test_fault_2_a_kill_between_the_two_moves_of_a_state_loses_neither(tmp_path,
         write_state(tmp_path / "n-state", some_state(2))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not (tmp_path / "n-state").exists() and len(left_over(tmp_path)) == 2
-    assert read_state(newest_state(tmp_path, ["n"])).facts["step"] == 1
+    assert read_state(newest_state(tmp_path, ["n"])).metadata.step == 1
     assert not left_over(tmp_path)
 
 
@@ -149,7 +155,7 @@ def test_what_a_killed_process_of_the_same_number_left_stands_in_nobodys_way(tmp
             name.mkdir(exist_ok=True)
             (name / "weights.safetensors").write_bytes(b"torn")
         write_state(state, some_state(3))
-    assert read_state(state).facts["step"] == 3 and [path.name for path in tmp_path.iterdir()] == ["n-state"]
+    assert read_state(state).metadata.step == 3 and [path.name for path in tmp_path.iterdir()] == ["n-state"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- full disks
@@ -201,9 +207,9 @@ def test_fault_4_a_disk_that_fills_up_costs_only_what_doesnt_fit(golden_model, i
         words = ["--max_train_steps", "4", "--save_every_n_steps", "1", "--emergency_dir", emergency]
         assert status_of(lambda: train_network(golden_model, images, output, *words)) == 1
         told = capsys.readouterr().err
-        assert f"NOT SAVED: {output}: 0.50 MB are needed, 0.00 MB are free" in told
-        assert f"3 saves failed, the first one: {output}: " in told and "Traceback" not in told
-        assert "4 steps in" in told  # training went on
+        assert mentions(told, "ERROR", output, "0.50 MB", "0.00 MB")
+        assert mentions(told, "error:", "3", output) and "Traceback" not in told
+        assert mentions(told, "4 steps", "loss")  # training went on
         assert sorted(path.name for path in output.glob("*.safetensors")) == [
             f"lora-step0000000{n}.safetensors" for n in (1, 2)
         ]
@@ -219,7 +225,7 @@ def test_fault_4_without_room_for_all_that_is_planned_nothing_is_begun(golden_mo
     with mounted(tmp_path / "output", "size=4m") as output:
         words = ["--max_train_steps", "100", "--save_every_n_steps", "1"]
         with pytest.raises(
-            OptionError, match=r"4\.\d+ MB are free, but 101 models of 0\.50 MB .* need .* MB; save less often"
+            OptionError, match=mentioning("--output_dir", output, "101", "0.50 MB", "--save_last_n_steps")
         ):
             train_network(golden_model, images, output, *words)
         assert not list(output.glob("*.safetensors"))
@@ -232,7 +238,11 @@ def test_fault_4_a_disk_that_is_full_already_is_told_without_a_traceback(golden_
                 file.write(bytes(1 << 12))
         assert status_of(lambda: train_network(golden_model, images, output, "--max_train_steps", "1")) == 2
         told = capsys.readouterr().err
-        assert "No space left on device" in told and "caching" not in told and "Traceback" not in told
+        assert (
+            mentions(told, "error", "No space left on device")
+            and not tells_of_caching(told)
+            and "Traceback" not in told
+        )
 
 
 @contextmanager
@@ -253,17 +263,17 @@ def test_fault_4_a_write_that_breaks_off_leaves_the_older_file(ending, tmp_path)
     path = tmp_path / f"lora{ending}"
     write_lora(path, whole(10_000, 1.0), {}, None)
     before = path.read_bytes()
-    with file_size_limit(100_000), pytest.raises(RunError, match=rf"lora\{ending}: can't be written: File too large, after [\d,]+ bytes; [\d,]+ bytes are free"):  # fmt: skip
+    with file_size_limit(100_000), pytest.raises(RunError, match=mentioning(path, "File too large", "100,000 bytes")):
         write_lora(path, whole(10_000, 2.0), {}, None)
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
 
 
 def test_fault_4_a_state_that_breaks_off_leaves_the_older_one(tmp_path):
     write_state(tmp_path / "n-state", some_state(1))
-    large = State({"step": 2}, {"a": torch.zeros(100_000)}, {})
+    large = State(state_metadata(2), {"a": torch.zeros(100_000)}, {})
     with file_size_limit(100_000), pytest.raises(RunError, match="can't be written: File too large"):
         write_state(tmp_path / "n-state", large)
-    assert read_state(tmp_path / "n-state").facts["step"] == 1 and os.listdir(tmp_path) == ["n-state"]
+    assert read_state(tmp_path / "n-state").metadata.step == 1 and os.listdir(tmp_path) == ["n-state"]
 
 
 def test_fault_4_a_run_over_its_quota_trains_on_and_ends_with_status_1(golden_model, images, tmp_path, capsys):
@@ -272,7 +282,7 @@ def test_fault_4_a_run_over_its_quota_trains_on_and_ends_with_status_1(golden_mo
         words = ["--max_train_steps", "2", "--save_every_n_steps", "1", "--save_state"]
         assert status_of(lambda: train_network(golden_model, images, output, *words)) == 1
     told = capsys.readouterr().err
-    assert told.count("NOT SAVED") == 6 and "6 saves failed" in told and len(losses_of(output)) == 2
+    assert len(lines_mentioning(told, "ERROR ")) == 6 and mentions(told, "error:", "6") and len(losses_of(output)) == 2
     assert not [path for path in output.iterdir() if "safetensors" in path.name or path.is_dir()]
 
 
@@ -310,7 +320,8 @@ class Trainable:
 def saver_of(folder: Path, part: Trainable, session: str = "1", **options) -> Saver:
     saving = SavingOptions(output_dir=folder, output_name="n", **options)
     states = ResumeOptions(save_state=True)
-    return Saver(saving, states, [part], lambda s, e: {}, None, 9, session_id=session, is_main=True)
+    schedule = SaveSchedule(saving, states, 9)
+    return Saver(schedule, [part], lambda s, e: {}, None, session_id=session, is_main=True)
 
 
 @pytest.mark.parametrize(
@@ -344,8 +355,8 @@ def test_fault_6_a_state_is_saved_if_it_fits_whatever_was_expected_of_its_size(t
     """Nine float32 numbers."""
     saver, progress = saver_of(tmp_path, Trainable()), Progress(step=1)
     for expected, free in ((0, 35), (10**9, 36)):
-        monkeypatch.setattr(Saver, "state_bytes", lambda self, size=expected: size)
-        monkeypatch.setattr("library.training.saving.saver.free_space", lambda folder, size=free: size)
+        saver.schedule = replace(saver.schedule, state_bytes=expected)
+        monkeypatch.setattr("library.training.saving.schedule.free_space", lambda folder, size=free: size)
         saver.save_state("step", progress, some_state(1))
         assert (tmp_path / "n-step00000001-state").exists() == (free == 36)
 
@@ -376,7 +387,7 @@ def test_fault_8_a_link_in_the_files_place_is_replaced_and_what_it_points_to_sta
     write_state(output / "n-state", some_state())
     assert (outside / "kept").read_text() == "as it was" and os.listdir(outside) == ["kept"]
     assert sorted(path.name for path in output.iterdir()) == ["lora.safetensors", "n-state"]
-    assert not any(path.is_symlink() for path in output.iterdir()) and read_state(output / "n-state").facts["step"] == 5
+    assert not any(path.is_symlink() for path in output.iterdir()) and read_state(output / "n-state").metadata.step == 5
 
 
 # ------------------------------------------------------------------------------------------------------- what another run wrote
@@ -403,7 +414,7 @@ def test_fault_9_another_runs_files_get_a_name_of_their_own_and_the_runs_own_don
     for name in before:
         aside = tmp_path / f"{name.removesuffix('.safetensors')}.{first}.safetensors"
         assert session_of(aside) == first and session_of(tmp_path / name) == second
-    assert f"{final} is of another run; it is lora.{first}.safetensors now" in capsys.readouterr().err
+    assert f"{final} was saved by another run; it is renamed to lora.{first}.safetensors" in capsys.readouterr().err
 
 
 def test_fault_9_files_that_say_nothing_of_their_run_are_known_again_by_its_log(golden_model, images, tmp_path):
@@ -423,8 +434,7 @@ def test_fault_9_the_log_knows_what_a_run_saved_however_often_it_is_broken_off_a
     def save(session: str, step: int, done: int) -> None:
         report = MetricsLogger(9, 9, is_main=True, trackers=None, log_file=log_file, done=done)
         saver = saver_of(tmp_path, Trainable(), session)
-        saver.own = saved_files(log_file, session)
-        report.saved(saver.save("step", Progress(step=step)), step, session)
+        report.log_saved(saver.save("step", Progress(step=step)), step, session)
         report.close()
 
     save("1", 3, done=0)
@@ -500,7 +510,7 @@ def test_fault_10_the_second_run_of_a_name_is_refused_and_names_the_first(golden
         os.read(reading, 1)
         assert status_of(lambda: train_network(golden_model, images, tmp_path, "--max_train_steps", "1")) == 2
         told = capsys.readouterr().err
-        assert f"error: --output_name lora: process {owner} on {host_name()}, since " in told and "another name" in told
+        assert f"error: --output_name lora: another run (PID {owner} on {host_name()}, started " in told and "another name" in told
         assert "caching" not in told and not (tmp_path / "lora.safetensors").exists()
         OutputLock(tmp_path, "other").release()
     assert list(tmp_path.glob(".lora.*"))  # killed, so it couldn't tidy up
@@ -513,7 +523,7 @@ def test_fault_10_a_run_is_refused_whatever_the_owners_file_says(content, tmp_pa
     lock = OutputLock(tmp_path, "n")
     owner_file = tmp_path / ".n.owner.json"
     owner_file.unlink() if content is None else owner_file.write_text(content)
-    with pytest.raises(OptionError, match="--output_name n: another process"):
+    with pytest.raises(OptionError, match="--output_name n: another run"):
         OutputLock(tmp_path, "n")
     lock.release()
     OutputLock(tmp_path, "n").release()
@@ -574,7 +584,7 @@ def test_fault_10_where_files_cant_be_locked_it_is_told_and_gone_on(tmp_path, mo
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     OutputLock(tmp_path, "n").release()
-    assert any("this disk can't lock files" in line for line in told)
+    assert mentions(told, ".n.lock", "lock")
 
 
 def test_fault_10_a_lock_that_cant_be_written_is_an_error_in_one_line(tmp_path):
@@ -621,7 +631,7 @@ def test_fault_11_an_output_that_cant_be_written_is_told_before_caching(way, gol
     else:
         output.write_text("") if way == "file" else output.symlink_to(tmp_path / "nowhere" / "at all")
         text = told()
-    assert f"--output_dir {output}: can't be made or written in" in text and "caching" not in text
+    assert f"--output_dir {output}: can't be created or written to" in text and "caching" not in text
     assert not list(images.rglob("*.npz"))
 
 
@@ -636,7 +646,7 @@ def test_fault_61_weights_that_arent_finite_are_never_written(value, dtype, endi
     write_lora(path, whole(10, 1.0), {}, None)
     before = path.read_bytes()
     bad = {**whole(10, 2.0), "c.lora_down.weight": torch.tensor([1.0, value])}
-    with pytest.raises(NotFinite, match=r"not saved, as 1 of its tensors aren't finite \(c\.lora_down\.weight\)"):
+    with pytest.raises(NotFinite, match=mentioning(path, "1", "finite|NaN|Inf", "c.lora_down.weight")):
         write_lora(path, bad, {}, dtype)
     assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
 
@@ -647,7 +657,7 @@ def test_fault_61_a_run_whose_weights_go_bad_keeps_what_was_saved_before(golden_
     def save(self, *args):
         saves.append(args)
         if len(saves) == 2:
-            next(iter(self._parts[0].tensors().values())).data[0] = float("inf")
+            next(iter(self.trainables[0].tensors().values())).data[0] = float("inf")
         return real(self, *args)
 
     monkeypatch.setattr(Saver, "save", save)
@@ -720,12 +730,12 @@ def test_fault_72_if_one_process_dies_or_hangs_the_other_ends_with_an_error(numb
         if number == signal.SIGKILL:
             assert processes[1].wait(10) == -number
         if number == 0:
-            assert "error on process 1: step 3: out of memory" in processes[1].communicate(timeout=10)[1]
+            assert mentions(processes[1].communicate(timeout=10)[1], "error", "1", "step 3", "out of memory")
             assert processes[1].returncode == 1
     finally:
         for process in processes:
             process.kill()
             process.wait()
     assert processes[0].returncode == 1, told[-3000:]
-    assert read_state(newest_state(output, ["lora"])).facts["step"] == 2
+    assert read_state(newest_state(output, ["lora"])).metadata.step == 2
     assert not (output / "lora.safetensors").exists() and not left_over(output)

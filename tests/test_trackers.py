@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from messages import lines_mentioning, mentioning, mentions
 from running import ROOT
 
 from library.errors import OptionError
@@ -22,7 +23,7 @@ from library.training.monitoring.trackers import (
     open_trackers,
     read_tracker_config,
 )
-from library.training.options.common import COMMON_TRAINING
+from library.training.options.compatibility import COMMON_TRAINING
 from library.training.options.output import TrackerOptions
 from networks.options import NetworkOptions
 
@@ -152,14 +153,14 @@ def test_a_logging_dir_that_cant_be_made_is_told_before_the_run(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "unmounted").symlink_to(tmp_path / "nowhere" / "disk")
     for folder in (tmp_path / "file", tmp_path / "unmounted"):
-        with pytest.raises(OptionError, match=f"--logging_dir {folder}: can't be made"):
+        with pytest.raises(OptionError, match=mentioning("--logging_dir", folder, "File exists")):
             open_trackers(TrackerOptions(logging_dir=folder), "network_train", {})
 
 
 @pytest.mark.parametrize("name, hidden", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_a_missing_package_is_named_with_flag_and_pip_command(name, hidden, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, hidden, None)
-    with pytest.raises(OptionError, match=rf"--log_with {name}: .*pip install {name}"):
+    with pytest.raises(OptionError, match=mentioning("--log_with", name, f"pip install {name}")):
         open_trackers(TrackerOptions(logging_dir=tmp_path, log_with=name), "network_train", {})
 
 
@@ -191,7 +192,7 @@ def test_fault_70_a_tracker_that_raises_is_told_once_and_the_others_go_on(fails_
     sent.close()
     assert whole.calls == ["log", "log", "images", "close"] and len(broken.calls) == called
     (text,) = warnings_of(records)
-    assert text.startswith("broken failed") and text.endswith("OSError: [Errno 28] No space left on device, key ***")
+    assert mentions(text, "broken", "OSError: [Errno 28] No space left on device, key ***")
 
 
 def test_the_users_interrupt_passes_through():
@@ -217,7 +218,9 @@ def test_fault_70_a_full_disk_under_tensorboard_doesnt_end_the_run(tmp_path):
     """
     program = "\n".join(line.strip() for line in program.splitlines())
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.stdout == "done\n" and done.stderr.count("tensorboard failed") == 1, done.stderr
+    assert done.stdout == "done\n" and len(lines_mentioning(done.stderr, "tensorboard", "File too large")) == 1, (
+        done.stderr
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ wandb
@@ -280,7 +283,7 @@ def test_a_wandb_that_cant_start_is_told_without_its_key_and_tensorboard_goes_on
     sent.close()
     assert events_of(next(tmp_path.glob("*/network_train"))).Scalars("loss")[0].value == 1.0
     (text,) = warnings_of(records)
-    assert text.startswith("wandb can't be started") and text.endswith("ConnectionError: no such host, key ***")
+    assert mentions(text, "wandb", "ConnectionError: no such host, key ***") and "more" not in text
 
 
 def test_a_key_of_the_environment_is_in_no_message_either(wandb, monkeypatch, records):
@@ -348,7 +351,7 @@ def test_the_tracker_configs_tables_are_arguments_and_win_over_the_run_name(wand
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    "text, tokens",
     [
         ("[wandb\n", "can't be read as TOML"),
         ("[wanbd]\nname = 'x'\n", r"'wanbd' is not a tracker; expected the tables \[tensorboard\] and \[wandb\]"),
@@ -358,18 +361,18 @@ def test_the_tracker_configs_tables_are_arguments_and_win_over_the_run_name(wand
         ("[tensorboard]\nmax_queu = 3\n", r"\[tensorboard\]: .*'max_queu'"),
     ],
 )
-def test_a_wrong_tracker_config_is_told_with_its_file(text, expected, wandb, tmp_path):
+def test_a_wrong_tracker_config_is_told_with_its_file(text, tokens, wandb, tmp_path):
     config = tmp_path / "trackers.toml"
     config.write_text(text)
     options = TrackerOptions(log_with="all", logging_dir=tmp_path / "logs", log_tracker_config=config)
-    with pytest.raises(OptionError, match=rf"trackers\.toml: {expected}"):
+    with pytest.raises(OptionError, match=mentioning("--log_tracker_config", config, *tokens)):
         open_trackers(options, "network_train", {})
 
 
 def test_a_tracker_config_that_isnt_utf8_is_told(tmp_path):
     config = tmp_path / "trackers.toml"
     config.write_bytes("[wandb]\nname = 'Zoë'\n".encode("latin-1"))
-    with pytest.raises(OptionError, match="save it as UTF-8"):
+    with pytest.raises(OptionError, match=mentioning("--log_tracker_config", config, "UTF-8")):
         read_tracker_config(config)
 
 
@@ -383,7 +386,7 @@ def test_the_logged_config_has_the_options_but_no_keys_and_no_paths(tmp_path):
         "--logging_dir", tmp_path, "--wandb_api_key", KEY, "--resolution", "768,1024", "--seed", "7", "--min_snr_gamma", "5",
         "--network_args", "conv_dim=1", "dropout=0.1", "--network_module", "networks.lora",
     ]  # fmt: skip
-    config = logged_config(read_options("t", [*COMMON_TRAINING, NetworkOptions], [str(word) for word in argv]))
+    config = logged_config(read_options("t", [*COMMON_TRAINING, NetworkOptions], [str(word) for word in argv]).specs())
     assert {
         "seed": 7,
         "min_snr_gamma": 5.0,

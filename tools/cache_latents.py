@@ -14,12 +14,16 @@ from library.training.setup.cache_tool import fill, read_tool_options
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = read_tool_options(
-        __doc__, argv, cache_latents=True, cache_latents_to_disk=True, cache_text_encoder_outputs=False,
+    options, definition = read_tool_options(
+        __doc__,
+        argv,
+        cache_latents=True,
+        cache_latents_to_disk=True,
+        cache_text_encoder_outputs=False,
         cache_text_encoder_outputs_to_disk=False,
-    )  # fmt: skip
+    )
     start_logging(options)
-    fill(options)
+    fill(options, definition)
 
 
 if __name__ == "__main__":

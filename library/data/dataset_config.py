@@ -8,7 +8,7 @@ Source: contract, dataset_config.md sections 1 and 2.
 import dataclasses
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,13 +36,32 @@ ConditioningKind = Literal["masks", "conditions", "unused"]
 """What the images of conditioning_data_dir are: of the loss, of what is drawn (then each picture needs one), or nothing here."""
 
 
-def read_datasets(
-    options: Options, conditioning: ConditioningKind = "masks", *, uses_masks: bool = True
-) -> tuple[list[DatasetConfig], list[str]]:
-    """The datasets of a run, and what the user should know of them. Raises OptionError with every mistake in them.
+class DatasetDefinition:
+    """The dataset definition of a run, parsed once: as one of the checks of the options, which report all mistakes together.
 
-    Args: uses_masks: masks in conditioning_data_dir have a use in the run: for its loss, or for an inpainting model.
+    Attributes:
+        conditioning_kind: what the images of conditioning_data_dir are.
+        configs: the datasets, once `check` has been called.
+        notices: what the user should know of them.
     """
+
+    def __init__(self, conditioning_kind: ConditioningKind = "masks"):
+        self.conditioning_kind = conditioning_kind
+        self.configs: list[DatasetConfig] = []
+        self.notices: list[str] = []
+
+    def check(self, options: Options) -> Iterator[Mistake]:
+        """Parse the definition. Yields the mistakes in it, and what can't be encoded before training."""
+        try:
+            self.configs, self.notices = read_datasets(options, self.conditioning_kind)
+        except OptionError as error:
+            yield from error.mistakes
+            return
+        yield from _check_caches(self.configs, options[CacheOptions])
+
+
+def read_datasets(options: Options, conditioning: ConditioningKind = "masks") -> tuple[list[DatasetConfig], list[str]]:
+    """The datasets of a run, and what the user should know of them. Raises OptionError with every mistake in them."""
     chosen = options[DatasetOptions]
     if chosen.dataset_config is not None:
         name, tables, notices = str(chosen.dataset_config), _read_file(chosen.dataset_config), []
@@ -51,25 +70,38 @@ def read_datasets(
     else:
         tables, notices = implied_tables(chosen)
         name = f"--in_json {chosen.in_json}" if chosen.in_json else f"--train_data_dir {chosen.train_data_dir}"
-    definition = _Definition(name, tables, options, conditioning, uses_masks=uses_masks)
+    definition = _Definition(
+        name,
+        tables,
+        conditioning,
+        command_line=dict(options.items()),
+        caches_latents=options[CacheOptions].latents,
+        extension_given=options.given("caption_extension") or options.given("caption_extention"),
+    )
     definition.notices += notices
     return definition.plans(), definition.notices
 
 
-def check_conditioned_datasets(options: Options) -> Iterator[Mistake]:
-    """As check_datasets, where each picture comes with its condition."""
-    return check_datasets(options, "conditions")
+def check_masks_are_used(datasets: Iterable[DatasetConfig]) -> None:
+    """Raise OptionError if a subset has masks; for runs that make no use of them."""
+    mistakes = []
+    for dataset in datasets:
+        for subset in dataset.subsets:
+            if subset.conditioning_data_dir is not None and subset.conditioning_is_mask:
+                mistakes.append(
+                    Mistake(
+                        f"conditioning_data_dir {subset.conditioning_data_dir}: it holds masks, which only inpainting "
+                        "models see; give --masked_loss to use them, or leave it out",
+                        ("conditioning_data_dir",),
+                    )
+                )
+    if mistakes:
+        raise OptionError(*mistakes)
 
 
-def check_datasets(options: Options, conditioning: ConditioningKind = "masks") -> Iterator[Mistake]:
-    """The mistakes in the datasets' definition, and what can't be encoded once and for all."""
-    try:
-        plans, _ = read_datasets(options, conditioning)
-    except OptionError as error:
-        yield from error.mistakes
-        return
-    cache = options[CacheOptions]
-    for subset in (subset for plan in plans for subset in plan.subsets):
+def _check_caches(configs: Iterable[DatasetConfig], cache: CacheOptions) -> Iterator[Mistake]:
+    """Yield what changes from step to step and so can't be encoded before training."""
+    for subset in (subset for config in configs for subset in config.subsets):
         if cache.text:
             yield from _against_text_cache(subset, variants=cache.text_cache_variants)
         if cache.latents:
@@ -121,16 +153,24 @@ Tables = tuple[Mapping[str, Any], ...]
 class _Definition:
     """One definition being read: its tables, and the mistakes found in them."""
 
-    def __init__(self, name: str, tables: Any, options: Options, conditioning: ConditioningKind, *, uses_masks: bool):
+    def __init__(
+        self,
+        name: str,
+        tables: Any,
+        conditioning: ConditioningKind,
+        *,
+        command_line: dict[str, Any],
+        caches_latents: bool,
+        extension_given: bool,
+    ):
         self.name = name
         self.tables = tables
         self.mistakes: list[Mistake] = []
         self.notices: list[str] = []
-        self.command_line = dict(options.items())
+        self.command_line = command_line
         self.conditioning = conditioning
-        self.uses_masks = uses_masks
-        self.caches_latents = options[CacheOptions].latents
-        self.extension_given = options.given("caption_extension") or options.given("caption_extention")
+        self.caches_latents = caches_latents
+        self.extension_given = extension_given
         if self.command_line["caption_extention"]:
             self.command_line["caption_extension"] = self.command_line["caption_extention"]
         if self.command_line["face_crop_aug_range"]:
@@ -288,11 +328,6 @@ class _Definition:
             )
             self._mistake(where, f"conditioning_data_dir is missing: {what}", ("conditioning_data_dir",))
         if conditioning is not None:
-            if self.conditioning == "masks" and not self.uses_masks:
-                self._mistake(
-                    where,
-                    "conditioning_data_dir holds masks here, which only inpainting models see; give --masked_loss to use them, or leave it out",
-                )
             if not conditioning.is_dir():
                 self._mistake(where, f"conditioning_data_dir {conditioning}: {_missing(conditioning)}")
             if in_metadata:

@@ -158,4 +158,4 @@ def merge_parser(description: str, *, extension: str) -> ToolParser:
 
 def start_tool_logging(*, debug: bool) -> None:
     """Log to stderr, with `debug` each entry too."""
-    start_logging(Options([LogOptions(console_log_level="DEBUG" if debug else None)], where={}, notices=()))
+    start_logging(Options([LogOptions(console_log_level="DEBUG" if debug else None)], sources={}, notices=()))

@@ -1,4 +1,4 @@
-"""Options of the models room. No torch here."""
+"""Options of the base model and how it is loaded. Torch-free."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,61 +20,73 @@ class ModelOptions(OptionGroup):
     )
     vae: str | None = option(
         None,
-        "another VAE: a VAE file or whole checkpoint, a Diffusers folder, or a hub id",
+        "another VAE: a VAE file or a complete checkpoint, a Diffusers folder, or a hub id",
         affects_result=False,
         private=True,
     )
     tokenizer_cache_dir: Path | None = option(
         None,
-        "folder in which the two tokenizers are kept; unset: the model folder's, or those that come with this program",
+        "folder in which the two tokenizers are cached; unset: the model folder's, or those that "
+        "come with this program",
         affects_result=False,
         private=True,
     )
     max_token_length: int | None = option(
         None,
-        "tokens of a caption: 75 when unset, or 150 or 225; longer captions are cut",
+        "tokens per caption: 75 when unset, or 150 or 225; longer captions are truncated",
         choices=(150, 225),
         unset=(75, "75"),
     )
     v_parameterization: bool = option(
-        False, "the model predicts velocity (v) instead of noise; known by itself where the checkpoint says so"
+        False,
+        "the model predicts velocity (v) instead of noise; detected where the checkpoint says so",
     )
     zero_terminal_snr: bool = option(
-        False, "train with a noise schedule whose last timestep is pure noise; meant for velocity"
+        False,
+        "train with a noise schedule whose last timestep is pure noise; meant for velocity "
+        "prediction",
     )
     no_half_vae: bool = option(
-        False, "run the VAE in float32; without it a VAE that overflows is tried again in float32"
+        False, "run the VAE in float32; without it, a VAE that overflows is retried in float32"
     )
-    sdpa: bool = option(False, "PyTorch's attention in the U-Net, which is what is used anyway")
-    xformers: bool = option(False, "xformers' attention in the U-Net, where xformers is installed; else PyTorch's")
+    sdpa: bool = option(False, "PyTorch's attention in the U-Net, which is the default anyway")
+    xformers: bool = option(
+        False, "xformers' attention in the U-Net, if xformers is installed; else PyTorch's"
+    )
     mem_eff_attn: bool = option(
-        False, "attention in pieces in the U-Net, for cards without a memory-saving attention kernel"
+        False,
+        "attention in chunks in the U-Net, for GPUs without a memory-efficient attention kernel",
     )
-    disable_mmap_load_safetensors: bool = option(False, "read safetensors files into memory instead of mapping them")
+    disable_mmap_load_safetensors: bool = option(
+        False, "read safetensors files into memory instead of mapping them"
+    )
     verify_model: bool = option(
-        False, "compare the base model's numbers with the sha256 in its metadata: a file that rotted is noticed"
+        False,
+        "compare the base model's tensors with the sha256 in its metadata, to notice a damaged file",
     )
     v2: bool = option(False, "an SD 2.x model, which is refused")
     clip_skip: int | None = option(
         None,
-        "written to the metadata",
-        no_effect="SDXL always takes the last layer but one; the number is only written to the metadata",
+        "stored in the metadata",
+        no_effect="SDXL always takes the last layer but one; the number is only stored in the "
+        "metadata",
         at_least=1,
     )
     lowram: bool = option(
         False,
-        "load straight to the card",
-        no_effect="models are always read straight to where they compute, a tensor at a time",
+        "load directly to the GPU",
+        no_effect="models are always loaded directly to the device that runs them, one tensor at "
+        "a time",
     )
     highvram: bool = option(
         False,
-        "keep the card's memory cache while caching",
-        no_effect="the card's memory cache is never emptied between batches",
+        "keep the CUDA memory cache while caching",
+        no_effect="the CUDA memory cache is never emptied between batches",
     )
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a caption, markers not counted."""
+        """Tokens per caption, without start and end tokens."""
         return self.max_token_length or 75
 
     def mistakes(self) -> Iterable[Mistake]:
@@ -84,4 +96,6 @@ class ModelOptions(OptionGroup):
                 ("pretrained_model_name_or_path",),
             )
         if self.v2:
-            yield Mistake("--v2: SD 2.x models can't be trained here; leave it out for SDXL", ("v2",))
+            yield Mistake(
+                "--v2: SD 2.x models can't be trained here; leave it out for SDXL", ("v2",)
+            )

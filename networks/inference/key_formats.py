@@ -22,8 +22,8 @@ from library.models.text_encoders import clip_body
 from library.models.unet import UNet
 from library.safetensors_io import read_header
 from networks.inference.deltas import ModuleTensors, unscaled_delta
-from networks.lora import TEXT_ENCODERS, UNET, Target, module_key
 from networks.lora_file import BUNDLED, diffusers_names, read_tensors
+from networks.targets import TEXT_ENCODERS, UNET, Target, module_key
 
 _DOTTED_KEY = re.compile(
     r"(?P<path>.+?)(?:\.processor\.(?P<projection>\w+)_lora|\.lora_linear_layer|\.lora)?"

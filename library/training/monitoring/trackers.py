@@ -11,13 +11,13 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.errors import OptionError
 from library.log import log
-from library.options import Options
+from library.option_types import Spec
 from library.training.options.output import TrackerOptions
 
 if TYPE_CHECKING:
@@ -143,10 +143,10 @@ def read_tracker_config(path: Path) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def logged_config(options: Options) -> dict[str, object]:
+def logged_config(options: Iterable[tuple[Spec, object]]) -> dict[str, object]:
     """Return what --log_config sends: every option that is set, except keys and paths. Lists become text."""
     sent: dict[str, object] = {}
-    for spec, value in options.specs():
+    for spec, value in options:
         if value is None or spec.is_private:
             continue
         if isinstance(value, tuple):

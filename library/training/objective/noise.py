@@ -1,7 +1,8 @@
-"""Noise: from clean latents to the noisy ones that the U-Net sees, and the target that it should predict.
+"""Noise: from clean latents to the noised ones that the U-Net sees, and what it should predict.
 
-Shapes: B samples, C = 4 latent channels, H and W of the latents. Every function is pure; its draws are arguments, and a
-sample's draws come from its own place (library/rng.py), where sd-scripts has one running stream for the batch.
+Shapes: B samples, C = 4 latent channels, H and W of the latents. Every function is pure; random
+numbers are arguments, and those of a sample come from its position (library/rng.py), where
+sd-scripts has one running stream for the batch.
 """
 
 import math
@@ -19,7 +20,14 @@ from library.training.options.objective import NoiseOptions
 
 
 class NoisedLatents(NamedTuple):
-    """A training pair: noisy scaled latents and what they are made of, [B, C, H, W] each; timesteps [B]."""
+    """Noised latents, and what they are made of.
+
+    Attributes:
+        latents: noised scaled latents, [B, C, H, W].
+        clean: scaled latents, [B, C, H, W].
+        noise: what the U-Net should predict, [B, C, H, W].
+        timesteps: [B].
+    """
 
     latents: Tensor
     clean: Tensor
@@ -28,95 +36,144 @@ class NoisedLatents(NamedTuple):
 
 
 def add_training_noise(
-    scaled: Tensor, rng: SampleRng, schedule: NoiseSchedule, options: NoiseOptions, timesteps: Tensor | None = None
+    scaled: Tensor,
+    rng: SampleRng,
+    schedule: NoiseSchedule,
+    options: NoiseOptions,
+    timesteps: Tensor | None = None,
 ) -> NoisedLatents:
-    """Add drawn noise to scaled latents [B, C, H, W] at the given timesteps [B], or at drawn ones."""
-    noise = draw_noise(scaled, rng, options)
+    """Add random noise to scaled latents.
+
+    Args:
+        scaled: [B, C, H, W].
+        rng: of the samples.
+        schedule: the noise schedule.
+        options: kinds and strengths of the noise.
+        timesteps: [B]; None: random ones.
+    """
+    noise = sample_noise(scaled, rng, options)
     if timesteps is None:
-        timesteps = draw_timesteps(rng, options)
+        timesteps = sample_timesteps(rng, options)
     added = noise
     if options.ip_noise_gamma:
-        gamma = _strength(options.ip_noise_gamma, options.ip_noise_gamma_random_strength, "ip noise strength", rng)
+        gamma = _strength(
+            options.ip_noise_gamma, options.ip_noise_gamma_random_strength, "ip noise strength", rng
+        )
         added = noise + gamma * rng.normal("ip noise", scaled.shape[1:])
     return NoisedLatents(add_noise(scaled, added, schedule.at(timesteps)), scaled, noise, timesteps)
 
 
-def draw_noise(scaled: Tensor, rng: SampleRng, options: NoiseOptions) -> Tensor:
-    """The noise of each sample, offset and pyramid included: shaped like the latents."""
+def sample_noise(scaled: Tensor, rng: SampleRng, options: NoiseOptions) -> Tensor:
+    """Return the noise of each sample with offset and pyramid noise, [B, C, H, W]."""
     noise = rng.normal("noise", scaled.shape[1:])
     if options.noise_offset:
-        strength = _strength(options.noise_offset, options.noise_offset_random_strength, "offset strength", rng)
-        drawn = rng.normal("offset", (scaled.shape[1], 1, 1))
-        noise = offset_noise(noise, drawn, strength, latents=scaled, adaptive=options.adaptive_noise_scale)
+        strength = _strength(
+            options.noise_offset, options.noise_offset_random_strength, "offset strength", rng
+        )
+        offset = rng.normal("offset", (scaled.shape[1], 1, 1))
+        noise = offset_noise(
+            noise, offset, strength, latents=scaled, adaptive=options.adaptive_noise_scale
+        )
     if options.multires_noise_iterations:
-        pyramids = [_draw_pyramid(noise[i : i + 1], rng, i, options) for i in range(len(noise))]
+        pyramids = [_sample_pyramid(noise[i : i + 1], rng, i, options) for i in range(len(noise))]
         noise = torch.cat(pyramids)
     return noise
 
 
-def _strength(most: float, is_random: bool, purpose: str, rng: SampleRng) -> Tensor | float:
-    return most * rng.uniform(purpose, (1, 1, 1)) if is_random else most
+def _strength(maximum: float, is_random: bool, purpose: str, rng: SampleRng) -> Tensor | float:
+    return maximum * rng.uniform(purpose, (1, 1, 1)) if is_random else maximum
 
 
-def draw_timesteps(rng: SampleRng, options: NoiseOptions) -> Tensor:
-    """Timesteps in --min_timestep..--max_timestep, the upper one not included: [B], int64. All are it where that range is empty."""
-    low, high = options.min_timestep or 0, NUM_TIMESTEPS if options.max_timestep is None else options.max_timestep
+def sample_timesteps(rng: SampleRng, options: NoiseOptions) -> Tensor:
+    """Return random timesteps from --min_timestep up to, but without, --max_timestep: [B], int64.
+
+    Where that range is empty, all are --max_timestep.
+    """
+    low = options.min_timestep or 0
+    high = NUM_TIMESTEPS if options.max_timestep is None else options.max_timestep
     if low >= high:
         return torch.full((rng.count,), high, device=rng.device)
     if options.timestep_sampling == "uniform":
         return rng.integers("timestep", low, high)
-    share = _noise_share(rng, options)
-    return (low + share * (high - low)).long().clamp(low, high - 1)
+    fraction = _timestep_fractions(rng, options)
+    return (low + fraction * (high - low)).long().clamp(low, high - 1)
 
 
-def _noise_share(rng: SampleRng, options: NoiseOptions) -> Tensor:
-    """How far into the range of timesteps each sample lies, 0 clean and 1 noise: [B]."""
+def _timestep_fractions(rng: SampleRng, options: NoiseOptions) -> Tensor:
+    """Return where each sample is in the range of timesteps, 0 clean and 1 noise: [B]."""
     if options.timestep_sampling == "logit_normal":
-        return logit_normal(rng.normal("timestep", ()), mean=options.logit_mean, std=options.logit_std)
+        return logit_normal(
+            rng.normal("timestep", ()), mean=options.logit_mean, std=options.logit_std
+        )
     uniform = rng.uniform("timestep")
-    return mode(uniform, options.mode_scale) if options.timestep_sampling == "mode" else cosmap(uniform)
+    if options.timestep_sampling == "mode":
+        return mode(uniform, options.mode_scale)
+    return cosmap(uniform)
 
 
 def logit_normal(normal: Tensor, *, mean: float, std: float) -> Tensor:
-    """Shares of noise around the middle, from standard normal numbers. Source: Esser et al. 2024, arXiv:2403.03206, section 3.1."""
+    """Return timestep fractions around the middle.
+
+    Source: Esser et al. 2024, arXiv:2403.03206, section 3.1.
+
+    Args:
+        normal: standard normal random numbers.
+        mean: above 0 for more noise, below for less.
+        std: width of the distribution.
+    """
     return torch.sigmoid(mean + std * normal)
 
 
 def mode(uniform: Tensor, scale: float) -> Tensor:
-    """Shares of noise with more (scale above 0) or fewer of the middle; scale 0 is uniform. Source: the same, equation 20."""
+    """Return timestep fractions with more (scale > 0) or fewer of the middle; 0 is uniform.
+
+    Source: Esser et al. 2024, arXiv:2403.03206, equation 20.
+    """
     return 1 - uniform - scale * (torch.cos(math.pi / 2 * uniform) ** 2 - 1 + uniform)
 
 
 def cosmap(uniform: Tensor) -> Tensor:
-    """Shares of noise in the density of the cosine schedule, 2 / (pi - 2 pi t + 2 pi t^2). Source: the same, equation 21."""
+    """Return timestep fractions of the cosine schedule's density, 2 / (pi - 2 pi t + 2 pi t^2).
+
+    Source: Esser et al. 2024, arXiv:2403.03206, equation 21.
+    """
     return 1 - 1 / (torch.tan(math.pi / 2 * uniform) + 1)
 
 
 def offset_noise(
-    noise: Tensor, drawn: Tensor, strength: Tensor | float, *, latents: Tensor, adaptive: float | None
+    noise: Tensor,
+    offset: Tensor,
+    strength: Tensor | float,
+    *,
+    latents: Tensor,
+    adaptive: float | None,
 ) -> Tensor:
-    """Noise that also shifts whole channels, so that very dark and very bright pictures can be learnt.
+    """Return noise that also shifts each channel, for very dark and very bright images.
 
     Args:
-        drawn: standard normal, [B, C, 1, 1].
+        noise: [B, C, H, W].
+        offset: standard normal, [B, C, 1, 1].
         strength: of the shift; a number, or [B, 1, 1, 1].
+        latents: scaled latents, [B, C, H, W].
         adaptive: added to the strength times each channel's absolute mean; the sum is at least 0.
 
     Source: Guttenberg 2023, "Diffusion with offset noise"; contract: training_math.md section 2.
     """
     if adaptive:
         strength = (strength + adaptive * latents.mean(dim=(2, 3), keepdim=True).abs()).clamp(min=0)
-    return noise + strength * drawn
+    return noise + strength * offset
 
 
 def pyramid_noise(noise: Tensor, levels: Sequence[Tensor], discount: float) -> Tensor:
-    """Noise with coarser noise on top, level i times discount^i, brought back to a standard deviation of 1.
+    """Return noise with coarser noise added, level i times discount^i, of standard deviation 1.
 
     Args:
         noise: [B, C, H, W]; the deviation is taken over all of it.
         levels: standard normal, [B, C, h_i, w_i], finest first.
+        discount: strength of each level relative to the one before.
 
-    Source: Whitaker 2023, "Multi-resolution noise for diffusion model training"; contract: training_math.md section 2.
+    Source: Whitaker 2023, "Multi-resolution noise for diffusion model training"; contract:
+    training_math.md section 2.
     """
     size = noise.shape[2:]
     for i, level in enumerate(levels):
@@ -124,37 +181,54 @@ def pyramid_noise(noise: Tensor, levels: Sequence[Tensor], discount: float) -> T
     return noise / noise.std()
 
 
-def pyramid_sizes(height: int, width: int, iterations: int, rng: Sequence[float]) -> list[tuple[int, int]]:
-    """The size of each pyramid level: sides divided by r^i, r drawn in 2..4 anew for each; ends with a side of 1.
+def pyramid_sizes(
+    height: int, width: int, iterations: int, uniform: Sequence[float]
+) -> list[tuple[int, int]]:
+    """Return the size of each pyramid level: sides divided by r^i, with a random r in 2..4 each.
 
-    Args: draws: numbers in 0..1, one per level.
+    The last level has a side of 1.
+
+    Args:
+        height: of the latents.
+        width: of the latents.
+        iterations: most levels.
+        uniform: random numbers in 0..1, one for each level.
     """
     sizes: list[tuple[int, int]] = []
     for i in range(iterations):
-        ratio = (2 + 2 * rng[i]) ** i
+        ratio = (2 + 2 * uniform[i]) ** i
         sizes.append((max(1, int(height / ratio)), max(1, int(width / ratio))))
         if 1 in sizes[-1]:
             break
     return sizes
 
 
-def _draw_pyramid(noise: Tensor, rng: SampleRng, i: int, options: NoiseOptions) -> Tensor:
-    """Pyramid noise of one sample, [1, C, H, W]."""
+def _sample_pyramid(noise: Tensor, rng: SampleRng, i: int, options: NoiseOptions) -> Tensor:
+    """Return pyramid noise of sample i, [1, C, H, W]."""
     assert options.multires_noise_iterations
-    own = replace(rng, first_sample_index=rng.first_sample_index + i, count=1)
-    on_host = replace(own, device=torch.device("cpu"))  # sizes are the host's business
-    uniform = on_host.uniform("pyramid sizes", (options.multires_noise_iterations,))[0].tolist()
+    sample_rng = replace(rng, first_sample_index=rng.first_sample_index + i, count=1)
+    cpu_rng = replace(sample_rng, device=torch.device("cpu"))  # sizes are needed on the host
+    uniform = cpu_rng.uniform("pyramid sizes", (options.multires_noise_iterations,))[0].tolist()
     height, width = noise.shape[2:]
     sizes = pyramid_sizes(height, width, options.multires_noise_iterations, uniform)
-    levels = [own.normal(f"pyramid {level}", (noise.shape[1], *size)) for level, size in enumerate(sizes)]
+    levels = [
+        sample_rng.normal(f"pyramid {level}", (noise.shape[1], *size))
+        for level, size in enumerate(sizes)
+    ]
     return pyramid_noise(noise, levels, options.multires_noise_discount)
 
 
 def add_noise(scaled: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x_t = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise. Source: Ho et al. 2020, arXiv:2006.11239, equation 4."""
+    """Return x_t = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise.
+
+    Source: Ho et al. 2020, arXiv:2006.11239, equation 4.
+    """
     return alpha_bar.sqrt() * scaled + (1 - alpha_bar).sqrt() * noise
 
 
 def velocity(scaled: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x. Source: Salimans & Ho 2022, arXiv:2202.00512, section 4."""
+    """Return v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x.
+
+    Source: Salimans & Ho 2022, arXiv:2202.00512, section 4.
+    """
     return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * scaled

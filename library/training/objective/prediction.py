@@ -1,4 +1,4 @@
-"""Prediction."""
+"""Objective: what the model learns to predict."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,12 @@ from library.models.noise_schedule import NoiseSchedule
 
 
 class Objective(NamedTuple):
-    """What the model learns to predict, and on which noise schedule."""
+    """What the model learns to predict.
+
+    Attributes:
+        schedule: the noise schedule.
+        v_prediction: the velocity instead of the noise.
+    """
 
     schedule: NoiseSchedule
     v_prediction: bool

@@ -1,4 +1,4 @@
-"""Make the update that the options ask for: its optimizer, its schedule, and the way down."""
+"""Build the optimizer, its schedule, and the step that uses both."""
 
 from collections.abc import Sequence
 
@@ -11,20 +11,32 @@ from library.offload import OffloadStream
 from library.options import Options
 from library.param_group import ParamGroup, split_groups
 from library.training.distributed.sharding import Shards
-from library.training.optim.backward_step import OptimizerInBackward, bunches_of
+from library.training.optim.backward_step import OptimizerInBackward, param_buckets
 from library.training.optim.lr_schedules import make_scheduler
-from library.training.optim.master_weights import MasterWeightOptimizer, fp32_params, is_separable
+from library.training.optim.master_weights import (
+    MasterWeightOptimizer,
+    compute_device,
+    fp32_params,
+    is_separable,
+)
 from library.training.optim.optimizer_step import GradientStep, OptimizerStep, StandardStep
-from library.training.optim.optimizers import make_optimizer, start_training
+from library.training.optim.optimizers import is_schedule_free, make_optimizer, start_training
 from library.training.optim.rounding import StochasticSums
 from library.training.optim.state_offload import OffloadedOptimizerState
-from library.training.options.distributed import keeps_state_in_ram
-from library.training.options.optimizer import OptimizerOptions, ScheduleOptions, UpdateOptions, read_arguments
+from library.training.options.compatibility import check_ema, check_schedule_free
+from library.training.options.distributed import ShardingOptions, offloads_optimizer
+from library.training.options.memory import MemoryOptions
+from library.training.options.optimizer import (
+    EmaOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+    UpdateOptions,
+)
 from library.training.options.run import RunOptions
 
 
 def build_optimizer_step(
-    step: nn.Module,
+    loss_module: nn.Module,
     groups: Sequence[ParamGroup],
     options: Options,
     total_steps: int,
@@ -33,77 +45,128 @@ def build_optimizer_step(
     processes: int,
     shards: Shards | None = None,
 ) -> OptimizerStep:
-    """The update of these groups. Args: step: the wrapped Step. shards: whose groups they are, where weights are sharded."""
-    chosen, most = options[UpdateOptions], options[OptimizerOptions].max_grad_norm
-    if chosen.fused_optimizer_groups:
-        groups = split_groups(groups, chosen.fused_optimizer_groups)
-    optimizer, scheduler = _make_optimizer(fp32_params(groups), options, total_steps)
+    """Build the optimizer step of these groups.
+
+    Args:
+        loss_module: what the loop calls for losses, wrapped for several processes.
+        groups: the parameters that are trained.
+        options: the options of the run.
+        total_steps: optimizer steps of the run.
+        seed: seed of stochastic rounding.
+        processes: the world size.
+        shards: of the groups' parameters, where weights are sharded.
+    """
+    update, optimizing = options[UpdateOptions], options[OptimizerOptions]
+    if update.fused_optimizer_groups:
+        groups = split_groups(groups, update.fused_optimizer_groups)
+    optimizer, scheduler = _make(
+        fp32_params(groups), optimizing, options[ScheduleOptions], total_steps
+    )
     start_training(optimizer)
-    offloads = keeps_state_in_ram(options)
-    alone = not (chosen.full_bf16 or chosen.full_fp16 or offloads) or _is_separable(options)
-    stepper = MasterWeightOptimizer(
+    device = compute_device(groups) if shards is None else shards.device
+    offloads = offloads_optimizer(options[MemoryOptions], options[ShardingOptions])
+    offloaded_state = None
+    if offloads:
+        offloaded_state = OffloadedOptimizerState(
+            optimizer, OffloadStream(torch.device("cpu"), device)
+        )
+    master_optimizer = MasterWeightOptimizer(
         optimizer,
         groups,
-        rounding=chosen.rounding_used,
+        rounding=update.rounding_used,
         seed=seed,
-        is_separable=alone,
+        is_separable=not (update.is_16_bit or offloads) or _is_separable(optimizing),
         device=None if shards is None else shards.device,
+        offloaded_state=offloaded_state,
     )
-    if offloads:
-        stepper.lodging = OffloadedOptimizerState(optimizer, OffloadStream(torch.device("cpu"), stepper.device))
     gradient_step: GradientStep
-    if chosen.is_fused:
-        whole = [list(group.parameters.values()) for group in groups]
-        buckets_of_params = whole if chosen.fused_optimizer_groups else bunches_of(groups, shards)
-        by_previous = chosen.fused_clip == "previous_norm"
+    if update.is_fused:
+        buckets = param_buckets(groups, shards)
+        if update.fused_optimizer_groups:
+            buckets = [list(group.parameters.values()) for group in groups]
         gradient_step = OptimizerInBackward(
-            stepper, buckets_of_params, max_grad_norm=most, clips_by_previous=by_previous, shards=shards
+            master_optimizer,
+            buckets,
+            max_grad_norm=optimizing.max_grad_norm,
+            clips_by_previous=update.fused_clip == "previous_norm",
+            shards=shards,
         )
     else:
         gradient_step = StandardStep(
-            stepper,
-            max_grad_norm=most,
+            master_optimizer,
+            max_grad_norm=optimizing.max_grad_norm,
             scales_loss=options[RunOptions].mixed_precision == "fp16",
-            whole_norms=None if shards is None else shards.norms,
+            full_norms=None if shards is None else shards.norms,
         )
-    sums = None if chosen.rounding_used == "nearest" else StochasticSums(groups, seed)
-    return OptimizerStep(step, groups, gradient_step, scheduler, sums, processes=processes, shards=shards)
+    sums = None if update.rounding_used == "nearest" else StochasticSums(groups, seed)
+    return OptimizerStep(
+        loss_module, groups, gradient_step, scheduler, sums, world_size=processes, shards=shards
+    )
 
 
 def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:
-    """Raises OptionError if optimizer or schedule can't be made, or can't do what they are to. Args: groups: of any shapes."""
-    _make_optimizer(groups, options, total_steps=1000)
-    name = options[OptimizerOptions].name
-    if keeps_state_in_ram(options) and not _is_separable(options):
-        raise OptionError(
+    """Build the optimizer and its schedule to see that they can do what the options ask for.
+
+    Args:
+        groups: the parameters that will be trained, of any shape.
+        options: the options of the run.
+
+    Raises:
+        OptionError: they can't.
+    """
+    optimizing, memory, sharding = (
+        options[OptimizerOptions],
+        options[MemoryOptions],
+        options[ShardingOptions],
+    )
+    optimizer, _ = _make(groups, optimizing, options[ScheduleOptions], total_steps=1000)
+    name, mistakes = optimizing.name, []
+    if not optimizing.spec.is_known and is_schedule_free(optimizer):
+        mistakes += [
+            *check_ema(name, options[EmaOptions]),
+            *check_schedule_free(name, memory, sharding),
+        ]
+    if offloads_optimizer(memory, sharding) and not _is_separable(optimizing):
+        mistakes.append(
             Mistake(
-                f"--optimizer_offload: --optimizer_type {name} looks at all gradients together, so its state is needed at once; leave it out",
+                f"--optimizer_offload: --optimizer_type {name} looks at all gradients together, so "
+                "its complete state is needed "
+                "at once; leave it out",
                 ("optimizer_offload", "optimizer_type"),
             )
         )
-    if options[UpdateOptions].fused_backward_pass and not _is_separable(options):
-        raise OptionError(
+    if options[UpdateOptions].fused_backward_pass and not _is_separable(optimizing):
+        mistakes.append(
             Mistake(
-                f"--fused_backward_pass: --optimizer_type {name} looks at all gradients together, so it can't step "
-                "one alone; leave it out, or take --fused_optimizer_groups, in which each group is stepped as if there were no other",
+                f"--fused_backward_pass: --optimizer_type {name} looks at all gradients together, "
+                "so it can't step one tensor "
+                "alone; leave it out, or use --fused_optimizer_groups, where each group is "
+                "stepped as if it were the only one",
                 ("fused_backward_pass", "optimizer_type"),
             )
         )
+    if mistakes:
+        raise OptionError(*mistakes)
+
+
+def _make(
+    groups: Sequence[ParamGroup],
+    options: OptimizerOptions,
+    schedule: ScheduleOptions,
+    total_steps: int,
+) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    optimizer = _make_optimizer(groups, options)
+    return optimizer, make_scheduler(optimizer, schedule, total_steps, options.learning_rate)
 
 
 def _make_optimizer(
-    groups: Sequence[ParamGroup], options: Options, total_steps: int
-) -> tuple[torch.optim.Optimizer, LRScheduler | None]:
-    lr = options[OptimizerOptions].learning_rate
-    optimizer = _optimizer(groups, options)
-    return optimizer, make_scheduler(optimizer, options[ScheduleOptions], total_steps, lr)
+    groups: Sequence[ParamGroup], options: OptimizerOptions
+) -> torch.optim.Optimizer:
+    return make_optimizer(options.name, options.arguments, groups, options.learning_rate)
 
 
-def _optimizer(groups: Sequence[ParamGroup], options: Options) -> torch.optim.Optimizer:
-    optimizing = options[OptimizerOptions]
-    arguments, _ = read_arguments("--optimizer_args", optimizing.optimizer_args)
-    return make_optimizer(optimizing.name, arguments, groups, optimizing.learning_rate)
-
-
-def _is_separable(options: Options) -> bool:
-    return is_separable(lambda groups: _optimizer(groups, options))
+def _is_separable(options: OptimizerOptions) -> bool:
+    """Return whether the optimizer may step parameters one by one; unknown ones are tried."""
+    if options.spec.is_known:
+        return not options.spec.finds_lr
+    return is_separable(lambda groups: _make_optimizer(groups, options))

@@ -1,7 +1,8 @@
-"""Learning-rate schedules: a schedule is a function from the optimizer step to a factor of each group's learning rate.
+"""Learning-rate schedules: functions from the optimizer step to a factor of the learning rates.
 
-Steps are optimizer steps, whatever the number of processes. Names and formulas are those of transformers' schedulers,
-which sd-scripts uses (contract: training_math.md section 5), without importing transformers.
+Steps are optimizer steps, whatever the number of processes. Names and formulas are those of
+transformers' schedulers, which sd-scripts uses (contract: training_math.md section 5), without
+importing transformers.
 """
 
 import importlib
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from library.errors import OptionError
 from library.imports import import_transformers
 from library.log import log
+from library.training.optim.optimizers import is_schedule_free
 from library.training.options.optimizer import ScheduleOptions, read_arguments
 
 Factor = Callable[[int], float]
@@ -27,19 +29,24 @@ _TIMESCALE = 10_000  # of inverse_sqrt without warm-up
 def make_scheduler(
     optimizer: torch.optim.Optimizer, options: ScheduleOptions, total_steps: int, lr: float
 ) -> LRScheduler | None:
-    """The scheduler of a run; None where the optimizer schedules itself (schedule-free ones).
+    """Make the scheduler of a run; None where the optimizer needs none (schedule-free ones).
 
-    Args: lr: the base learning rate.
+    Args:
+        optimizer: whose learning rates change.
+        options: which schedule.
+        total_steps: optimizer steps of the run.
+        lr: the base learning rate.
     """
     arguments, _ = read_arguments("--lr_scheduler_args", options.lr_scheduler_args)
-    if type(optimizer).__name__.lower().endswith("schedulefree"):
-        _tell_unused(options, "the optimizer needs no schedule")
+    if is_schedule_free(optimizer):
+        _warn_unused(options, "the optimizer needs no schedule")
         return None
     if optimizer.defaults.get("relative_step"):
         if options.lr_scheduler != "adafactor":
-            _tell_unused(
+            _warn_unused(
                 options,
-                "Adafactor finds its own rate; relative_step=False in --optimizer_args leaves it to the schedule",
+                "Adafactor finds its own rate; relative_step=False in --optimizer_args leaves it "
+                "to the schedule",
             )
         return import_transformers().optimization.AdafactorSchedule(optimizer, lr)
     if options.lr_scheduler_type:
@@ -47,32 +54,48 @@ def make_scheduler(
     return LambdaLR(optimizer, factor(options, total_steps, lr, arguments))
 
 
-def _tell_unused(options: ScheduleOptions, why: str) -> None:
+def _warn_unused(options: ScheduleOptions, reason: str) -> None:
     if options.lr_scheduler != "constant" or options.lr_scheduler_type:
-        log.warning("--lr_scheduler %s changes nothing: %s", options.lr_scheduler_type or options.lr_scheduler, why)
+        log.warning(
+            "--lr_scheduler %s changes nothing: %s",
+            options.lr_scheduler_type or options.lr_scheduler,
+            reason,
+        )
 
 
-def _by_class(optimizer: torch.optim.Optimizer, name: str, arguments: dict[str, Any]) -> LRScheduler:
+def _by_class(
+    optimizer: torch.optim.Optimizer, name: str, arguments: dict[str, Any]
+) -> LRScheduler:
     module, _, attribute = name.rpartition(".")
     try:
-        kind = getattr(importlib.import_module(module or "torch.optim.lr_scheduler"), attribute)
-        scheduler = kind(optimizer, **arguments)
+        scheduler_class = getattr(
+            importlib.import_module(module or "torch.optim.lr_scheduler"), attribute
+        )
+        scheduler = scheduler_class(optimizer, **arguments)
         if "metrics" in inspect.signature(scheduler.step).parameters:
-            raise ValueError("it wants a metric at every step, which training has not")
+            raise ValueError("it needs a metric at every step, which training doesn't have")
         return scheduler
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise OptionError(f"--lr_scheduler_type {name} with --lr_scheduler_args {arguments}: {error}") from None
+        raise OptionError(
+            f"--lr_scheduler_type {name} with --lr_scheduler_args {arguments}: {error}"
+        ) from None
 
 
-def num_steps(steps_or_share: int | float, total: int) -> int:
-    """Steps of an option that may be a share of all steps."""
-    return int(steps_or_share * total) if isinstance(steps_or_share, float) else steps_or_share
+def num_steps(steps_or_fraction: int | float, total: int) -> int:
+    """Return the steps of an option that may be a fraction of all steps."""
+    if isinstance(steps_or_fraction, float):
+        return int(steps_or_fraction * total)
+    return steps_or_fraction
 
 
 def factor(options: ScheduleOptions, total: int, lr: float, arguments: dict[str, Any]) -> Factor:
-    """The schedule as a function of the step, which counts from 0.
+    """Return the schedule as a function of the step, which counts from 0.
 
-    Args: total: optimizer steps of the run; lr: base learning rate, which polynomial's end is a share of.
+    Args:
+        options: which schedule.
+        total: optimizer steps of the run.
+        lr: base learning rate, of which the end of polynomial is a fraction.
+        arguments: --lr_scheduler_args, read.
     """
     warmup = num_steps(options.lr_warmup_steps, total)
     after = max(1, total - warmup)
@@ -84,7 +107,9 @@ def factor(options: ScheduleOptions, total: int, lr: float, arguments: dict[str,
 
     def polynomial(step: int) -> float:
         end = _POLYNOMIAL_END / lr if lr else 0.0
-        return end if step > total else (1 - end) * max(0.0, 1 - progress(step)) ** options.lr_scheduler_power + end
+        if step > total:
+            return end
+        return (1 - end) * max(0.0, 1 - progress(step)) ** options.lr_scheduler_power + end
 
     def inverse_sqrt(step: int) -> float:
         timescale = options.lr_scheduler_timescale or warmup or _TIMESCALE
@@ -97,9 +122,12 @@ def factor(options: ScheduleOptions, total: int, lr: float, arguments: dict[str,
             return _between(lowest, step / max(1, warmup))
         if step < stable_end:
             return 1.0
-        return (
-            _between(lowest, _half_waves(cycles / 2, (step - stable_end) / max(1, decay))) if step < total else lowest
-        )
+        if step < total:
+            return _between(lowest, _half_waves(cycles / 2, (step - stable_end) / max(1, decay)))
+        return lowest
+
+    def cosine_with_restarts(step: int) -> float:
+        return _half_waves(0.5, cycles * progress(step) % 1) if progress(step) < 1 else 0.0
 
     if options.lr_scheduler == "warmup_stable_decay":
         return warmup_stable_decay
@@ -110,10 +138,10 @@ def factor(options: ScheduleOptions, total: int, lr: float, arguments: dict[str,
         "constant_with_warmup": lambda step: 1.0,
         "linear": lambda step: max(0.0, 1 - progress(step)),
         "cosine": lambda step: _half_waves(0.5, progress(step)),
-        "cosine_with_restarts": lambda step: (
-            _half_waves(0.5, cycles * progress(step) % 1) if progress(step) < 1 else 0.0
+        "cosine_with_restarts": cosine_with_restarts,
+        "cosine_with_min_lr": lambda step: max(
+            0.0, _between(lowest, _half_waves(cycles / 2, progress(step)))
         ),
-        "cosine_with_min_lr": lambda step: max(0.0, _between(lowest, _half_waves(cycles / 2, progress(step)))),
         "polynomial": polynomial,
         "inverse_sqrt": inverse_sqrt,
     }
@@ -122,22 +150,34 @@ def factor(options: ScheduleOptions, total: int, lr: float, arguments: dict[str,
 
 
 def _half_waves(cycles: float, progress: float) -> float:
-    """A cosine from 1 to 0 (half a cycle) and back (a whole one)."""
+    """Return a cosine that falls from 1 to 0 in half a cycle, and rises again in the other half."""
     return max(0.0, 0.5 * (1 + math.cos(math.pi * cycles * 2 * progress)))
 
 
-def _between(lowest: float, share: float) -> float:
-    return share * (1 - lowest) + lowest
+def _between(lowest: float, fraction: float) -> float:
+    return fraction * (1 - lowest) + lowest
 
 
 def _piecewise_constant(rules: str) -> Factor:
-    """Factors up to steps: "1:10,0.1:20,0.01" is 1 up to step 10, 0.1 up to 20, then 0.01. As in Diffusers."""
+    """Return Diffusers' schedule: "1:10,0.1:20,0.01" is 1 to step 10, 0.1 to 20, then 0.01."""
     try:
         *pieces, last = rules.split(",")
-        limits = [(int(step), float(value)) for value, step in (piece.split(":") for piece in pieces)]
+        limits = []
+        for piece in pieces:
+            value, step = piece.split(":")
+            limits.append((int(step), float(value)))
         final = float(last)
     except ValueError:
         raise OptionError(
-            f"--lr_scheduler_args step_rules={rules!r}: expected factor:step,factor:step,factor as in '1:10,0.1:20,0.01'"
+            f"--lr_scheduler_args step_rules={rules!r}: expected factor:step,factor:step,factor as "
+            "in '1:10,0.1:20,0.01'"
         ) from None
-    return lambda step: next((value for limit, value in sorted(limits) if step < limit), final)
+    limits.sort()
+
+    def piecewise_constant(step: int) -> float:
+        for limit, value in limits:
+            if step < limit:
+                return value
+        return final
+
+    return piecewise_constant

@@ -1,11 +1,13 @@
-"""Stepper: how an optimizer changes weights: all together or some alone, and in float32 where they have fewer bits.
+"""MasterWeightOptimizer: steps parameters, 16-bit ones by way of float32 master weights.
 
-The optimizer of 16-bit weights is made over float32 stand-ins, which hold numbers only while they are stepped. So its state is what
-it would be for float32 weights (AdamW: 8 bytes a number), and what it makes of them is rounded back.
+The optimizer of 16-bit weights is made over float32 parameters that have memory only while they are
+stepped. So its state is that of float32 weights (AdamW: 8 bytes per parameter), and the updated
+master weights are rounded back.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,19 +17,28 @@ from library.log import silence_logging
 from library.param_group import ParamGroup
 from library.rng import seed_of
 from library.training.optim.optimizer_state import optimizer_state, restore_optimizer
-from library.training.optim.optimizers import start_training, takes_scaled_gradients
+from library.training.optim.optimizers import (
+    is_schedule_free,
+    start_training,
+    takes_scaled_gradients,
+)
 from library.training.optim.rounding import compensate, round_stochastically
 from library.training.optim.state_offload import OffloadedOptimizerState
 
-AT_ONCE = 1 << 24  # numbers that are in float32 at once: 64 MB of weights, and as much of gradients
+FP32_BUCKET_NUMEL = (
+    1 << 24
+)  # parameters that are in float32 at once: 64 MB of weights, and as much of gradients
+
+Params = Sequence[nn.Parameter]
 
 
 def fp32_params(groups: Sequence[ParamGroup]) -> list[ParamGroup]:
-    """The groups as an optimizer is to see them: 16-bit parameters are float32 ones, which take no memory."""
-    return [
-        ParamGroup(group.name, {n: _fp32_param(p) for n, p in group.parameters.items()}, group.lr, group.stops_at)
-        for group in groups
-    ]
+    """Return the groups for an optimizer: 16-bit parameters become float32 ones without memory."""
+    fp32_groups = []
+    for group in groups:
+        parameters = {name: _fp32_param(parameter) for name, parameter in group.parameters.items()}
+        fp32_groups.append(replace(group, parameters=parameters))
+    return fp32_groups
 
 
 def _fp32_param(parameter: nn.Parameter) -> nn.Parameter:
@@ -36,291 +47,379 @@ def _fp32_param(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.zeros((), device=parameter.device).expand(parameter.shape))
 
 
+def compute_device(groups: Sequence[ParamGroup]) -> torch.device:
+    """Return the device that computes: that of the parameters that aren't offloaded to RAM."""
+    return _compute_device(
+        [parameter for group in groups for parameter in group.parameters.values()]
+    )
+
+
+def _compute_device(parameters: Params) -> torch.device:
+    for parameter in parameters:
+        if parameter.device.type != "cpu":
+            return parameter.device
+    return parameters[0].device
+
+
 class MasterWeightOptimizer:
-    """Steps parameters by an optimizer, wherever they lie at that time.
+    """Steps parameters by an optimizer, on whichever device they are at that time.
 
     Attributes:
-        lodging: where the optimizer's state is between steps; None: beside the weights.
+        base_optimizer: the optimizer, over fp32_params of the groups.
+        parameters: those of all groups.
+        skips_on_device: whether the optimizer itself skips a step whose gradients are not finite,
+            without the host.
     """
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        base_optimizer: torch.optim.Optimizer,
         groups: Sequence[ParamGroup],
         *,
         rounding: str = "nearest",
         seed: int = 0,
         is_separable: bool = True,
         device: torch.device | None = None,
+        offloaded_state: OffloadedOptimizerState | None = None,
     ):
-        """Args:
-        optimizer: made over stand_ins(groups).
-        rounding: of 16-bit weights: "stochastic", "kahan" or "nearest".
-        seed: of stochastic rounding.
-        is_separable: whether the optimizer may step parameters alone.
-        device: the one that computes; None: that of the parameters that don't lie in RAM.
+        """Pair each parameter with the one that the optimizer sees.
+
+        Args:
+            base_optimizer: made over fp32_params(groups).
+            groups: the parameters to step.
+            rounding: of 16-bit weights: "stochastic", "kahan" or "nearest".
+            seed: of stochastic rounding.
+            is_separable: whether the optimizer may step parameters one by one.
+            device: the device that computes; None: that of the parameters that aren't in RAM.
+            offloaded_state: the optimizer's state, if it is in RAM between steps.
         """
-        self.optimizer = optimizer
+        self.base_optimizer = base_optimizer
         self._rounding, self._seed, self._is_separable = rounding, seed, is_separable
         self._device = device
-        self.lodging: OffloadedOptimizerState | None = None
+        self._offloaded_state = offloaded_state
         self._names: dict[nn.Parameter, str] = {}
         self._group_of: dict[nn.Parameter, int] = {}
-        self._stand_ins: dict[nn.Parameter, nn.Parameter] = {}
-        for number, (group, made) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-            for (name, parameter), own in zip(group.parameters.items(), made["params"], strict=True):
-                self._names[parameter], self._group_of[parameter] = name, number
-                self._stand_ins[parameter] = own
+        self._fp32: dict[nn.Parameter, nn.Parameter] = {}  # a float32 parameter is its own
+        for i, (group, param_group) in enumerate(
+            zip(groups, base_optimizer.param_groups, strict=True)
+        ):
+            for (name, parameter), fp32 in zip(
+                group.parameters.items(), param_group["params"], strict=True
+            ):
+                self._names[parameter], self._group_of[parameter] = name, i
+                self._fp32[parameter] = fp32
         self.parameters = list(self._names)
-        self._idle = {parameter: own.data for parameter, own in self._stand_ins.items()}
+        self._without_memory = {parameter: fp32.data for parameter, fp32 in self._fp32.items()}
         self._compensation: dict[nn.Parameter, Tensor] = {}
-        self._changed: dict[int, dict[str, Any]] = {}
-        self.skips_on_device = takes_scaled_gradients(optimizer)
+        self._pending_counters: dict[int, dict[str, Any]] = {}  # by group
+        self.skips_on_device = takes_scaled_gradients(base_optimizer)
 
     @property
     def device(self) -> torch.device:
-        """The one that computes; some parameters may lie in RAM."""
-        if self._device is not None:
-            return self._device
-        devices = [parameter.device for parameter in self.parameters]
-        return next((device for device in devices if device.type != "cpu"), devices[0])
+        """The device that computes; some parameters may be in RAM."""
+        return self._device or _compute_device(self.parameters)
 
-    # ------------------------------------------------------------------------------------------------------- stepping
+    # ---------------------------------------------------------------------- stepping
 
-    def step_all(self, number: int, factor: Tensor, is_finite: Tensor | None = None) -> None:
-        """Step everything that has a gradient. Args: as of step."""
-        members = [parameter for parameter in self.parameters if parameter.grad is not None]
-        if (not self._low_precision_params(members) and self.lodging is None) or not self._is_separable:
-            self._step(members, number, factor, is_finite)
-            return
-        for param_bucket in self._bunches_by_group(members):
-            self.step(param_bucket, number, factor, is_finite)
-        self.commit()
-
-    def step(
-        self, members: Sequence[nn.Parameter], number: int, factor: Tensor, is_finite: Tensor | None = None
-    ) -> None:
-        """Step parameters of one group alone. What the optimizer counts by group goes on with commit() only.
+    def step_all(self, step: int, factor: Tensor, is_finite: Tensor | None = None) -> None:
+        """Step every parameter that has a gradient.
 
         Args:
-            members: with gradients, which may be changed, and are gone behind it where parameters have 16 bits.
-            number: optimizer steps done before this one.
-            factor: of the gradients, [], or of each, [members]; float32.
-            is_finite: whether the gradients are; []; None: they are. If not, weights stay as they are where the optimizer
-                sees to that on the device (`skips_on_device`), and are stepped with gradients of 0 where it doesn't.
+            step: as of step_params().
+            factor: as of step_params().
+            is_finite: as of step_params().
         """
-        with self._alone(members):
-            self._step(members, number, factor, is_finite)
+        params = [parameter for parameter in self.parameters if parameter.grad is not None]
+        saves_memory = bool(self._low_precision_params(params)) or self._offloaded_state is not None
+        if not (saves_memory and self._is_separable):
+            self._step(params, step, factor, is_finite)
+            return
+        for bucket in self._buckets_by_group(params):
+            self.step_params(bucket, step, factor, is_finite)
+        self.commit()
+
+    def step_params(
+        self, params: Params, step: int, factor: Tensor, is_finite: Tensor | None = None
+    ) -> None:
+        """Step parameters of one group, as if it had no others.
+
+        What the optimizer counts by group advances with commit() only.
+
+        Args:
+            params: parameters that have gradients. Gradients are modified in place, and freed for
+                16-bit parameters.
+            step: optimizer steps done before this one.
+            factor: of all gradients, [], or of each, [params]; float32.
+            is_finite: whether the gradients are, []; None: they are. If not, weights stay unchanged
+                where the optimizer skips the step on the device (`skips_on_device`), and are
+                stepped with gradients of 0 where it doesn't.
+        """
+        with self._only(params):
+            self._step(params, step, factor, is_finite)
 
     def commit(self) -> None:
-        """All that has a gradient was stepped: what the optimizer keeps by group goes on."""
-        for group, values in self._changed.items():
-            self.optimizer.param_groups[group].update(values)
-        self._changed.clear()
+        """Advance what the optimizer counts by group, once all gradients are used."""
+        for group, counters in self._pending_counters.items():
+            self.base_optimizer.param_groups[group].update(counters)
+        self._pending_counters.clear()
+
+    @contextmanager
+    def _only(self, params: Params) -> Iterator[None]:
+        """Context manager: the optimizer has only these parameters, and its old counters."""
+        groups, i = self.base_optimizer.param_groups, self._group_of[params[0]]
+        alone = {**groups[i], "params": [self._fp32[parameter] for parameter in params]}
+        self.base_optimizer.param_groups = [alone]
+        try:
+            yield
+        finally:
+            self.base_optimizer.param_groups = groups
+            del alone["params"]
+            self._pending_counters[i] = alone
 
     @torch.no_grad()
-    def _step(self, members: Sequence[nn.Parameter], number: int, factor: Tensor, is_finite: Tensor | None) -> None:
-        narrow = _bunches(self._low_precision_params(members))
-        weights = [self._load_master_weights(param_bucket) for param_bucket in narrow]
-        for param_bucket in narrow:
-            self._lend_gradients(param_bucket)
-        gradients = _gradients([self._stand_ins[parameter] for parameter in members])
+    def _step(self, params: Params, step: int, factor: Tensor, is_finite: Tensor | None) -> None:
+        buckets = _buckets(self._low_precision_params(params))
+        master_weights = [self._load_master_weights(bucket) for bucket in buckets]
+        for bucket in buckets:
+            self._load_gradients(bucket)
+        fp32 = [self._fp32[parameter] for parameter in params]
+        self._scale_gradients(_gradients(fp32), factor, is_finite)
+        with self._state_on_device(fp32):
+            self.base_optimizer.step()
+        for bucket, weights in zip(buckets, master_weights, strict=True):
+            self._store_rounded(bucket, weights, step)
+
+    def _scale_gradients(
+        self, gradients: list[Tensor], factor: Tensor, is_finite: Tensor | None
+    ) -> None:
+        """Scale gradients, and keep NaN and Inf from the weights; in the kernel where it can."""
         if factor.ndim:
             torch._foreach_mul_(gradients, list(factor))
             factor = factor.new_ones(())
-        if self.skips_on_device:  # its kernel divides by grad_scale and heeds found_inf: the host needn't wait
-            self.optimizer.grad_scale = 1 / factor  # type: ignore[attr-defined]
-            self.optimizer.found_inf = None if is_finite is None else (~is_finite).float()  # type: ignore[attr-defined]
-        else:
-            torch._foreach_mul_(gradients, factor)
-            if is_finite is not None:
-                for gradient in gradients:
-                    gradient.masked_fill_(~is_finite, 0)
-        with nullcontext() if self.lodging is None else self.lodging.visit([self._stand_ins[p] for p in members]):
-            self.optimizer.step()
-        del gradients
-        for param_bucket, flat in zip(narrow, weights, strict=True):
-            self._store_rounded(param_bucket, flat, number)
+        if (
+            self.skips_on_device
+        ):  # the kernel divides by grad_scale and heeds found_inf: the host needn't wait
+            found_inf = None if is_finite is None else (~is_finite).float()
+            self.base_optimizer.grad_scale = 1 / factor  # type: ignore[attr-defined]
+            self.base_optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+            return
+        torch._foreach_mul_(gradients, factor)
+        if is_finite is not None:
+            for gradient in gradients:
+                gradient.masked_fill_(~is_finite, 0)
 
-    def _low_precision_params(self, members: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-        """Those that are stepped in float32 through stand-ins."""
-        return [parameter for parameter in members if self._stand_ins[parameter] is not parameter]
+    def _state_on_device(self, fp32: Params) -> AbstractContextManager[None]:
+        if self._offloaded_state is None:
+            return nullcontext()
+        return self._offloaded_state.on_device(fp32)
 
-    def _load_master_weights(self, param_bucket: Sequence[nn.Parameter]) -> Tensor:
-        """Give stand-ins their weights in float32. Returns the memory behind all of them: [numbers]."""
-        flat, views = _flat(param_bucket)
-        torch._foreach_copy_(views, list(param_bucket))
-        for parameter, view in zip(param_bucket, views, strict=True):
+    # ---------------------------------------------------------------------- master weights
+
+    def _low_precision_params(self, params: Params) -> list[nn.Parameter]:
+        """Return those that are stepped by way of float32 master weights."""
+        return [parameter for parameter in params if self._fp32[parameter] is not parameter]
+
+    def _load_master_weights(self, bucket: Params) -> Tensor:
+        """Give the float32 parameters of a bucket their weights, and return these, [numel]."""
+        flat, views = _flat(bucket)
+        torch._foreach_copy_(views, list(bucket))
+        for parameter, view in zip(bucket, views, strict=True):
             if parameter in self._compensation:
                 view += self._compensation[parameter]
-            self._stand_ins[parameter].data = view
+            self._fp32[parameter].data = view
         return flat
 
-    def _lend_gradients(self, param_bucket: Sequence[nn.Parameter]) -> None:
-        _, views = _flat(param_bucket)
-        torch._foreach_copy_(views, _gradients(param_bucket))
-        for parameter, view in zip(param_bucket, views, strict=True):
-            self._stand_ins[parameter].grad, parameter.grad = view, None
+    def _load_gradients(self, bucket: Params) -> None:
+        """Move the gradients of a bucket to its float32 parameters."""
+        _, views = _flat(bucket)
+        torch._foreach_copy_(views, _gradients(bucket))
+        for parameter, view in zip(bucket, views, strict=True):
+            self._fp32[parameter].grad = view
+            parameter.grad = None
 
-    def _store_rounded(self, param_bucket: Sequence[nn.Parameter], flat: Tensor, number: int) -> None:
-        """Round what the optimizer made of the weights."""
-        self._put_away(param_bucket)
+    def _store_rounded(self, bucket: Params, master_weights: Tensor, step: int) -> None:
+        """Round the updated float32 master weights back to 16 bits, and free them."""
+        self._free(bucket)
+        dtype = bucket[0].dtype
         if self._rounding == "kahan":
-            rounded, rests = compensate(flat, param_bucket[0].dtype)
-            for parameter, rest in zip(param_bucket, _views(rests, param_bucket), strict=True):
-                self._compensation.setdefault(parameter, torch.empty_like(parameter)).copy_(rest)
+            rounded, compensation = compensate(master_weights, dtype)
+            for parameter, view in zip(bucket, _views(compensation, bucket), strict=True):
+                self._compensation.setdefault(parameter, torch.empty_like(parameter)).copy_(view)
         elif self._rounding == "stochastic":
-            draw = torch.Generator(flat.device).manual_seed(
-                seed_of(self._seed, "rounding", number, self._names[param_bucket[0]])
-            )
-            rounded = round_stochastically(flat, draw)
+            seed = seed_of(self._seed, "rounding", step, self._names[bucket[0]])
+            generator = torch.Generator(master_weights.device).manual_seed(seed)
+            rounded = round_stochastically(master_weights, generator)
         else:
-            rounded = flat.to(param_bucket[0].dtype)
-        torch._foreach_copy_(list(param_bucket), _views(rounded, param_bucket))
+            rounded = master_weights.to(dtype)
+        torch._foreach_copy_(list(bucket), _views(rounded, bucket))
 
-    def _put_away(self, param_bucket: Sequence[nn.Parameter]) -> None:
-        """Leave the stand-ins without memory."""
-        for parameter in param_bucket:
-            own = self._stand_ins[parameter]
-            own.grad, own.data = None, self._idle[parameter]
+    def _free(self, bucket: Params) -> None:
+        """Free the memory of the master weights and their gradients."""
+        for parameter in bucket:
+            fp32 = self._fp32[parameter]
+            fp32.grad, fp32.data = None, self._without_memory[parameter]
 
-    def _bunches_by_group(self, members: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-        for group in range(len(self.optimizer.param_groups)):
-            yield from _bunches([parameter for parameter in members if self._group_of[parameter] == group])
+    def _buckets_by_group(self, params: Params) -> Iterator[list[nn.Parameter]]:
+        for i in range(len(self.base_optimizer.param_groups)):
+            yield from _buckets(
+                [parameter for parameter in params if self._group_of[parameter] == i]
+            )
 
-    @contextmanager
-    def _alone(self, members: Sequence[nn.Parameter]) -> Iterator[None]:
-        """The optimizer has these parameters, of one group, alone, and sees the group as it was before any was stepped."""
-        groups, number = self.optimizer.param_groups, self._group_of[members[0]]
-        own = {**groups[number], "params": [self._stand_ins[parameter] for parameter in members]}
-        self.optimizer.param_groups = [own]
-        try:
-            yield
-        finally:
-            self.optimizer.param_groups = groups
-            self._changed[number] = {key: value for key, value in own.items() if key != "params"}
-
-    # --------------------------------------------------------------------------------------------------- use and states
+    # ---------------------------------------------------------------------- evaluation and saved states
 
     @contextmanager
     def eval_weights(self) -> Iterator[None]:
-        """Schedule-free parameters are other ones when they are used than when they are trained: meanwhile the former.
+        """Context manager: parameters have the weights that a schedule-free optimizer evaluates.
 
-        Switching there and back rounds, so the trained ones are kept: a run that saves often ends as one that doesn't.
+        Switching there and back rounds, so the trained ones are kept: a run that saves often ends
+        as one that doesn't.
         """
-        if not callable(getattr(self.optimizer, "eval", None)):
+        if not is_schedule_free(self.base_optimizer):
             yield
             return
-        kept = [parameter.detach().clone() for parameter in self.parameters]
-        self._switch(self.optimizer.eval)  # type: ignore[attr-defined]
+        trained = [parameter.detach().clone() for parameter in self.parameters]
+        self._switch(self.base_optimizer.eval)  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            self._switch(self.optimizer.train)  # type: ignore[attr-defined]
+            self._switch(self.base_optimizer.train)  # type: ignore[attr-defined]
             with torch.no_grad():
-                torch._foreach_copy_(list[Tensor](self.parameters), kept)
+                torch._foreach_copy_(list[Tensor](self.parameters), trained)
 
     @torch.no_grad()
     def _switch(self, mode: Callable[[], object]) -> None:
-        """Put the optimizer into the mode, in float32 too, and round to nearest what becomes of the weights."""
+        """Put the optimizer into a mode by way of float32, and round the weights to nearest."""
         if not self._low_precision_params(self.parameters):
             mode()
             return
-        for param_bucket in self._bunches_by_group(self.parameters):
-            with self._alone(param_bucket):
-                narrow = self._low_precision_params(param_bucket)
-                weights = [(some, self._load_master_weights(some)) for some in _bunches(narrow)]
+        for bucket in self._buckets_by_group(self.parameters):
+            with self._only(bucket):
+                low_precision = _buckets(self._low_precision_params(bucket))
+                master_weights = [self._load_master_weights(params) for params in low_precision]
                 mode()
-                for some, flat in weights:
-                    self._put_away(some)
-                    torch._foreach_copy_(list(some), _views(flat, some))
+                for params, weights in zip(low_precision, master_weights, strict=True):
+                    self._free(params)
+                    torch._foreach_copy_(list(params), _views(weights, params))
         self.commit()
 
     def state(self, names: Mapping[int, str]) -> dict[str, Any]:
-        """The optimizer's state, and what Kahan's rounding keeps. Args: names: of the parameters, by their id."""
-        if self.lodging is not None:
-            self.lodging.wait()
+        """Return the optimizer's state, and the compensation of Kahan's rounding.
+
+        Args:
+            names: of the parameters, by their id.
+        """
+        if self._offloaded_state is not None:
+            self._offloaded_state.wait()
+        compensation = {
+            names[id(parameter)]: tensor for parameter, tensor in self._compensation.items()
+        }
         return {
-            **optimizer_state(self.optimizer, self._with_stand_ins(names)),
-            "rests": {names[id(parameter)]: rest for parameter, rest in self._compensation.items()},
+            **optimizer_state(self.base_optimizer, self._with_fp32(names)),
+            _COMPENSATION: compensation,
         }
 
-    def restore(self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool) -> None:
-        """Go on with what state() gave."""
-        restore_optimizer(self.optimizer, state, self._with_stand_ins(names), same_options=same_options)
-        if self.lodging is None:
-            self._state_of_visitors_to_device()
-        saved = state.get("rests", {})
-        if self._rounding == "kahan":
-            self._compensation = {
-                parameter: torch.empty_like(parameter).copy_(saved[name])
-                for parameter, name in ((p, names[id(p)]) for p in self._low_precision_params(self.parameters))
-                if name in saved
-            }
+    def restore(
+        self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool
+    ) -> None:
+        """Restore what state() returned."""
+        restore_optimizer(
+            self.base_optimizer, state, self._with_fp32(names), same_options=same_options
+        )
+        if self._offloaded_state is None:
+            self._state_to_compute_device()
+        if self._rounding != "kahan":
+            return
+        saved = state.get(_COMPENSATION, {})
+        self._compensation = {}
+        for parameter in self._low_precision_params(self.parameters):
+            name = names[id(parameter)]
+            if name in saved:
+                self._compensation[parameter] = torch.empty_like(parameter).copy_(saved[name])
 
-    def _state_of_visitors_to_device(self) -> None:
-        """State is restored beside its weights; of those that lie in RAM and only visit the device, it stays on that."""
+    def _state_to_compute_device(self) -> None:
+        """Move the restored state of parameters in RAM to the device that steps them."""
         for parameter in self.parameters:
-            state = self.optimizer.state.get(self._stand_ins[parameter], {})
-            if parameter.device != self.device:
-                state.update({k: v.to(self.device) for k, v in state.items() if isinstance(v, Tensor)})
+            if parameter.device == self.device:
+                continue
+            state = self.base_optimizer.state.get(self._fp32[parameter], {})
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    state[key] = value.to(self.device)
 
-    def _with_stand_ins(self, names: Mapping[int, str]) -> dict[int, str]:
-        return {
-            **names,
-            **{id(own): names[id(parameter)] for parameter, own in self._stand_ins.items() if id(parameter) in names},
-        }
+    def _with_fp32(self, names: Mapping[int, str]) -> dict[int, str]:
+        """Return the names with those of the float32 parameters, which are the same."""
+        all_names = dict(names)
+        for parameter, fp32 in self._fp32.items():
+            if id(parameter) in names:
+                all_names[id(fp32)] = names[id(parameter)]
+        return all_names
 
 
-def _gradients(members: Sequence[nn.Parameter]) -> list[Tensor]:
-    return [parameter.grad for parameter in members if parameter.grad is not None]
+_COMPENSATION = "rests"  # key of saved states
 
 
-def _bunches(members: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Neighbours that are stepped together: as many as fit into the memory that is lent at once, of one dtype and device."""
-    buckets_of_params: list[list[nn.Parameter]] = []
+def _gradients(params: Params) -> list[Tensor]:
+    return [parameter.grad for parameter in params if parameter.grad is not None]
+
+
+def _buckets(params: Params) -> list[list[nn.Parameter]]:
+    """Return neighbors of one dtype and device, up to FP32_BUCKET_NUMEL at a time."""
+    buckets: list[list[nn.Parameter]] = []
     room, kind = 0, None
-    for parameter in members:
-        own = (parameter.dtype, parameter.device)
-        if parameter.numel() > room or own != kind:
-            buckets_of_params.append([])
-            room, kind = AT_ONCE, own
-        buckets_of_params[-1].append(parameter)
+    for parameter in params:
+        if parameter.numel() > room or kind != (parameter.dtype, parameter.device):
+            buckets.append([])
+            room, kind = FP32_BUCKET_NUMEL, (parameter.dtype, parameter.device)
+        buckets[-1].append(parameter)
         room -= parameter.numel()
-    return buckets_of_params
+    return buckets
 
 
-def _flat(members: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
-    """New float32 memory for all of them: as a whole, [numbers], and the part of each, in its shape."""
-    flat = torch.empty(sum(parameter.numel() for parameter in members), device=members[0].device)
-    return flat, _views(flat, members)
+def _flat(params: Params) -> tuple[Tensor, list[Tensor]]:
+    """Return new float32 memory for all of them, [numel], and a view of it in the shape of each."""
+    flat = torch.empty(sum(parameter.numel() for parameter in params), device=params[0].device)
+    return flat, _views(flat, params)
 
 
-def _views(flat: Tensor, members: Sequence[nn.Parameter]) -> list[Tensor]:
-    if len(members) == 1:  # most large ones are stepped alone, and split takes its time
-        return [flat.view(members[0].shape)]
-    parts = flat.split([parameter.numel() for parameter in members])
-    return [part.view(parameter.shape) for part, parameter in zip(parts, members, strict=True)]
+def _views(flat: Tensor, params: Params) -> list[Tensor]:
+    if len(params) == 1:  # most large ones are stepped alone, and split takes its time
+        return [flat.view(params[0].shape)]
+    pieces = flat.split([parameter.numel() for parameter in params])
+    return [piece.view(parameter.shape) for piece, parameter in zip(pieces, params, strict=True)]
 
 
 def is_separable(make: Callable[[list[ParamGroup]], torch.optim.Optimizer]) -> bool:
-    """Whether an optimizer that steps parameters alone ends where it does if it steps them together; tried on two small ones.
+    """Return whether an optimizer may step parameters one by one, with the same result.
 
-    Those that find their own learning rate from all gradients don't. Args: make: the optimizer over groups.
+    It is tried on two small ones. Optimizers that find their learning rate from all gradients
+    don't.
+
+    Args:
+        make: makes the optimizer over groups.
     """
-
-    def after_steps(*, alone: bool) -> Tensor:
-        members = {"a": nn.Parameter(torch.zeros(4, 3)), "b": nn.Parameter(torch.zeros(5))}
-        group = ParamGroup("all", members, 1.0)
-        stepper, draw = MasterWeightOptimizer(make([group]), [group]), torch.Generator().manual_seed(0)
-        start_training(stepper.optimizer)
-        for number in range(4):
-            for parameter in members.values():
-                parameter.grad = torch.randn(parameter.shape, generator=draw)
-            for some in [[parameter] for parameter in members.values()] if alone else [list(members.values())]:
-                stepper.step(some, number, torch.ones(()))
-            stepper.commit()
-        return torch.cat([parameter.detach().flatten() for parameter in members.values()])
-
     with silence_logging():
-        return torch.allclose(after_steps(alone=True), after_steps(alone=False), rtol=1e-4, atol=0)
+        alone, together = (
+            _weights_after_steps(make, alone=True),
+            _weights_after_steps(make, alone=False),
+        )
+    return torch.allclose(alone, together, rtol=1e-4, atol=0)
+
+
+def _weights_after_steps(
+    make: Callable[[list[ParamGroup]], torch.optim.Optimizer], *, alone: bool
+) -> Tensor:
+    params = [nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(5))]
+    group = ParamGroup("all", dict(zip("ab", params, strict=True)), 1.0)
+    optimizer, generator = (
+        MasterWeightOptimizer(make([group]), [group]),
+        torch.Generator().manual_seed(0),
+    )
+    start_training(optimizer.base_optimizer)
+    buckets = [[parameter] for parameter in params] if alone else [params]
+    for step in range(4):
+        for parameter in params:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for bucket in buckets:
+            optimizer.step_params(bucket, step, torch.ones(()))
+        optimizer.commit()
+    return torch.cat([parameter.detach().flatten() for parameter in params])

@@ -1,4 +1,4 @@
-"""Optimizer state."""
+"""Optimizer state: taken from an optimizer and given back, by parameter name and bit by bit."""
 
 import inspect
 from collections.abc import Mapping
@@ -10,79 +10,138 @@ from torch import Tensor
 from library.errors import RunError
 from library.log import log
 
-_BLOCK = 256  # numbers that share a scale in bitsandbytes
+_BLOCK = 256  # values that share a scale in bitsandbytes
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
-    """An optimizer's groups and its state by parameter name. Args: names: by id of the parameter."""
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    """Return an optimizer's groups, and its state by parameter name.
+
+    Args:
+        optimizer: whose state it is.
+        names: of the parameters, by their id.
+    """
+    groups = []
+    for param_group in optimizer.param_groups:
+        groups.append({key: value for key, value in param_group.items() if key != "params"})
     state = {}
     for parameter, values in optimizer.state.items():
-        if isinstance(parameter, Tensor):  # some keep entries of their own there
-            state[names[id(parameter)]] = {
-                key: {"value": value, "beside": isinstance(value, Tensor) and value.device == parameter.device}
-                for key, value in values.items()
-            }
-    return {"kind": _kind(optimizer), "groups": groups, "state": state}
+        if not isinstance(parameter, Tensor):  # some keep other entries there
+            continue
+        entries = {}
+        for key, value in values.items():
+            is_on_its_device = isinstance(value, Tensor) and value.device == parameter.device
+            entries[key] = {"value": value, _ON_ITS_DEVICE: is_on_its_device}
+        state[names[id(parameter)]] = entries
+    return {"kind": _class_name(optimizer), "groups": groups, "state": state}
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool = True
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    names: Mapping[int, str],
+    *,
+    same_options: bool = True,
 ) -> None:
-    """Give an optimizer its state back, bit by bit: torch's own load_state_dict casts to the parameters' dtype.
+    """Restore an optimizer's state, bit by bit: load_state_dict would cast it.
 
-    With other options than the state's, what they decide stays as they say. Raises RunError if the state doesn't fit.
+    Args:
+        optimizer: whose state it is.
+        saved: what optimizer_state() returned.
+        names: of the parameters, by their id.
+        same_options: whether the options are those of the state; if not, what they decide is as
+            they say.
+
+    Raises:
+        RunError: the state doesn't fit.
     """
-    if saved["kind"] != _kind(optimizer):
-        log.warning("the state's optimizer is %s; %s starts anew", saved["kind"], _kind(optimizer))
+    if saved["kind"] != _class_name(optimizer):
+        log.warning(
+            "the state was saved with %s; the optimizer state is reset for %s",
+            saved["kind"],
+            _class_name(optimizer),
+        )
         return
     if len(saved["groups"]) != len(optimizer.param_groups):
         raise RunError(
-            f"the state has {len(saved['groups'])} groups of learning rates, this run has {len(optimizer.param_groups)}; "
+            f"the state has {len(saved['groups'])} groups of learning rates, this run has "
+            f"{len(optimizer.param_groups)}; "
             "give the learning rates and network options that it was saved with"
         )
-    decided = set() if same_options else {*inspect.signature(type(optimizer).__init__).parameters, "initial_lr"}
-    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
-        group.update({key: value for key, value in values.items() if key not in decided | {"params"}})
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            values = saved["state"].get(names[id(parameter)])
-            if values is not None:
-                for key, entry in values.items():
-                    _check_fits(optimizer, names[id(parameter)], parameter, key, entry["value"])
-                optimizer.state[parameter] = {
-                    key: _placed(entry, parameter, optimizer) for key, entry in values.items()
-                }
+    ignored = {"params"}
+    if not same_options:
+        ignored |= {*inspect.signature(type(optimizer).__init__).parameters, "initial_lr"}
+    for param_group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+        param_group.update({key: value for key, value in values.items() if key not in ignored})
+    for param_group in optimizer.param_groups:
+        for parameter in param_group["params"]:
+            name = names[id(parameter)]
+            entries = saved["state"].get(name)
+            if entries is None:
+                continue
+            for key, entry in entries.items():
+                _check_fits(optimizer, name, parameter, key, entry["value"])
+            optimizer.state[parameter] = {
+                key: _restored(entry, parameter, optimizer) for key, entry in entries.items()
+            }
 
 
-def _kind(optimizer: torch.optim.Optimizer) -> str:
+def _class_name(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__name__}"
 
 
-def _check_fits(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, key: str, value: object) -> None:
-    """Raises RunError for tensors that would lead the kernels of torch and bitsandbytes, which don't look, astray."""
-    if not isinstance(value, Tensor) or not _kind(optimizer).startswith(("torch.optim.", "bitsandbytes.")):
+# Keys of the state of torch's and bitsandbytes' optimizers; 8-bit ones number state, absmax and
+# qmap.
+_LIKE_THE_PARAMETER = {
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "momentum_buffer",
+    "sum",
+    "state1",
+    "state2",
+}
+_SCALES = {"absmax1", "absmax2"}
+_CODEBOOKS = {"qmap1", "qmap2"}
+
+
+def _check_fits(
+    optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, key: str, value: object
+) -> None:
+    """Raise RunError for wrong shapes, which the kernels of torch and bitsandbytes don't check."""
+    package = type(optimizer).__module__.partition(".")[0]
+    if not isinstance(value, Tensor) or package not in ("torch", "bitsandbytes"):
         return
     shape = tuple(value.shape)
-    if key.startswith(("exp_avg", "max_exp_avg", "momentum_buffer", "sum", "state")):
-        fits = shape[value.ndim - parameter.ndim :] == tuple(parameter.shape)  # AdEMAMix has two in one
-    elif key.startswith("absmax"):
+    if key in _LIKE_THE_PARAMETER:
+        fits = shape[value.ndim - parameter.ndim :] == tuple(
+            parameter.shape
+        )  # AdEMAMix has two in one
+    elif key in _SCALES:
         fits = value.ndim > 0 and shape[-1] == -(-parameter.numel() // _BLOCK)
-    elif key.startswith("qmap"):
+    elif key in _CODEBOOKS:
         fits = shape == (256,)
     else:
         fits = True
     if not fits:
-        raise RunError(f"the state's {key} of {name} is {list(shape)}, which doesn't fit {list(parameter.shape)}")
+        raise RunError(
+            f"the state's {key} of {name} is {list(shape)}, which doesn't fit "
+            f"{list(parameter.shape)}"
+        )
 
 
-def _placed(entry: Mapping[str, Any], parameter: Tensor, optimizer: torch.optim.Optimizer) -> Any:
-    value = entry["value"]
+def _restored(entry: Mapping[str, Any], parameter: Tensor, optimizer: torch.optim.Optimizer) -> Any:
+    """Return a saved value on the device, and with the memory layout, that it had."""
+    value, is_on_its_device = entry["value"], entry[_ON_ITS_DEVICE]
     if not isinstance(value, Tensor):
         return value
     if value.shape == parameter.shape:
-        if entry["beside"]:  # laid out as the parameter is: some kernels go by that
+        if is_on_its_device:  # some kernels rely on the parameter's memory layout
             return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-        if getattr(optimizer, "is_paged", False):  # bitsandbytes: memory of its own, which the card reads from RAM
+        if getattr(
+            optimizer, "is_paged", False
+        ):  # bitsandbytes: managed memory, which the GPU reads from RAM
             return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # type: ignore[attr-defined]
-    return value.to(parameter.device) if entry["beside"] else value
+    return value.to(parameter.device) if is_on_its_device else value
+
+
+_ON_ITS_DEVICE = "beside"  # key of saved states: whether a tensor was on its parameter's device

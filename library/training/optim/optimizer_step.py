@@ -1,8 +1,9 @@
-"""Update: from the losses of a micro-batch to new weights. Owns windows, the schedule, and the choice of the way down."""
+"""OptimizerStep: accumulated gradients become one step of all weights and of the schedule."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,241 +20,305 @@ from library.training.optim.rounding import StochasticSums
 
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
-WholeNorms = Callable[[Tensor, Sequence[nn.Parameter]], Tensor]
-"""From the norms of gradients that lie here, [n], and their parameters to those of whole ones."""
+FullNorms = Callable[[Tensor, Sequence[nn.Parameter]], Tensor]
+"""From norms of this rank's gradient shards, [n], and their parameters to those of gradients."""
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step did, still on the device: mean loss of its pictures, gradient norm before clipping; [] each.
+    """What one optimizer step did, with tensors still on the device.
 
-    `norms`: of each parameter's gradient, 0 where it has none; [n].
-    `asked`: whether a signal asked any process to end; [], above 0 if so.
-    `overflowed`: float16 gradients left their range, and the step was left out.
+    Attributes:
+        loss: mean over the step's images; [].
+        grad_norm: global gradient norm before clipping; [].
+        norms: of each parameter's gradient, 0 where it has none; [n].
+        stop_requested: above 0 if a signal asked any process to stop; [].
+        overflowed: whether float16 gradients overflowed, so that the step was skipped.
     """
 
     loss: Tensor
     grad_norm: Tensor
     norms: Tensor
-    asked: Tensor
+    stop_requested: Tensor
     overflowed: bool = False
 
 
 class StepStats(NamedTuple):
-    """What became of a window's gradients: their norms [n] and the norm of all [], before clipping; whether they overflowed."""
+    """The gradients of a step before clipping.
+
+    Attributes:
+        norms: of each parameter's gradient, 0 where it has none; [n].
+        norm: global gradient norm; [].
+        overflowed: whether float16 gradients overflowed, so that the step was skipped.
+    """
 
     norms: Tensor
     norm: Tensor
     overflowed: bool
 
 
-class GradientStep(Protocol):
-    """The way from gradients to weights.
+class GradientStep(ABC):
+    """How accumulated gradients become an optimizer step.
 
     Attributes:
-        is_partly_taken: some weights of the window have been stepped already, so it can't begin again.
+        optimizer: what steps the parameters.
+        is_partly_taken: some weights have been stepped already, so the step can't start again.
     """
 
-    stepper: MasterWeightOptimizer
-    is_partly_taken: bool
+    optimizer: MasterWeightOptimizer
+    is_partly_taken: bool = False
 
-    def scaled(self, loss: Tensor) -> Tensor:
-        """The loss that backward begins with."""
-        ...
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Return the loss that backward starts from."""
+        return loss
 
-    def begin(self, place: BatchPosition, stopped: Collection[nn.Parameter]) -> None:
-        """Before a micro-batch's backward. Args: stopped: what stays as it is from now on."""
-        ...
+    @abstractmethod
+    def begin(self, position: BatchPosition, stopped: Collection[nn.Parameter]) -> None:
+        """Prepare for a micro-batch's backward.
 
+        Args:
+            position: of the micro-batch.
+            stopped: parameters that are no longer trained.
+        """
+
+    @abstractmethod
     def finish(self) -> StepStats:
-        """Behind the backward that closes a window: all weights are stepped, all gradients gone."""
-        ...
+        """Step all parameters and clear their gradients, after the last micro-batch's backward."""
 
-    def forget(self) -> None:
-        """Drop what a window that broke off has added up."""
-        ...
+    @abstractmethod
+    def discard(self) -> None:
+        """Drop the gradients of an accumulation that was broken off."""
 
-    def state(self) -> dict[str, Any]: ...
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return what a saved state needs of it."""
 
-    def restore(self, state: Mapping[str, Any]) -> None: ...
+    @abstractmethod
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore what state() returned."""
 
 
 class OptimizerStep:
-    """Gradients over a window of micro-batches become one step of all weights.
+    """Accumulates the gradients of micro-batches and steps all weights by them.
 
-    Every picture of a window counts the same, whatever the sizes of its micro-batches and the number of processes.
+    Every image of a step counts the same, whatever the sizes of its micro-batches and the number of
+    processes.
+
+    Attributes:
+        loss_module: what the loop calls for losses.
+        gradient_step: how accumulated gradients become a step.
     """
 
     def __init__(
         self,
-        step: nn.Module,
+        loss_module: nn.Module,
         groups: Sequence[ParamGroup],
         gradient_step: GradientStep,
         scheduler: LRScheduler | None,
-        sums: StochasticSums | None = None,
+        stochastic_sums: StochasticSums | None = None,
         *,
-        processes: int = 1,
+        world_size: int = 1,
         shards: Shards | None = None,
     ):
-        """Args:
-        step: the wrapped Step, which is what the loop calls.
-        sums: how 16-bit gradients add up; None: as autograd does.
-        shards: which exchange gradients, where no wrapper does it.
+        """Put the parts of a step together.
+
+        Args:
+            loss_module: gives losses, wrapped for several processes.
+            groups: the parameters that are trained.
+            gradient_step: how accumulated gradients become a step.
+            scheduler: of the learning rate; None where the optimizer needs none.
+            stochastic_sums: how 16-bit gradients add up; None: as autograd does.
+            world_size: number of processes.
+            shards: exchange gradients where no wrapper does.
         """
-        self.loss_module, self._groups = step, groups
-        self._gradient_step, self._scheduler, self._sums, self._processes = gradient_step, scheduler, sums, processes
-        self._shards = shards
-        self._loss = torch.zeros((), device=gradient_step.stepper.device)
+        self.loss_module, self.gradient_step = loss_module, gradient_step
+        self._groups, self._scheduler, self._stochastic_sums = groups, scheduler, stochastic_sums
+        self._world_size, self._shards = world_size, shards
+        self._loss = torch.zeros((), device=gradient_step.optimizer.device)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        return self._gradient_step.stepper.optimizer
+        return self.gradient_step.optimizer.base_optimizer
 
     @property
     def is_partly_taken(self) -> bool:
-        """Whether the step that is in work has changed weights already."""
-        return self._gradient_step.is_partly_taken
+        """Whether the step in progress has changed weights already."""
+        return self.gradient_step.is_partly_taken
 
     @contextmanager
-    def window(self, place: BatchPosition) -> Iterator[None]:
-        """Around forward and backward: processes exchange gradients only with the micro-batch that closes the window."""
-        if self._processes == 1:  # several exchange the gradients of all that they started with
-            # Before the forward, which checkpointing does again in backward: both must see the same.
-            for parameter in self._stopped(place.step):
+    def accumulation(self, position: BatchPosition) -> Iterator[None]:
+        """Context manager of a micro-batch: only that of the last one exchanges gradients."""
+        if self._world_size == 1:  # several exchange the gradients of all that they started with
+            # Before the forward, which checkpointing does again in backward: both must see the
+            # same.
+            for parameter in self._stopped(position.step):
                 parameter.requires_grad_(False)
-        if isinstance(self.loss_module, DistributedDataParallel) and not place.is_last_microbatch:
+        if (
+            isinstance(self.loss_module, DistributedDataParallel)
+            and not position.is_last_microbatch
+        ):
             with self.loss_module.no_sync():
                 yield
         else:
             if self._shards is not None:
-                self._shards.begin(is_last_microbatch=place.is_last_microbatch)
+                self._shards.begin(is_last_microbatch=position.is_last_microbatch)
             yield
 
-    def backward(self, losses: Tensor, place: BatchPosition) -> None:
+    def backward(self, losses: Tensor, position: BatchPosition) -> None:
         """Add the gradient of the micro-batch's losses [B]."""
-        share = losses.sum() / place.global_batch_size
-        self._loss += share.detach()
-        self._gradient_step.begin(place, self._stopped(place.step))
-        if self._sums is not None:
-            self._sums.begin(place)
-        # Wrappers average gradients over processes, where a sum is wanted.
-        self._gradient_step.scaled(share * self._processes).backward()
+        loss = losses.sum() / position.global_batch_size
+        self._loss += loss.detach()
+        self.gradient_step.begin(position, self._stopped(position.step))
+        if self._stochastic_sums is not None:
+            self._stochastic_sums.begin(position)
+        # Wrappers average gradients over ranks, but the sum is needed.
+        self.gradient_step.scale_loss(loss * self._world_size).backward()
 
-    def step(self, *, asked: bool = False) -> StepResult:
-        """Finish the step, and advance the schedule. Args: asked: a signal asked this process to end, which the others learn with the loss."""
-        sums = torch.stack([self._loss, torch.full_like(self._loss, float(asked))])
-        loss, anywhere = self._sum_over_processes(sums)
+    def step(self, *, stop_requested: bool = False) -> StepResult:
+        """Finish the step, and advance the schedule.
+
+        Args:
+            stop_requested: a signal asked this process to stop, which the others learn with the
+                loss.
+        """
+        sums = torch.stack([self._loss, torch.full_like(self._loss, float(stop_requested))])
+        loss, stop_requests = self._sum_over_ranks(sums)
         self._loss = torch.zeros_like(self._loss)
         with nullcontext() if self._shards is None else self._shards.reduced_gradients():
-            descended = self._gradient_step.finish()
-        if self._scheduler is not None and not descended.overflowed:
+            stats = self.gradient_step.finish()
+        if self._scheduler is not None and not stats.overflowed:
             self._scheduler.step()
-        return StepResult(loss, descended.norm, descended.norms, anywhere, descended.overflowed)
+        return StepResult(loss, stats.norm, stats.norms, stop_requests, stats.overflowed)
 
-    def _stopped(self, done: int) -> set[nn.Parameter]:
-        """The parameters of groups whose time is over. Args: done: optimizer steps."""
+    def _stopped(self, step: int) -> set[nn.Parameter]:
+        """Return the parameters of groups that are no longer trained after that number of steps."""
         stopped: set[nn.Parameter] = set()
         for group in self._groups:
-            if group.stops_at is not None and done >= group.stops_at:
+            if group.last_step is not None and step >= group.last_step:
                 stopped.update(group.parameters.values())
         return stopped
 
     def eval_weights(self) -> AbstractContextManager[None]:
-        """Meanwhile the weights are those that are used, saved and shown, where the optimizer trains other ones."""
-        return self._gradient_step.stepper.eval_weights()
+        """Context manager: weights are those to evaluate and save."""
+        return self.gradient_step.optimizer.eval_weights()
 
     def state(self, names: Mapping[int, str]) -> dict[str, Any]:
-        """Optimizer, schedule and loss scale. Args: names: of the parameters, by their id."""
+        """Return the state of optimizer, schedule and loss scale.
+
+        Args:
+            names: of the parameters, by their id.
+        """
         return {
-            "optimizer": self._gradient_step.stepper.state(names),
+            "optimizer": self.gradient_step.optimizer.state(names),
             "schedule": None if self._scheduler is None else self._scheduler.state_dict(),
-            "descent": self._gradient_step.state(),
+            _GRADIENT_STEP: self.gradient_step.state(),
         }
 
-    def restore(self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool) -> None:
-        """Go on with what state() gave. Without `same_options`, learning rates and schedule are those of the options now."""
-        self._gradient_step.stepper.restore(state["optimizer"], names, same_options=same_options)
+    def restore(
+        self, state: Mapping[str, Any], names: Mapping[int, str], *, same_options: bool
+    ) -> None:
+        """Restore what state() returned.
+
+        Args:
+            state: of optimizer, schedule and loss scale.
+            names: of the parameters, by their id.
+            same_options: whether learning rates and schedule are those of the state, not those of
+                the options.
+        """
+        self.gradient_step.optimizer.restore(state["optimizer"], names, same_options=same_options)
         if self._scheduler is not None and state["schedule"] is not None:
             if same_options:
                 self._scheduler.load_state_dict(state["schedule"])
             else:
                 self.skip(state["schedule"]["last_epoch"])
-        self._gradient_step.restore(state["descent"])
+        self.gradient_step.restore(state[_GRADIENT_STEP])
 
     def skip(self, steps: int) -> None:
-        """Advance the schedule as if so many steps had been done (--initial_step)."""
-        for _ in range(steps if self._scheduler is not None else 0):
+        """Advance the schedule as if that number of steps had been taken (--initial_step)."""
+        if self._scheduler is None:
+            return
+        for _ in range(steps):
             self.optimizer._opt_called = True  # type: ignore[attr-defined] # torch warns of a schedule before any step
-            self._scheduler.step()  # type: ignore[union-attr]
+            self._scheduler.step()
 
-    def forget(self) -> None:
-        """Drop what a window that broke off has added up."""
-        self._gradient_step.forget()
+    def discard(self) -> None:
+        """Drop the gradients and losses of an accumulation that was broken off."""
+        self.gradient_step.discard()
         self._loss = torch.zeros_like(self._loss)
 
-    def _sum_over_processes(self, value: Tensor) -> Tensor:
-        if self._processes > 1:
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        if self._world_size > 1:
             value = value.clone()
             torch.distributed.all_reduce(value)
         return value
 
     def learning_rates(self) -> dict[str, float]:
-        """The learning rate of each group, by its name; times the factor d where the optimizer finds one (d*lr/NAME)."""
+        """Return the learning rate of each group, by name; times Prodigy's d as d*lr/NAME."""
         rates = {}
-        for group, state in zip(self._groups, self.optimizer.param_groups, strict=True):
-            rates[group.name] = current_rate(self.optimizer, state)
-            if "d" in state:  # D-Adaptation, Prodigy
-                rates[f"d*lr/{group.name}"] = float(state["d"]) * rates[group.name]
+        for group, param_group in zip(self._groups, self.optimizer.param_groups, strict=True):
+            rates[group.name] = current_rate(self.optimizer, param_group)
+            if "d" in param_group:  # D-Adaptation, Prodigy
+                rates[f"d*lr/{group.name}"] = float(param_group["d"]) * rates[group.name]
         return rates
 
 
-class StandardStep(GradientStep):
-    """Gradients add up in the parameters; at the end of the window they are clipped together, and all weights step."""
+_GRADIENT_STEP = "descent"  # key of saved states
 
-    is_partly_taken = False
+
+class StandardStep(GradientStep):
+    """Clips all gradients together after the last micro-batch, and steps all weights."""
 
     def __init__(
         self,
-        stepper: MasterWeightOptimizer,
+        optimizer: MasterWeightOptimizer,
         *,
         max_grad_norm: float,
         scales_loss: bool,
-        whole_norms: WholeNorms | None = None,
+        full_norms: FullNorms | None = None,
     ):
-        """Args: max_grad_norm: 0 turns clipping off. scales_loss: gradients are float16. whole_norms: where some lie in parts."""
-        self._whole_norms = whole_norms
-        self.stepper, self._max_grad_norm = stepper, max_grad_norm
+        """Keep the settings.
+
+        Args:
+            optimizer: what steps the parameters.
+            max_grad_norm: of all gradients together; 0 disables clipping.
+            scales_loss: whether gradients are float16, and the loss is scaled so that they don't
+                underflow.
+            full_norms: of gradients that are sharded.
+        """
+        self.optimizer = optimizer
         self.scale = LossScale(enabled=scales_loss)
-        self._number = 0
+        self._max_grad_norm, self._full_norms = max_grad_norm, full_norms
+        self._steps_done = 0
         self._stopped: Collection[nn.Parameter] = ()
 
-    def scaled(self, loss: Tensor) -> Tensor:
+    def scale_loss(self, loss: Tensor) -> Tensor:
         return loss * self.scale.value if self.scale.enabled else loss
 
-    def begin(self, place: BatchPosition, stopped: Collection[nn.Parameter]) -> None:
-        self._number, self._stopped = place.step, stopped
+    def begin(self, position: BatchPosition, stopped: Collection[nn.Parameter]) -> None:
+        self._steps_done, self._stopped = position.step, stopped
 
     def finish(self) -> StepStats:
         """Step, unless gradients aren't finite."""
         for parameter in self._stopped:
             parameter.grad = None
-        norms = norms_of(self.stepper.parameters, self.stepper.device) / self.scale.value
-        if self._whole_norms is not None:
-            norms = self._whole_norms(norms, self.stepper.parameters)
+        params = self.optimizer.parameters
+        norms = gradient_norms(params, self.optimizer.device) / self.scale.value
+        if self._full_norms is not None:
+            norms = self._full_norms(norms, params)
         norm = torch.linalg.vector_norm(norms)
         factor = clip_factor(norm, self._max_grad_norm) / self.scale.value
         overflowed = False
-        if self.stepper.skips_on_device and not self.scale.enabled:
-            self.stepper.step_all(self._number, factor, norm.isfinite())
+        if self.optimizer.skips_on_device and not self.scale.enabled:
+            self.optimizer.step_all(self._steps_done, factor, norm.isfinite())
         elif norm.isfinite():
-            self.stepper.step_all(self._number, factor)
+            self.optimizer.step_all(self._steps_done, factor)
         else:
             overflowed = self.scale.enabled
-        self.scale.stepped(overflowed=overflowed)
-        self.forget()
+        self.scale.record(overflowed=overflowed)
+        self.discard()
         return StepStats(norms, norm, overflowed)
 
-    def forget(self) -> None:
-        for parameter in self.stepper.parameters:
+    def discard(self) -> None:
+        for parameter in self.optimizer.parameters:
             parameter.grad = None
 
     def state(self) -> dict[str, Any]:
@@ -264,50 +329,67 @@ class StandardStep(GradientStep):
             self.scale.restore(state["scale"])
 
 
-def norms_of(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
-    """The norm of each parameter's gradient, 0 where it has none: [n], float32, on the device that computes."""
+def gradient_norms(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """Return the norm of each parameter's gradient, 0 without one: [n], float32, on `device`."""
+    norms = [torch.zeros((), device=device)] * len(parameters)
+    indices = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    found = iter(torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else ())
-    zero = torch.zeros((), device=device)
-    return torch.stack([zero if parameter.grad is None else next(found) for parameter in parameters])
+    if gradients:
+        for i, norm in zip(
+            indices, torch._foreach_norm(gradients, 2, dtype=torch.float32), strict=True
+        ):
+            norms[i] = norm
+    return torch.stack(norms)
 
 
-def clip_factor(norm: Tensor, most: float) -> Tensor:
-    """What gradients of this norm are multiplied by so that it is at most so large; 1 for a bound of 0, which is none."""
-    return (most / (norm + _CLIP_EPSILON)).clamp(max=1.0) if most else torch.ones_like(norm)
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return the factor that clips gradients of this norm to `max_norm`; 1 if that is 0."""
+    if not max_norm:
+        return torch.ones_like(norm)
+    return (max_norm / (norm + _CLIP_EPSILON)).clamp(max=1.0)
 
 
-_START, _STEPS, _MAX_OVERFLOWS = 2.0**16, 2000, 20
+_INITIAL_SCALE = 2.0**16
+_GROWTH_INTERVAL = 2000
+_MAX_OVERFLOWS = 20
 
 
 class LossScale:
-    """Halved when gradients overflow, doubled when they haven't for 2000 steps; 1 for other dtypes.
+    """Scale of float16 losses: halved when gradients overflow, doubled after 2000 steps without.
 
-    Source: Micikevicius et al. 2018, arXiv:1710.03740; the numbers are torch.amp.GradScaler's.
+    Source: Micikevicius et al. 2018, arXiv:1710.03740; the values are torch.amp.GradScaler's.
     """
 
     def __init__(self, *, enabled: bool):
         self.enabled = enabled
-        self.value = _START if enabled else 1.0
-        self._good, self._overflows = 0, 0  # steps in a row
+        self.value = _INITIAL_SCALE if enabled else 1.0
+        self._good_steps, self._overflows = 0, 0  # in a row
 
-    def stepped(self, *, overflowed: bool) -> None:
-        """Take note of a step. Raises RunError when it is no longer a matter of the scale."""
+    def record(self, *, overflowed: bool) -> None:
+        """Adjust the scale after a step.
+
+        Raises:
+            RunError: gradients overflow at every scale.
+        """
         if not self.enabled:
             return
-        self._good, self._overflows = (0, self._overflows + 1) if overflowed else (self._good + 1, 0)
         if overflowed:
             self.value /= 2
-        elif self._good == _STEPS:
-            self.value, self._good = self.value * 2, 0
+            self._good_steps, self._overflows = 0, self._overflows + 1
+        else:
+            self._good_steps, self._overflows = self._good_steps + 1, 0
+        if self._good_steps == _GROWTH_INTERVAL:
+            self.value, self._good_steps = self.value * 2, 0
         if self._overflows >= _MAX_OVERFLOWS:
             raise RunError(
-                f"float16 gradients overflowed in {_MAX_OVERFLOWS} steps in a row; take --mixed_precision bf16 or no, or a lower learning rate"
+                f"float16 gradients overflowed in {_MAX_OVERFLOWS} steps in a row; take "
+                "--mixed_precision bf16 or no, or a lower learning rate"
             )
 
     def state(self) -> dict[str, Any]:
-        return {"value": self.value, "good": self._good, "overflows": self._overflows}
+        return {"value": self.value, "good": self._good_steps, "overflows": self._overflows}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         if self.enabled:
-            self.value, self._good, self._overflows = state["value"], state["good"], state["overflows"]
+            self.value = state["value"]
+            self._good_steps, self._overflows = state["good"], state["overflows"]

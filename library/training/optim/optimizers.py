@@ -1,13 +1,13 @@
-"""Optimizers: by name, from the package that has them, with the user's arguments.
+"""Optimizers: made by name, from the package that has them, with the user's arguments.
 
-Names are sd-scripts' (contract: training_math.md section 5), case-insensitive. Any other name is a class of torch.optim or,
-with dots, of any package. Packages are imported only when asked for.
+What is known about each is in library/training/options/optimizer_table.py. Packages are imported
+only when asked for.
 """
 
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,68 +16,35 @@ from library.imports import import_transformers
 from library.log import log
 from library.option_types import did_you_mean
 from library.param_group import ParamGroup
-from library.training.options.optimizer import is_adafactor_with_relative_step
+from library.training.options.optimizer_table import OPTIMIZERS, optimizer_spec
 
-
-class _Known(NamedTuple):
-    module: str
-    name: str
-    package: str
-    defaults: Mapping[str, Any] = {}
-
-
-_KNOWN = {
-    "adamw": _Known("torch.optim", "AdamW", "torch"),
-    "adamw8bit": _Known("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
-    "pagedadamw": _Known("bitsandbytes.optim", "PagedAdamW", "bitsandbytes"),
-    "pagedadamw8bit": _Known("bitsandbytes.optim", "PagedAdamW8bit", "bitsandbytes"),
-    "pagedadamw32bit": _Known("bitsandbytes.optim", "PagedAdamW32bit", "bitsandbytes"),
-    "lion8bit": _Known("bitsandbytes.optim", "Lion8bit", "bitsandbytes"),
-    "pagedlion8bit": _Known("bitsandbytes.optim", "PagedLion8bit", "bitsandbytes"),
-    "sgdnesterov8bit": _Known("bitsandbytes.optim", "SGD8bit", "bitsandbytes", {"momentum": 0.9, "nesterov": True}),
-    "sgdnesterov": _Known("torch.optim", "SGD", "torch", {"momentum": 0.9, "nesterov": True}),
-    "lion": _Known("lion_pytorch", "Lion", "lion-pytorch"),
-    "prodigy": _Known("prodigyopt", "Prodigy", "prodigyopt"),
-    "adafactor": _Known("transformers.optimization", "Adafactor", "transformers"),
-    "dadaptation": _Known("dadaptation.experimental", "DAdaptAdamPreprint", "dadaptation"),
-    "dadaptadampreprint": _Known("dadaptation.experimental", "DAdaptAdamPreprint", "dadaptation"),
-    "dadaptadagrad": _Known("dadaptation", "DAdaptAdaGrad", "dadaptation"),
-    "dadaptadam": _Known("dadaptation", "DAdaptAdam", "dadaptation"),
-    "dadaptadan": _Known("dadaptation", "DAdaptAdan", "dadaptation"),
-    "dadaptadanip": _Known("dadaptation.experimental", "DAdaptAdanIP", "dadaptation"),
-    "dadaptlion": _Known("dadaptation", "DAdaptLion", "dadaptation"),
-    "dadaptsgd": _Known("dadaptation", "DAdaptSGD", "dadaptation"),
-    "adamwschedulefree": _Known("schedulefree", "AdamWScheduleFree", "schedulefree"),
-    "radamschedulefree": _Known("schedulefree", "RAdamScheduleFree", "schedulefree"),
-    "sgdschedulefree": _Known("schedulefree", "SGDScheduleFree", "schedulefree"),
-}
-
-_FIND_THEIR_RATE = ("prodigy", "dadapt")
 _LOW_FACTOR = 0.1
 
 
 def find_optimizer(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """The class of that name, and arguments that the name implies. Raises OptionError if it can't be imported."""
-    known = _KNOWN.get(name.lower())
-    if known is None:
-        module, _, attribute = name.rpartition(".")
-        known = _Known(module or "torch.optim", attribute, module.split(".")[0] or "torch")
+    """Return the class of that name, and the arguments that the name implies.
+
+    Raises:
+        OptionError: the class can't be imported.
+    """
+    spec = optimizer_spec(name)
     try:
-        if known.package == "transformers":
+        if spec.package == "transformers":
             import_transformers()
-        return getattr(importlib.import_module(known.module), known.name), dict(known.defaults)
+        return getattr(importlib.import_module(spec.module), spec.class_name), dict(spec.defaults)
     except ImportError as error:
         raise OptionError(
             Mistake(
-                f"--optimizer_type {name}: {known.package} can't be imported ({error}); pip install {known.package}",
+                f"--optimizer_type {name}: {spec.package} can't be imported ({error}); pip install "
+                f"{spec.package}",
                 ("optimizer_type",),
             )
         ) from None
     except AttributeError:
-        names = [*(entry.name for entry in _KNOWN.values()), "AdamW", "SGD", "RMSprop", "Adam"]
+        hint = did_you_mean(spec.class_name, [known.class_name for known in OPTIMIZERS.values()])
         raise OptionError(
             Mistake(
-                f"--optimizer_type {name}: {known.module} has no {known.name}{did_you_mean(known.name, names)}",
+                f"--optimizer_type {name}: {spec.module} has no {spec.class_name}{hint}",
                 ("optimizer_type",),
             )
         ) from None
@@ -86,82 +53,108 @@ def find_optimizer(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, An
 def make_optimizer(
     name: str, arguments: Mapping[str, Any], groups: Sequence[ParamGroup], lr: float
 ) -> torch.optim.Optimizer:
-    """The optimizer over the groups. Raises OptionError if it doesn't take the arguments."""
-    kind, implied = find_optimizer(name)
-    _check_arguments(name, kind, arguments)
-    if name.lower().startswith(_FIND_THEIR_RATE):
-        _check_own_rate(name, groups)
-    given = {**implied, **arguments}
-    if is_adafactor_with_relative_step(name, arguments):
-        given |= {"relative_step": True, "lr": None}
-        members: list[dict[str, Any]] = [{"params": list(group.parameters.values())} for group in groups]
+    """Make the optimizer over the groups.
+
+    Raises:
+        OptionError: the optimizer can't be imported, or doesn't take the arguments.
+    """
+    cls, implied = find_optimizer(name)
+    _check_arguments(name, cls, arguments)
+    spec = optimizer_spec(name)
+    if spec.finds_lr:
+        _check_same_rate(name, groups)
+    keywords = {**implied, **arguments}
+    param_groups: list[dict[str, Any]] = [
+        {"params": list(group.parameters.values())} for group in groups
+    ]
+    if spec.finds_relative_step(arguments):
+        keywords |= {"relative_step": True, "lr": None}
     else:
-        given["lr"] = lr
-        members = [{"params": list(group.parameters.values()), "lr": group.lr} for group in groups]
-    if kind in (torch.optim.AdamW, torch.optim.Adam) and not {"fused", "foreach"} & given.keys():
-        given["fused"] = True
+        keywords["lr"] = lr
+        for param_group, group in zip(param_groups, groups, strict=True):
+            param_group["lr"] = group.lr
+    if cls in (torch.optim.AdamW, torch.optim.Adam) and not {"fused", "foreach"} & keywords.keys():
+        keywords["fused"] = True
     try:
-        return kind(members, **given)
+        return cls(param_groups, **keywords)
     except (TypeError, ValueError, AssertionError) as error:
-        raise OptionError(f"--optimizer_args: {kind.__name__} doesn't take {_in_words(arguments)}: {error}") from None
+        given = " ".join(f"{key}={value}" for key, value in arguments.items()) or "its defaults"
+        raise OptionError(
+            f"--optimizer_args: {cls.__name__} doesn't take {given}: {error}"
+        ) from None
 
 
-def _check_arguments(name: str, kind: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuse what is no optimizer, and arguments that it has no name for."""
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-        raise OptionError(f"--optimizer_type {name}: it is no optimizer")
-    parameters = inspect.signature(kind.__init__).parameters
-    takes = [key for key in parameters if key not in ("self", "params", "lr", "args", "kwargs")]
+def _check_arguments(name: str, cls: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise OptionError if it isn't an Optimizer, or doesn't accept these arguments."""
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise OptionError(f"--optimizer_type {name}: it is not an optimizer")
+    parameters = inspect.signature(cls.__init__).parameters
     if any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    unknown = [key for key in arguments if key not in takes]
+    accepted = [key for key in parameters if key not in ("self", "params", "lr", "args", "kwargs")]
+    unknown = [key for key in arguments if key not in accepted]
     if unknown:
-        told = "; ".join(f"{key!r}{did_you_mean(key, takes)}" for key in unknown)
-        raise OptionError(f"--optimizer_args: {kind.__name__} has no {told}. It takes {', '.join(takes)}")
+        keys = "; ".join(f"{key!r}{did_you_mean(key, accepted)}" for key in unknown)
+        raise OptionError(
+            f"--optimizer_args: {cls.__name__} has no {keys}. It takes {', '.join(accepted)}"
+        )
 
 
-def _in_words(arguments: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in arguments.items()) or "its defaults"
-
-
-def _check_own_rate(name: str, groups: Sequence[ParamGroup]) -> None:
-    """Optimizers that find their rate take the learning rate as a factor of it, the same for all."""
+def _check_same_rate(name: str, groups: Sequence[ParamGroup]) -> None:
+    """Check that there is one learning rate, a factor of the one that the optimizer finds."""
     rates = {group.lr for group in groups}
     if len(rates) > 1:
-        told = ", ".join(f"{group.name} {group.lr:g}" for group in groups)
-        raise OptionError(f"--optimizer_type {name} takes one learning rate for everything, usually 1; got {told}")
+        by_group = ", ".join(f"{group.name} {group.lr:g}" for group in groups)
+        raise OptionError(
+            f"--optimizer_type {name} takes one learning rate for everything, usually 1; got "
+            f"{by_group}"
+        )
     if max(rates) <= _LOW_FACTOR:
         log.warning(
-            "--optimizer_type %s finds the learning rate itself and takes --learning_rate as a factor, usually 1; it is %g",
+            "--optimizer_type %s finds the learning rate itself and takes --learning_rate as a "
+            "factor, usually 1; it is %g",
             name,
             max(rates),
         )
 
 
-def optimizer_in_words(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> str:
-    """`module.Class(key=value,…)`, the form of the metadata."""
-    kind = type(optimizer)
-    told = f"({','.join(f'{key}={value}' for key, value in arguments.items())})" if arguments else ""
-    return f"{kind.__module__}.{kind.__name__}{told}"
+def format_optimizer(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> str:
+    """Return `module.Class(key=value,…)`, the form of the metadata."""
+    cls = type(optimizer)
+    text = f"{cls.__module__}.{cls.__name__}"
+    if arguments:
+        text += f"({','.join(f'{key}={value}' for key, value in arguments.items())})"
+    return text
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the optimizer trains other weights than it evaluates, with a mode for each."""
+    return callable(getattr(optimizer, "train", None)) and callable(
+        getattr(optimizer, "eval", None)
+    )
 
 
 def start_training(optimizer: torch.optim.Optimizer) -> None:
-    """Put schedule-free optimizers into the mode in which they are trained."""
-    if callable(switch := getattr(optimizer, "train", None)):
-        switch()
+    """Put a schedule-free optimizer into the mode in which it trains."""
+    if is_schedule_free(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
 
 
 def takes_scaled_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step divides gradients by `grad_scale` and skips itself on `found_inf`, both on the device."""
+    """Return whether the step divides by `grad_scale` and heeds `found_inf`, both on the device."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-def current_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:
-    """A group's learning rate; of Adafactor, where it finds its own, that of the first tensor's last step.
+def current_rate(optimizer: torch.optim.Optimizer, param_group: Mapping[str, Any]) -> float:
+    """Return a group's learning rate.
 
-    Before its first step, the lowest that it can have: that of small weights.
+    Where Adafactor finds its own, it is that of the first tensor's last step; before its first
+    step, the lowest that it can have: that of small weights.
     """
-    if group.get("relative_step") and hasattr(optimizer, "_get_lr"):  # what a schedule writes into "lr" isn't used
-        state = optimizer.state.get(group["params"][0]) or {"step": 1, "RMS": 0.0}
-        return float(optimizer._get_lr(group, state))
-    return float(group["lr"])
+    get_lr = getattr(optimizer, "_get_lr", None)
+    if (
+        param_group.get("relative_step") and get_lr is not None
+    ):  # it ignores what a schedule writes into "lr"
+        state = optimizer.state.get(param_group["params"][0]) or {"step": 1, "RMS": 0.0}
+        return float(get_lr(param_group, state))
+    return float(param_group["lr"])
