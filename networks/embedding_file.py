@@ -16,7 +16,7 @@ from library.models.checkpoint.reader import identify, open_tensors
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import clip_body
 from library.models.textual_inversion import PlaceholderToken, TokenExistsError, first_rows
-from networks.lora_file import read_bundled_words
+from networks.lora_file import read_bundled_tokens
 
 _FLAG = "--textual_inversion_embeddings"
 _ENCODERS = ("clip_l", "clip_g")
@@ -33,7 +33,7 @@ def add_embeddings(models: SdxlModels, files: tuple[Path, ...]) -> None:
 
 def add_bundled_words(models: SdxlModels, path: Path, *, flag: str) -> None:
     """Add the words that a network file holds too. One that is known already, as its own file was given, stays what it is."""
-    for word, tensors in read_bundled_words(path).items():
+    for word, tensors in read_bundled_tokens(path).items():
         try:
             _add(models, word, tensors, f"{flag} {path}")
         except TokenExistsError:
