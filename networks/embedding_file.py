@@ -46,7 +46,9 @@ def _add(models: SdxlModels, word: str, tensors: Mapping[str, Tensor], where: st
             f"{where}: a new word needs both text encoders, and the refiner has one; draw with the model it was made for"
         )
     rows = _rows(tensors, models, where)
-    token = PlaceholderToken(models.tokenizers, models.text_layers, word, [own.to(models.device) for own in rows])
+    token = PlaceholderToken(
+        models.tokenizers, models.text_layers, word, [own.to(models.device) for own in rows]
+    )
     for table in token.tables:
         table.requires_grad_(False)
     log.info("%s: the word %s, %d vectors", where, word, len(rows[0]))
@@ -54,12 +56,21 @@ def _add(models: SdxlModels, word: str, tensors: Mapping[str, Tensor], where: st
 
 def _rows(tensors: Mapping[str, Tensor], models: SdxlModels, where: str) -> list[Tensor]:
     """The vectors of both encoders, [n, C] each, float32."""
-    widths = [clip_body(encoder).embeddings.token_embedding.weight.shape[1] for encoder in models.text_encoders]
+    widths = [
+        clip_body(encoder).embeddings.token_embedding.weight.shape[1]
+        for encoder in models.text_encoders
+    ]
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         rows = tensor.float() if tensor.ndim == 2 else tensor.float()[None]
-        by_width = [encoder for encoder, width in zip(_ENCODERS, widths, strict=True) if rows.shape[-1] == width]
-        encoder = name if name in _ENCODERS else by_width[0] if by_width and len(tensors) <= 2 else None
+        by_width = [
+            encoder
+            for encoder, width in zip(_ENCODERS, widths, strict=True)
+            if rows.shape[-1] == width
+        ]
+        encoder = (
+            name if name in _ENCODERS else by_width[0] if by_width and len(tensors) <= 2 else None
+        )
         if encoder is None or rows.shape[-1] != widths[_ENCODERS.index(encoder)]:
             raise OptionError(
                 f"{where}: {name} is {list(tensor.shape)}, of {identify(tensors)}; an embedding for SDXL has clip_l [n, {widths[0]}] and clip_g [n, {widths[1]}]"
@@ -73,7 +84,11 @@ def _rows(tensors: Mapping[str, Tensor], models: SdxlModels, where: str) -> list
     if not counts:
         raise OptionError(f"{where}: there is no vector in it")
     if len(counts) == 1:
-        log.warning("%s: it has vectors for %s alone; the other text encoder sees a mean word", where, *counts)
+        log.warning(
+            "%s: it has vectors for %s alone; the other text encoder sees a mean word",
+            where,
+            *counts,
+        )
     means = first_rows(models.tokenizers, models.text_layers, None, next(iter(counts.values())))
     return [found.get(name, mean) for name, mean in zip(_ENCODERS, means, strict=True)]
 
@@ -86,7 +101,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             raise OptionError(f"{_FLAG} {error}") from None
         return {name: file[name] for name in file.shapes}
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # nothing else of a foreign pickle is run
+        content = torch.load(
+            path, map_location="cpu", weights_only=True
+        )  # nothing else of a foreign pickle is run
     except Exception as error:
         raise OptionError(
             f"{_FLAG} {path}: it can't be read as a file of tensors alone ({type(error).__name__})"

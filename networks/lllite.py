@@ -19,7 +19,10 @@ from library.models.unet import UNet
 from library.models.unet_blocks import CrossAttention
 
 PREFIX = "lllite_unet"
-TRAINED_BLOCKS = ("input_blocks", "middle_block")  # where sd-scripts has modules; files from elsewhere may have more
+TRAINED_BLOCKS = (
+    "input_blocks",
+    "middle_block",
+)  # where sd-scripts has modules; files from elsewhere may have more
 
 
 class Place(NamedTuple):
@@ -51,7 +54,15 @@ def places(unet: UNet) -> Iterator[Place]:
             block = before.rpartition(".")[0]
             for projection in ("q", "k", "v") if attention == "attn1" else ("q",):
                 name = f"{PREFIX}_{path.replace('.', '_')}_to_{projection}"
-                yield Place(block, int(number), attention, projection, name, module.to_q.in_features, _depth(block))
+                yield Place(
+                    block,
+                    int(number),
+                    attention,
+                    projection,
+                    name,
+                    module.to_q.in_features,
+                    _depth(block),
+                )
 
 
 def _depth(block: str) -> int:
@@ -64,7 +75,11 @@ def _depth(block: str) -> int:
 def trained_places(unet: UNet, blocks: Sequence[str] | None = None) -> list[Place]:
     """Those that get modules: of these blocks ("input_blocks.4", or "input_blocks" for all of them), or where sd-scripts has them."""
     chosen = blocks or TRAINED_BLOCKS
-    return [place for place in places(unet) if place.block in chosen or place.block.partition(".")[0] in chosen]
+    return [
+        place
+        for place in places(unet)
+        if place.block in chosen or place.block.partition(".")[0] in chosen
+    ]
 
 
 def _embedding(channels: int, depth: int) -> nn.Sequential:
@@ -76,7 +91,11 @@ def _embedding(channels: int, depth: int) -> nn.Sequential:
     if depth == 2:
         return nn.Sequential(first, nn.ReLU(), nn.Conv2d(half, channels, 4, stride=4))
     return nn.Sequential(
-        first, nn.ReLU(), nn.Conv2d(half, half, 4, stride=4), nn.ReLU(), nn.Conv2d(half, channels, 2, stride=2)
+        first,
+        nn.ReLU(),
+        nn.Conv2d(half, half, 4, stride=4),
+        nn.ReLU(),
+        nn.Conv2d(half, channels, 2, stride=2),
     )
 
 
@@ -136,7 +155,9 @@ class ControlNetLLLite(nn.Module):
         for place, (embedding_channels, channels) in shapes.items():
             self.add_module(place.name, LLLiteModule(place, embedding_channels, channels))
 
-    def forward(self, images: Tensor, strength: float = 1.0) -> list[tuple[Place, LLLiteModulation]]:
+    def forward(
+        self, images: Tensor, strength: float = 1.0
+    ) -> list[tuple[Place, LLLiteModulation]]:
         """How the pictures steer the U-Net: made once, for all denoising steps.
 
         Args: pictures: [B, 3, H, W] in -1..1, H and W multiples of 32; one picture for a batch of any size, or one for each sample.
@@ -145,7 +166,9 @@ class ControlNetLLLite(nn.Module):
         found: list[tuple[Place, LLLiteModulation]] = []
         for places in self._alike():
             modules = [self.lllite(place) for place in places]
-            for place, module, condition in zip(places, modules, conditions(modules, images), strict=True):
+            for place, module, condition in zip(
+                places, modules, conditions(modules, images), strict=True
+            ):
                 found.append((place, module.steering(condition, strength, dropout)))
         return found
 
@@ -172,8 +195,16 @@ def conditions(modules: Sequence[LLLiteModule], images: Tensor) -> list[Tensor]:
     for number, layers in enumerate(zip(*(module.convolutions for module in modules), strict=True)):
         weight = torch.cat([layer.weight for layer in layers]).to(h.dtype)
         bias = torch.cat([_bias(layer) for layer in layers]).to(h.dtype)
-        h = F.conv2d(F.relu(h) if number else h, weight, bias, layers[0].stride, groups=len(modules) if number else 1)
-    weight = torch.cat([module.middle_weights[0] for module in modules])[:, :, None, None].to(h.dtype)
+        h = F.conv2d(
+            F.relu(h) if number else h,
+            weight,
+            bias,
+            layers[0].stride,
+            groups=len(modules) if number else 1,
+        )
+    weight = torch.cat([module.middle_weights[0] for module in modules])[:, :, None, None].to(
+        h.dtype
+    )
     bias = torch.cat([module.part("mid").bias for module in modules]).to(h.dtype)
     h = F.conv2d(h, weight, bias, groups=len(modules))
     return [part.flatten(2).transpose(1, 2).contiguous() for part in h.chunk(len(modules), dim=1)]
@@ -192,5 +223,7 @@ def by_block(steerings: Iterable[tuple[Place, LLLiteModulation]]) -> ControlInpu
         blocks += [BlockControl()] * (place.number + 1 - len(blocks))
         attention: AttentionControl = getattr(blocks[place.number], place.attention)
         steered = {place.projection: (*getattr(attention, place.projection), steering)}
-        blocks[place.number] = blocks[place.number]._replace(**{place.attention: attention._replace(**steered)})
+        blocks[place.number] = blocks[place.number]._replace(
+            **{place.attention: attention._replace(**steered)}
+        )
     return extra

@@ -32,11 +32,15 @@ def read_lllite(path: Path, *, flag: str) -> dict[str, Tensor]:
     }
 
 
-def shapes_in_file(tensors: Mapping[str, Tensor], places: Iterable[Place]) -> dict[Place, tuple[int, int]]:
+def shapes_in_file(
+    tensors: Mapping[str, Tensor], places: Iterable[Place]
+) -> dict[Place, tuple[int, int]]:
     """(C, M) of the file's module at each place where it has one."""
     shapes = {}
     for place in places:
-        convolution, down = (tensors.get(f"{place.name}.{part}.weight") for part in ("conditioning1.0", "down.0"))
+        convolution, down = (
+            tensors.get(f"{place.name}.{part}.weight") for part in ("conditioning1.0", "down.0")
+        )
         if convolution is not None and down is not None:
             shapes[place] = (2 * len(convolution), len(down))
     return shapes
@@ -54,17 +58,26 @@ def lllite_from_file(
     net = ControlNetLLLite(shapes_in_file(tensors, places))
     remedy = "It was trained for another model; --allow_partial takes what fits"
     fitting = copy_fitting(
-        tensors, dict(net.named_parameters()), source=f"{flag} {path}", remedy=remedy, allow_partial=allow_partial
+        tensors,
+        dict(net.named_parameters()),
+        source=f"{flag} {path}",
+        remedy=remedy,
+        allow_partial=allow_partial,
     )
     _drop_incomplete(net, set(fitting))
     if not net.places:
-        raise OptionError(f"{flag} {path}: none of its modules is complete and has a layer in this model")
+        raise OptionError(
+            f"{flag} {path}: none of its modules is complete and has a layer in this model"
+        )
     return net.requires_grad_(False).eval()
 
 
 def _drop_incomplete(net: ControlNetLLLite, fitting: set[str]) -> None:
     """Leave out modules that have only a part of their weights."""
     for place in list(net.places):
-        if any(f"{place.name}.{name}" not in fitting for name, _ in net.lllite(place).named_parameters()):
+        if any(
+            f"{place.name}.{name}" not in fitting
+            for name, _ in net.lllite(place).named_parameters()
+        ):
             net.places.remove(place)
             delattr(net, place.name)

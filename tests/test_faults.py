@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from messages import mentions, tells_of_caching
+from messages import mentions, shows_caching
 from PIL import Image
 from running import QUICK, Ended, arguments, losses_of, run_here, script, tensors_of, train_network, without
 
@@ -297,7 +297,7 @@ def test_an_output_folder_that_cant_be_made_is_told(golden_model, images, tmp_pa
 def test_an_output_folder_that_is_a_file_is_told_before_caching(golden_model, images, tmp_path):
     (tmp_path / "file").write_text("")
     done = run(golden_model, images, tmp_path / "file" / "output")
-    assert not tells_of_caching(done.stderr)
+    assert not shows_caching(done.stderr)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert mentions(done.stderr, "error", "--output_dir", tmp_path / "file" / "output", "Not a directory")
 
@@ -322,7 +322,7 @@ def test_an_interrupt_ends_with_its_status(golden_model, images, output):
         (["--optimizer_type", "Adafactor", "--optimizer_args", "relative_step=False", "--lr_scheduler", "adafactor"], "finds its own rate"),
         (["--min_timestep", "900", "--max_timestep", "100"], "no timestep lies between them"),
         (["--ddp_static_graph", "--gradient_accumulation_steps", "2"], "--ddp_static_graph can't go with"),
-        (["--output_name", "lora.safetensors"], "give it without its ending"),
+        (["--output_name", "lora.safetensors"], "--output_name 'lora.safetensors': leave out the suffix"),
         (["--network_module", "not_there.kohya"], "--network_module not_there.kohya: not_there isn't installed; pip install not_there"),
         (["--network_module", "networks.dylora"], "it isn't part of this suite; take --network_module lycoris.kohya"),
         (["--network_module", "json"], "json: it has no create_network"),
@@ -332,7 +332,7 @@ def test_an_interrupt_ends_with_its_status(golden_model, images, output):
 )  # fmt: skip
 def test_what_cant_work_is_told_before_caching(extra, tokens, golden_model, images, output, tmp_path):
     told = refused(run(golden_model, images, output, *extra), output, ["error", *tokens])
-    assert not tells_of_caching(told) and told.count("error:") == 1
+    assert not shows_caching(told) and told.count("error:") == 1
 
 
 def junk(path: Path, content: object) -> Path:
@@ -366,7 +366,7 @@ def test_faults_15_and_17_pickles_as_network_weights_are_told_in_a_sentence(cont
     told = refused(
         run(golden_model, images, output, "--network_weights", path, "--dim_from_weights"), output, ["error", *tokens]
     )
-    assert "weights_only" not in told and not tells_of_caching(told)
+    assert "weights_only" not in told and not shows_caching(told)
 
 
 def test_dim_from_weights_keeps_learning_rate_factors(golden_model, images, output, tmp_path):
@@ -425,7 +425,7 @@ def test_a_caption_that_is_too_long_is_told(golden_model, images, output):
     (images / "2_shapes" / "picture0.txt").write_text("many words " * 60)
     done = run(golden_model, images, output, "--max_train_steps", "1")
     assert done.returncode == 0 and mentions(done.stderr, "75", "--max_token_length", "many words")
-    assert tells_of_caching(done.stderr)  # so the tests that look for none would see it
+    assert shows_caching(done.stderr)  # so the tests that look for none would see it
 
 
 def test_accelerates_own_settings_change_nothing(golden_model, images, output, tmp_path, monkeypatch):

@@ -14,9 +14,10 @@ from library.errors import RunError, first_line
 from library.log import log
 from library.signals import Signals, exit_status
 from library.training.forward import accumulate_gradients
-from library.training.monitoring.metrics import MetricsLogger, MicrobatchLoss, read_log
+from library.training.monitoring.metrics import MetricsLogger, MicrobatchLoss
 from library.training.monitoring.report_page import write_report_page
-from library.training.monitoring.sanity_checks import check_equal
+from library.training.monitoring.sanity_checks import check_ranks_in_sync
+from library.training.monitoring.step_log import read_log
 from library.training.optim.optimizer_step import StepResult
 from library.training.progress import Progress
 from library.training.run import Run, capture, restore, start
@@ -92,12 +93,12 @@ def loop(run: Run, progress: Progress, signals: Signals) -> None:
         progress.samples += position.global_batch_size
         if run.ema is not None:
             run.ema.update(progress.step)
-        metrics.step(progress.step, position.epoch, result, losses, rates)
-        run.slowdown.step()
+        metrics.log_step(progress.step, position.epoch, result, losses, rates)
+        run.slowdown.step_done()
         if progress.step == 1:
-            check_equal(run.replicated, run.accelerator.num_processes, progress.step)
+            check_ranks_in_sync(run.replicated, run.accelerator.num_processes, progress.step)
         if all(rates.values()) and not result.overflowed:
-            run.gradient_check.stepped()
+            run.gradient_check.step_done()
         after_step(run, progress)
         if is_done(run, progress) or is_asked_to_end(run, signals):
             return
@@ -107,10 +108,10 @@ def is_done(run: Run, progress: Progress) -> bool:
     """Return whether no step is left, or validation has stopped improving."""
     if progress.step >= run.total_steps:
         return True
-    if run.best.is_lost:
+    if run.best.patience_is_over:
         waited = run.best.waited
         log.info("the validation loss hasn't improved %d times: the run ends at step %d", waited, progress.step)
-    return run.best.is_lost
+    return run.best.patience_is_over
 
 
 def is_at_end_of_epoch(run: Run, progress: Progress) -> bool:
@@ -176,7 +177,7 @@ def _out_of_memory(progress: Progress, error: torch.OutOfMemoryError, outcome: s
 
 def is_asked_to_end(run: Run, signals: Signals) -> bool:
     """Return whether a signal asked any process to end. Several processes learn it a step later, with the loss."""
-    return signals.asked is not None if run.accelerator.num_processes == 1 else run.metrics.is_asked_to_end
+    return signals.asked is not None if run.accelerator.num_processes == 1 else run.metrics.stop_requested
 
 
 def after_step(run: Run, progress: Progress) -> None:
@@ -194,7 +195,7 @@ def after_step(run: Run, progress: Progress) -> None:
 def end_epoch(run: Run, progress: Progress) -> None:
     """Validate, generate samples and save, if they are due after this epoch."""
     progress.epoch += 1
-    run.metrics.epoch_ended(progress.epoch, progress.step)
+    run.metrics.log_epoch(progress.epoch, progress.step)
     if run.validation.is_due(epoch=progress.epoch):
         validate(run, progress, epoch_ended=True)
     if run.preview.is_due(epoch=progress.epoch):
@@ -206,16 +207,17 @@ def end_epoch(run: Run, progress: Progress) -> None:
 def validate(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     """Log the loss of the images that are held out; save if it is the lowest."""
     accelerator, optimizer_step = run.accelerator, run.optimizer_step
+    rank, world_size = run.rank_and_size
     try:
         with optimizer_step.eval_weights():
-            loss = run.validation.loss(optimizer_step.loss_module, accelerator.device, run.rank_and_size)
+            loss = run.validation.loss(optimizer_step.loss_module, accelerator.device, rank=rank, world_size=world_size)
     except torch.OutOfMemoryError:
         if accelerator.num_processes > 1:
             raise
         torch.cuda.empty_cache()
         log.warning("step %d: no memory to validate; take a smaller batch for the validation", progress.step)
         return
-    run.metrics.validated(loss, progress.step, progress.epoch if epoch_ended else None)
+    run.metrics.log_validation(loss, progress.step, progress.epoch if epoch_ended else None)
     if run.best.is_new(loss, progress.step) and run.keeps_best:
         save(run, progress, "best")
     run.slowdown.paused()
@@ -228,8 +230,11 @@ def preview(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     if epoch_ended or progress.step == 0:
         label = f"e{progress.epoch:06d}"
     loss_module.eval()
+    rank, world_size = run.rank_and_size
     with run.optimizer_step.eval_weights():
-        images = run.preview.draw(label, run.rank_and_size, gather_object, saves=run.accelerator.is_main_process)
+        images = run.preview.generate(
+            label, gather_object, rank=rank, world_size=world_size, saves=run.accelerator.is_main_process
+        )
     loss_module.train()
     run.metrics.log_samples(images, progress.step)
     run.slowdown.paused()
@@ -245,14 +250,14 @@ def save(run: Run, progress: Progress, when: When, *, stopped: bool = False) -> 
         stopped: the run ends early, and needs a state to be resumed from.
     """
     run.metrics.flush()
-    check_equal(run.replicated, run.accelerator.num_processes, progress.step)
+    check_ranks_in_sync(run.replicated, run.accelerator.num_processes, progress.step)
     with ExitStack() as gathered:
         for trainable in run.trainables:
             gathered.enter_context(trainable.gathered())
         with run.optimizer_step.eval_weights():
             paths = run.saver.save(when, progress, run.total_steps)
         if paths:
-            run.metrics.saved(paths, progress.step, run.session_id)
+            run.metrics.log_saved(paths, progress.step, run.session_id)
         at_end = when == "final" or stopped
         wants_state = run.states.save_state or (run.states.save_state_on_train_end and at_end)
         if wants_state and when != "best" and (run.accelerator.is_main_process or run.shards is not None):
@@ -284,7 +289,7 @@ def write_page(run: Run, progress: Progress) -> None:
             title=run.saver.page_file.stem.removesuffix("-report"),
             options=run.options,
             facts=facts,
-            samples=run.preview.small(),
+            samples=run.preview.thumbnails(),
         )
     except (RunError, OSError) as error:
         log.warning("the report isn't written: %s", error)

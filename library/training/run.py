@@ -157,7 +157,7 @@ def capture(run: Run, progress: Progress, *, finished: bool) -> State:
         weights |= trainable.full_tensors()
     optimizer = run.optimizer_step.state(names)
     if run.shards is not None:
-        optimizer["optimizer"] = run.shards.gathered(optimizer["optimizer"])
+        optimizer["optimizer"] = run.shards.gather_state(optimizer["optimizer"])
     return State(metadata, weights, optimizer, {} if run.ema is None else run.ema.averages)
 
 
@@ -176,14 +176,14 @@ def restore(run: Run, resumed: ResumePoint) -> Progress:
     names = {id(parameter): name for name, parameter in run.parameters.items()}
     with damaged_state_errors(resumed.folder):
         if run.shards is not None:
-            state.optimizer["optimizer"] = run.shards.cut(state.optimizer["optimizer"])
+            state.optimizer["optimizer"] = run.shards.shard_state(state.optimizer["optimizer"])
         run.optimizer_step.restore(state.optimizer, names, same_options=resumed.is_same)
         if run.ema is not None:
             run.ema.restore(state.ema or state.weights)
         run.metrics.restore(metadata.metrics, metadata.step)
         run.best.restore(metadata.best)
         run.saver.remember({**metadata.saved, resumed.folder.name: [str(resumed.folder)]})
-    run.preview.recall()
+    run.preview.restore()
     log.info("resumed from %s: %d of %d steps are done", resumed.folder, metadata.step, run.total_steps)
     epochs, steps_into_epoch = divmod(metadata.step, run.order.steps_per_epoch)
     if steps_into_epoch == 0 and metadata.epoch == epochs - 1:

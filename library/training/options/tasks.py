@@ -9,6 +9,7 @@ from pathlib import Path
 
 from library.data.options import CacheOptions
 from library.errors import Mistake
+from library.models.unet_config import NUM_LR_BLOCKS
 from library.options import OptionGroup, Options, option
 from library.training.options.compatibility import check_trained_shards
 from library.training.options.distributed import ShardingOptions
@@ -17,7 +18,7 @@ from library.training.options.objective import LossOptions
 from library.training.options.optimizer import EmaOptions, OptimizerOptions, UpdateOptions
 from library.training.options.output import is_plain_name
 from library.training.options.run import RunOptions
-from networks.options import NUM_BLOCKS, NetworkOptions, check_weights
+from networks.options import NetworkOptions, check_weights
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ class FineTuneOptions(OptionGroup):
                 rates = self.block_lrs or ()
             except ValueError:
                 rates = ()
-            if len(rates) != NUM_BLOCKS or not all(0 <= rate < math.inf for rate in rates):
+            if len(rates) != NUM_LR_BLOCKS or not all(0 <= rate < math.inf for rate in rates):
                 yield Mistake(
-                    f"--block_lr: expected {NUM_BLOCKS} numbers of at least 0, separated by "
+                    f"--block_lr: expected {NUM_LR_BLOCKS} numbers of at least 0, separated by "
                     f"commas, got {self.block_lr!r}",
                     ("block_lr",),
                 )
@@ -274,7 +275,7 @@ def check_network(options: Options) -> Iterable[Mistake]:
             ("stop_text_encoder_training", "network_train_text_encoder_only"),
         )
     yield from check_weights(network)
-    if options[MemoryOptions].quantized and not network.is_own:
+    if options[MemoryOptions].quantized and not network.kind.supports_quantized_base:
         yield Mistake(
             f"--network_module {network.network_module} reads the base model's weights itself, and "
             "can't go with --fp8_base or --base_quant",

@@ -1,10 +1,12 @@
-"""Metadata of saved files: the reference's `ss_` keys, and modelspec. Everything is text.
+"""Metadata of saved files: the `ss_` keys of sd-scripts, and modelspec. All values are text.
 
-Keys and values: contract, formats.md section 4. Values are str() of Python values, or JSON where the contract says so.
+Keys and values: contract, formats.md section 4. Values are str() of Python values, or JSON where
+the contract says so.
 """
 
 import base64
 import datetime
+import itertools
 import json
 import mimetypes
 import time
@@ -27,12 +29,16 @@ REFINER_ARCHITECTURE = "stable-diffusion-xl-v1-refiner"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 SPEC_VERSION = "1.0.1"
 
-_ABSENT = {"ss_sd_scripts_commit_hash": "(unknown)"}  # what the reference records and nobody here knows
+_ABSENT = {"ss_sd_scripts_commit_hash": "(unknown)"}  # sd-scripts records it
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run when it starts, beyond its options. `base_model` gives the model's names and hashes."""
+    """What the metadata contains in addition to the options, known when the run starts.
+
+    Attributes:
+        base_model: gives the names and hashes of the base model and the VAE.
+    """
 
     datasets: Sequence[Dataset]
     seed: int
@@ -47,8 +53,8 @@ class RunFacts:
     started_at: float = field(default_factory=time.time)
 
 
-# Options whose key is ss_ and their name.
-_OF_OPTIONS = (
+# Options with the key ss_NAME.
+_OPTION_KEYS = (
     "output_name", "learning_rate", "gradient_checkpointing", "gradient_accumulation_steps", "lr_warmup_steps", "lr_scheduler",
     "max_grad_norm", "mixed_precision", "lowram", "v2", "clip_skip", "max_validation_steps", "validate_every_n_epochs",
     "validate_every_n_steps", "max_token_length", "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale",
@@ -56,8 +62,9 @@ _OF_OPTIONS = (
     "loss_type", "huber_schedule", "huber_scale", "huber_c", "caption_dropout_rate", "caption_dropout_every_n_epochs",
     "caption_tag_dropout_rate", "full_fp16", "fp8_base", "fp8_base_unet",
 )  # fmt: skip
-# The same for options that the reference hasn't, by the value for which the key is left out.
-_OF_OWN_OPTIONS = {"timestep_sampling": "uniform", "base_quant": None, "ema_decay": None}
+# The same for options that sd-scripts does not have. The key is left out if the option has this
+# value.
+_EXTENSION_KEYS = {"timestep_sampling": "uniform", "base_quant": None, "ema_decay": None}
 
 
 def training_metadata(options: Mapping[str, Any], facts: RunFacts) -> dict[str, str]:
@@ -65,11 +72,11 @@ def training_metadata(options: Mapping[str, Any], facts: RunFacts) -> dict[str, 
 
     Args:
         options: the value of every option by name.
-        facts: what is known of the run when it starts.
+        facts: the rest.
     """
     values: dict[str, Any] = {
         **_ABSENT,
-        **{f"ss_{name}": options[name] for name in _OF_OPTIONS},
+        **{f"ss_{name}": options[name] for name in _OPTION_KEYS},
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
         "ss_num_batches_per_epoch": facts.batches_per_epoch,
@@ -82,7 +89,7 @@ def training_metadata(options: Mapping[str, Any], facts: RunFacts) -> dict[str, 
         "ss_zero_terminal_snr": facts.zero_terminal_snr,
         "ss_debiased_estimation": options["debiased_estimation_loss"],
     }
-    for name, left_out in _OF_OWN_OPTIONS.items():
+    for name, left_out in _EXTENSION_KEYS.items():
         if options[name] != left_out:
             values[f"ss_{name}"] = options[name]
     values |= dataset_metadata(options, facts.datasets, processes=facts.processes)
@@ -91,17 +98,26 @@ def training_metadata(options: Mapping[str, Any], facts: RunFacts) -> dict[str, 
 
 
 def at_save(steps: int, epoch: int) -> dict[str, str]:
-    """The keys that are known only when a file is saved."""
-    return {"ss_steps": str(steps), "ss_epoch": str(epoch), "ss_training_finished_at": str(time.time())}
+    """Return the keys whose values are known only when a file is saved."""
+    return {
+        "ss_steps": str(steps),
+        "ss_epoch": str(epoch),
+        "ss_training_finished_at": str(time.time()),
+    }
 
 
-# --------------------------------------------------------------------------------------------------------------- model
+# The models
 
 
 def model_metadata(model: str, vae: str | None) -> dict[str, str]:
-    """The base model's and the VAE's names and hashes. Reads both files whole: seconds for a full model."""
-    found = _hashes("ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", model)
-    return found | (_hashes("ss_vae_name", "ss_vae_hash", "ss_new_vae_hash", vae) if vae else {})
+    """Return the names and hashes of the base model and the VAE.
+
+    Reads both files completely, which takes seconds.
+    """
+    values = _hashes("ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", model)
+    if vae:
+        values |= _hashes("ss_vae_name", "ss_vae_hash", "ss_new_vae_hash", vae)
+    return values
 
 
 def _hashes(name_key: str, legacy_key: str, hash_key: str, name: str) -> dict[str, str]:
@@ -110,15 +126,15 @@ def _hashes(name_key: str, legacy_key: str, hash_key: str, name: str) -> dict[st
         return {name_key: path.name, legacy_key: "IsADirectory", hash_key: "IsADirectory"}
     if not path.is_file():
         return {name_key: name}
-    whole, legacy = file_hashes(path)
-    return {name_key: path.name, legacy_key: legacy, hash_key: whole}
+    sha256, legacy = file_hashes(path)
+    return {name_key: path.name, legacy_key: legacy, hash_key: sha256}
 
 
-# ----------------------------------------------------------------------------------------------------------- modelspec
+# modelspec
 
 
 def modelspec(
-    chosen: MetadataOptions,
+    metadata: MetadataOptions,
     options: Mapping[str, Any],
     kind: str,
     *,
@@ -129,34 +145,38 @@ def modelspec(
     """Return the modelspec keys of a file.
 
     Args:
-        chosen: the options of the metadata.
+        metadata: the --metadata_ options.
         options: the value of every option by name.
-        kind: what follows the architecture, "/lora".
+        kind: added to the architecture, for example "/lora".
         v_prediction: the model predicts velocity.
-        default_title: the title of files without a name, before the time.
+        default_title: the start of the title of files without a name; the time follows.
         is_refiner: the model is an SDXL refiner.
     """
     resolution = parse_resolution(options["resolution"] or "1024")
     assert resolution is not None
+    architecture = REFINER_ARCHITECTURE if is_refiner else ARCHITECTURE
+    title = metadata.metadata_title or options["output_name"]
+    if not title:
+        title = f"{default_title}@{int(time.time())}"
     spec = {
         "sai_model_spec": SPEC_VERSION,
-        "architecture": (REFINER_ARCHITECTURE if is_refiner else ARCHITECTURE) + kind,
+        "architecture": architecture + kind,
         "implementation": IMPLEMENTATION,
-        "title": chosen.metadata_title or options["output_name"] or f"{default_title}@{int(time.time())}",
+        "title": title,
         "resolution": f"{resolution.width}x{resolution.height}",
         "date": datetime.datetime.now().replace(microsecond=0).isoformat(),
         "prediction_type": "v" if v_prediction else "epsilon",
         "implementation_version": "sd-scripts/unknown",
-        "author": chosen.metadata_author,
-        "description": chosen.metadata_description,
-        "license": chosen.metadata_license,
-        "tags": chosen.metadata_tags,
-        "usage_hint": chosen.metadata_usage_hint,
-        "thumbnail": _thumbnail(chosen.metadata_thumbnail),
-        "merged_from": chosen.metadata_merged_from,
-        "trigger_phrase": chosen.metadata_trigger_phrase,
-        "preprocessor": chosen.metadata_preprocessor,
-        "is_negative_embedding": chosen.metadata_is_negative_embedding,
+        "author": metadata.metadata_author,
+        "description": metadata.metadata_description,
+        "license": metadata.metadata_license,
+        "tags": metadata.metadata_tags,
+        "usage_hint": metadata.metadata_usage_hint,
+        "thumbnail": _thumbnail(metadata.metadata_thumbnail),
+        "merged_from": metadata.metadata_merged_from,
+        "trigger_phrase": metadata.metadata_trigger_phrase,
+        "preprocessor": metadata.metadata_preprocessor,
+        "is_negative_embedding": metadata.metadata_is_negative_embedding,
     }
     first, last, clip_skip = options["min_timestep"], options["max_timestep"], options["clip_skip"]
     if first is not None or last is not None:
@@ -167,7 +187,10 @@ def modelspec(
 
 
 def _thumbnail(value: str | None) -> str | None:
-    """A data: URL as it is, a picture file as one; a missing file is told and left out."""
+    """Return a data:
+
+    URL unchanged, and an image file as one. A missing file is logged and left out.
+    """
     if value is None or value.startswith("data:"):
         return value
     path = Path(value)
@@ -178,7 +201,9 @@ def _thumbnail(value: str | None) -> str | None:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def dataset_metadata(options: Mapping[str, Any], datasets: Sequence[Dataset], *, processes: int) -> dict[str, Any]:
+def dataset_metadata(
+    options: Mapping[str, Any], datasets: Sequence[Dataset], *, processes: int
+) -> dict[str, Any]:
     """Return the keys that describe the data.
 
     Args:
@@ -186,10 +211,12 @@ def dataset_metadata(options: Mapping[str, Any], datasets: Sequence[Dataset], *,
         datasets: the datasets.
         processes: the world size.
     """
+    num_train = sum(_count_samples(dataset.samples, is_reg=False) for dataset in datasets)
+    num_reg = sum(_count_samples(dataset.samples, is_reg=True) for dataset in datasets)
     face_crop = options["face_crop_aug_range"]
     values: dict[str, Any] = {
-        "ss_num_train_images": sum(_count_shown(dataset.samples, is_reg=False) for dataset in datasets),
-        "ss_num_reg_images": sum(_count_shown(dataset.samples, is_reg=True) for dataset in datasets),
+        "ss_num_train_images": num_train,
+        "ss_num_reg_images": num_reg,
         "ss_num_validation_images": sum(len(dataset.validation) for dataset in datasets),
         "ss_validation_split": options["validation_split"],
         "ss_validation_seed": options["validation_seed"],
@@ -204,12 +231,12 @@ def dataset_metadata(options: Mapping[str, Any], datasets: Sequence[Dataset], *,
     return values | _folders(options, datasets[0])
 
 
-def _count_shown(samples: Sequence[Sample], *, is_reg: bool) -> int:
+def _count_samples(samples: Sequence[Sample], *, is_reg: bool) -> int:
     return sum(sample.repeats for sample in samples if sample.subset.is_reg == is_reg)
 
 
 def tag_frequency(subset: Subset, dataset: Dataset) -> dict[str, int]:
-    """How many of the subset's captions hold each tag."""
+    """Return how many captions of the subset contain each tag."""
     tags: Counter[str] = Counter()
     for sample in dataset.samples:
         if sample.subset is subset:
@@ -223,26 +250,29 @@ def _datasets(datasets: Sequence[Dataset]) -> dict[str, str]:
     described = []
     for dataset in datasets:
         plan = dataset.plan
-        own_frequencies = {}
+        frequencies_here = {}
         for subset in plan.subsets:
-            name = _free_name(subset.source.name, frequencies)
-            frequencies[name] = own_frequencies[name] = tag_frequency(subset, dataset)
+            name = _unused_name(subset.source.name, frequencies)
+            frequencies[name] = tag_frequency(subset, dataset)
+            frequencies_here[name] = frequencies[name]
             if not subset.is_reg:
-                folders[_free_name(subset.source.name, folders)] = _folder(subset, dataset)
-        described.append({
-            "is_dreambooth": not any(subset.metadata_file for subset in plan.subsets),
-            "batch_size_per_device": plan.batch_size,
-            "num_train_images": _count_shown(dataset.samples, is_reg=False),
-            "num_reg_images": _count_shown(dataset.samples, is_reg=True),
-            "resolution": list(plan.buckets.resolution),
-            "enable_bucket": plan.buckets.enabled,
-            "min_bucket_reso": plan.buckets.min_side,
-            "max_bucket_reso": plan.buckets.max_side,
-            "tag_frequency": own_frequencies,
-            "bucket_info": bucket_info(dataset),
-            "resize_interpolation": None,
-            "subsets": [_subset(subset, dataset) for subset in plan.subsets],
-        })  # fmt: skip
+                folders[_unused_name(subset.source.name, folders)] = _folder(subset, dataset)
+        described.append(
+            {
+                "is_dreambooth": not any(subset.metadata_file for subset in plan.subsets),
+                "batch_size_per_device": plan.batch_size,
+                "num_train_images": _count_samples(dataset.samples, is_reg=False),
+                "num_reg_images": _count_samples(dataset.samples, is_reg=True),
+                "resolution": list(plan.buckets.resolution),
+                "enable_bucket": plan.buckets.enabled,
+                "min_bucket_reso": plan.buckets.min_side,
+                "max_bucket_reso": plan.buckets.max_side,
+                "tag_frequency": frequencies_here,
+                "bucket_info": bucket_info(dataset),
+                "resize_interpolation": None,
+                "subsets": [_subset(subset, dataset) for subset in plan.subsets],
+            }
+        )
     return {
         "ss_datasets": json.dumps(described),
         "ss_tag_frequency": json.dumps(frequencies),
@@ -278,7 +308,7 @@ def _folder(subset: Subset, dataset: Dataset) -> dict[str, int]:
     return {"n_repeats": subset.num_repeats, "img_count": _count(subset, dataset)}
 
 
-_OF_ONE_DATASET = (
+_DATASET_KEYS = (
     "color_aug",
     "flip_aug",
     "random_crop",
@@ -293,28 +323,38 @@ def _folders(options: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
     """Return the keys of a run without --dataset_config, which has one dataset."""
     resolution = parse_resolution(options["resolution"] or "")
     subsets = dataset.plan.subsets
-    return {
-        **{f"ss_{name}": options[name] for name in _OF_ONE_DATASET},
+    values = {f"ss_{name}": options[name] for name in _DATASET_KEYS}
+    folders = {
+        subset.source.name: _folder(subset, dataset) for subset in subsets if not subset.is_reg
+    }
+    reg_folders = {
+        subset.source.name: _folder(subset, dataset) for subset in subsets if subset.is_reg
+    }
+    frequencies = {subset.source.name: tag_frequency(subset, dataset) for subset in subsets}
+    return values | {
         "ss_batch_size_per_device": options["train_batch_size"],
         "ss_resolution": tuple(resolution or dataset.plan.buckets.resolution),
         "ss_min_bucket_reso": dataset.plan.buckets.min_side,
         "ss_max_bucket_reso": dataset.plan.buckets.max_side,
-        "ss_dataset_dirs": json.dumps({s.source.name: _folder(s, dataset) for s in subsets if not s.is_reg}),
-        "ss_reg_dataset_dirs": json.dumps({s.source.name: _folder(s, dataset) for s in subsets if s.is_reg}),
-        "ss_tag_frequency": json.dumps({s.source.name: tag_frequency(s, dataset) for s in subsets}),
+        "ss_dataset_dirs": json.dumps(folders),
+        "ss_reg_dataset_dirs": json.dumps(reg_folders),
+        "ss_tag_frequency": json.dumps(frequencies),
         "ss_bucket_info": json.dumps(bucket_info(dataset)),
     }
 
 
 def bucket_info(dataset: Dataset) -> dict[str, Any] | None:
-    """Pictures per bucket, repeats counted, and the mean aspect error of pictures; None where bucketing is off."""
+    """Return the samples per bucket and the mean aspect error; None without bucketing."""
     if not dataset.plan.buckets.enabled:
         return None
     counts: Counter = Counter()
     for sample in dataset.samples:
         counts[sample.fit.bucket] += sample.repeats
     errors = [abs(sample.fit.bucket.aspect - sample.size.aspect) for sample in dataset.samples]
-    buckets = {i: {"resolution": list(bucket), "count": counts[bucket]} for i, bucket in enumerate(sorted(counts))}
+    buckets = {
+        i: {"resolution": list(bucket), "count": counts[bucket]}
+        for i, bucket in enumerate(sorted(counts))
+    }
     return {"buckets": buckets, "mean_img_ar_error": sum(errors) / max(1, len(errors))}
 
 
@@ -322,8 +362,10 @@ def _count(subset: Subset, dataset: Dataset) -> int:
     return sum(sample.subset is subset for sample in dataset.samples)
 
 
-def _free_name(name: str, taken: Mapping[str, object]) -> str:
-    free, number = name, 2
-    while free in taken:
-        free, number = f"{name} ({number})", number + 1
-    return free
+def _unused_name(name: str, taken: Mapping[str, object]) -> str:
+    unused = name
+    for count in itertools.count(2):
+        if unused not in taken:
+            break
+        unused = f"{name} ({count})"
+    return unused

@@ -1,7 +1,7 @@
 """Resuming: which state a run is resumed from, and what must be the same in both. Torch-free.
 
-Options declared with affects_result=False may change. Paths may change too: the name of the base model and the content
-of the datasets are compared instead.
+Options declared with affects_result=False may change. Paths may change too: the name of the base
+model and the content of the datasets are compared instead.
 """
 
 import hashlib
@@ -41,7 +41,8 @@ class ResumePoint:
     Attributes:
         folder: the state's folder.
         metadata: what its state.json says of the run.
-        is_same: every setting that affects the result, and every image, is the same as in the state.
+        is_same: every setting that affects the result, and every image, is the same as in the
+            state.
         is_finished: no step is left. With other settings (--resume_anyway) this is always False.
     """
 
@@ -87,7 +88,9 @@ def find_resume_point(
     return ResumePoint(folder, metadata, is_same, is_finished=is_over and is_same)
 
 
-def _find_folder(options: ResumeOptions, saving: SavingOptions, uploads: UploadOptions) -> Path | None:
+def _find_folder(
+    options: ResumeOptions, saving: SavingOptions, uploads: UploadOptions
+) -> Path | None:
     assert saving.output_dir is not None
     names = [saving.output_name] if saving.output_name else ["last", "at", "epoch"]
     if options.resume:
@@ -124,7 +127,8 @@ def run_signature(
         options: the options that affect the result.
         datasets: the run's datasets.
         base_model: --pretrained_model_name_or_path.
-        latents_are_cached: cached latents are other samples of the VAE; where the caches are stored has no effect.
+        latents_are_cached: cached latents are other samples of the VAE; where the caches are stored
+            has no effect.
         text_is_cached: captions are encoded before training.
     """
     return {
@@ -143,7 +147,14 @@ def _dataset_signature(datasets: Sequence[Dataset]) -> dict[str, str]:
         digest.update(repr((dataset.plan.batch_size, dataset.plan.buckets)).encode())
         for sample in [*dataset.samples, *dataset.validation]:
             name = _file_name(sample.file)
-            values = [name, sample.size, sample.fit, sample.repeats, sample.caption, sample.subset.captions]
+            values = [
+                name,
+                sample.size,
+                sample.fit,
+                sample.repeats,
+                sample.caption,
+                sample.subset.captions,
+            ]
             if sample.has_mask:
                 values.append("masked")
             digest.update(repr(tuple(values)).encode())
@@ -157,11 +168,13 @@ def _dataset_signature(datasets: Sequence[Dataset]) -> dict[str, str]:
 
 
 def _file_name(path: str) -> str:
-    """Return what follows the last slash or backslash: a state may have been written on another system."""
+    """Return what follows the last slash or backslash, as a state may come from another system."""
     return path.replace("\\", "/").rpartition("/")[2]
 
 
-def check_signature(saved: Mapping[str, str], current: Mapping[str, str], *, resume_anyway: bool) -> bool:
+def check_signature(
+    saved: Mapping[str, str], current: Mapping[str, str], *, resume_anyway: bool
+) -> bool:
     """Return whether the signature of a state is that of the run.
 
     Raises OptionError that lists every difference, unless `resume_anyway`.
@@ -180,12 +193,17 @@ def check_signature(saved: Mapping[str, str], current: Mapping[str, str], *, res
             f"--resume: this state belongs to a run with different settings:\n{differences}\n"
             "Use the settings of the state, or add --resume_anyway"
         )
-    log.warning("--resume_anyway: resumed although these settings differ from the state:\n%s", differences)
+    log.warning(
+        "--resume_anyway: resumed although these settings differ from the state:\n%s", differences
+    )
     return False
 
 
 def initial_step(options: ResumeOptions, *, steps_per_epoch: int, total_steps: int) -> int:
-    """Return the step at which a run without a state starts. Raises OptionError if no step would be left."""
+    """Return the step at which a run without a state starts.
+
+    Raises OptionError if no step would be left.
+    """
     if options.initial_epoch is None:
         step = options.initial_step or 0
         given = f"--initial_step {step}"

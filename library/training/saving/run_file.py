@@ -1,4 +1,4 @@
-"""The run file: NAME-run.toml beside the output, with which the same run can be started again."""
+"""The run file: NAME-run.toml in the output folder, a config file that repeats the run."""
 
 import dataclasses
 import importlib.metadata
@@ -17,16 +17,17 @@ _PACKAGES = ("torch", "diffusers", "transformers")
 
 
 def write_run_file(path: Path, options: Mapping[str, object]) -> None:
-    """Write options to a file with which the same run can be started again. A failure is only logged.
+    """Write the options to a config file that repeats the run. A failure is only logged.
 
     Args:
         path: the file.
         options: the options that aren't at their defaults, without secrets, and the seed.
     """
     started = time.strftime("%Y-%m-%d at %H:%M:%S")
+    versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     lines = [
         f"# The options of a run that began on {started}. To repeat it: --config_file {path.name}",
-        f"# {', '.join(f'{name} {_version(name)}' for name in _PACKAGES)}",
+        f"# {versions}",
     ]
     for name, value in options.items():
         if name not in _NEVER_WRITTEN:
@@ -39,7 +40,7 @@ def write_run_file(path: Path, options: Mapping[str, object]) -> None:
 
 
 def _version(package: str) -> str:
-    """What is installed, without importing it."""
+    """Return the installed version of a package, without importing it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

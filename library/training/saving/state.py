@@ -1,4 +1,4 @@
-"""Training states: everything that a run needs to resume bit for bit, in a folder that is complete or absent.
+"""Training states: everything that a run needs to resume bit for bit, in one folder.
 
     NAME-step00000100-state/
         weights.safetensors      the trained tensors by name
@@ -6,8 +6,8 @@
         ema.safetensors          the moving average, with --ema_decay
         state.json               everything else, and the sha256 of the other files; written last
 
-Loading a state executes nothing that it contains. No random state is stored: random numbers are functions of the
-position in the run (library/rng.py).
+Loading a state executes nothing that it contains. No random state is stored: random numbers are
+functions of the position in the run (library/rng.py).
 """
 
 import hashlib
@@ -61,7 +61,10 @@ class State:
 
 
 def write_state(folder: Path, state: State) -> None:
-    """Write a state. A folder that exists is removed only once the new one is complete. Raises RunError."""
+    """Write a state.
+
+    A folder that exists is removed only once the new one is complete. Raises RunError.
+    """
     temporary = temporary_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process that had the same PID
     try:
@@ -81,12 +84,15 @@ def write_state(folder: Path, state: State) -> None:
                 write_safetensors(path, group, {"format": "pt"})
                 content["files"][name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         with open(temporary / STATE_JSON, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content))  # json.dump would encode in Python, which takes ten times as long
+            # json.dump would encode in Python, which takes ten times as long.
+            file.write(json.dumps(content))
             file.flush()
             os.fsync(file.fileno())
         replace_folder(temporary, folder)
     except OSError as error:
-        raise RunError(f"{folder}: the state can't be written: {error.strerror or error}") from error
+        raise RunError(
+            f"{folder}: the state can't be written: {error.strerror or error}"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -97,7 +103,9 @@ def read_state(folder: Path) -> State:
     groups: dict[str, dict[str, Tensor]] = {"ema.safetensors": {}}
     for name, entry in content["files"].items():
         if _sha256(folder / name) != entry["sha256"]:
-            raise RunError(f"{folder / name}: damaged: its sha256 differs from the one in {STATE_JSON}")
+            raise RunError(
+                f"{folder / name}: damaged: its sha256 differs from the one in {STATE_JSON}"
+            )
         file = TensorFile(folder / name, mapped=False)
         groups[name] = {key: file[key] for key in file.shapes}
     weights, tensors, ema = (groups[name] for name in STATE_FILES)
@@ -105,7 +113,12 @@ def read_state(folder: Path) -> State:
         if not tensor.isfinite().all():
             raise RunError(f"{folder}: {name[:200]} contains NaN or Inf")
     with damaged_state_errors(folder):
-        return State(StateMetadata.from_json(content), weights, _join_tensors(content["optimizer"], tensors), ema)
+        return State(
+            StateMetadata.from_json(content),
+            weights,
+            _join_tensors(content["optimizer"], tensors),
+            ema,
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -113,7 +126,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ------------------------------------------------------------------------------------------- optimizers as JSON + tensors
+# Optimizers as JSON and tensors
 
 
 def _split_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -125,7 +138,11 @@ def _split_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         tensors[path] = value
         return {"tensor": path}
     if isinstance(value, Mapping):
-        return {"dict": [[key, _split_tensors(item, tensors, f"{path}/{key}")] for key, item in value.items()]}
+        return {
+            "dict": [
+                [key, _split_tensors(item, tensors, f"{path}/{key}")] for key, item in value.items()
+            ]
+        }
     if isinstance(value, list | tuple):
         items = [_split_tensors(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
@@ -134,7 +151,8 @@ def _split_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     raise RunError(
-        f"the optimizer's {path} is a {type(value).__name__}, which a state can't hold; train without --save_state"
+        f"the optimizer's {path} is a {type(value).__name__}, which a state can't hold; train "
+        "without --save_state"
     )
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from library.data.loader import Batches
 from library.data.options import CacheOptions, DatasetOptions
 from library.log import log
-from library.training.monitoring.metrics import MetricsLogger, saved_files
+from library.training.monitoring.metrics import MetricsLogger
 from library.training.monitoring.sanity_checks import GradientFlowCheck
 from library.training.monitoring.slowdown import SlowdownDetector
 from library.training.monitoring.trackers import Trackers
@@ -50,8 +50,6 @@ def build_run(plan: RunPlan, cached: CachedData, accelerator: Accelerator, track
         session_id, logged_steps = resume.metadata.session_id, resume.metadata.step
         done = Progress(resume.metadata.epoch, logged_steps)
     saver = build_saver(plan, training, session_id=session_id, world_size=accelerator.num_processes, is_main=is_main)
-    if resume is not None:
-        saver.own = saved_files(saver.log_file, session_id)
     for line in plan.describe():
         log.info(line)
     states = options[ResumeOptions]

@@ -67,8 +67,8 @@ def build_training_state(plan: RunPlan, accelerator: Accelerator) -> TrainingSta
     shards, local_groups = None, groups
     if sharding.stage:
         # ZeRO-2 and ZeRO-3, and steps within backward, exist to save gradients: full ones would defeat them.
-        adds_up_parts = sharding.stage > 1 or options[UpdateOptions].is_fused
-        shards = Shards(models.unet, groups, device, world_size, sharding, adds_up_parts=adds_up_parts)
+        reduces_microbatches = sharding.stage > 1 or options[UpdateOptions].is_fused
+        shards = Shards(models.unet, groups, device, world_size, sharding, reduces_microbatches=reduces_microbatches)
         local_groups = shards.groups
     loss_module: nn.Module = build_loss_module(
         task,

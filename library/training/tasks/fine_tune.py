@@ -16,7 +16,7 @@ from library.models.text_encoders import clip_body, module_name
 from library.models.unet import block_of
 from library.param_group import Component, ParamGroup
 from library.safetensors_io import check_finite
-from library.training.distributed.sharding import is_sharded, whole_tensors
+from library.training.distributed.sharding import full_tensors, is_sharded
 from library.training.options.tasks import FineTuneOptions
 from library.training.tasks.base import Task, TaskSettings
 from library.training.trainable import Trainable, bytes_in
@@ -58,7 +58,7 @@ class TrainableModel(Trainable):
     @contextmanager
     def gathered(self) -> Iterator[None]:
         if is_sharded(self._tensors.values()):
-            self._gathered = whole_tensors(self._tensors)
+            self._gathered = full_tensors(self._tensors)
         yield
         self._gathered = None
 

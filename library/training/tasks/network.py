@@ -25,7 +25,7 @@ from library.training.tasks.embedding import TrainableToken, add_placeholder_tok
 from library.training.trainable import Trainable
 from networks.base import Network
 from networks.base_weights import BaseWeights
-from networks.kinds import build_network
+from networks.build import build_network
 from networks.lora_file import write_lora
 from networks.options import NetworkOptions
 
@@ -83,7 +83,7 @@ class NetworkTask(Task[Groups]):
     def __init__(self, models: SdxlModels, settings: TaskSettings, groups: Groups):
         super().__init__(models, settings, groups)
         self._options, pivotal = groups
-        if not self._options.is_own and not settings.text_is_cached:
+        if self._options.kind.needs_transformers_encoders and not settings.text_is_cached:
             # Another package's network may look for transformers' own classes.
             self._encoders = models.text_encoders
         self.is_terse = self._options.no_metadata
