@@ -343,7 +343,7 @@ def test_regions_have_their_networks_and_sub_prompts_and_draw_again_from_the_fil
     (other,) = draw("--prompt", "a cat AND a tree --d 5", *words)
     assert np.abs(pixels(both) - pixels(other)).max() > 0
     assert_same(draw("--from_png", both, small=[])[0], both)
-    with pytest.raises(OptionError, match=mentioning("--mask_path", "2", "AND", "1")):
+    with pytest.raises(OptionError, match=mentioning("--prompt", "2", "AND", "1")):
         draw("--prompt", "a cat", *words)
 
 

@@ -450,7 +450,7 @@ def test_fault_18_facts_that_make_no_sense_are_told(changes, folder):
 )  # fmt: skip
 def test_fault_18_facts_that_are_no_json_are_told(text, folder):
     (folder / "state.json").write_text(text)
-    with pytest.raises(RunError, match=mentioning(folder / "state.json", "Error")):
+    with pytest.raises(RunError, match=mentioning(folder / "state.json", "JSONDecodeError|TypeError|RecursionError")):
         read_state(folder)
 
 
