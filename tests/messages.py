@@ -40,7 +40,7 @@ def _choice(text: str) -> str:
     elif text[0].isalpha():
         pattern = rf"(?<![A-Za-z]){pattern}"
     if text[0].isdigit():
-        pattern = rf"(?<![\d.,]){pattern}"
+        pattern = rf"(?<!\d)(?<!\d[.,]){pattern}"
     if text[-1].isdigit():
         pattern += r"(?!\d|[.,]\d)"
     if text.startswith("--"):

@@ -70,7 +70,7 @@ def test_all_lines_are_kept_for_wildcards(tmp_path):
 @pytest.mark.parametrize(
     "raw, tokens",
     [
-        ("ein Käse".encode("latin-1"), ["UTF-8", "byte 1"]),
+        ("ein Käse".encode("latin-1"), ["UTF-8", "byte 5"]),
         ("a cat".encode("utf-16"), ["UTF-16"]),
         ("a cat".encode("utf-16-le"), ["NUL"]),
         (b"a\0b", ["NUL"]),

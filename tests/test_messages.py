@@ -13,6 +13,7 @@ from messages import lines_mentioning, mentioning, mentions, shows_caching
         ("must be at least 1, got -3", "-3", True),
         ("got 10, or 0.1, or 2,001", "1", False),
         ("bucket 64x96", "64x96", True),
+        ("expected 0..1", "1", True),
         ("the latents contain NaN", "finite|NaN|Inf", True),
         ("its latents aren't finite", "finite|NaN|Inf", True),
         ("infinite loss", "finite|NaN|Inf", False),
