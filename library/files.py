@@ -1,4 +1,4 @@
-"""Files that are complete at any moment (written under a temporary name, then renamed), and the lock of a run's output."""
+"""Atomic writes, temporary files, disk space, and the lock of a run's output."""
 
 import contextlib
 import errno
@@ -20,11 +20,8 @@ from library.log import log
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # without O_BINARY, Windows would change line ends
 _ASIDE = "-old"
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
-_NO_LOCKS = (
-    errno.ENOSYS,
-    errno.ENOLCK,
-    errno.EOPNOTSUPP,
-)  # the errors of file systems without locks
+# The errors of file systems without locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _MAX_AGE = 24 * 3600  # seconds after which a temporary file of another machine counts as left over
 
 
@@ -34,7 +31,10 @@ def host_name() -> str:
 
 
 def is_alive(process: int) -> bool:
-    """Return whether a process with this PID exists on this machine and is not this one. On Windows, always True."""
+    """Return whether a process with this PID exists on this machine and is not this one.
+
+    On Windows, always True.
+    """
     if sys.platform == "win32":
         return True
     try:
@@ -54,7 +54,9 @@ def temporary_name(path: Path) -> Path:
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], check: Callable[[Path], object] | None = None
 ) -> None:
-    """Write a temporary file in the folder of `path`, then rename it to `path`. The umask decides who may read it.
+    """Write a temporary file in the folder of `path`, then rename it to `path`.
+
+    The umask decides who may read it.
 
     Args:
         path: the file. It does not change if anything fails.
@@ -76,7 +78,8 @@ def write_atomically(
     except OSError as error:
         hint = ""
         if error.errno in _DISK_FULL and temporary.exists():
-            hint = f", after {temporary.stat().st_size:,} bytes; {free_space(path.parent):,} bytes are free"
+            written, free = temporary.stat().st_size, free_space(path.parent)
+            hint = f", after {written:,} bytes; {free:,} bytes are free"
         elif sys.platform == "win32":
             hint = " (is it open in another program?)"
         raise RunError(f"{path}: can't be written: {error.strerror or error}{hint}") from error
@@ -85,7 +88,7 @@ def write_atomically(
 
 
 def _call(write: Callable[[BinaryIO], object], file: BinaryIO) -> None:
-    """Call `write`. torch.save raises a RuntimeError in place of the disk's error, which says more."""
+    """Call `write`, and raise the disk's error where torch.save raises one of its own."""
     try:
         write(file)
     except RuntimeError as error:
@@ -95,7 +98,10 @@ def _call(write: Callable[[BinaryIO], object], file: BinaryIO) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Rename a complete folder. A folder that exists is renamed first, as no system replaces folders. Raises OSError."""
+    """Rename a complete folder.
+
+    A folder that exists is renamed first, as no system replaces folders. Raises OSError.
+    """
     if not folder.exists():
         os.rename(new, folder)
         return
@@ -121,7 +127,10 @@ def free_space(folder: Path) -> int:
 
 
 def make_writable_folder(folder: Path) -> None:
-    """Create the folder and write to it, so that a failure comes before hours of work. Raises OSError."""
+    """Create the folder and write to it, so that a failure comes before hours of work.
+
+    Raises OSError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".probe.{os.getpid()}"
     probe.write_bytes(b"")
@@ -129,7 +138,10 @@ def make_writable_folder(folder: Path) -> None:
 
 
 def read_small_file(path: str | Path) -> bytes:
-    """Return a file's content, in half the time of open(): a scan reads a caption for every image. Raises OSError."""
+    """Return a file's content, in half the time of open(): a scan reads a caption for every image.
+
+    Raises OSError.
+    """
     descriptor = os.open(path, _READ)
     try:
         content = os.read(descriptor, 1 << 13)
@@ -143,7 +155,7 @@ def read_small_file(path: str | Path) -> bytes:
 
 
 def remove_left_over(folder: Path) -> None:
-    """Remove the temporary files and folders that killed processes left in `folder`, but not those of running processes.
+    """Remove the temporary files and folders that killed processes left in `folder`.
 
     A folder whose replacement was interrupted gets its name back.
     """
@@ -177,13 +189,17 @@ def _is_left_over(path: Path, host: str, process: int) -> bool:
 class OutputLock:
     """FOLDER/.NAME.lock, locked by the operating system while a run writes NAME in that folder.
 
-    The operating system unlocks it when the process ends, however it ends. So the lock file of a killed run doesn't stop the
-    next run, not even on another machine or in another container, whose PIDs are different. FOLDER/.NAME.owner.json says
-    which run holds the lock; it is a separate file because Windows doesn't let other processes read a locked file.
+    The operating system unlocks it when the process ends, however it ends. So the lock file of a
+    killed run doesn't stop the next run, not even on another machine or in another container, whose
+    PIDs are different. FOLDER/.NAME.owner.json says which run holds the lock; it is a separate file
+    because Windows doesn't let other processes read a locked file.
     """
 
     def __init__(self, folder: Path, name: str):
-        """Lock the output. Raises OptionError if another run holds the lock, or if its file can't be written."""
+        """Lock the output.
+
+        Raises OptionError if another run holds the lock, or if its file can't be written.
+        """
         from filelock import FileLock, Timeout  # here, because `--help` doesn't need it
 
         self._lock = FileLock(folder / f".{name}.lock", thread_local=False, fallback_to_soft=False)
@@ -198,8 +214,8 @@ class OutputLock:
             self._owner.write_text(json.dumps(owner), encoding="utf-8")
         except Timeout:
             raise OptionError(
-                f"--output_name {name}: another run ({self._read_owner()}) is writing to {folder}; choose another name or "
-                "stop that run"
+                f"--output_name {name}: another run ({self._read_owner()}) is writing to {folder}; "
+                "choose another name or stop that run"
             ) from None
         except OSError as error:
             self.release()
@@ -209,7 +225,8 @@ class OutputLock:
 
     def _acquire(self) -> None:
         try:
-            # The lock of a run that ends at this moment isn't another run's: its file is already removed.
+            # The lock of a run that ends at this moment isn't another run's: its file is already
+            # removed.
             self._lock.acquire(timeout=0.1, poll_interval=0.01)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -223,7 +240,8 @@ class OutputLock:
     def _read_owner(self) -> str:
         try:
             owner = json.loads(self._owner.read_text(encoding="utf-8"))
-            return f"PID {int(owner['process'])} on {owner['host']!s:.99}, started {owner['since']!s:.99}"
+            host, since = str(owner["host"])[:99], str(owner["since"])[:99]
+            return f"PID {int(owner['process'])} on {host}, started {since}"
         except (OSError, ValueError, LookupError, TypeError):
             return "its process is unknown"
 

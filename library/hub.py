@@ -12,12 +12,13 @@ SECONDS_TO_ANSWER = 15.0  # for the hub, when it is asked for a repository's fil
 
 
 def hub_files(repo_id: str) -> list[str]:
-    """Return the names of the repository's files; offline (HF_HUB_OFFLINE), of those in its local copy."""
+    """Return the names of the repository's files; with HF_HUB_OFFLINE, of those in its local copy."""
     import huggingface_hub
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        # A complete copy would be required if we asked for all files, and our copies leave other variants out.
+        # A complete copy would be required if we asked for all files, and our copies leave other
+        # variants out.
         folder = Path(
             huggingface_hub.snapshot_download(repo_id, allow_patterns=["model_index.json"])
         )
@@ -28,7 +29,10 @@ def hub_files(repo_id: str) -> list[str]:
 
 
 def download_folder(name: str, token: str | None) -> Path:
-    """Download OWNER/REPOSITORY/FOLDER[:REVISION[:TYPE]], and return the local copy. Raises OptionError."""
+    """Download OWNER/REPOSITORY/FOLDER[:REVISION[:TYPE]], and return the local copy.
+
+    Raises OptionError.
+    """
     import huggingface_hub
 
     location, revision, kind, *_ = [*name.split(":"), "", ""]
@@ -46,7 +50,7 @@ def download_folder(name: str, token: str | None) -> Path:
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Context manager: turn the errors of the hub's client (no network, no such id, no permission) into an OptionError."""
+    """Context manager: turn the errors of the hub's client into an OptionError."""
     from huggingface_hub.errors import HTTPError  # httpx's, or httpx2's
 
     try:
@@ -55,7 +59,8 @@ def hub_errors(name: str) -> Iterator[None]:
         raise
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # ValueError: an impossible id
         raise OptionError(
-            f"{name}: no such local file or folder, and the hub says: {hub_reason(error, downloading=True)}"
+            f"{name}: no such local file or folder, and the hub says: "
+            f"{hub_reason(error, downloading=True)}"
         ) from None
 
 
@@ -75,7 +80,8 @@ def hub_reason(
     Args:
         error: of the client.
         downloading: mention that an earlier download would help.
-        secret: a token that must not be shown. The one in HF_TOKEN, and text that looks like a token, never are.
+        secret: a token that must not be shown. The one in HF_TOKEN, and text that looks like a
+            token, never are.
     """
     text = _hub_reason(error, downloading)
     for token in (secret, os.environ.get("HF_TOKEN", "").strip()):
@@ -116,9 +122,11 @@ def _hub_reason(error: BaseException, downloading: bool) -> str:
         if "TimeoutException" in kinds:
             return f"{constants.ENDPOINT} does not answer in time; check the network{copy}"
         if "ConnectError" in kinds:
-            return f"{constants.ENDPOINT} can't be reached ({first_line(cause)}); check the network{copy}"
+            reason = first_line(cause)
+            return f"{constants.ENDPOINT} can't be reached ({reason}); check the network{copy}"
         if "TransportError" in kinds:
-            return f"the connection to {constants.ENDPOINT} broke ({first_line(cause)}); try again{copy}"
+            reason = first_line(cause)
+            return f"the connection to {constants.ENDPOINT} broke ({reason}); try again{copy}"
     return first_line(error)
 
 

@@ -227,7 +227,7 @@ def test_everything_that_is_wrong_is_told_at_once_behind_the_page(golden_model, 
     monkeypatch.setattr("library.training.saving.schedule.free_space", lambda folder: 1000)
     words = arguments(golden_model, images, tmp_path / "out", "--resume", "latest")
     page, mistakes = refused_page(capsys, *words)
-    assert [next(piece for piece in ("picture0.png", "whole state", "are free") if piece in text) for text in mistakes] == ["picture0.png", "whole state", "are free"]  # fmt: skip
+    assert [next(piece for piece in ("picture0.png", "--resume latest", "are free") if piece in text) for text in mistakes] == ["picture0.png", "--resume latest", "are free"]  # fmt: skip
     assert row(page, "decoded") == "4; 1 can't be used"
     page, mistakes = refused_page(capsys, *words, "--skip_bad_images")
     assert len(mistakes) == 2 and "3 images, 6 with repeats" in page

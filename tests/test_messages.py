@@ -1,7 +1,7 @@
 """The helper that tests look at messages with: what its tokens find, and what they don't."""
 
 import pytest
-from messages import lines_mentioning, mentioning, mentions, tells_of_caching
+from messages import lines_mentioning, mentioning, mentions, shows_caching
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,6 @@ def test_all_tokens_are_in_one_line_in_any_order():
 
 
 def test_caching_is_seen_in_the_console_and_isnt_in_an_error():
-    assert tells_of_caching("12:00:00 INFO    latents: 0 of 4 are cached\n")
-    assert tells_of_caching("caching text-encoder outputs: 100%\n")
-    assert not tells_of_caching("12:00:00 WARNING --cache_latents is set\nerror: latents of another size\n")
+    assert shows_caching("12:00:00 INFO    latents: 0 of 4 are cached\n")
+    assert shows_caching("caching text-encoder outputs: 100%\n")
+    assert not shows_caching("12:00:00 WARNING --cache_latents is set\nerror: latents of another size\n")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from messages import mentioning, mentions, tells_of_caching
+from messages import mentioning, mentions, shows_caching
 from running import QUICK, arguments, assert_bit_equal, losses_of, run_here, tensors_of, train_network, without
 from tolerance import assert_network
 
@@ -93,7 +93,7 @@ def test_any_module_with_create_network_will_do(golden_model, images, tmp_path, 
 def test_arguments_that_the_module_refuses_are_told_before_caching(golden_model, images, tmp_path, own_module):
     words = arguments(golden_model, images, tmp_path / "out", "--network_module", "own_network", "--network_args", "other=1")  # fmt: skip
     done = run_here(sdxl_train_network.main, *words)
-    assert done.returncode == 2 and not tells_of_caching(done.stderr)
+    assert done.returncode == 2 and not shows_caching(done.stderr)
     assert mentions(
         done.stderr, "error", "--network_module", "own_network", "--network_args", "other=1", "AssertionError"
     )

@@ -65,7 +65,7 @@ def test_samples_by_steps_have_the_contracts_names_and_the_training_resolution(
 
 
 @pytest.mark.parametrize("cached", [pytest.param(True, marks=pytest.mark.long), False])
-def test_epochs_win_over_steps_and_training_doesnt_notice(
+def test_epochs_override_steps_and_samples_do_not_affect_training(
     cached, golden_model, images, prompts, tmp_path
 ):
     words = QUICK if cached else without(QUICK, "--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")  # fmt: skip

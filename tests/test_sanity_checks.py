@@ -79,7 +79,9 @@ def test_checksums_depend_on_every_bit_but_not_on_the_order():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         ones = torch.ones(5, dtype=dtype)
         other = ones.clone()
-        other[2] = torch.nextafter(other[2].float(), torch.tensor(2.0)) if dtype is torch.float32 else 1.01
+        other[2] = (
+            torch.nextafter(other[2].float(), torch.tensor(2.0)) if dtype is torch.float32 else 1.01
+        )
         assert not torch.equal(checksums([ones]), checksums([other]))
 
 

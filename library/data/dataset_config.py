@@ -85,16 +85,15 @@ def read_datasets(options: Options, conditioning: ConditioningKind = "masks") ->
 def check_masks_are_used(datasets: Iterable[DatasetConfig]) -> None:
     """Raise OptionError if a subset has masks; for runs that make no use of them."""
     mistakes = []
-    for dataset in datasets:
-        for subset in dataset.subsets:
-            if subset.conditioning_data_dir is not None and subset.conditioning_is_mask:
-                mistakes.append(
-                    Mistake(
-                        f"conditioning_data_dir {subset.conditioning_data_dir}: it holds masks, which only inpainting "
-                        "models see; give --masked_loss to use them, or leave it out",
-                        ("conditioning_data_dir",),
-                    )
-                )
+    for i, dataset in enumerate(datasets, 1):
+        for j, subset in enumerate(dataset.subsets, 1):
+            if subset.conditioning_data_dir is None or not subset.conditioning_is_mask:
+                continue
+            text = (
+                f"[[datasets]] {i}, subset {j}: conditioning_data_dir {subset.conditioning_data_dir} holds masks, which only "
+                "inpainting models see; give --masked_loss to use them, or leave it out"
+            )
+            mistakes.append(Mistake(text, ("conditioning_data_dir",)))
     if mistakes:
         raise OptionError(*mistakes)
 

@@ -1,4 +1,7 @@
-"""The processes of a run, joined by accelerate. Its settings for dtypes and compilers are not used."""
+"""The processes of a run, joined by accelerate.
+
+Its settings for dtypes and compilers are not used.
+"""
 
 import datetime
 import os
@@ -59,7 +62,8 @@ def _accelerator(handlers: list[KwargsHandler]) -> Accelerator:
     accelerator = Accelerator(mixed_precision="no", dynamo_backend="no", kwargs_handlers=handlers)
     if accelerator.distributed_type.value not in _LAUNCHES:
         raise OptionError(
-            f"accelerate's configuration asks for {accelerator.distributed_type.value}, which is not supported; "
+            f"accelerate's configuration asks for {accelerator.distributed_type.value}, which is not "
+            "supported; "
             "launch with: accelerate launch --num_processes 1, or --multi_gpu, or --config_file "
             "configs/accelerate/fsdp2.yaml"
         )

@@ -1,8 +1,9 @@
 """Sharding of the U-Net's weights, gradients and optimizer state over the ranks (FSDP2, ZeRO).
 
-A block's weights are gathered while it computes (ZeRO-3), or from its forward to its backward (ZeRO-1 and ZeRO-2). Its
-gradients are averaged over the ranks and sharded again. Trained parameters outside the U-Net (a network, a text encoder,
-placeholder tokens) are replicated on every rank, and their gradients are averaged before each optimizer step.
+A block's weights are gathered while it computes (ZeRO-3), or from its forward to its backward
+(ZeRO-1 and ZeRO-2). Its gradients are averaged over the ranks and sharded again. Trained parameters
+outside the U-Net (a network, a text encoder, placeholder tokens) are replicated on every rank, and
+their gradients are averaged before each optimizer step.
 
 Sources: Rajbhandari et al. 2020, arXiv:1910.02054 (ZeRO); Zhao et al. 2023, arXiv:2304.11277;
 torch.distributed.fsdp.fully_shard.
@@ -26,7 +27,9 @@ if TYPE_CHECKING:  # slow imports, only for runs that shard
 
 
 def shard(unet: nn.Module, device: torch.device, world_size: int, config: ShardingConfig) -> None:
-    """Replace the weights by DTensors, of which each rank keeps its shard. All ranks have the same weights before.
+    """Replace the weights by DTensors, of which each rank keeps its shard.
+
+    All ranks have the same weights before.
 
     Args:
         unet: the U-Net.
@@ -37,9 +40,8 @@ def shard(unet: nn.Module, device: torch.device, world_size: int, config: Shardi
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
-    for (
-        parameter
-    ) in unet.parameters():  # convolutions are channels_last on GPUs, which can't be sharded
+    # Convolutions are channels_last on GPUs, which can't be sharded.
+    for parameter in unet.parameters():
         parameter.data = parameter.data.contiguous()
     mesh = init_device_mesh(device.type, (world_size,))
     policy = OffloadPolicy()
@@ -54,7 +56,7 @@ def shard(unet: nn.Module, device: torch.device, world_size: int, config: Shardi
     fully_shard(unet, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
 
     def reshard_without_backward(*_: object) -> None:
-        """Reshard after a forward that no backward follows, which would leave the blocks gathered."""
+        """Reshard the blocks after a forward that no backward follows."""
         if not torch.is_grad_enabled():
             for module in unet.modules():
                 if isinstance(module, FSDPModule):
@@ -64,11 +66,12 @@ def shard(unet: nn.Module, device: torch.device, world_size: int, config: Shardi
 
 
 class Shards:
-    """The trained parameters as this rank steps them: its shards of the sharded ones, and the replicated ones.
+    """The trained parameters as this rank steps them: its shards, and the replicated ones.
 
     Attributes:
         device: the one that computes and steps.
-        groups: the parameter groups, in which a local parameter takes the place of each sharded one.
+        groups: the parameter groups, in which a local parameter takes the place of each sharded
+            one.
     """
 
     def __init__(
@@ -89,9 +92,9 @@ class Shards:
             device: the one that computes and steps.
             world_size: the number of ranks.
             config: as it was given to shard().
-            reduces_microbatches: gradients are averaged and sharded after each micro-batch, which takes less memory.
-                Otherwise this happens once per optimizer step, as with DDP's no_sync(), which sends less; until then each
-                rank has the complete gradients.
+            reduces_microbatches: gradients are averaged and sharded after each micro-batch, which
+                takes less memory. Otherwise this happens once per optimizer step, as with DDP's
+                no_sync(), which sends less; until then each rank has the complete gradients.
         """
         self.device = device
         self._unet, self._world_size, self._config = unet, world_size, config
@@ -133,7 +136,7 @@ class Shards:
 
     @contextmanager
     def reduced_gradients(self) -> Iterator[None]:
-        """Context manager for the step, after the last micro-batch's backward: local parameters have averaged gradients."""
+        """Context manager for the step: local parameters have averaged gradients."""
         local_params = [
             local for local, sharded in self._sharded.items() if sharded.grad is not None
         ]
@@ -150,12 +153,13 @@ class Shards:
     def source(self, local: nn.Parameter) -> nn.Parameter | None:
         """Return the sharded parameter of a local one.
 
-        Its averaged gradient arrives in backward. None for a replicated parameter, whose gradient is not averaged yet.
+        Its averaged gradient arrives in backward. None for a replicated parameter, whose gradient
+        is not averaged yet.
         """
         return cast("nn.Parameter | None", self._sharded.get(local))
 
     def load_shard(self, local: nn.Parameter) -> None:
-        """Give a local parameter its shard of weights and of the averaged gradient, on the device that steps it."""
+        """Give a local parameter its shard of the weights and of the averaged gradient."""
         sharded = self._sharded[local]
         assert sharded.grad is not None
         local.data = self._on_device(local_tensor(sharded))  # FSDP may have moved the shard
@@ -216,7 +220,7 @@ class Shards:
     def _map_tensors(
         self, optimizer: Mapping[str, Any], function: Callable[["DTensor", Tensor], Tensor]
     ) -> dict[str, Any]:
-        """Return the optimizer's state with `function` applied to the tensors of sharded parameters."""
+        """Apply `function` to the tensors of sharded parameters in the optimizer's state."""
         state: dict[str, dict[str, Any]] = {}
         for name, entries in optimizer["state"].items():
             state[name] = dict(entries)
@@ -248,7 +252,10 @@ def as_sharded(full: Tensor, like: Any) -> Any:
 
 
 def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return sharded tensors gathered, in RAM, and the others unchanged. All ranks call it together."""
+    """Return sharded tensors gathered, in RAM, and the others unchanged.
+
+    All ranks call it together.
+    """
     full = {}
     for name, tensor in tensors.items():
         full[name] = tensor.detach()

@@ -1,6 +1,7 @@
-"""Metrics of a run while it trains: the progress bar, the trackers (TensorBoard, W&B) and the step log.
+"""Metrics during training: progress bar, trackers (TensorBoard, W&B) and step log.
 
-Losses and gradient norms are read from the device one step late, so that the loop never waits for it.
+Losses and gradient norms are read from the device one step late, so that the loop never waits for
+it.
 """
 
 import json
@@ -43,11 +44,12 @@ class _PendingStep(NamedTuple):
 
 
 class MetricsLogger:
-    """Logs on the main process only; on every process, raises RunError when a loss or gradient norm is NaN or Inf.
+    """Logs on the main process, and raises RunError on every process for NaN or Inf.
 
     Attributes:
         overflows: the number of steps that were skipped because float16 gradients overflowed.
-        stop_requested: whether a signal had asked any process to stop, at the last step that was read.
+        stop_requested: whether a signal had asked any process to stop, at the last step that was
+            read.
     """
 
     def __init__(
@@ -85,7 +87,8 @@ class MetricsLogger:
     def _open_log(self, path: Path, done: int) -> None:
         """Create the step log, or keep its lines up to step `done`.
 
-        Later lines belong to a run that was interrupted. Those that name saved files remain, as the files exist.
+        Later lines belong to a run that was interrupted. Those that name saved files remain, as the
+        files exist.
         """
         kept = []
         if done:
@@ -139,7 +142,8 @@ class MetricsLogger:
     def flush(self) -> None:
         """Log the step that is pending.
 
-        Raises RunError that names the step and its images if the loss or the gradient norm is NaN or Inf.
+        Raises RunError that names the step and its images if the loss or the gradient norm is NaN
+        or Inf.
         """
         if self._pending is None:
             return
@@ -228,7 +232,7 @@ class MetricsLogger:
             self._trackers.images(images, step)
 
     def average(self) -> float:
-        """Return the mean loss over the steps of one epoch, up to the last one that was read; 0 before the first."""
+        """Return the mean loss over the last steps, as many as an epoch has; 0 before the first."""
         return sum(self._recent) / max(1, len(self._recent))
 
     def close(self) -> None:
@@ -245,7 +249,7 @@ class MetricsLogger:
 
 
 def _non_finite_error(pending: _PendingStep, loss: float, norm: float) -> RunError:
-    """Return the error for a step whose loss or gradient norm is NaN or Inf, which names the images that caused it."""
+    """Return the error for NaN or Inf in a step, which names the images that caused it."""
     paths: set[str] = set()
     causes: set[str] = set()
     for microbatch in pending.microbatches:
@@ -258,10 +262,12 @@ def _non_finite_error(pending: _PendingStep, loss: float, norm: float) -> RunErr
     elif not math.isfinite(loss):
         cause = "the loss of an image on another process is NaN or Inf"
     else:
-        cause = f"the loss is {loss:.4g}, but its gradient norm is {norm}; the images were {', '.join(sorted(paths))}"
+        images = ", ".join(sorted(paths))
+        cause = f"the loss is {loss:.4g}, but its gradient norm is {norm}; the images were {images}"
     return RunError(
-        f"step {pending.step}: {cause}. The weights were not changed by this step, and nothing was saved after it; "
-        "earlier saves are complete. Try a lower learning rate or --mixed_precision no, and check these images"
+        f"step {pending.step}: {cause}. The weights were not changed by this step, and nothing was "
+        "saved after it; earlier saves are complete. Try a lower learning rate or --mixed_precision "
+        "no, and check these images"
     )
 
 

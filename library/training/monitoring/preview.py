@@ -48,7 +48,8 @@ class Preview:
         prompts: with their sizes; without any, no image is generated.
         models: decode latents, and encode prompts and conditions.
         unet: the trained one.
-        texts: conditioning by prompt, where the text encoders were released before training; None: they are called.
+        texts: conditioning by prompt, where the text encoders were released before training; None:
+            they are called.
         num_tokens: of a chunk of the prompt.
         folder: where the images are saved.
         name: --output_name, the start of the files' names.
@@ -82,7 +83,7 @@ class Preview:
     _rows: list[tuple[str, Row]] = field(default_factory=list, init=False)
 
     def is_due(self, *, step: int = 0, epoch: int = 0) -> bool:
-        """Return whether samples are due after this step or epoch (both 1-based), or before the first step (both 0)."""
+        """Return whether samples are due after this step or epoch (1-based), or at first (both 0)."""
         if not self.prompts:
             return False
         if step:
@@ -111,7 +112,8 @@ class Preview:
             gather: joins the lists of all processes.
             rank: of this process among those that share the prompts.
             world_size: the number of these processes.
-            saves: whether this process may save; False: another one generates the same images and saves them.
+            saves: whether this process may save; False: another one generates the same images and
+                saves them.
 
         Returns:
             (prompt, image) on the process that saves; an empty list on the others.
@@ -204,7 +206,7 @@ class Preview:
 
     @torch.no_grad()
     def _masked_everywhere(self, size: Size) -> Tensor:
-        """Return an inpainting model's additional channels for a mask over the complete image: [1, 5, H/8, W/8]."""
+        """Return an inpainting model's channels for a mask over the complete image: [1, 5, H/8, W/8]."""
         width, height = size
         noise = torch.zeros(1, 4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
         gray, mask = torch.zeros(1, 3, height, width), torch.ones(1, height, width)
@@ -215,7 +217,7 @@ class Preview:
 
     @torch.no_grad()
     def _decode(self, raw: Tensor) -> Tensor:
-        """Decode raw latents to pixels; in tiles if the complete image doesn't fit into VRAM next to the training."""
+        """Decode raw latents to pixels, in tiles if there is not enough VRAM."""
         try:
             return self.models.decode_latents(raw)
         except torch.OutOfMemoryError:
@@ -249,7 +251,7 @@ class Preview:
 def encode_prompts(
     models: SdxlModels, prompts: Sequence[SamplePrompt], num_tokens: int
 ) -> dict[str, TextConditioning]:
-    """Return the conditioning of all prompts and negative prompts by their text; (word:1.2) is a weight."""
+    """Return the conditioning of all prompts by their text; (word:1.2) is a weight."""
     texts = {text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)}
     conditioning = {}
     for text in texts:

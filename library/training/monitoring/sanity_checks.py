@@ -1,4 +1,4 @@
-"""Sanity checks: every trained parameter receives gradients and changes, and all ranks hold the same weights."""
+"""Sanity checks: trained parameters receive gradients and change, and all ranks stay equal."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -9,7 +9,8 @@ from library.errors import RunError
 from library.param_group import ParamGroup
 
 _STEPS = 50  # after which every trained parameter must have received a gradient and changed
-_MIN_STEPS = 10  # of a shorter run that is still checked: a LoRA's down projection has no gradient in the first step
+# Steps of a shorter run that is still checked: a LoRA's down projection has no gradient at first.
+_MIN_STEPS = 10
 _MAX_SHOWN = 5
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -47,7 +48,10 @@ class GradientFlowCheck:
             self._has_gradient |= norms != 0
 
     def step_done(self) -> None:
-        """Count an optimizer step at learning rates above 0. Raises RunError at the last checked step if a check fails."""
+        """Count an optimizer step at learning rates above 0.
+
+        Raises RunError at the last checked step if a check fails.
+        """
         self._steps += 1
         if self._steps >= _STEPS and not self._is_over:
             self._check()
@@ -64,16 +68,16 @@ class GradientFlowCheck:
         )
         if without_gradient:
             raise RunError(
-                f"{_format_modules(without_gradient)} received no gradient in {self._steps} steps: the loss doesn't "
-                "depend on them, so they learn nothing. Leave them out, or check for masks and weights that make the "
-                "loss zero"
+                f"{_format_modules(without_gradient)} received no gradient in {self._steps} steps: "
+                "the loss doesn't depend on them, so they learn nothing. Leave them out, or check for "
+                "masks and weights that make the loss zero"
             )
         unchanged = _modules_without(self._parameters, self._changed())
         if unchanged:
             raise RunError(
-                f"{_format_modules(unchanged)} have not changed after {self._steps} steps although they received "
-                "gradients: updates are too small for their dtype. Use a higher learning rate, --rounding stochastic, "
-                "or float32"
+                f"{_format_modules(unchanged)} have not changed after {self._steps} steps although "
+                "they received gradients: updates are too small for their dtype. Use a higher learning "
+                "rate, --rounding stochastic, or float32"
             )
 
     def _changed(self) -> list[bool]:
@@ -86,7 +90,7 @@ class GradientFlowCheck:
 
 
 def checksums(tensors: Iterable[Tensor]) -> Tensor:
-    """Return one integer per tensor: the sum of its elements' bit patterns, which is the same in any order. [n], int64."""
+    """Return the sum of the bit patterns of each tensor's elements: [n], int64."""
     sums = []
     for tensor in tensors:
         bits = tensor.detach().view(_BITS[tensor.element_size()])
@@ -107,8 +111,9 @@ def check_ranks_in_sync(parameters: Mapping[str, Tensor], world_size: int, step:
     names = [name for name, is_different in zip(parameters, differs, strict=True) if is_different]
     if names:
         raise RunError(
-            f"step {step}: the processes have different weights in {_format_modules(names, 'tensors')}. Their gradients "
-            "were not averaged; nothing was saved. Please report this with the launch command"
+            f"step {step}: the processes have different weights in "
+            f"{_format_modules(names, 'tensors')}. Their gradients were not averaged; nothing was "
+            "saved. Please report this with the launch command"
         )
 
 

@@ -1,4 +1,4 @@
-"""Detection of slowdowns: if steps become much slower, the run logs a warning with the likely cause, once."""
+"""Slowdowns: if steps become much slower, the run logs a warning with the likely cause, once."""
 
 import statistics
 import time
@@ -18,13 +18,12 @@ _FULL_FRACTION = 0.95  # of the VRAM that is reserved
 
 
 class SlowdownDetector:
-    """Compares the duration of steps with their median, in seconds per latent pixel, as buckets differ in size."""
+    """Compares the duration of steps, in seconds per latent pixel, with their median."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._durations: deque[float] = deque(
-            maxlen=500
-        )  # of steps at the usual speed, in seconds per latent pixel
+        # Of steps at the usual speed, in seconds per latent pixel.
+        self._durations: deque[float] = deque(maxlen=500)
         self._waiting: list[float] = []  # fraction of waiting, of the slow steps in a row
         self._seconds_waited, self._latent_pixels = 0.0, 0
         self._last_step: float | None = None
@@ -73,12 +72,15 @@ class SlowdownDetector:
 
     def _cause(self) -> str:
         if statistics.mean(self._waiting) > _WAITING_FRACTION:
-            return "steps wait for images; use --cache_latents, a larger --max_data_loader_n_workers, or a faster disk"
+            return (
+                "steps wait for images; use --cache_latents, a larger --max_data_loader_n_workers, or a "
+                "faster disk"
+            )
         if self._device.type == "cuda":
             total = torch.cuda.get_device_properties(self._device).total_memory
             if torch.cuda.memory_reserved(self._device) > _FULL_FRACTION * total:
                 return (
-                    "VRAM is full, and the driver may be paging to RAM; lower --train_batch_size, or use "
-                    "--gradient_checkpointing"
+                    "VRAM is full, and the driver may be paging to RAM; lower --train_batch_size, or "
+                    "use --gradient_checkpointing"
                 )
         return "another process uses the machine, or it is throttled by heat"

@@ -43,7 +43,10 @@ class StepLog:
         return np.where(np.abs(values) < _MOST, values, np.nan)
 
     def add_step(self, step: int, pace: float, line: Mapping[str, object]) -> None:
-        """Append a step. A resumed run repeats steps: a step replaces an earlier one and all that came after it."""
+        """Append a step.
+
+        A resumed run repeats steps: a step replaces an earlier one and all that came after it.
+        """
         if self.steps and step <= self.steps[-1]:
             self._forget(step)
         if line.keys() != self._keys:
@@ -91,9 +94,8 @@ def read_step_log(path: Path) -> StepLog:
             continue
         if "loss/current" in line:
             pace, seconds = math.nan, _number(line.get("seconds"))
-            if (
-                step > last_step and seconds > last_seconds
-            ):  # otherwise a resumed run started its clock again
+            # Otherwise a resumed run started its clock again.
+            if step > last_step and seconds > last_seconds:
                 pace = (seconds - last_seconds) / (step - last_step)
             last_step, last_seconds = step, seconds
             log.add_step(step, pace, line)
@@ -106,12 +108,15 @@ def read_step_log(path: Path) -> StepLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a step log as they are. Lines that were cut off, as those of a killed run, are left out."""
+    """Return the lines of a step log as they are.
+
+    Lines that were cut off, as those of a killed run, are left out.
+    """
     return [line for line in _lines(path) if type(line.get("step")) is int]
 
 
 def saved_files(path: Path, session_id: str) -> set[Path]:
-    """Return the files next to a step log of which it says that this run was the last to save them."""
+    """Return the files that this run was the last to save, according to a step log."""
     sessions: dict[str, object] = {}
     for line in read_log(path):
         names = line.get("saved")

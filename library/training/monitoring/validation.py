@@ -1,7 +1,7 @@
 """Validation: the loss of images that are held out, always with the same noise and timesteps.
 
-It calls the training forward, in eval mode and without gradients. Its random numbers have seeds of their own, so training
-is not affected. Source: contract, dataset_config.md section 8.
+It calls the training forward, in eval mode and without gradients. Its random numbers have seeds of
+their own, so training is not affected. Source: contract, dataset_config.md section 8.
 """
 
 import math
@@ -41,7 +41,7 @@ class Validation:
     every_epochs: int | None
 
     def is_due(self, *, step: int = 0, epoch: int = 0) -> bool:
-        """Return whether validation is due after this optimizer step, or after this epoch (both 1-based)."""
+        """Return whether validation is due after this step or epoch (both 1-based)."""
         if not self.micro_batches:
             return False
         if step:
@@ -89,7 +89,8 @@ class Best:
     """The lowest validation loss so far.
 
     Attributes:
-        patience: validations without a lower loss after which the run ends (--early_stop_patience); None: it doesn't.
+        patience: validations without a lower loss after which the run ends (--early_stop_patience);
+            None: it doesn't.
         loss: the lowest one; infinite before the first validation.
         waited: validations since then.
     """
@@ -130,7 +131,10 @@ class Best:
 
 
 def fixed_timesteps(low: int | None, high: int | None) -> list[int]:
-    """Return the inner points of the trained range, evenly spaced: 200, 400, 600, 800 for the complete range."""
+    """Return the inner points of the trained range, evenly spaced:
+
+    200, 400, 600, 800 for the complete range.
+    """
     low = low or 0
     if high is None:
         high = NUM_TIMESTEPS
@@ -146,7 +150,8 @@ def validation_batches(
 
     Args:
         groups: the held-out samples by bucket.
-        total_steps: of the run; the position of the batches is after its end, where tag warm-up is over.
+        total_steps: of the run; the position of the batches is after its end, where tag warm-up is
+            over.
         limit: the most batches; None or 0: all.
     """
     micro_batches: list[MicroBatch] = []

@@ -1,6 +1,7 @@
 """Metadata of saved files: the `ss_` keys of sd-scripts, and modelspec. All values are text.
 
-Keys and values: contract, formats.md section 4. Values are str() of Python values, or JSON where the contract says so.
+Keys and values: contract, formats.md section 4. Values are str() of Python values, or JSON where
+the contract says so.
 """
 
 import base64
@@ -61,7 +62,8 @@ _OPTION_KEYS = (
     "loss_type", "huber_schedule", "huber_scale", "huber_c", "caption_dropout_rate", "caption_dropout_every_n_epochs",
     "caption_tag_dropout_rate", "full_fp16", "fp8_base", "fp8_base_unet",
 )  # fmt: skip
-# The same for options that sd-scripts does not have. The key is left out if the option has this value.
+# The same for options that sd-scripts does not have. The key is left out if the option has this
+# value.
 _EXTENSION_KEYS = {"timestep_sampling": "uniform", "base_quant": None, "ema_decay": None}
 
 
@@ -108,7 +110,10 @@ def at_save(steps: int, epoch: int) -> dict[str, str]:
 
 
 def model_metadata(model: str, vae: str | None) -> dict[str, str]:
-    """Return the names and hashes of the base model and the VAE. Reads both files completely, which takes seconds."""
+    """Return the names and hashes of the base model and the VAE.
+
+    Reads both files completely, which takes seconds.
+    """
     values = _hashes("ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", model)
     if vae:
         values |= _hashes("ss_vae_name", "ss_vae_hash", "ss_new_vae_hash", vae)
@@ -182,7 +187,10 @@ def modelspec(
 
 
 def _thumbnail(value: str | None) -> str | None:
-    """Return a data: URL unchanged, and an image file as one. A missing file is logged and left out."""
+    """Return a data:
+
+    URL unchanged, and an image file as one. A missing file is logged and left out.
+    """
     if value is None or value.startswith("data:"):
         return value
     path = Path(value)
@@ -336,7 +344,7 @@ def _folders(options: Mapping[str, Any], dataset: Dataset) -> dict[str, Any]:
 
 
 def bucket_info(dataset: Dataset) -> dict[str, Any] | None:
-    """Return the images per bucket, repeats counted, and the mean aspect error of images; None without bucketing."""
+    """Return the samples per bucket and the mean aspect error; None without bucketing."""
     if not dataset.plan.buckets.enabled:
         return None
     counts: Counter = Counter()

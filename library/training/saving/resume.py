@@ -1,7 +1,7 @@
 """Resuming: which state a run is resumed from, and what must be the same in both. Torch-free.
 
-Options declared with affects_result=False may change. Paths may change too: the name of the base model and the content
-of the datasets are compared instead.
+Options declared with affects_result=False may change. Paths may change too: the name of the base
+model and the content of the datasets are compared instead.
 """
 
 import hashlib
@@ -41,7 +41,8 @@ class ResumePoint:
     Attributes:
         folder: the state's folder.
         metadata: what its state.json says of the run.
-        is_same: every setting that affects the result, and every image, is the same as in the state.
+        is_same: every setting that affects the result, and every image, is the same as in the
+            state.
         is_finished: no step is left. With other settings (--resume_anyway) this is always False.
     """
 
@@ -126,7 +127,8 @@ def run_signature(
         options: the options that affect the result.
         datasets: the run's datasets.
         base_model: --pretrained_model_name_or_path.
-        latents_are_cached: cached latents are other samples of the VAE; where the caches are stored has no effect.
+        latents_are_cached: cached latents are other samples of the VAE; where the caches are stored
+            has no effect.
         text_is_cached: captions are encoded before training.
     """
     return {
@@ -166,7 +168,7 @@ def _dataset_signature(datasets: Sequence[Dataset]) -> dict[str, str]:
 
 
 def _file_name(path: str) -> str:
-    """Return what follows the last slash or backslash: a state may have been written on another system."""
+    """Return what follows the last slash or backslash, as a state may come from another system."""
     return path.replace("\\", "/").rpartition("/")[2]
 
 
@@ -198,7 +200,10 @@ def check_signature(
 
 
 def initial_step(options: ResumeOptions, *, steps_per_epoch: int, total_steps: int) -> int:
-    """Return the step at which a run without a state starts. Raises OptionError if no step would be left."""
+    """Return the step at which a run without a state starts.
+
+    Raises OptionError if no step would be left.
+    """
     if options.initial_epoch is None:
         step = options.initial_step or 0
         given = f"--initial_step {step}"

@@ -1,7 +1,7 @@
 """Saver: writes a run's models and states, and removes older ones.
 
-Names and retention: contract, formats.md section 6. A save that fails doesn't end the run: the older file stays,
---emergency_dir is tried, and the run ends with exit status 1.
+Names and retention: contract, formats.md section 6. A save that fails doesn't end the run: the
+older file stays, --emergency_dir is tried, and the run ends with exit status 1.
 """
 
 import itertools
@@ -29,16 +29,12 @@ MakeMetadata = Callable[[int, int], Mapping[str, str]]
 
 _SESSION = "ss_session_id"
 _ENDINGS = (".safetensors", ".ckpt", ".pt")
-_FAILURES = (
-    RunError,
-    OSError,
-    torch.OutOfMemoryError,
-    MemoryError,
-)  # of a save, after which training continues
+# Errors of a save, after which training continues.
+_FAILURES = (RunError, OSError, torch.OutOfMemoryError, MemoryError)
 
 
 def make_output_folder(folder: Path) -> None:
-    """Create the output folder, check that it is writable, and remove temporary files of killed runs.
+    """Create the output folder, check that it is writable, and remove left-over files.
 
     Raises OptionError if it isn't writable.
     """
@@ -93,9 +89,8 @@ class Saver:
         self._saved: dict[str, list[Path]] = {}
         self.failures: list[str] = []
         self._logged: Set[Path] = frozenset()
-        if (
-            is_main
-        ):  # files of a resumed run that its state may not list: they were saved after the state
+        if is_main:
+            # The state of a resumed run doesn't list the files that were saved after it.
             self._logged = saved_files(self.log_file, session_id)
 
     @property
@@ -121,12 +116,14 @@ class Saver:
         Args:
             when: the occasion, which decides the names.
             progress: how far the run is.
-            total_steps: optimizer steps of the complete run, which may end earlier; None: it doesn't.
+            total_steps: optimizer steps of the complete run, which may end earlier; None: it
+                doesn't.
 
         Returns:
             The files; none on other processes than the main one, or if the save failed.
         """
-        # Step saves record the running epoch, counted from 0. At an epoch's end, `progress` includes that epoch.
+        # Step saves record the running epoch, counted from 0. At an epoch's end, `progress`
+        # includes that epoch.
         epoch = progress.epoch
         is_complete = total_steps is None or progress.step >= total_steps
         if when == "final" and is_complete:
@@ -259,9 +256,8 @@ class Saver:
             oldest = progress.step - steps - 1
             oldest -= oldest % (self._options.save_every_n_steps or 1)
             name = self.schedule.stem("step", Progress()).removesuffix(f"{0:08d}")
-            for stem in list(
-                self._saved
-            ):  # also those between two scheduled steps, saved because of a signal
+            # A signal can cause a save between two scheduled steps.
+            for stem in list(self._saved):
                 match = re.fullmatch(rf"{re.escape(name)}(\d{{8,}}){ending}", stem)
                 if match and int(match[1]) <= oldest:
                     self._remove(stem)
@@ -271,9 +267,10 @@ class Saver:
                 self._remove(self.schedule.stem("epoch", Progress(epoch=epoch)) + ending)
 
     def remember(self, saved: Mapping[str, list[str]]) -> None:
-        """Take over the list of saved files from a state, so that retention continues after a resume.
+        """Take over the list of saved files from a state, for retention after a resume.
 
-        Only files in the output folder whose names begin with their stem are accepted, whatever the state says.
+        Only files in the output folder whose names begin with their stem are accepted, whatever the
+        state says.
         """
         for stem, paths in saved.items():
             names = [Path(path).name for path in paths]
@@ -299,7 +296,7 @@ class Saver:
 
 
 def _rename_by_session(path: Path) -> None:
-    """Rename NAME.safetensors to NAME.SESSION.safetensors, or by its modification time if its session is not known."""
+    """Rename NAME.safetensors to NAME.SESSION.safetensors, or NAME.TIME without a session."""
     ending = path.suffix
     if ending not in _ENDINGS:  # a folder, whose name may contain a dot
         ending = ""

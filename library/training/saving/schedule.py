@@ -1,4 +1,4 @@
-"""SaveSchedule: when a run saves, under which names, how many saves it keeps, and the disk space that they need.
+"""SaveSchedule: when a run saves, the names, how many saves it keeps, and the disk space.
 
 Names and retention: contract, formats.md section 6. E is the 1-based epoch, S the optimizer step.
 """
@@ -71,7 +71,7 @@ class SaveSchedule:
 
     @property
     def last_states(self) -> tuple[int | None, int | None]:
-        """How many steps and epochs old kept states may be: as the options say, or as old as models."""
+        """The most steps and epochs of age of kept states; by default, those of models."""
         steps, epochs = self.states.save_last_n_steps_state, self.states.save_last_n_epochs_state
         if steps is None:
             steps = self.saving.save_last_n_steps
@@ -92,7 +92,10 @@ class SaveSchedule:
         return bool(every) and step % (every or 1) == 0
 
     def epoch_is_due(self, epoch: int) -> bool:
-        """Return whether a model is saved after this epoch (1-based). The last one is saved as the final model."""
+        """Return whether a model is saved after this epoch (1-based).
+
+        The last one is saved as the final model.
+        """
         every = self.every_epochs
         return bool(every) and epoch % every == 0 and epoch < self.num_epochs
 
@@ -133,7 +136,8 @@ class SaveSchedule:
 
         Args:
             total_steps: optimizer steps of the run.
-            done: the progress of a resumed run; its earlier saves are on the disk already and don't count.
+            done: the progress of a resumed run; its earlier saves are on the disk already and don't
+                count.
         """
         done = done or Progress()
         models = self._models_at_once(
@@ -160,13 +164,14 @@ class SaveSchedule:
         return of_steps + of_epochs + 1  # the final one
 
     def check_space(self, total_steps: int, done: Progress) -> None:
-        """Raise OptionError, with what would help, if everything still to be saved doesn't fit on the disk."""
+        """Raise OptionError if everything still to be saved doesn't fit on the disk."""
         space, free = self.disk_space(total_steps, done), free_space(self.folder)
         if space.needed > free:
             raise OptionError(
-                f"--output_dir {self.folder}: {format_bytes(free)} are free, but {space.models} models of "
-                f"{format_bytes(space.model_bytes)} and {space.states} states of {format_bytes(space.state_bytes)} need "
-                f"{format_bytes(space.needed)}; save less often, or keep fewer with --save_last_n_steps or --save_last_n_epochs"
+                f"--output_dir {self.folder}: {format_bytes(free)} are free, but {space.models} models "
+                f"of {format_bytes(space.model_bytes)} and {space.states} states of "
+                f"{format_bytes(space.state_bytes)} need {format_bytes(space.needed)}; save less often, "
+                "or keep fewer with --save_last_n_steps or --save_last_n_epochs"
             )
 
 
@@ -187,7 +192,7 @@ def saved_model_bytes(
 def saved_state_bytes(
     trainables: Sequence[Trainable], optimizer_bytes: int, *, has_ema: bool
 ) -> int:
-    """Return the approximate size of a saved state: weights, what the optimizer keeps, and the moving average.
+    """Return the approximate size of a state: weights, optimizer state and moving average.
 
     Args:
         trainables: what is trained.
@@ -204,7 +209,7 @@ def saved_state_bytes(
 
 
 def format_saves(schedule: SaveSchedule, total_steps: int, steps_per_epoch: int) -> list[str]:
-    """Return two lines: the names of all saves of a complete run, and what is on the disk at once."""
+    """Return two lines: the names of all saves of a run, and the disk space that they need."""
     names = schedule.planned_names(total_steps, steps_per_epoch)
     space = schedule.disk_space(total_steps)
     shown = names
@@ -229,7 +234,7 @@ def check_free(folder: Path, needed: int) -> None:
 
 
 def _still_to_save(last: int, done: int, every: int | None, kept: int | None) -> int:
-    """Return how many saves at multiples of `every`, above `done` and up to `last`, are on the disk at once.
+    """Return the most remaining saves, at multiples of `every`, on the disk at once.
 
     Args:
         last: the last step or epoch.

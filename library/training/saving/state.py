@@ -1,4 +1,4 @@
-"""Training states: everything that a run needs to resume bit for bit, in a folder that is complete or absent.
+"""Training states: everything that a run needs to resume bit for bit, in one folder.
 
     NAME-step00000100-state/
         weights.safetensors      the trained tensors by name
@@ -6,8 +6,8 @@
         ema.safetensors          the moving average, with --ema_decay
         state.json               everything else, and the sha256 of the other files; written last
 
-Loading a state executes nothing that it contains. No random state is stored: random numbers are functions of the
-position in the run (library/rng.py).
+Loading a state executes nothing that it contains. No random state is stored: random numbers are
+functions of the position in the run (library/rng.py).
 """
 
 import hashlib
@@ -61,7 +61,10 @@ class State:
 
 
 def write_state(folder: Path, state: State) -> None:
-    """Write a state. A folder that exists is removed only once the new one is complete. Raises RunError."""
+    """Write a state.
+
+    A folder that exists is removed only once the new one is complete. Raises RunError.
+    """
     temporary = temporary_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process that had the same PID
     try:
@@ -81,9 +84,8 @@ def write_state(folder: Path, state: State) -> None:
                 write_safetensors(path, group, {"format": "pt"})
                 content["files"][name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         with open(temporary / STATE_JSON, "w", encoding="utf-8") as file:
-            file.write(
-                json.dumps(content)
-            )  # json.dump would encode in Python, which takes ten times as long
+            # json.dump would encode in Python, which takes ten times as long.
+            file.write(json.dumps(content))
             file.flush()
             os.fsync(file.fileno())
         replace_folder(temporary, folder)
@@ -124,7 +126,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ------------------------------------------------------------------------------------------- optimizers as JSON + tensors
+# Optimizers as JSON and tensors
 
 
 def _split_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -149,7 +151,8 @@ def _split_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     raise RunError(
-        f"the optimizer's {path} is a {type(value).__name__}, which a state can't hold; train without --save_state"
+        f"the optimizer's {path} is a {type(value).__name__}, which a state can't hold; train "
+        "without --save_state"
     )
 
 

@@ -1,4 +1,7 @@
-"""State folders: which ones exist, and what their state.json says. Torch-free, so that a wrong one is reported early."""
+"""State folders: which ones exist, and what their state.json says.
+
+Torch-free, so that a wrong one is reported early.
+"""
 
 import contextlib
 import json
@@ -35,11 +38,13 @@ class StateMetadata:
         step: optimizer steps done.
         epoch: epochs finished.
         samples: images seen, repeats counted, over all processes.
-        splits: number of slices in which each micro-batch is computed, after the GPU ran out of memory.
+        splits: number of slices in which each micro-batch is computed, after the GPU ran out of
+            memory.
         finished: the run has made its final save.
         total_steps: optimizer steps of the complete run.
         session_id: written into the run's saved files.
-        signature: what must not change when the run is resumed (resume.run_signature); "run" in the file.
+        signature: what must not change when the run is resumed (resume.run_signature); "run" in the
+            file.
         metrics: what MetricsLogger keeps; "report" in the file.
         best: what Best keeps.
         saved: paths of the run's saved files that still exist, by stem.
@@ -64,7 +69,10 @@ class StateMetadata:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "StateMetadata":
-        """Read the keys of state.json. Raises ValueError if one is missing or has the wrong type."""
+        """Read the keys of state.json.
+
+        Raises ValueError if one is missing or has the wrong type.
+        """
         signature: dict[str, str] = _checked(values, "run", dict)
         has_seed = str(signature.get("seed", "")).isdigit()
         if not has_seed or not all(isinstance(value, str) for value in signature.values()):
@@ -84,7 +92,10 @@ class StateMetadata:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the keys and values of state.json. They are a file format, and keep their names."""
+        """Return the keys and values of state.json.
+
+        They are a file format, and keep their names.
+        """
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -115,7 +126,10 @@ def _checked_count(values: Mapping[str, Any], name: str, *, at_least: int) -> in
 
 
 def read_metadata(folder: Path) -> StateMetadata:
-    """Read what a state records of its run. Raises RunError that says what is wrong with the folder."""
+    """Read what a state records of its run.
+
+    Raises RunError that says what is wrong with the folder.
+    """
     content = read_state_json(folder)
     with damaged_state_errors(folder):
         return StateMetadata.from_json(content)
@@ -129,7 +143,7 @@ def read_state_json(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         if any((folder / name).exists() for name in _FOREIGN_FILES):
             raise RunError(
-                f"{folder}: this is a state of sd-scripts or accelerate, which can't be resumed here; "
+                f"{folder}: this is a state of sd-scripts or accelerate, which can't be resumed; "
                 "continue from its saved model with --network_weights"
             )
         raise RunError(f"{folder}: incomplete state: it has no {STATE_JSON}, which is written last")
@@ -170,7 +184,10 @@ def damaged_state_errors(folder: Path) -> Iterator[None]:
 
 
 def complete_states(output: Path, name: str) -> Iterator[tuple[float, Path]]:
-    """Yield (time of writing, folder) of every complete state of this output name. Incomplete ones are logged."""
+    """Yield (time of writing, folder) of every complete state of this output name.
+
+    Incomplete ones are logged.
+    """
     with contextlib.suppress(OSError):
         remove_left_over(output)  # a folder whose replacement was interrupted gets its name back
     for folder in sorted(output.glob("*-state")):
@@ -186,7 +203,10 @@ def complete_states(output: Path, name: str) -> Iterator[tuple[float, Path]]:
 
 
 def newest_state(output: Path, names: Sequence[str]) -> Path | None:
-    """Return the complete state of any of these names that was written last. Another run's state may have more steps."""
+    """Return the complete state of any of these names that was written last.
+
+    Another run's state may have more steps.
+    """
     states = [entry for name in names for entry in complete_states(output, name)]
     if not states:
         return None
@@ -195,7 +215,10 @@ def newest_state(output: Path, names: Sequence[str]) -> Path | None:
 
 
 def find_state(resume: str, output: Path, names: Sequence[str]) -> Path:
-    """Return the folder that --resume names, or the newest one for "latest". Raises OptionError if it can't be resumed."""
+    """Return the folder that --resume names, or the newest one for "latest".
+
+    Raises OptionError if it can't be resumed.
+    """
     if resume == "latest":
         newest = newest_state(output, names)
         if newest is None:

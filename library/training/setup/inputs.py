@@ -76,16 +76,8 @@ def inspect_inputs(
         RunError: the state is damaged.
     """
     run, loss, cache = options[RunOptions], options[LossOptions], options[CacheOptions]
-    max_grad_norm = options[OptimizerOptions].max_grad_norm
     zero_stage_source = options.where("zero_stage") if options.given("zero_stage") else None
-    notices = sharding_notices(
-        options[ShardingOptions],
-        zero_stage_source=zero_stage_source,
-        accumulation=run.gradient_accumulation_steps,
-        max_grad_norm=max_grad_norm,
-    )
-    for notice in notices:
-        log.warning(notice)
+    _warn_about_sharding(options[ShardingOptions], run, options[OptimizerOptions], zero_stage_source)
     checkpoint, model_mistakes = _open_model(options[ModelOptions], run)
     _refuse_to_overwrite(checkpoint.path, options[SavingOptions])
     flags = {}
@@ -131,6 +123,20 @@ def inspect_inputs(
         model_mistakes,
         tuple(collector.mistakes),
     )
+
+
+def _warn_about_sharding(
+    sharding: ShardingOptions, run: RunOptions, optimizing: OptimizerOptions, zero_stage_source: str | None
+) -> None:
+    """Log what the sharding of the launch means for the run's options."""
+    notices = sharding_notices(
+        sharding,
+        zero_stage_source=zero_stage_source,
+        accumulation=run.gradient_accumulation_steps,
+        max_grad_norm=optimizing.max_grad_norm,
+    )
+    for notice in notices:
+        log.warning(notice)
 
 
 def _open_model(model: ModelOptions, run: RunOptions) -> tuple[Checkpoint, tuple[Mistake, ...]]:

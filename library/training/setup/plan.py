@@ -14,10 +14,10 @@ from library.errors import Mistake, MistakeCollector, OptionError
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.options import OptionGroup, Options
-from library.training.optim.build import try_optimizer
+from library.training.optim.build import OptimizerSettings, try_optimizer
 from library.training.options.distributed import ShardingOptions, offloads_optimizer, sharding_config
 from library.training.options.memory import MemoryOptions
-from library.training.options.optimizer import EmaOptions, OptimizerOptions, UpdateOptions
+from library.training.options.optimizer import EmaOptions, OptimizerOptions, ScheduleOptions, UpdateOptions
 from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.options.run import RunOptions, ValidationOptions
 from library.training.saving.resume import initial_step
@@ -91,6 +91,20 @@ class RunPlan:
             text_last_step=options[RunOptions].stop_text_encoder_training,
             v_prediction=self.inputs.v_prediction,
             zero_terminal_snr=self.inputs.zero_terminal_snr,
+        )
+
+    @property
+    def optimizer_settings(self) -> OptimizerSettings:
+        """How gradients become optimizer steps."""
+        options = self.options
+        return OptimizerSettings(
+            options[OptimizerOptions],
+            options[ScheduleOptions],
+            options[UpdateOptions],
+            options[EmaOptions],
+            options[MemoryOptions],
+            options[ShardingOptions],
+            scales_loss=options[RunOptions].mixed_precision == "fp16",
         )
 
     def build_task(self) -> Task[Any]:
@@ -201,7 +215,7 @@ def make_plan(
         task = build_on_meta(kind, models, plan.task_settings, groups)
         plan = dataclasses.replace(plan, task=task)
         if task is not None:
-            try_optimizer(single_element_groups(task.param_groups()), options)
+            try_optimizer(single_element_groups(task.param_groups()), plan.optimizer_settings)
             check_trains_to_the_end(task.param_groups(), steps.total_steps)
     with collector.collected():
         plan = _with_memory_plan(plan)

@@ -81,7 +81,7 @@ def build_training_state(plan: RunPlan, accelerator: Accelerator) -> TrainingSta
     if shards is None and world_size > 1:  # a launcher may start one process alone
         loss_module = _wrapped(loss_module, accelerator)
     optimizer_step = build_optimizer_step(
-        loss_module, local_groups, options, total_steps, seed=seed, processes=world_size, shards=shards
+        loss_module, local_groups, plan.optimizer_settings, total_steps, seed=seed, processes=world_size, shards=shards
     )
     return TrainingState(task, local_groups, shards, optimizer_step, _build_ema(task, options[EmaOptions]))
 
