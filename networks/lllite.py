@@ -29,7 +29,7 @@ class AttentionProjection(NamedTuple):
 
     Attributes:
         block: the U-Net block, such as "input_blocks.4".
-        index: the index of the transformer block in it.
+        transformer_index: the index of the transformer block in it.
         attention: "attn1" or "attn2" of the transformer block.
         kind: "q", "k" or "v".
         name: the name in files of the module for it.
@@ -38,7 +38,7 @@ class AttentionProjection(NamedTuple):
     """
 
     block: str
-    index: int
+    transformer_index: int
     attention: str
     kind: str
     name: str
@@ -58,7 +58,7 @@ def attention_projections(unet: UNet) -> Iterator[AttentionProjection]:
         for kind in kinds:
             yield AttentionProjection(
                 block=block,
-                index=int(index),
+                transformer_index=int(index),
                 attention=attention,
                 kind=kind,
                 name=f"{PREFIX}_{path.replace('.', '_')}_to_{kind}",
@@ -257,11 +257,11 @@ def to_control_inputs(
     control_inputs: dict[str, list[BlockControl]] = {}
     for projection, modulation in modulations:
         blocks = control_inputs.setdefault(projection.block, [])
-        while len(blocks) <= projection.index:
+        while len(blocks) <= projection.transformer_index:
             blocks.append(BlockControl())
-        block = blocks[projection.index]
+        block = blocks[projection.transformer_index]
         attention: AttentionControl = getattr(block, projection.attention)
         earlier = getattr(attention, projection.kind)
         attention = attention._replace(**{projection.kind: (*earlier, modulation)})
-        blocks[projection.index] = block._replace(**{projection.attention: attention})
+        blocks[projection.transformer_index] = block._replace(**{projection.attention: attention})
     return control_inputs
