@@ -31,6 +31,7 @@ class NetworkKind:
         module: the module with its function `build`.
         read_settings: reads its options, without torch.
         check_module: yields what is wrong with the value of --network_module.
+        title: what its files are called in messages.
         weights_key: the ending of a key that each module has in its files; None: any file may fit.
         needs_transformers_encoders: it looks for classes of transformers in the text encoders, and
             doesn't work with this suite's own layers.
@@ -40,6 +41,7 @@ class NetworkKind:
     module: str
     read_settings: ReadSettings
     check_module: Callable[[str], Iterable[Mistake]] = lambda name: ()
+    title: str = "network"
     weights_key: str | None = None
     needs_transformers_encoders: bool = False
     supports_quantized_base: bool = True
@@ -83,7 +85,7 @@ def _read_external_settings(
 
 KINDS: Mapping[str, NetworkKind] = {
     "networks.lora": NetworkKind(
-        "networks.lora", read_lora_settings, weights_key=".lora_down.weight"
+        "networks.lora", read_lora_settings, title="LoRA", weights_key=".lora_down.weight"
     ),
 }
 """The kinds of this suite, by the value of --network_module."""

@@ -149,21 +149,21 @@ class NetworkOptions(OptionGroup):
 def check_weights(options: NetworkOptions) -> Iterable[Mistake]:
     """Yield what is wrong with the network files that will be read, by their headers."""
     files = [
-        ("--base_weights", path, KINDS["networks.lora"].weights_key)
-        for path in options.base_weights or ()
+        ("--base_weights", path, KINDS["networks.lora"]) for path in options.base_weights or ()
     ]
     if options.network_weights is not None:
-        files.append(("--network_weights", options.network_weights, options.kind.weights_key))
-    for flag, path, key in files:
-        if key is None or path.suffix != ".safetensors" or not path.is_file():
+        files.append(("--network_weights", options.network_weights, options.kind))
+    for flag, path, kind in files:
+        if kind.weights_key is None or path.suffix != ".safetensors" or not path.is_file():
             continue
         try:
             names = read_header(path).tensors
         except RunError as error:
             yield Mistake(f"{flag} {error}", (flag[2:],))
             continue
-        if not any(name.endswith(key) for name in names):
+        if not any(name.endswith(kind.weights_key) for name in names):
             yield Mistake(
-                f"{flag} {path}: this is {identify(names)}; a file with {key} keys is required",
+                f"{flag} {path}: this is {identify(names)}; a {kind.title} with {kind.weights_key} "
+                "keys is required",
                 (flag[2:],),
             )

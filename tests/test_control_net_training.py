@@ -262,11 +262,11 @@ def test_debug_dataset_shows_each_image_with_its_condition(golden_model, images,
 
 def test_the_final_file_draws_as_the_network_that_was_trained(golden_model, images, conditions, own_models, tmp_path):
     """What training's predict gives and what the loaded file gives are the same."""
-    from networks.lllite import by_block, places
+    from networks.lllite import attention_projections, to_control_inputs
     from networks.lllite_file import lllite_from_file
 
     path = train(golden_model, images, conditions, tmp_path / "out")
-    net = lllite_from_file(path, places(own_models.unet), flag="--control_net_lllite_models")
+    net = lllite_from_file(path, attention_projections(own_models.unet), flag="--control_net_lllite_models")
     golden, _ = load_tensors(Path(__file__).parent / "golden" / "02_unet.safetensors")
     inputs = [golden[f"a.{name}"][:1] for name in ("latents", "timesteps", "context", "y")]
     condition = torch.rand(1, 3, inputs[0].shape[2] * 8, inputs[0].shape[3] * 8) * 2 - 1
@@ -275,6 +275,6 @@ def test_the_final_file_draws_as_the_network_that_was_trained(golden_model, imag
     )
     task._net.eval()
     with torch.no_grad():
-        loaded = own_models.unet(*inputs, by_block(net(condition)))
+        loaded = own_models.unet(*inputs, to_control_inputs(net(condition)))
         assert torch.equal(loaded, own_models.unet(*inputs, task.control_inputs(condition)))
         assert not torch.equal(loaded, own_models.unet(*inputs))

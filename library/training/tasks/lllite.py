@@ -15,7 +15,13 @@ from library.param_group import ParamGroup
 from library.training.options.tasks import DEFAULT_DIM, DEFAULT_EMBEDDING, LLLiteOptions
 from library.training.tasks.base import Task, TaskSettings
 from library.training.trainable import Trainable
-from networks.lllite import ControlNetLLLite, Place, by_block, places, trained_places
+from networks.lllite import (
+    AttentionProjection,
+    ControlNetLLLite,
+    attention_projections,
+    to_control_inputs,
+    trained_projections,
+)
 from networks.lllite_file import read_lllite, shapes_in_file
 from networks.lora_file import copy_fitting
 
@@ -53,7 +59,7 @@ class LLLiteTask(Task[tuple[LLLiteOptions]]):
         return [self._net, self.unet, *self._encoders]
 
     def control_inputs(self, conditions: Tensor) -> ControlInputs:
-        return by_block(self._net(conditions.to(self.compute_dtype)))
+        return to_control_inputs(self._net(conditions.to(self.compute_dtype)))
 
 
 def build_lllite(options: LLLiteOptions, unet: UNet, device: torch.device, dtype: torch.dtype) -> ControlNetLLLite:
@@ -73,13 +79,13 @@ def build_lllite(options: LLLiteOptions, unet: UNet, device: torch.device, dtype
     tensors, file_shapes = None, {}
     if options.network_weights is not None:
         tensors = read_lllite(options.network_weights, flag="--network_weights")
-        file_shapes = shapes_in_file(tensors, places(unet))
+        file_shapes = shapes_in_file(tensors, attention_projections(unet))
     targets = list(file_shapes)
     if options.lllite_blocks is not None or not targets:
-        targets = trained_places(unet, options.lllite_blocks)
+        targets = trained_projections(unet, options.lllite_blocks)
     if not targets:
         words = " ".join(options.lllite_blocks or ())
-        raise OptionError(f"--lllite_blocks {words}: this model's blocks with attention are {_blocks(places(unet))}")
+        raise OptionError(f"--lllite_blocks {words}: this model's blocks with attention are {_blocks(attention_projections(unet))}")
     shapes = {}
     for target in targets:
         embedding, dim = file_shapes.get(target, (DEFAULT_EMBEDDING, DEFAULT_DIM))
@@ -104,6 +110,6 @@ def build_lllite(options: LLLiteOptions, unet: UNet, device: torch.device, dtype
     return net.to(device, dtype)
 
 
-def _blocks(targets: Iterable[Place]) -> str:
+def _blocks(targets: Iterable[AttentionProjection]) -> str:
     """Return the names of the targets' blocks, once each."""
     return ", ".join(dict.fromkeys(target.block for target in targets))
