@@ -74,7 +74,7 @@ def test_each_preset_fits_its_card_by_a_dry_run(preset, images, tmp_path, capsys
     (mistake,) = error.value.mistakes
     assert "sd_xl_base_1.0.safetensors" in mistake.text
     page = capsys.readouterr().out
-    amount, unit = re.search(r"^  estimated +\D*([\d.]+) ([GM]B)", page, re.MULTILINE).groups()
+    amount, unit = re.search(r"^  memory: about ([\d.]+) ([GM]B)", page, re.MULTILINE).groups()
     assert float(amount) * {"GB": 1e9, "MB": 1e6}[unit] <= (card - 0.8) * GIB
 
 
