@@ -341,8 +341,8 @@ def test_fault_66_settings_that_affect_the_result_must_be_the_same(
     shutil.copytree(begun.images, images)
     words = [*THREE, "--resume", begun.at(2)]
 
-    def refused(expected: str, *extra: object) -> None:
-        with pytest.raises(OptionError, match=r"--resume: .*different settings") as error:
+    def refused(tokens: list[str], *extra: object) -> None:
+        with pytest.raises(OptionError, match=mentioning("--resume", "settings")) as error:
             train_network(golden_model, images, output, *words, *extra)
         assert mentions(str(error.value), *tokens) and mentions(str(error.value), "--resume_anyway")
         assert not output.exists()
@@ -369,7 +369,7 @@ def test_fault_66_settings_that_affect_the_result_must_be_the_same(
     (folder / "picture1.txt").write_text(caption)
     shutil.copy(folder / "picture0.png", folder / "picture9.png")
     shutil.copy(folder / "picture0.txt", folder / "picture9.txt")
-    refused("images: 4, 8 with repeats -> 5, 10 with repeats")
+    refused(["images", "4", "8", "5", "10"])
     train_network(golden_model, images, output, *words, "--resume_anyway")
     assert [row["step"] for row in rows_of(output)] == [3]
 
@@ -580,10 +580,10 @@ def test_fault_18_metadata_and_tensors_that_do_not_fit_are_an_error(begun, golde
     for name, value in {
         "step": -1, "epoch": "0", "samples": None, "splits": 0, "total_steps": 0.5, "finished": 1, "session_id": 5, "run": [], "report": None, "best": 3, "saved": [],
     }.items():  # fmt: skip
-        check_error(RunError, rf"damaged state: ValueError: {name} is", **{name: value})
-    check_error(RunError, "damaged state: ValueError: run .*seed", run={"seed": "seven"})
-    check_error(RunError, "damaged state: ", optimizer={"dict": []})
-    check_error(RunError, "damaged state: ", saved={"lora": 5})
+        check_error(RunError, state, "damaged", f"{name} is", **{name: value})
+    check_error(RunError, state, "damaged", "run", "seed", run={"seed": "seven"})
+    check_error(RunError, state, "damaged", optimizer={"dict": []})
+    check_error(RunError, state, "damaged", saved={"lora": 5})
     weights = load_tensors(state / "weights.safetensors")[0]
     (first, *_) = weights
     write_safetensors(state / "weights.safetensors", {**weights, first: torch.zeros(3)}, {})
