@@ -1,13 +1,12 @@
-"""Train a ControlNet-LLLite for SDXL: a small file that makes pictures follow a condition, such as outlines or depth.
+"""Train a ControlNet-LLLite for SDXL: a small file that makes images follow a condition, such as outlines or depth.
 
 accelerate launch sdxl_train_control_net_lllite.py --config_file run.toml
 """
 
-from library.data.dataset_config import check_conditioned_datasets
+from library.data.dataset_config import DatasetDefinition
 from library.errors import run
 from library.log import start_logging
 from library.options import read_options
-from library.training.main import run_training
 from library.training.options.compatibility import COMMON_TRAINING, NO_EFFECT, UNSUPPORTED, check_pairs, check_training
 from library.training.options.tasks import LLLiteOptions, check_lllite
 
@@ -15,16 +14,24 @@ OPTIONS = [LLLiteOptions, *COMMON_TRAINING]
 
 
 def main(argv: list[str] | None = None) -> None:
+    datasets = DatasetDefinition("conditions")
     options = read_options(
         __doc__,
         OPTIONS,
         argv,
-        checks=[check_training, check_pairs, check_conditioned_datasets, check_lllite],
+        checks=[check_training, check_pairs, datasets.check, check_lllite],
         refused=UNSUPPORTED,
         unused=NO_EFFECT,
     )
     start_logging(options)
-    run_training("lllite.LLLiteTask", options, conditioning="conditions")
+
+    from library.training.setup.inputs import inspect_inputs
+
+    inputs = inspect_inputs(options, datasets)
+    from library.training.main import run_training
+    from library.training.tasks.lllite import LLLiteTask
+
+    run_training(LLLiteTask, options, inputs)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,25 @@ def kind_of(task: str) -> Any:
     return getattr(importlib.import_module(f"library.training.tasks.{module}"), name)
 
 
+def plan_of(task: str, words: list[str], checkpoint: Any, device: Any) -> Any:
+    """Return the RunPlan of these words, for one image of 1024x1024."""
+    from library.data.buckets import BucketPlan, Buckets
+    from library.data.captions import CaptionSettings
+    from library.data.samples import DatasetConfig, PixelSettings, Sample, Subset
+    from library.data.scan import Dataset
+    from library.size import Size
+    from library.training.setup.inputs import RunInputs
+    from library.training.setup.plan import make_plan
+
+    buckets = BucketPlan(Size(1024, 1024), False, 0, 0, 64, False)
+    subset = Subset(Path("images"), 1, CaptionSettings(), PixelSettings())
+    fit = Buckets(buckets).fit(Size(1024, 1024))
+    sample = Sample("images/a.png", "", "", subset, 0, Size(1024, 1024), fit, "images/a", 1)
+    dataset = Dataset(DatasetConfig(1, buckets, (subset,)), (sample,))
+    inputs = RunInputs(checkpoint, False, False, (dataset,), None)  # type: ignore[arg-type]
+    return make_plan(kind_of(task), options_of(task, words), inputs, device, world_size=1, seed=0)
+
+
 @dataclass(frozen=True)
 class MemoryBenchmarkOptions(OptionGroup):
     """Benchmark"""
@@ -89,20 +108,13 @@ def measure_bar(name: str, model: Path) -> None:
     import torch
 
     from library.models.checkpoint.reader import open_checkpoint
-    from library.size import Size
-    from library.training.setup.build import build_on_meta, open_models
-    from library.training.setup.dry_run import measure
-    from library.training.setup.inputs import RunInputs
-    from library.training.setup.plan import Bucket, estimate_memory, trained_groups
+    from library.training.distributed.launch import start_processes
+    from library.training.setup.measure import measure
 
     most, task, words = BARS[name]
-    kind, options = kind_of(task), options_of(task, words)
-    found = RunInputs(open_checkpoint(str(model)), False, False, (), None)  # type: ignore[arg-type]
-    models, buckets = open_models(kind, options, found, torch.device("cuda")), [Bucket(Size(1024, 1024), 1, 1, 1)]
-    skeleton = build_on_meta(kind, models, options)
-    assert skeleton is not None
-    estimated = estimate_memory(skeleton, models, trained_groups(skeleton, 10), buckets, options).total
-    measured = measure(kind, options, found, models, buckets, []).peak
+    plan = plan_of(task, words, open_checkpoint(str(model)), torch.device("cuda"))
+    estimated = plan.memory().total
+    measured = measure(plan, start_processes()).peak
     print(
         f"{name:12}{most:8.1f}{estimated / GIB:12.2f}{measured / GIB:12.2f}{measured / estimated - 1:12.0%}", flush=True
     )

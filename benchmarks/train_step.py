@@ -297,8 +297,9 @@ def build(setup: Setup, device: Any) -> tuple[Callable[[], Any], list[Any]]:
 def ours(config: Any, setup: Setup) -> Any:
     from library.models.memory.activation_checkpointing import KEPT, ActivationPolicy
     from library.models.unet import UNet
-    from networks.lora import LoraNetwork, unet_targets
-    from networks.options import LoraSettings
+    from networks.lora import LoraNetwork
+    from networks.lora_settings import LoraSettings
+    from networks.targets import unet_targets
 
     unet = UNet(config, checkpointing=ActivationPolicy("full") if setup.checkpointing else KEPT)
     if setup.train == "full":

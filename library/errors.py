@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -33,6 +34,37 @@ class OptionError(ValueError):
     def __init__(self, *mistakes: Mistake | str):
         self.mistakes = [Mistake(m) if isinstance(m, str) else m for m in mistakes]
         super().__init__("\n".join(m.text for m in self.mistakes))
+
+
+class MistakeCollector:
+    """Collects mistakes instead of raising them, so that --dry_run reports all of them.
+
+    Attributes:
+        mistakes: those found so far.
+    """
+
+    def __init__(self, *, raises: bool):
+        """Initialize the collector.
+
+        Args:
+            raises: raise errors as they come, and collect nothing.
+        """
+        self.mistakes: list[Mistake] = []
+        self._raises = raises
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Context manager: an OptionError or RunError inside ends the block, and is collected."""
+        try:
+            yield
+        except OptionError as error:
+            if self._raises:
+                raise
+            self.mistakes += error.mistakes
+        except RunError as error:
+            if self._raises:
+                raise
+            self.mistakes.append(Mistake(str(error)))
 
 
 def first_line(error: BaseException) -> str:

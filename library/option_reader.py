@@ -101,7 +101,7 @@ class OptionReader:
 
     def _unknown_option(self, word: str) -> str:
         name = word.lstrip("-").split("=")[0]
-        kind = foreign_key(name)
+        kind = None if name in self._specs else foreign_key(name)  # a known name lacks a dash
         hint = f"; it is {kind}" if kind else did_you_mean(name, self._specs)
         dashes = "" if word.startswith("--") else " (options start with two dashes)"
         return f"{word.split('=')[0]} is not an option of this script{hint}{dashes}"

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from library.errors import RunError, first_line
+from library.errors import NotFinite, RunError, first_line
 from library.files import write_atomically
 from library.log import log
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -308,3 +309,46 @@ def file_hashes(path: Path) -> tuple[str, str]:
         while chunk := file.read(_CHUNK):
             whole.update(chunk)
     return whole.hexdigest(), legacy
+
+
+# ------------------------------------------------------------------------------------------------ saved models
+
+
+def check_finite(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
+    """Raise NotFinite, which names `path` and the tensors, if any value of them is NaN or Inf."""
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        names = ", ".join(bad[:5])
+        raise NotFinite(f"{path}: not saved, as {len(bad)} of its tensors aren't finite ({names})")
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, "Tensor"],
+    metadata: Mapping[str, str],
+    dtype: "torch.dtype | None" = None,
+    *,
+    with_hashes: bool = False,
+) -> None:
+    """Save tensors in the format of the path's ending: .safetensors with metadata, any other a torch file without.
+
+    Args:
+        dtype: the dtype of the saved tensors; None: each tensor's own.
+        with_hashes: add the hashes of network files to the metadata.
+
+    Raises:
+        NotFinite: a value is NaN or Inf; nothing is written.
+        RunError: the file can't be written.
+    """
+    stored = {name: tensor.to(device="cpu", dtype=dtype or tensor.dtype) for name, tensor in tensors.items()}
+    check_finite(path, stored)
+    if path.suffix != ".safetensors":
+        import torch
+
+        write_atomically(path, lambda file: torch.save(stored, file))
+        return
+    if with_hashes:
+        texts = storable_metadata(stored, metadata)
+        model_hash, legacy_hash = network_hashes(stored, texts)
+        metadata = {**texts, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash}
+    write_safetensors(path, stored, metadata)

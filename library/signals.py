@@ -1,4 +1,4 @@
-"""Signals: after the first request to end, the step is finished and saved; a second request ends the process at once."""
+"""Signals: after a first request to end, the step is finished and saved; a second ends at once."""
 
 import multiprocessing
 import os
@@ -14,8 +14,8 @@ from typing import Any
 
 from library.log import is_main_process, log
 
-# One request often arrives twice: `timeout` signals a process and then its group, and a launcher passes on what the
-# terminal has sent to all processes.
+# One request often arrives twice: `timeout` signals a process and then its group, and a launcher
+# passes on what the terminal has sent to all processes.
 SAME_REQUEST = 1.0  # seconds
 
 _NAMES = ("SIGINT", "SIGBREAK") if sys.platform == "win32" else ("SIGINT", "SIGTERM", "SIGUSR1")
@@ -23,8 +23,9 @@ NOTED = tuple(signal.Signals[name] for name in _NAMES)
 _USR1: int | None = getattr(signal, "SIGUSR1", None)
 _CLOSED = 0  # no signal has this number
 
-# Variables that `accelerate launch` and torchrun set for their processes. LOCAL_RANK and ACCELERATE_MIXED_PRECISION are not
-# among them: users export these in shells, and the end of a shell must not end what was started in it.
+# Variables that `accelerate launch` and torchrun set for their processes. LOCAL_RANK and
+# ACCELERATE_MIXED_PRECISION are not among them: users export these in shells, and the end of a
+# shell must not end what was started in it.
 SET_BY_LAUNCHERS = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -38,16 +39,18 @@ def exit_status(number: int) -> int:
 
 
 class Signals:
-    """A context in which the first request to end sets `asked`, and a second request ends the process at once.
+    """A context in which a first request to end sets `asked`, and a second ends the process.
 
-    Requests are SIGTERM, SIGINT and SIGUSR1 (on Windows Ctrl-C and Ctrl-Break), except those that were ignored before, as
-    Ctrl-C is in a shell's background job. A second request comes at least a second after the first one. These are not
-    second requests: SIGTERM or SIGINT after SIGUSR1, since schedulers send both, and the signal that the kernel sends when
-    the launcher ends (end_with_parent).
+    Requests are SIGTERM, SIGINT and SIGUSR1 (on Windows Ctrl-C and Ctrl-Break), except those that
+    were ignored before, as Ctrl-C is in a shell's background job. A second request comes at least a
+    second after the first one. These are not second requests: SIGTERM or SIGINT after SIGUSR1,
+    since schedulers send both, and the signal that the kernel sends when the launcher ends
+    (end_with_parent).
 
-    The handlers only set `asked`. A thread logs the request, and ends the process even while the main thread waits for a
-    device or for another process. Files that are being written then remain next to the final ones, and worker processes
-    end when they miss their parent. Python handles signals in the main thread only; elsewhere this does nothing.
+    The handlers only set `asked`. A thread logs the request, and ends the process even while the
+    main thread waits for a device or for another process. Files that are being written then remain
+    next to the final ones, and worker processes end when they miss their parent. Python handles
+    signals in the main thread only; elsewhere this does nothing.
 
     Attributes:
         asked: the number of the signal that asks to end, or None.
@@ -64,7 +67,9 @@ class Signals:
         self._arrivals, self._sender = socket.socketpair()  # Windows accepts sockets, but no pipes
         self._sender.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-        self._listener = threading.Thread(target=self._listen, args=(os.getppid(),), name="signals", daemon=True)
+        self._listener = threading.Thread(
+            target=self._listen, args=(os.getppid(),), name="signals", daemon=True
+        )
         self._listener.start()
         self._is_open = True
         if hasattr(os, "register_at_fork"):
@@ -82,7 +87,8 @@ class Signals:
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        self._sender.send(bytes([_CLOSED]))  # to close the socket is not enough: forked workers have it too
+        # Closing the socket is not enough, as forked workers have it too.
+        self._sender.send(bytes([_CLOSED]))
         self._listener.join()
         self._sender.close()
         self._arrivals.close()
@@ -93,7 +99,10 @@ class Signals:
             self.asked = number
 
     def _listen(self, parent: int) -> None:
-        """Log the first request, and end the process at the second. The interpreter sends each signal's number here."""
+        """Log the first request, and end the process at the second.
+
+        The interpreter sends each signal's number here.
+        """
         first, since = None, 0.0
         while (number := self._arrivals.recv(1)[0]) != _CLOSED:
             if number not in self._handlers_before:
@@ -114,20 +123,22 @@ class Signals:
         if not self._is_open:
             return
         signal.set_wakeup_fd(-1)
+        # A terminal sends Ctrl-C to all processes, but the training decides for its workers.
         for number in self._handlers_before:
-            signal.signal(
-                number, signal.SIG_IGN
-            )  # a terminal sends Ctrl-C to all; the training decides for its workers
+            signal.signal(number, signal.SIG_IGN)
+        # multiprocessing's terminate() and join() rely on SIGTERM.
         if signal.SIGTERM in self._handlers_before:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # multiprocessing's terminate() and join() rely on it
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Block the signals of processes that are started in this context: DataLoader's workers, until leave_to_parent.
+    """Block the signals of processes that are started in this context:
 
-    Spawned processes are covered only where Python has gh-127586 (December 2024); before it, multiprocessing unblocks
-    signals when it starts the first of them.
+    DataLoader's workers, until leave_to_parent.
+
+    Spawned processes are covered only where Python has gh-127586 (December 2024); before it,
+    multiprocessing unblocks signals when it starts the first of them.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -140,11 +151,14 @@ def held_back() -> Iterator[None]:
 
 
 def leave_to_parent(worker: int = 0) -> None:
-    """Ignore all signals but the training's own SIGTERM (on Linux). This is the worker_init_fn of DataLoader.
+    """Ignore all signals but the training's own SIGTERM (on Linux).
 
-    A signal to all processes of a run (Ctrl-C, or SIGTERM of torchrun, Slurm or systemd) would end the workers while the
-    training finishes its step, and the step would fail. A worker ends within 5 seconds after its training. Start workers in
-    held_back(): this function is too late for signals during their start, and for threads that libraries have started.
+    This is the worker_init_fn of DataLoader.
+
+    A signal to all processes of a run (Ctrl-C, or SIGTERM of torchrun, Slurm or systemd) would end
+    the workers while the training finishes its step, and the step would fail. A worker ends within
+    5 seconds after its training. Start workers in held_back(): this function is too late for
+    signals during their start, and for threads that libraries have started.
     """
     for name in ("SIGINT", "SIGBREAK", "SIGUSR1"):
         if hasattr(signal, name):
@@ -165,9 +179,10 @@ def _end_by_parent() -> None:
 
 
 def end_with_parent() -> None:
-    """Let the kernel send SIGTERM when the launcher ends, since `accelerate launch` passes no signal on. Linux only.
+    """Let the kernel send SIGTERM when the launcher ends. Linux only.
 
-    Without a launcher (SET_BY_LAUNCHERS) this does nothing: a training that a shell started may outlive the shell.
+    `accelerate launch` passes no signal on. Without a launcher (SET_BY_LAUNCHERS) this does
+    nothing: a training that a shell started may outlive the shell.
     """
     if sys.platform != "linux" or not any(name in os.environ for name in SET_BY_LAUNCHERS):
         return

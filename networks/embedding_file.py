@@ -1,10 +1,11 @@
-"""Textual Inversion files on a model that draws pictures: each is a new word, called as its file is.
+"""Textual Inversion files on a model that generates images: each is a placeholder token.
 
-Formats: contract, formats.md section 7 (clip_l and clip_g); and a tensor alone or in `string_to_param`, as older programs write,
-whose width says for which encoder it is.
+The token of a file is the file's name. Formats: contract, formats.md section 7 (clip_l and clip_g);
+and those of older programs, a single tensor or a tensor in `string_to_param`, whose width says which
+text encoder it belongs to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,14 +17,18 @@ from library.models.checkpoint.reader import identify, open_tensors
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import clip_body
 from library.models.textual_inversion import PlaceholderToken, TokenExistsError, first_rows
-from networks.lora_file import read_bundled_words
+from networks.lora_file import read_bundled_tokens
 
 _FLAG = "--textual_inversion_embeddings"
 _ENCODERS = ("clip_l", "clip_g")
 
 
 def add_embeddings(models: SdxlModels, files: tuple[Path, ...]) -> None:
-    """Add the words of these files to the models' tokenizers and encoders. Raises OptionError for a file that doesn't fit."""
+    """Add the tokens of these files to the models' tokenizers and text encoders.
+
+    Raises:
+        OptionError: if a file can't be read, or doesn't fit.
+    """
     for path in files:
         try:
             _add(models, path.stem, _read(path), f"{_FLAG} {path}")
@@ -31,51 +36,88 @@ def add_embeddings(models: SdxlModels, files: tuple[Path, ...]) -> None:
             raise OptionError(f"{_FLAG} {path}: {error}; give the file another name") from None
 
 
-def add_bundled_words(models: SdxlModels, path: Path, *, flag: str) -> None:
-    """Add the words that a network file holds too. One that is known already, as its own file was given, stays what it is."""
-    for word, tensors in read_bundled_words(path).items():
+def add_bundled_tokens(models: SdxlModels, path: Path, *, flag: str) -> None:
+    """Add the placeholder tokens in a network file. Tokens that already exist aren't changed.
+
+    Args:
+        models: the models.
+        path: the network file.
+        flag: names the option in messages.
+
+    Raises:
+        OptionError: if an embedding doesn't fit.
+    """
+    for token, tensors in read_bundled_tokens(path).items():
         try:
-            _add(models, word, tensors, f"{flag} {path}")
+            _add(models, token, tensors, f"{flag} {path}")
         except TokenExistsError:
-            log.warning("%s %s: its word %s is known already, and stays as it is", flag, path, word)
+            log.warning("%s %s: its token %s exists already and isn't loaded", flag, path, token)
 
 
-def _add(models: SdxlModels, word: str, tensors: Mapping[str, Tensor], where: str) -> None:
+def _add(models: SdxlModels, token: str, tensors: Mapping[str, Tensor], source: str) -> None:
     if "text_encoder_1" not in models.checkpoint.parts:
         raise OptionError(
-            f"{where}: a new word needs both text encoders, and the refiner has one; draw with the model it was made for"
+            f"{source}: a placeholder token requires both text encoders, and the refiner has only "
+            "one; generate with the model that it was trained for"
         )
-    rows = _rows(tensors, models, where)
-    token = PlaceholderToken(models.tokenizers, models.text_layers, word, [own.to(models.device) for own in rows])
-    for table in token.tables:
+    rows = [encoder_rows.to(models.device) for encoder_rows in _rows(tensors, models, source)]
+    placeholder = PlaceholderToken(models.tokenizers, models.text_layers, token, rows)
+    for table in placeholder.tables:
         table.requires_grad_(False)
-    log.info("%s: the word %s, %d vectors", where, word, len(rows[0]))
+    log.info("%s: the token %s, %d vectors", source, token, len(rows[0]))
 
 
-def _rows(tensors: Mapping[str, Tensor], models: SdxlModels, where: str) -> list[Tensor]:
-    """The vectors of both encoders, [n, C] each, float32."""
-    widths = [clip_body(encoder).embeddings.token_embedding.weight.shape[1] for encoder in models.text_encoders]
-    found: dict[str, Tensor] = {}
+def _rows(tensors: Mapping[str, Tensor], models: SdxlModels, source: str) -> list[Tensor]:
+    """Return the vectors for both text encoders, [n, C] each, float32."""
+    widths = []
+    for encoder in models.text_encoders:
+        widths.append(clip_body(encoder).embeddings.token_embedding.weight.shape[1])
+    rows_of: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        rows = tensor.float() if tensor.ndim == 2 else tensor.float()[None]
-        by_width = [encoder for encoder, width in zip(_ENCODERS, widths, strict=True) if rows.shape[-1] == width]
-        encoder = name if name in _ENCODERS else by_width[0] if by_width and len(tensors) <= 2 else None
-        if encoder is None or rows.shape[-1] != widths[_ENCODERS.index(encoder)]:
+        rows = tensor.float()
+        if rows.ndim != 2:
+            rows = rows[None]
+        index = _encoder_index(name, rows, widths, is_named=len(tensors) > 2)
+        if index is None or rows.shape[-1] != widths[index]:
             raise OptionError(
-                f"{where}: {name} is {list(tensor.shape)}, of {identify(tensors)}; an embedding for SDXL has clip_l [n, {widths[0]}] and clip_g [n, {widths[1]}]"
+                f"{source}: {name} has shape {list(tensor.shape)}, of {identify(tensors)}; an "
+                f"embedding for SDXL has clip_l [n, {widths[0]}] and clip_g [n, {widths[1]}]"
             )
         if not rows.isfinite().all():
-            raise OptionError(f"{where}: {name} holds numbers that aren't finite")
-        found[encoder] = rows
-    counts = {name: len(rows) for name, rows in found.items()}
-    if len(set(counts.values())) > 1:
-        raise OptionError(f"{where}: both encoders need as many vectors, found {counts}")
+            raise OptionError(f"{source}: {name} contains NaN or Inf")
+        rows_of[_ENCODERS[index]] = rows
+    counts = {name: len(rows) for name, rows in rows_of.items()}
     if not counts:
-        raise OptionError(f"{where}: there is no vector in it")
+        raise OptionError(f"{source}: there is no vector in it")
+    if len(set(counts.values())) > 1:
+        raise OptionError(
+            f"{source}: both text encoders require the same number of vectors, found {counts}"
+        )
     if len(counts) == 1:
-        log.warning("%s: it has vectors for %s alone; the other text encoder sees a mean word", where, *counts)
-    means = first_rows(models.tokenizers, models.text_layers, None, next(iter(counts.values())))
-    return [found.get(name, mean) for name, mean in zip(_ENCODERS, means, strict=True)]
+        log.warning(
+            "%s: it has vectors for %s only; the other text encoder gets the mean of its vocabulary",
+            source,
+            *counts,
+        )
+    count = next(iter(counts.values()))
+    means = first_rows(models.tokenizers, models.text_layers, None, count)
+    return [rows_of.get(name, mean) for name, mean in zip(_ENCODERS, means, strict=True)]
+
+
+def _encoder_index(name: str, rows: Tensor, widths: Sequence[int], *, is_named: bool) -> int | None:
+    """Return the index of the text encoder that a tensor is for; None if that is unknown.
+
+    Args:
+        name: the tensor's name.
+        rows: its vectors, [n, C].
+        widths: C of each text encoder.
+        is_named: whether only the name counts, not the width.
+    """
+    if name in _ENCODERS:
+        return _ENCODERS.index(name)
+    if is_named or rows.shape[-1] not in widths:
+        return None
+    return widths.index(rows.shape[-1])
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -86,15 +128,20 @@ def _read(path: Path) -> dict[str, Tensor]:
             raise OptionError(f"{_FLAG} {error}") from None
         return {name: file[name] for name in file.shapes}
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)  # nothing else of a foreign pickle is run
+        # weights_only: no code of the pickle is run.
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise OptionError(
-            f"{_FLAG} {path}: it can't be read as a file of tensors alone ({type(error).__name__})"
+            f"{_FLAG} {path}: can't be read as a file of tensors only ({type(error).__name__})"
         ) from None
     if isinstance(content, Mapping) and isinstance(content.get("string_to_param"), Mapping):
         content = content["string_to_param"]
     if isinstance(content, Tensor):
         return {path.stem: content}
     if not isinstance(content, Mapping):
-        raise OptionError(f"{_FLAG} {path}: it holds no vectors")
-    return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+        raise OptionError(f"{_FLAG} {path}: it contains no vectors")
+    tensors = {}
+    for name, tensor in content.items():
+        if isinstance(tensor, Tensor):
+            tensors[str(name)] = tensor
+    return tensors

@@ -1,77 +1,105 @@
-"""Build: the network that the options ask for, over a U-Net and text encoders, its weights loaded."""
+"""The kinds of networks that --network_module can name. This module doesn't import torch.
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+To add a kind, for example networks.loha:
+1. Write networks/loha.py: a class derived from `Network` (networks/base.py), and a function
+   `build(options, unet, encoders, compute)` that returns such a network with the weights of
+   --network_weights loaded. networks/build.py calls it.
+2. Add a row to KINDS. Its settings are read without torch (networks/lora_settings.py shows how), so
+   that mistakes in --network_args are reported before torch is imported.
+"""
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from library.errors import Mistake
+from library.option_types import did_you_mean
+from networks.lora_settings import read_lora_settings
 
-from library.device import Precision
-from library.log import log
-from library.models.unet import UNet
-from networks.base import Network
-from networks.external import build_foreign
-from networks.lora import LoraNetwork, text_encoder_targets, unet_targets
-from networks.lora_file import TRAINING_REMEDY, copy_fitting, load_into, network_from_file, read_lora, read_tensors
-from networks.options import NetworkOptions, read_network_args
+ReadSettings = Callable[[int | None, float, float | None, Sequence[str]], tuple[Any, list[str]]]
+"""(--network_dim, --network_alpha, --network_dropout, --network_args) -> settings, and a sentence for
+each mistake."""
 
 
-def build_network(
-    options: NetworkOptions, unet: UNet, encoders: Sequence[Any], device: torch.device, precision: Precision
-) -> Network:
-    """The network, attached.
+@dataclass(frozen=True)
+class NetworkKind:
+    """A kind of network.
 
-    Args:
-        encoders: those that it may cover; none if captions come encoded.
-        device: where the models are; on "meta", neither has the network numbers.
-
-    Raises OptionError if it can't be made, or --network_weights don't fit it.
+    Attributes:
+        module: the module with its function `build`.
+        read_settings: reads its options, without torch.
+        check_module: yields what is wrong with the value of --network_module.
+        title: what its files are called in messages.
+        weights_key: the ending of a key that each module has in its files; None: any file may fit.
+        needs_transformers_encoders: it looks for classes of transformers in the text encoders, and
+            doesn't work with this suite's own layers.
+        supports_quantized_base: it works on quantized layers (--fp8_base, --base_quant).
     """
-    if options.network_train_unet_only:
-        encoders = ()
-    # Without weights, neither does the network need numbers.
-    with torch.device("meta") if device.type == "meta" else nullcontext():
-        network = (_lora if options.is_own else _foreign)(options, unet, encoders, precision.compute)
-    network.module.to(device, precision.trained)
-    network.attach()
-    if untrainable := network.untrainable():
-        log.info(
-            "%d modules can't be trained and are saved as they start: %s … (the first text encoder's last layer isn't used)",
-            len(untrainable),
-            untrainable[0],
+
+    module: str
+    read_settings: ReadSettings
+    check_module: Callable[[str], Iterable[Mistake]] = lambda name: ()
+    title: str = "network"
+    weights_key: str | None = None
+    needs_transformers_encoders: bool = False
+    supports_quantized_base: bool = True
+
+
+_USE_INSTEAD = {
+    "networks.lora_fa": "use networks.lora with loraplus_lr_ratio, which also raises the learning rate of up projections",
+    "networks.dylora": "use --network_module lycoris.kohya --network_args algo=dylora",
+    "networks.oft": "use --network_module lycoris.kohya --network_args algo=diag-oft",
+}
+_PIP_NAMES = {"lycoris": "lycoris-lora"}
+
+
+def _check_external_module(name: str) -> Iterable[Mistake]:
+    """Yield what is wrong with the name of another package's module, without importing it."""
+    package = name.partition(".")[0]
+    if name in _USE_INSTEAD:
+        yield Mistake(
+            f"--network_module {name}: not part of this suite; {_USE_INSTEAD[name]}",
+            ("network_module",),
         )
-    return network
+    elif package == "networks" or not re.fullmatch(r"\w+(\.\w+)*", name):
+        hint = did_you_mean(name, [*KINDS, "lycoris.kohya"])
+        yield Mistake(
+            f"--network_module {name}: no such module; networks.lora trains a LoRA{hint}",
+            ("network_module",),
+        )
+    elif importlib.util.find_spec(package) is None:
+        yield Mistake(
+            f"--network_module {name}: {package} isn't installed; run pip install {_PIP_NAMES.get(package, package)}",
+            ("network_module",),
+        )
 
 
-def _lora(options: NetworkOptions, unet: UNet, encoders: Sequence[Any], compute: torch.dtype) -> LoraNetwork:
-    settings, _ = read_network_args(options)
-    targets = [t for number, encoder in enumerate(encoders, 1) for t in text_encoder_targets(encoder, number)]
-    if not options.network_train_text_encoder_only:
-        targets += unet_targets(unet)
-    tensors = None if options.network_weights is None else read_lora(options.network_weights, unet)
-    if options.dim_from_weights and tensors is not None:
-        # Ranks and alphas are the file's; learning-rate factors hold, dropouts don't (as in sd-scripts).
-        settings = replace(settings, dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
-        network = network_from_file(targets, tensors, settings)
-    else:
-        network = LoraNetwork.from_settings(targets, settings)
-    if tensors is not None:
-        assert options.network_weights is not None
-        load_into(network, tensors, source=options.network_weights, allow_partial=options.allow_partial)
-    return network
+def _read_external_settings(
+    dim: int | None, alpha: float, dropout: float | None, pairs: Sequence[str]
+) -> tuple[None, list[str]]:
+    """Check only that the arguments are pairs: the other package knows their names."""
+    return None, [f"{pair!r}: expected key=value" for pair in pairs if "=" not in pair]
 
 
-def _foreign(options: NetworkOptions, unet: UNet, encoders: Sequence[Any], compute: torch.dtype) -> Network:
-    tensors: Mapping[str, Tensor] | None = None
-    if options.network_weights is not None:
-        tensors = read_tensors(options.network_weights)
-    network = build_foreign(options, unet, encoders, tensors, compute)
-    if tensors is not None:
-        assert options.network_weights is not None
-        copy_fitting(
-            tensors, network.file_tensors(), source=f"--network_weights {options.network_weights}", remedy=TRAINING_REMEDY,
-            allow_partial=options.allow_partial,
-        )  # fmt: skip
-    return network
+KINDS: Mapping[str, NetworkKind] = {
+    "networks.lora": NetworkKind(
+        "networks.lora", read_lora_settings, title="LoRA", weights_key=".lora_down.weight"
+    ),
+}
+"""The kinds of this suite, by the value of --network_module."""
+
+EXTERNAL = NetworkKind(
+    "networks.external",
+    _read_external_settings,
+    check_module=_check_external_module,
+    needs_transformers_encoders=True,
+    supports_quantized_base=False,
+)
+"""Any other module with sd-scripts' create_network."""
+
+
+def kind_of(network_module: str | None) -> NetworkKind:
+    """Return the kind of network that --network_module names."""
+    return KINDS.get(network_module or "networks.lora", EXTERNAL)

@@ -1,172 +1,60 @@
-"""LoRA: a low-rank change beside each linear layer and convolution of the U-Net and the text encoders.
+"""LoRA: a low-rank change of the linear layers and convolutions of the U-Net and the text encoders.
 
-y = W x + multiplier * (alpha / r) * up(down(x)),  down [r, in], up [out, r]; up starts at zero.
-
-Shapes: B batch, N positions, r rank. File format, names and order: contract, formats.md section 4.
-Source: Hu et al. 2021, arXiv:2106.09685, equation 3.
+networks/lora_layers.py has the mathematics. File format, names and order: contract, formats.md
+section 4. Source: Hu et al. 2021, arXiv:2106.09685, equation 3.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.models.text_encoders import clip_body
-from library.models.unet import UNet, block_of
-from library.models.unet_blocks import Conv2d, Linear
-from library.param_group import ParamGroup
-from networks.lora_linear import lora_linear
-from networks.options import LoraSettings
-
-# In each layer of a text encoder, in the order of files and optimizer.
-_TEXT_LAYERS = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
-
-UNET, TEXT_ENCODERS = "unet", ("text_encoder_1", "text_encoder_2")
-_PREFIXES = {"unet": "lora_unet", "text_encoder_1": "lora_te1", "text_encoder_2": "lora_te2"}
+from library.models.unet import UNet
+from library.param_group import Component, ParamGroup
+from networks.base import Network
+from networks.lora_file import TRAINING_REMEDY, copy_fitting, ranks_in_file, read_lora
+from networks.lora_layers import LoraModule, add_lora
+from networks.lora_settings import LoraSettings
+from networks.options import NetworkOptions
+from networks.targets import TEXT_ENCODERS, UNET, Target, all_targets
 
 
-class Target(NamedTuple):
-    """A layer that may get a module.
+def build(
+    options: NetworkOptions, unet: UNet, encoders: Sequence[Any], compute: torch.dtype
+) -> "LoraNetwork":
+    """Build a LoRA with the weights of --network_weights; networks/build.py calls this function.
 
-    Attributes:
-        part: "unet", "text_encoder_1" or "text_encoder_2".
-        name: the module's name in files, lora_unet_….
-        block: the U-Net block, 0..22; None in text encoders.
-        in_residual: it belongs to a residual block or to resampling, which get modules only with conv_dim.
-        is_used: the result depends on it; the first text encoder's last layer is left out of its output.
+    Args:
+        options: the options of the network.
+        unet: the U-Net.
+        encoders: the text encoders that it covers.
+        compute: not used: layers compute in the dtype of their input.
+
+    Raises:
+        OptionError: if --network_weights don't fit.
     """
-
-    part: str
-    name: str
-    layer: nn.Module
-    block: int | None = None
-    in_residual: bool = False
-    is_used: bool = True
-
-
-def unet_targets(unet: UNet) -> Iterator[Target]:
-    """Every layer of the U-Net that a LoRA may cover, in the checkpoint's order."""
-    for path, layer in unet.named_modules():
-        is_layer = isinstance(layer, nn.Linear | nn.Conv2d) and path.startswith(
-            ("input_blocks.", "middle_block.", "output_blocks.")
-        )
-        if is_layer and path != "input_blocks.0.0":
-            in_transformer = ".transformer_blocks." in path or path.endswith((".proj_in", ".proj_out"))
-            yield Target(UNET, module_key(UNET, path), layer, block_of(path), in_residual=not in_transformer)
+    settings, _ = options.read_settings()
+    targets = all_targets(None if options.network_train_text_encoder_only else unet, encoders)
+    if options.network_weights is None:
+        return LoraNetwork.from_settings(targets, settings)
+    tensors = read_lora(options.network_weights, unet)
+    if options.dim_from_weights:
+        # Learning rate factors apply, dropouts don't (as in sd-scripts).
+        settings = replace(settings, dropout=0.0, rank_dropout=0.0, module_dropout=0.0)
+        network = LoraNetwork.from_tensors(targets, tensors, settings)
+    else:
+        network = LoraNetwork.from_settings(targets, settings)
+    network.load(tensors, source=options.network_weights, allow_partial=options.allow_partial)
+    return network
 
 
-def text_encoder_targets(encoder: Any, number: int) -> Iterator[Target]:
-    """Every layer of text encoder 1 or 2 that a LoRA may cover."""
-    part = TEXT_ENCODERS[number - 1]
-    layers = clip_body(encoder).encoder.layers
-    for i, layer in enumerate(layers):
-        is_used = number == 2 or i < len(layers) - 1
-        for path in _TEXT_LAYERS:
-            yield Target(
-                part,
-                module_key(part, f"text_model.encoder.layers.{i}.{path}"),
-                layer.get_submodule(path),
-                is_used=is_used,
-            )
+class LoraNetwork(nn.Module, Network):
+    """The LoRA modules of a U-Net and its text encoders, named as in files.
 
-
-def module_key(part: str, path: str) -> str:
-    """The name in files of the module beside the layer at `path`."""
-    return f"{_PREFIXES[part]}_{path.replace('.', '_')}"
-
-
-class LoraModule(nn.Module):
-    """The change beside one layer."""
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        rank: int,
-        alpha: float,
-        *,
-        dropout: float = 0.0,
-        rank_dropout: float = 0.0,
-        module_dropout: float = 0.0,
-    ):
-        super().__init__()
-        self.rank, self.alpha = rank, alpha
-        self.multiplier = 1.0
-        self.dropout, self.rank_dropout, self.module_dropout = dropout, rank_dropout, module_dropout
-        self.lora_down: nn.Linear | nn.Conv2d
-        self.lora_up: nn.Linear | nn.Conv2d
-        if isinstance(layer, nn.Conv2d):
-            sizes: Any = {"kernel_size": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
-            self.lora_down = Conv2d(layer.in_channels, rank, bias=False, **sizes)
-            self.lora_up = Conv2d(rank, layer.out_channels, 1, bias=False)
-        else:
-            assert isinstance(layer, nn.Linear)
-            self.lora_down = Linear(layer.in_features, rank, bias=False)
-            self.lora_up = Linear(rank, layer.out_features, bias=False)
-        nn.init.kaiming_uniform_(self.lora_down.weight, a=5**0.5)
-        nn.init.zeros_(self.lora_up.weight)
-
-    def forward(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-        """base(x) with the change added. Nothing as large as the output is made or kept twice.
-
-        Args:
-            x: [B, ..., in], or [B, in, H, W] for convolutions.
-            base: the layer's own forward.
-        """
-        scale = self.multiplier * self.alpha / self.rank
-        if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
-            scale = 0.0  # gradients become zero instead of missing, which several processes couldn't exchange
-        if isinstance(self.lora_down, nn.Conv2d):
-            return base(x).add_(self.lora_up(self._dropped(self.lora_down(x))), alpha=scale)
-        frozen = None if self._drops else _frozen_linear(base)
-        if frozen is not None:
-            y = lora_linear(x.flatten(0, -2), *frozen, self.lora_down.weight, self.lora_up.weight, scale)
-            return y.unflatten(0, x.shape[:-1])
-        # In two dimensions the base's output is no view, so the product can be added in place.
-        y = base(x.flatten(0, -2))
-        h = self._dropped(self.lora_down(x)).flatten(0, -2)
-        return y.addmm_(h, self.lora_up.weight.to(h.dtype).t(), alpha=scale).unflatten(0, x.shape[:-1])
-
-    @torch.no_grad()
-    def limit_norm(self, most: float) -> Tensor:
-        """Scale both projections down so that the change's Frobenius norm is at most `most`; returns its norm before, [].
-
-        The norm of up @ down is taken from two r x r products, so the change itself is never made.
-        Source: contract, training_math.md section 7.
-        """
-        up, down = self.lora_up.weight.flatten(1).float(), self.lora_down.weight.flatten(1).float()
-        norm = self.alpha / self.rank * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
-        factor = (most / norm.clamp(min=most)).sqrt()
-        self.lora_up.weight.mul_(factor)
-        self.lora_down.weight.mul_(factor)
-        return norm
-
-    @property
-    def _drops(self) -> bool:
-        return self.training and bool(self.dropout or self.rank_dropout)
-
-    def _dropped(self, h: Tensor) -> Tensor:
-        """Dropout of single values and, per sample, of whole ranks. h: [B, ..., r], or [B, r, H, W]."""
-        if not self._drops:
-            return h
-        if self.dropout:
-            h = F.dropout(h, self.dropout)
-        if self.rank_dropout:
-            kept = torch.rand(len(h), self.rank, device=h.device) > self.rank_dropout
-            shape = (
-                (len(h), self.rank, 1, 1)
-                if isinstance(self.lora_down, nn.Conv2d)
-                else (len(h), *[1] * (h.ndim - 2), self.rank)
-            )
-            h = h * (kept.view(shape).to(h.dtype) / (1 - self.rank_dropout))
-        return h
-
-
-class LoraNetwork(nn.Module):
-    """The LoRA modules of a U-Net and its text encoders; its children have the names that files give them.
-
-    It isn't called: once attached, its modules work when the layers are called.
+    The network itself isn't called: once it is attached, its modules run when the layers are called.
     """
 
     def __init__(
@@ -177,29 +65,80 @@ class LoraNetwork(nn.Module):
         *,
         from_file: bool = False,
     ):
-        """Args:
-        ranks: (rank, alpha) by module name; a target that isn't there, or has rank 0, gets no module.
-        from_file: they are a file's, not the settings'.
+        """Create the modules.
+
+        Args:
+            targets: the layers that can have a module.
+            ranks: (rank, alpha) by module name. A target without an entry, or with rank 0, gets no
+                module.
+            settings: dropouts and learning rate factors.
+            from_file: whether the ranks are those of a file instead of the settings.
         """
         super().__init__()
-        self.settings, self._from_file = settings, from_file
+        self.settings = settings
+        self._from_file = from_file
         self.targets: list[Target] = []
-        dropouts = {
-            "dropout": settings.dropout,
-            "rank_dropout": settings.rank_dropout,
-            "module_dropout": settings.module_dropout,
-        }
         for target in targets:
             rank, alpha = ranks.get(target.name, (0, 0.0))
-            if rank:
-                self.targets.append(target)
-                self.add_module(target.name, LoraModule(target.layer, rank, alpha or rank, **dropouts))
+            if not rank:
+                continue
+            lora = LoraModule(
+                target.layer,
+                rank,
+                alpha or rank,
+                dropout=settings.dropout,
+                rank_dropout=settings.rank_dropout,
+                module_dropout=settings.module_dropout,
+            )
+            self.targets.append(target)
+            self.add_module(target.name, lora)
 
     @classmethod
     def from_settings(cls, targets: Iterable[Target], settings: LoraSettings) -> "LoraNetwork":
-        """A new network: which layers get modules, and of which rank, is what the settings say."""
+        """Return a new network with the modules and ranks that the settings define."""
         targets = list(targets)
         return cls(targets, {target.name: _rank(target, settings) for target in targets}, settings)
+
+    @classmethod
+    def from_tensors(
+        cls, targets: Iterable[Target], tensors: Mapping[str, Tensor], settings: LoraSettings
+    ) -> "LoraNetwork":
+        """Return a network with the modules, ranks and alphas of a file (--dim_from_weights).
+
+        The file's weights are not copied; `load` does that.
+        """
+        return cls(targets, ranks_in_file(tensors), settings, from_file=True)
+
+    def load(self, tensors: Mapping[str, Tensor], *, source: Path, allow_partial: bool) -> None:
+        """Copy a file's weights and alphas into the network.
+
+        Args:
+            tensors: the content of the file, with this suite's names.
+            source: the file, for messages.
+            allow_partial: whether modules may be missing, left over or of another shape.
+
+        Raises:
+            OptionError: if modules don't fit, with counts and the first names, unless
+                `allow_partial`; always if none fits.
+        """
+        weights = {}
+        alphas = {}
+        for name, tensor in tensors.items():
+            if name.endswith(".alpha"):
+                alphas[name] = tensor
+            else:
+                weights[name] = tensor
+        fitting = copy_fitting(
+            weights,
+            self.tensors(),
+            source=f"--network_weights {source}",
+            remedy=TRAINING_REMEDY,
+            allow_partial=allow_partial,
+        )
+        fitting_tensors = alphas | {name: weights[name] for name in fitting}
+        for name, (_, alpha) in ranks_in_file(fitting_tensors).items():
+            # sd-scripts would scale by the option's alpha and save the file's.
+            self.lora(name).alpha = alpha
 
     @property
     def module(self) -> nn.Module:
@@ -207,83 +146,92 @@ class LoraNetwork(nn.Module):
 
     @property
     def shape(self) -> tuple[object, object]:
-        """Rank and alpha, for the metadata; those of a file where it has one of each (--dim_from_weights)."""
+        """Rank and alpha, for the metadata; "Dynamic" where the modules of a file differ."""
         if not self._from_file:
             return self.settings.dim, self.settings.alpha
         shapes = {(lora.rank, lora.alpha) for lora in self.loras()}
-        return shapes.pop() if len(shapes) == 1 else ("Dynamic", "Dynamic")
-
-    def tensors(self) -> Mapping[str, nn.Parameter]:
-        return dict(self.named_parameters())
+        if len(shapes) == 1:
+            return shapes.pop()
+        return "Dynamic", "Dynamic"
 
     def lora(self, name: str) -> LoraModule:
+        """Return the module of this name."""
         lora = self.get_submodule(name)
         assert isinstance(lora, LoraModule)
         return lora
 
     def loras(self) -> Iterator[LoraModule]:
-        return (self.lora(target.name) for target in self.targets)
+        """Yield all modules, in the order of the targets."""
+        for target in self.targets:
+            yield self.lora(target.name)
 
     def attach(self) -> None:
-        """Put each module in front of its layer's own forward."""
+        """Replace each layer by a layer with its LoRA."""
         for target in self.targets:
-            target.layer.forward = _with_change(self.lora(target.name), target.layer.forward)
+            target.replace(add_lora(target.layer, self.lora(target.name)))
 
     def set_multiplier(self, multiplier: float) -> None:
         for lora in self.loras():
             lora.multiplier = multiplier
 
-    def limit_norms(self, most: float) -> None:
-        """--scale_weight_norms: no module's change is larger than `most`."""
+    def limit_norms(self, max_norm: float) -> None:
         for lora in self.loras():
-            lora.limit_norm(most)
+            lora.limit_norm(max_norm)
 
     def untrainable(self) -> list[str]:
-        """The modules that can't get a gradient, as nothing depends on their layer. They are saved all the same."""
+        """Return the names of the modules that no output depends on. Files contain them too."""
         return [target.name for target in self.targets if not target.is_used]
 
     def groups(self, unet_lr: float, text_encoder_lrs: tuple[float, float]) -> list[ParamGroup]:
-        """What is trained at which learning rate: text encoders, then the U-Net, by block where blocks differ.
+        """Return the trainable parameters by learning rate: text encoders, then the U-Net.
 
-        A group at 0 isn't trained and isn't here. With LoRA+, up projections form groups of their own.
+        The U-Net is divided by block if blocks have learning rates of their own. Groups with
+        learning rate 0 are left out. With LoRA+, up projections form separate groups.
         """
         groups: list[ParamGroup] = []
         settings = self.settings
-        same = text_encoder_lrs[0] == text_encoder_lrs[1]
-        for number, (part, lr) in enumerate(zip(TEXT_ENCODERS, text_encoder_lrs, strict=True), 1):
-            name = "textencoder" if same else f"textencoder{number}"
-            _add_groups(groups, name, self._trainable(part), lr, settings.loraplus_text_encoder_lr_ratio)
+        is_same_lr = text_encoder_lrs[0] == text_encoder_lrs[1]
+        for i, lr in enumerate(text_encoder_lrs):
+            name, component = f"textencoder{i + 1}", TEXT_ENCODERS[i]
+            parameters = self._trainable(component)
+            if is_same_lr:
+                name, component = "textencoder", "text_encoders"
+            group = ParamGroup(name, parameters, lr, component)
+            _add_groups(groups, group, settings.loraplus_text_encoder_lr_ratio)
         if settings.block_lr_weights is None:
-            _add_groups(groups, "unet", self._trainable(UNET), unet_lr, settings.loraplus_unet_lr_ratio)
-        else:
-            for block, weight in enumerate(settings.block_lr_weights):
-                _add_groups(
-                    groups,
-                    f"unet_block{block}",
-                    self._trainable(UNET, block),
-                    unet_lr * weight,
-                    settings.loraplus_unet_lr_ratio,
-                )
+            group = ParamGroup("unet", self._trainable(UNET), unet_lr)
+            _add_groups(groups, group, settings.loraplus_unet_lr_ratio)
+            return groups
+        for block, weight in enumerate(settings.block_lr_weights):
+            parameters = self._trainable(UNET, block)
+            group = ParamGroup(f"unet_block{block}", parameters, unet_lr * weight)
+            _add_groups(groups, group, settings.loraplus_unet_lr_ratio)
         return groups
 
-    def _trainable(self, part: str, block: int | None = None) -> dict[str, nn.Parameter]:
-        """The trainable parameters of a part or block of it, by the names that files give them."""
-        chosen = [t for t in self.targets if t.part == part and t.is_used and block in (None, t.block)]
-        return {
-            f"{t.name}.{name}": parameter for t in chosen for name, parameter in self.lora(t.name).named_parameters()
-        }
+    def _trainable(self, component: Component, block: int | None = None) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters of a component, or of one block of the U-Net."""
+        parameters = {}
+        for target in self.targets:
+            is_wanted = target.component == component and block in (None, target.block)
+            if not is_wanted or not target.is_used:
+                continue
+            for name, parameter in self.lora(target.name).named_parameters():
+                parameters[f"{target.name}.{name}"] = parameter
+        return parameters
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """What a file holds: lora_down.weight, lora_up.weight and alpha of each module."""
+        """Return lora_down.weight, lora_up.weight and alpha of each module."""
         tensors: dict[str, Tensor] = {}
         for target in self.targets:
             lora = self.lora(target.name)
-            tensors |= {f"{target.name}.{name}": parameter.detach() for name, parameter in lora.named_parameters()}
+            for name, parameter in lora.named_parameters():
+                tensors[f"{target.name}.{name}"] = parameter.detach()
             tensors[f"{target.name}.alpha"] = torch.tensor(float(lora.alpha))
         return tensors
 
 
 def _rank(target: Target, settings: LoraSettings) -> tuple[int, float]:
+    """Return (rank, alpha) of a target's module; rank 0 means no module."""
     if target.block is None:
         return settings.dim, settings.alpha
     if target.in_residual and not settings.has_convolutions:
@@ -292,35 +240,34 @@ def _rank(target: Target, settings: LoraSettings) -> tuple[int, float]:
     return settings.rank_in_block(target.block, is_conv3x3=is_conv3x3)
 
 
-def _frozen_linear(base: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias, if `base` is a plain linear layer's own forward and neither is trained."""
-    layer = getattr(base, "__self__", None)
-    if getattr(base, "__func__", None) not in (Linear.forward, nn.Linear.forward):
-        return None
-    assert isinstance(layer, nn.Linear)
-    is_frozen = not any(parameter.requires_grad for parameter in layer.parameters())
-    return (layer.weight, layer.bias) if is_frozen else None
+def _add_groups(groups: list[ParamGroup], group: ParamGroup, up_ratio: float) -> None:
+    """Add a group, split in two if up projections have a higher learning rate (LoRA+).
+
+    Parameters are added to the group of the same name if there is one: both text encoders may have
+    one group. Empty groups and groups with learning rate 0 are left out.
+
+    Args:
+        groups: the groups so far.
+        group: all parameters, and the learning rate of down projections.
+        up_ratio: learning rate of up projections divided by that of down projections.
+    """
+    if up_ratio == 1.0:
+        _add_group(groups, group)
+        return
+    down: dict[str, nn.Parameter] = {}
+    up: dict[str, nn.Parameter] = {}
+    for name, parameter in group.parameters.items():
+        projections = up if name.endswith("lora_up.weight") else down
+        projections[name] = parameter
+    _add_group(groups, replace(group, parameters=down))
+    up_group = replace(group, name=f"{group.name} plus", parameters=up, lr=group.lr * up_ratio)
+    _add_group(groups, up_group)
 
 
-def _with_change(lora: LoraModule, base: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: lora(x, base)
-
-
-def _add_groups(
-    groups: list[ParamGroup], name: str, parameters: dict[str, nn.Parameter], lr: float, up_ratio: float
-) -> None:
-    """Append the group, split in two if up projections learn faster; a group of that name takes it in (both text encoders)."""
-    parts = {"": parameters}
-    if up_ratio != 1.0:
-        is_up = {key: key.endswith("lora_up.weight") for key in parameters}
-        parts = {
-            "": {k: p for k, p in parameters.items() if not is_up[k]},
-            " plus": {k: p for k, p in parameters.items() if is_up[k]},
-        }
-    for suffix, members in parts.items():
-        rate = lr * up_ratio if suffix else lr
-        known = next((group for group in groups if group.name == name + suffix), None)
-        if known is not None:
-            known.parameters.update(members)
-        elif members and rate:
-            groups.append(ParamGroup(name + suffix, dict(members), rate))
+def _add_group(groups: list[ParamGroup], group: ParamGroup) -> None:
+    for known in groups:
+        if known.name == group.name:
+            known.parameters.update(group.parameters)
+            return
+    if group.parameters and group.lr:
+        groups.append(group)

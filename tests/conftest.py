@@ -119,3 +119,21 @@ def golden_data(tmp_path) -> Path:
     for file in source.glob("*.toml"):
         shutil.copy(file, tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def generate(golden_model, tmp_path):
+    """Runs sdxl_gen_img.py in this process; returns the new files in the order in which they were written."""
+    from generating import SMALL
+
+    import sdxl_gen_img
+
+    def run(*words, outdir=None, small=SMALL):
+        folder = outdir or tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        before = set(folder.iterdir()) if folder.exists() else set()
+        arguments = ("--ckpt", golden_model, "--outdir", folder, *small, *words)
+        sdxl_gen_img.main([str(word) for word in arguments])
+        new = set(folder.iterdir()) - before if folder.exists() else set()
+        return sorted(new, key=lambda path: path.stat().st_mtime_ns)
+
+    return run

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -10,16 +11,14 @@ from live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.memory import kind_of, options_of
+from benchmarks.memory import plan_of
 from library.models.checkpoint.reference_shapes import stand_in
 from library.offload import OffloadStream
 from library.rng import SampleRng
 from library.size import Size
-from library.training.optim.build import build_optimizer_step
-from library.training.setup.build import build_loss_module, open_models
-from library.training.setup.dry_run import made_up
-from library.training.setup.inputs import RunInputs
-from library.training.setup.plan import Bucket, trained_groups
+from library.training.setup.measure import random_batch
+from library.training.setup.step_plan import Bucket
+from library.training.setup.training_state import build_training_state
 
 empty_on_cpu = OffloadStream.empty_on_cpu
 
@@ -39,7 +38,6 @@ def uncounted(live: LiveBytes, place: Tensor) -> Tensor:
 
 def peak_of(task: str, words: list[str]) -> tuple[int, int]:
     """Bytes of all tensors that are alive at once, at most, in a step of one picture of 1024 x 1024; and behind the steps."""
-    kind, options = kind_of(task), options_of(task, words)
     seen = patch("library.models.sdxl._see_finite", lambda *all: None)  # there are no numbers to see
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -50,7 +48,6 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
         files: Any = {id(file): file for part in checkpoint._stored.values() for file, _ in part.values()}.values()
         for file in files:
             file._tensors = {key: torch.empty(shape, dtype=torch.float16) for key, shape in file.shapes.items()}
-        found = RunInputs(checkpoint, False, False, (), None)  # type: ignore[arg-type]
         with (
             LiveBytes() as live,
             patch.object(
@@ -58,15 +55,13 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
             ),
         ):
             live.leave_out(*(tensor for file in files for tensor in file._tensors.values()))
-            models = open_models(kind, options, found, torch.device("cpu"))
-            task_ = kind.from_options(models, options)
-            groups = trained_groups(task_, 10)
-            update = build_optimizer_step(
-                build_loss_module(task_, models, options, found), groups, options, 10, seed=0, processes=1
-            )
+            plan = plan_of(task, words, checkpoint, torch.device("cpu"))
+            process: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+            training = build_training_state(plan, process)
+            update = training.optimizer_step
             loaded = live.now
-            batch = made_up(options, models, Bucket(Size(1024, 1024), 1, 1, 1), [])
-            for group in groups:  # the optimizer makes its state
+            batch = random_batch(plan, Bucket(Size(1024, 1024), 1, 1, 1))
+            for group in training.local_groups:  # the optimizer makes its state
                 for parameter in group.parameters.values():
                     parameter.grad = torch.zeros_like(parameter)
             update.step()

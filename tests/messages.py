@@ -40,7 +40,7 @@ def _choice(text: str) -> str:
     elif text[0].isalpha():
         pattern = rf"(?<![A-Za-z]){pattern}"
     if text[0].isdigit():
-        pattern = rf"(?<![\d.,]){pattern}"
+        pattern = rf"(?<!\d)(?<!\d[.,]){pattern}"
     if text[-1].isdigit():
         pattern += r"(?!\d|[.,]\d)"
     if text.startswith("--"):
@@ -48,7 +48,7 @@ def _choice(text: str) -> str:
     return f"(?i:{pattern})" if text.islower() else pattern
 
 
-def tells_of_caching(log: str) -> bool:
+def shows_caching(log: str) -> bool:
     """Return whether the console shows that latents or text encoders' outputs were looked for, or computed.
 
     A run that is refused early mustn't get there.

@@ -111,12 +111,12 @@ def replay(
     caption: Callable[[str], str] = str,
 ):
     """Run the whole trace, asserting context, y, prediction, loss, norm and learning rates as they come."""
-    network = task.parts[0].tensors()
+    network = task.trainables[0].tensors()
     with torch.no_grad():
         for name, tensor in golden.trace.items():
             if name.startswith("init."):
                 network[name.removeprefix("init.")].copy_(tensor)
-    groups = task.parts[0].groups()
+    groups = task.trainables[0].groups()
     optimizer = make_optimizer("AdamW", optimizer_args, groups, lr)
     total = len(golden.facts["lr_per_step"])
     step = DiffusionLoss(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), loss, None).train()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import open_models
 from golden_model import live_tensors
+from messages import mentioning, mentions
 from tolerance import assert_network
 
 from library.errors import OptionError, RunError
@@ -40,9 +41,9 @@ def small_file(path: Path, *names: str) -> str:
 
 
 def test_the_model_is_named_in_one_line(golden_models):
+    found = golden_models.checkpoint.describe()
     assert (
-        golden_models.checkpoint.describe()
-        == "tiny_sdxl.safetensors: tiny SDXL (for tests), single file, noise prediction unless told"
+        mentions(found, "tiny_sdxl.safetensors", "tiny SDXL", "single file", "noise prediction") and "\n" not in found
     )
     assert golden_models.checkpoint.parts == list(PARTS)
 
@@ -52,42 +53,43 @@ def test_the_model_is_named_in_one_line(golden_models):
     [
         (
             ["cond_stage_model.transformer.text_model.x", "model.diffusion_model.input_blocks.0.0.weight"],
-            "an SD 1.x checkpoint",
+            "SD 1",
         ),
         (
             ["cond_stage_model.model.transformer.x", "model.diffusion_model.input_blocks.0.0.weight"],
-            "an SD 2.x checkpoint",
+            "SD 2",
         ),
-        (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "a Flux checkpoint"),
-        (["double_blocks.0.img_attn.qkv.weight"], "a Flux checkpoint"),
-        (["model.diffusion_model.joint_blocks.0.x"], "an SD 3 checkpoint"),
-        (["lora_unet_input_blocks_4_1_proj_in.lora_down.weight"], "a LoRA"),
-        (["unet.down_blocks.1.attentions.0.to_q.lora_A.weight"], "a LoRA"),
-        (["lllite_unet_input_blocks_4_1.down.0.weight"], "a ControlNet-LLLite"),
-        (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
-        (["clip_g", "clip_l"], "a Textual Inversion embedding"),
-        (["first_stage_model.decoder.conv_in.weight"], "a VAE"),
-        (["down_blocks.0.resnets.0.conv1.weight"], "a Diffusers U-Net file"),
-        (["model.diffusion_model.input_blocks.0.0.weight"], "a U-Net alone"),
-        (["something.else"], "no checkpoint that is known here"),
+        (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "Flux"),
+        (["double_blocks.0.img_attn.qkv.weight"], "Flux"),
+        (["model.diffusion_model.joint_blocks.0.x"], "SD 3"),
+        (["lora_unet_input_blocks_4_1_proj_in.lora_down.weight"], "LoRA"),
+        (["unet.down_blocks.1.attentions.0.to_q.lora_A.weight"], "LoRA"),
+        (["lllite_unet_input_blocks_4_1.down.0.weight"], "ControlNet-LLLite"),
+        (["control_model.input_blocks.0.0.weight"], "ControlNet"),
+        (["clip_g", "clip_l"], "Textual Inversion"),
+        (["first_stage_model.decoder.conv_in.weight"], "VAE"),
+        (["down_blocks.0.resnets.0.conv1.weight"], "Diffusers U-Net"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "U-Net"),
+        (["something.else"], "unknown|known|recognised|recognized"),
     ],
 )
 def test_fault_20_a_wrong_family_is_refused_by_name_in_one_line(keys, name, tmp_path):
     with pytest.raises(OptionError) as error:
         open_checkpoint(small_file(tmp_path / "wrong.safetensors", *keys))
-    assert f"this is {name}" in str(error.value) and "\n" not in str(error.value)
+    assert mentions(str(error.value), "wrong.safetensors", name, "SDXL") and "\n" not in str(error.value)
 
 
 def test_fault_20_a_diffusers_folder_of_another_family_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(OptionError, match="holds StableDiffusionPipeline; a StableDiffusionXL pipeline is needed"):
+    with pytest.raises(OptionError, match=mentioning(tmp_path, "StableDiffusionPipeline", "StableDiffusionXL")):
         open_checkpoint(str(tmp_path))
 
 
 def test_a_missing_file_is_not_looked_for_on_the_hub():
     for name in ("models/none.safetensors", "/none", "C:\\none", "none"):
-        with pytest.raises(OptionError, match="no such file or folder"):
+        with pytest.raises(OptionError, match=mentioning(name, "file", "folder")) as error:
             open_checkpoint(name)
+        assert not mentions(str(error.value), "hub")
 
 
 def test_the_keys_v_pred_and_ztsnr_are_read_and_told(golden_model, tmp_path):
@@ -97,7 +99,7 @@ def test_the_keys_v_pred_and_ztsnr_are_read_and_told(golden_model, tmp_path):
     )
     found = open_checkpoint(str(tmp_path / "v.safetensors"))
     assert found.v_prediction and found.zero_terminal_snr
-    assert "v-prediction (by its key v_pred and its key ztsnr), zero terminal SNR" in found.describe()
+    assert mentions(found.describe(), "v-prediction", "v_pred", "ztsnr", "zero terminal SNR")
 
 
 # ----------------------------------------------------------------------------------------------------------- both ways
@@ -190,7 +192,7 @@ class _Evil:
 def test_fault_17_a_pickle_that_runs_code_is_refused_and_doesnt_run(is_zip, tmp_path, monkeypatch):
     monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "evil"))
     torch.save({"state_dict": _Evil()}, tmp_path / "model.ckpt", _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(RunError, match="could run code"):
+    with pytest.raises(RunError, match=mentioning("model.ckpt", "code")):
         open_checkpoint(str(tmp_path / "model.ckpt"))
     assert not (tmp_path / "evil").exists()
 
@@ -223,9 +225,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_counted_and_named(golden_m
     tensors[prefix + "out.9.bias"] = torch.zeros(1)
     tensors[prefix + "middle_block.0.in_layers.0.bias"] = torch.zeros(7)
     write_safetensors(tmp_path / "x.safetensors", tensors, {})
-    with pytest.raises(
-        RunError, match=r"1 missing \(out.0.bias\); 1 unexpected \(out.9.bias\); 1 of another shape \(middle_block"
-    ):
+    with pytest.raises(RunError, match=mentioning("1", "out.0.bias", "out.9.bias", "middle_block.0.in_layers.0.bias")):
         _ = open_models(tmp_path / "x.safetensors").unet
 
 
@@ -349,7 +349,7 @@ def test_a_folders_scheduler_says_what_the_model_predicts(golden_models, tmp_pat
 
 def test_a_hub_that_cant_be_reached_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OptionError, match=r"^nobody/nothing: no such file or folder here, and the hub says: "):
+    with pytest.raises(OptionError, match=mentioning("nobody/nothing", "hub", "HF_HUB_OFFLINE|offline")):
         open_checkpoint("nobody/nothing")
 
 
@@ -368,7 +368,7 @@ def test_another_vae_is_taken_from_every_layout(golden_model, golden_models, fol
     for source in (golden_model, tmp_path / "vae.safetensors", tmp_path / "vae.pt", folder, folder / "vae"):
         found = vae_tensors(str(source))
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-    with pytest.raises(OptionError, match=r"--vae none\.safetensors: no such file"):
+    with pytest.raises(OptionError, match=mentioning("--vae", "none.safetensors")):
         locate_vae("none.safetensors")
 
 
@@ -396,7 +396,7 @@ def test_fault_16_numbers_that_arent_finite_in_a_model_are_told_when_it_is_loade
     name = "model.diffusion_model.out.2.bias"
     tensors[name] = tensors[name].clone().fill_(value)
     write_safetensors(tmp_path / "x.safetensors", tensors, {})
-    with pytest.raises(RunError, match=r"x\.safetensors: U-Net: 1 of its tensors hold numbers that aren't finite in float32 \(out\.2\.bias\)"):  # fmt: skip
+    with pytest.raises(RunError, match=mentioning("x.safetensors", "U-Net", "1", "finite|NaN|Inf", "float32", "out.2.bias")):  # fmt: skip
         _ = open_models(tmp_path / "x.safetensors").unet
 
 
@@ -418,7 +418,7 @@ def test_fault_16_a_flipped_bit_in_a_model_is_told_by_verify_model(key, prefix, 
     content = bytearray(path.read_bytes())
     content[-1000] ^= 1  # a number changes in its last bits, and stays finite
     path.write_bytes(content)
-    with pytest.raises(OptionError, match=r"x\.safetensors: damaged: the sha256 of its numbers is"):
+    with pytest.raises(OptionError, match=mentioning("x.safetensors", "sha256")):
         open_model(chosen, prefer_fp16=False)
 
 
@@ -427,5 +427,5 @@ def test_verify_model_needs_something_to_compare_with(golden_model):
     from library.models.options import ModelOptions
     from library.training.setup.inputs import open_model
 
-    with pytest.raises(OptionError, match="no sha256 in its metadata"):
+    with pytest.raises(OptionError, match=mentioning("--verify_model", "sha256", "metadata")):
         open_model(ModelOptions(pretrained_model_name_or_path=str(golden_model), verify_model=True), prefer_fp16=False)

@@ -7,8 +7,9 @@ from torch._dynamo.utils import counters
 
 from library.models import compile as compiling
 from library.models.compile import compile_blocks
-from networks.lora import LoraNetwork, unet_targets
-from networks.options import LoraSettings
+from networks.lora import LoraNetwork
+from networks.lora_settings import LoraSettings
+from networks.targets import unet_targets
 
 CPU = torch.device("cpu")
 

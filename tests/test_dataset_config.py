@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from messages import mentioning, mentions
 
-from library.data.dataset_config import check_datasets, read_datasets
+from library.data.dataset_config import DatasetDefinition, read_datasets
 from library.data.options import DATA_OPTIONS
 from library.errors import OptionError
 from library.options import read_options
@@ -178,7 +178,7 @@ def test_fault_59_cached_text_and_captions_that_change_exclude_each_other(name, 
     options = options_of(
         "--train_data_dir", tmp_path, "--resolution", 64, "--cache_text_encoder_outputs", f"--{name}", *value
     )
-    (mistake,) = check_datasets(options)
+    (mistake,) = DatasetDefinition().check(options)
     assert mentions(mistake.text, name, "--cache_text_encoder_outputs")
 
 
@@ -186,9 +186,9 @@ def test_fault_59_cached_text_and_captions_that_change_exclude_each_other(name, 
 def test_cached_variants_lift_the_refusal_of_captions_that_change(name, value, tmp_path):
     (tmp_path / "1_x").mkdir()
     words = ["--train_data_dir", tmp_path, "--resolution", 64, "--cache_text_encoder_outputs", f"--{name}", *value]
-    (mistake,) = check_datasets(options_of(*words))
+    (mistake,) = DatasetDefinition().check(options_of(*words))
     assert mentions(mistake.text, name, "--text_cache_variants")
-    assert list(check_datasets(options_of(*words, "--text_cache_variants", 4))) == []
+    assert list(DatasetDefinition().check(options_of(*words, "--text_cache_variants", 4))) == []
 
 
 def test_token_warmup_cant_be_cached_at_all(tmp_path):
@@ -203,14 +203,14 @@ def test_token_warmup_cant_be_cached_at_all(tmp_path):
         10,
     ]
     for more in ([], ["--text_cache_variants", 4]):
-        (mistake,) = check_datasets(options_of(*words, *more))
+        (mistake,) = DatasetDefinition().check(options_of(*words, *more))
         assert mentions(mistake.text, "token_warmup_step", "--cache_text_encoder_outputs")
 
 
 @pytest.mark.parametrize("name", ["color_aug", "random_crop"])
 def test_cached_latents_and_pixels_that_change_exclude_each_other(name, tmp_path):
     (tmp_path / "1_x").mkdir()
-    (mistake,) = check_datasets(
+    (mistake,) = DatasetDefinition().check(
         options_of("--train_data_dir", tmp_path, "--resolution", 64, "--cache_latents", f"--{name}")
     )
     assert mentions(mistake.text, name, "--cache_latents")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from messages import mentioning
 
 from library.data.dataset_config import read_datasets
 from library.data.options import DATA_OPTIONS
@@ -60,7 +61,7 @@ def test_check_tells_a_stale_page_and_writes_nothing(monkeypatch, tmp_path):
     stale.write_text("# Options\n", encoding="utf-8")
     monkeypatch.setattr("tools.option_docs.PAGE", stale)
     monkeypatch.setattr("tools.option_docs.ROOT", tmp_path)
-    with pytest.raises(RunError, match="run: make docs"):
+    with pytest.raises(RunError, match=mentioning("options.md", "make docs")):
         main(["--check"])
     assert stale.read_text(encoding="utf-8") == "# Options\n"
     main([])

@@ -12,7 +12,7 @@ import torch
 from running import QUICK, ROOT, arguments, assert_bit_equal, script, tensors_of, train_network, without
 from torch import nn
 
-from library.errors import Mistake, OptionError
+from library.errors import Mistake, MistakeCollector, OptionError
 from library.models.checkpoint.reference_shapes import SDXL_BASE, stand_in
 from library.models.text_encoders import build_text_encoder
 from library.option_types import as_toml
@@ -21,14 +21,22 @@ from library.param_group import ParamGroup
 from library.size import Size
 from library.training.optim.optimizers import make_optimizer
 from library.training.options.compatibility import COMMON_TRAINING
-from library.training.options.optimizer import OptimizerOptions, UpdateOptions
 from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.options.tasks import PivotalOptions
 from library.training.progress import Progress
-from library.training.saving.saver import Saver
+from library.training.saving.schedule import SaveSchedule
 from library.training.setup import dry_run as page_module
-from library.training.setup.memory_estimate import Frozen, Work, estimate, optimizer_bytes, state_bytes, unet_numbers
-from library.training.setup.plan import Bucket, Plan, optimizer_in_state
+from library.training.setup import measure as measure_module
+from library.training.setup.memory_estimate import (
+    Frozen,
+    Work,
+    estimate,
+    optimizer_bytes,
+    optimizer_bytes_in_state,
+    state_bytes,
+    unet_activations,
+)
+from library.training.setup.step_plan import Bucket, StepPlan
 from networks.options import NetworkOptions
 from tools import tiny_models
 
@@ -59,8 +67,19 @@ def refused_page(capsys, *words: object) -> tuple[str, list[str]]:
     return page, mistakes
 
 
+def line_of(page: str, start: str) -> str:
+    """The rest of a line of the plan, which may be wrapped, after its start."""
+    paragraph = page.partition(f"  {start}: ")[2]
+    lines = [paragraph.splitlines()[0]]
+    for line in paragraph.splitlines()[1:]:
+        if not line.startswith("  ") or re.match(r"  (on the disk|memory|saves|memory plan)", line):
+            break
+        lines.append(line.strip())
+    return " ".join(lines)
+
+
 def row(page: str, label: str) -> str:
-    """What stands behind a label, in one line."""
+    """The text after a label, in one line."""
     lines = page.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith(f"  {label:16}"))
     more = [line for line in lines[first + 1 :] if line]
@@ -107,11 +126,11 @@ def test_the_pages_numbers_are_those_of_the_run(golden_model, images, tmp_path, 
     assert sum(int(count) for _, _, _, count in table) == batches
 
     saved = sorted(path.stem for path in out.glob("*.safetensors"))
-    count, size, names = re.fullmatch(r"(\d+) of ([\d.]+) MB: (.*)", row(page, "saves")).groups()
+    count, size, names = re.fullmatch(r"(\d+) of ([\d.]+) MB: (.*)", line_of(page, "saves")).groups()
     assert sorted(names.split(", ")) == saved and int(count) == len(saved) == 1 + total // 3 + 2
     for path in out.glob("*.safetensors"):
         assert path.stat().st_size == pytest.approx(float(size) * 1e6, rel=0.02)
-    state = re.search(r"1 states of about ([\d.]+) MB", row(page, "at once"))[1]
+    state = re.search(r"1 states of about ([\d.]+) MB", line_of(page, "on the disk at once"))[1]
     written = sum(path.stat().st_size for path in (out / "lora-state").iterdir())
     assert written == pytest.approx(float(state) * 1e6, rel=0.05)
 
@@ -158,8 +177,8 @@ def test_caches_are_looked_at_and_told_without_being_made(golden_model, images, 
 def test_without_caches_all_parts_are_in_every_step(golden_model, images, tmp_path, capsys):
     page = page_of(capsys, *arguments(golden_model, images, tmp_path / "out", quick=TEXT_TOO))
     for part, numbers in (("unet", "8,666,692"), ("text_encoder_2", "6,945,536"), ("vae", "1,399,879")):
-        assert row(page, part).strip() == f"{numbers} frozen numbers, float32, in every step"
-    assert "none: pictures and captions are encoded in every step" in page
+        assert row(page, part).strip() == f"{numbers} frozen parameters, float32, in every step"
+    assert "none: images and captions are encoded in every step" in page
     assert re.search(r"^  textencoder +\d+ +[\d,]+  0.001$", page, re.MULTILINE)
 
 
@@ -167,7 +186,7 @@ def test_a_dry_run_tells_the_state_that_would_be_resumed_and_what_differs(golden
     out, done = tmp_path / "out", []
     words = ["--max_train_steps", 4, "--save_every_n_steps", 2, "--save_state"]
     train_network(golden_model, images, out, *words)
-    monkeypatch.setattr(Saver, "check_space", lambda self, total_steps, place: done.append(place.step))
+    monkeypatch.setattr(SaveSchedule, "check_space", lambda self, total_steps, place: done.append(place.step))
     resumed = arguments(golden_model, images, out, *words, "--resume", out / "lora-step00000002-state")
     assert row(page_of(capsys, *resumed), "begins").endswith("lora-step00000002-state; 2 steps are left")
     assert done == [2]
@@ -185,9 +204,9 @@ def test_without_its_model_a_dry_run_checks_all_else(model, images, tmp_path, ca
     """A file that isn't there; a hub id while offline. The sizes are then SDXL base's."""
     words = arguments(Path(model), images, tmp_path / "out", "--max_train_epochs", 2)
     page, mistakes = refused_page(capsys, *words)
-    assert len(mistakes) == 1 and mistakes[0].startswith(f"{model}: no such file or folder")
+    assert len(mistakes) == 1 and mistakes[0].startswith(f"{model}: no such")
     assert row(page, "model") == f"NOT THERE: {mistakes[0]}"
-    assert "2,567,463,684 frozen numbers" in page and "16 steps in all, 2 epochs" in page
+    assert "2,567,463,684 frozen parameters" in page and "16 steps in all, 2 epochs" in page
     assert re.search(r"^  unet +1444 +5,319,680 ", page, re.MULTILINE)  # rank 2: an eighth of the 42.6 M of rank 16
 
 
@@ -205,13 +224,13 @@ def test_a_dry_run_that_cant_start_exits_2_and_imports_no_more_than_it_needs(ima
 def test_everything_that_is_wrong_is_told_at_once_behind_the_page(golden_model, images, tmp_path, capsys, monkeypatch):  # fmt: skip
     broken = images / "2_shapes" / "picture0.png"
     broken.write_bytes(broken.read_bytes()[:-200])
-    monkeypatch.setattr("library.training.saving.saver.free_space", lambda folder: 1000)
+    monkeypatch.setattr("library.training.saving.schedule.free_space", lambda folder: 1000)
     words = arguments(golden_model, images, tmp_path / "out", "--resume", "latest")
     page, mistakes = refused_page(capsys, *words)
-    assert [next(piece for piece in ("picture0.png", "whole state", "are free") if piece in text) for text in mistakes] == ["picture0.png", "whole state", "are free"]  # fmt: skip
+    assert [next(piece for piece in ("picture0.png", "--resume latest", "are free") if piece in text) for text in mistakes] == ["picture0.png", "--resume latest", "are free"]  # fmt: skip
     assert row(page, "decoded") == "4; 1 can't be used"
     page, mistakes = refused_page(capsys, *words, "--skip_bad_images")
-    assert len(mistakes) == 2 and "3 pictures, 6 with repeats" in page
+    assert len(mistakes) == 2 and "3 images, 6 with repeats" in page
 
 
 def test_wrong_options_and_unreadable_images_end_a_dry_run_before_its_page(golden_model, images, tmp_path, capsys):
@@ -271,45 +290,45 @@ def test_a_dry_run_takes_at_most_three_times_as_long_as_importing_torch(script_n
 def test_a_step_on_the_largest_batch_can_be_measured(quick, golden_model, images, tmp_path, monkeypatch, capsys):
     """On the CPU, where only the time is; the page itself measures on CUDA alone."""
     seen = []
-    whole = page_module.made_up
-    monkeypatch.setattr(page_module, "made_up", lambda *all: seen.append(whole(*all)) or seen[-1])
-    monkeypatch.setattr(page_module, "_time", lambda page, plan, buckets, device, measured: [("took", f"{measured()}")])
+    random_batch = measure_module.random_batch
+    monkeypatch.setattr(measure_module, "random_batch", lambda *all: seen.append(random_batch(*all)) or seen[-1])
+    monkeypatch.setattr(page_module, "time_rows", lambda plan, collector, measured: [("took", f"{measured()}")])
     page = page_of(capsys, *arguments(golden_model, images, tmp_path / "out", "--train_batch_size", 3, quick=quick))
-    assert re.fullmatch(r"Measured\(peak=0, seconds=\d+\.\d+\)", row(page, "took"))
+    assert re.fullmatch(r"Measurement\(peak=0, seconds=\d+\.\d+\)", row(page, "took"))
     pixels = seen[0].latents if seen[0].latents is not None else seen[0].images
     assert len(seen) == 1 and pixels.shape[0] == 3
 
 
-def test_the_time_of_a_run_is_that_of_its_pixels():
-    """1 s for 2 pictures of 100x100; an epoch has 6 of those and 4 of half their size, and the run 5 epochs of 5 steps."""
+def test_the_expected_time_of_a_run_goes_by_its_pixels():
+    """1 s for 2 images of 100x100; an epoch has 6 of those and 4 of half their size, and the run 5 epochs of 5 steps."""
     buckets = [Bucket(Size(100, 100), 6, 6, 2), Bucket(Size(50, 100), 4, 4, 2)]
-    order = type("", (), {"processes": 2, "steps_per_epoch": 5})()
-    measured = page_module.Measured(12_000_000_000, 90.0)
-    rows = page_module._time(page_module._Page(), Plan(order, 25, 5), buckets, torch.device("cuda"), lambda: measured)
-    assert dict(rows) == {
+    order = SimpleNamespace(processes=2, steps_per_epoch=5)
+    models = SimpleNamespace(device=torch.device("cuda"))
+    plan = SimpleNamespace(models=models, buckets=buckets, steps=StepPlan(order, 25, 5))
+    measurement = measure_module.Measurement(12_000_000_000, 90.0)
+    collector = MistakeCollector(raises=False)
+    assert dict(page_module.time_rows(plan, collector, lambda: measurement)) == {
         "measured": "batches of 2 at 100x100: 90.00 s each, 12.00 GB at the peak",
         "expected": "15 min, without caching, samples, validation and saving",  # 90 / 2 * 8 * 5 / 2 processes = 900 s
     }
-    page = page_module._Page()
-    page.problems.append(Mistake("something"))
-    (row,) = page_module._time(page, Plan(order, 25, 5), buckets, torch.device("cuda"), lambda: measured)
+    collector.mistakes.append(Mistake("something"))
+    (row,) = page_module.time_rows(plan, collector, lambda: measurement)
     assert row == ("", "not measured: the run can't start")
 
 
 def test_the_names_that_are_planned_are_those_that_are_saved(tmp_path):
     for options in ({}, {"save_every_n_steps": 4}, {"save_every_n_epochs": 2}, {"save_n_epoch_ratio": 3, "output_name": "n"}, {"save_every_n_steps": 3, "save_every_n_epochs": 1}):  # fmt: skip
-        chosen = SavingOptions(output_dir=tmp_path, **options)
-        saver = Saver(chosen, ResumeOptions(), [], lambda s, e: {}, None, 6, session_id="", is_main=True)
+        schedule = SaveSchedule(SavingOptions(output_dir=tmp_path, **options), ResumeOptions(), 6)
         saved, progress = [], Progress()
         for step in range(1, 23):  # the last epoch is broken off
             progress.step = step
-            if saver.step_is_due(step):
-                saved.append(saver._stem("step", progress))
+            if schedule.step_is_due(step):
+                saved.append(schedule.stem("step", progress))
             if step % 4 == 0:
                 progress.epoch += 1
-                if saver.epoch_is_due(progress.epoch):
-                    saved.append(saver._stem("epoch", progress))
-        assert saver.planned(22, 4) == [*saved, saver._stem("final", progress)]
+                if schedule.epoch_is_due(progress.epoch):
+                    saved.append(schedule.stem("epoch", progress))
+        assert schedule.planned_names(22, 4) == [*saved, schedule.stem("final", progress)]
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -326,10 +345,10 @@ def test_the_names_that_are_planned_are_those_that_are_saved(tmp_path):
 )
 def test_the_estimate_of_activations_fits_the_counts(config, kept, selected, recomputed):
     """Counted without numbers; one block that is computed again comes on top of what is kept."""
-    assert unet_numbers(config, 128 * 128, None) / 1e6 == pytest.approx(kept, rel=0.03)
-    assert unet_numbers(config, 128 * 128, "selective") / 1e6 == pytest.approx(selected, rel=0.03)
+    assert unet_activations(config, 128 * 128, None) / 1e6 == pytest.approx(kept, rel=0.03)
+    assert unet_activations(config, 128 * 128, "selective") / 1e6 == pytest.approx(selected, rel=0.03)
     block = 24.17e-6 * 64 * 64 * 2 * config.model_channels
-    assert unet_numbers(config, 128 * 128, "full") / 1e6 == pytest.approx(recomputed + block, rel=0.03)
+    assert unet_activations(config, 128 * 128, "full") / 1e6 == pytest.approx(recomputed + block, rel=0.03)
 
 
 def test_the_estimate_of_a_lora_run_by_hand():
@@ -340,7 +359,7 @@ def test_the_estimate_of_a_lora_run_by_hand():
     encoding = work._replace(vae_channels=128, vae_batch=4, policy="full")
     assert estimate([], encoding, trained=0, optimizer=0).activations == 4 * 2 * 3 * 128 * 1024**2
     assert estimate([], work, trained=7, optimizer=56, average_on_device=True)[1:5] == (28, 28, 56, 28)
-    assert estimate([], work, trained=7, optimizer=56, bytes_each=2, has_rests=True)[1:4] == (28, 14, 56)
+    assert estimate([], work, trained=7, optimizer=56, bytes_each=2, has_compensation=True)[1:4] == (28, 14, 56)
     assert estimate([], work, trained=7, optimizer=56, bytes_each=2, fused=3)[1:4] == (14, 60, 56)
 
 
@@ -366,10 +385,9 @@ def test_what_an_optimizer_keeps_is_what_the_estimate_counts(name):
 def test_what_a_state_holds_of_the_optimizer_depends_on_the_optimizer():
     """By hand: Adafactor keeps 20 + 30 numbers for a matrix, AdamW 2 x 600; Kahan's rounding a 16-bit number for each."""
     group = ParamGroup("unet", {"a": nn.Parameter(torch.zeros(20, 30, dtype=torch.bfloat16))}, 1.0)
-    task = SimpleNamespace(parts=[SimpleNamespace(groups=lambda: [group])])
     for name, rounding, expected in (("Adafactor", None, 200), ("AdamW", None, 4800), ("AdamW", "kahan", 6000)):
-        options = {OptimizerOptions: SimpleNamespace(name=name), UpdateOptions: SimpleNamespace(rounding=rounding)}
-        assert optimizer_in_state(task, options) == expected
+        optimizing, update = SimpleNamespace(name=name), SimpleNamespace(rounding=rounding)
+        assert optimizer_bytes_in_state([group], optimizing, update) == expected
 
 
 def _bytes_of(state) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import open_models
 from forked import end_together, processes
+from messages import mentioning
 from PIL import Image
 from running import losses_of, tensors_of
 
@@ -13,6 +14,7 @@ from library.errors import NotFinite
 from library.models.checkpoint.writer import save_diffusers
 from library.safetensors_io import write_safetensors
 from library.training.options.tasks import FineTuneOptions
+from library.training.tasks.base import TaskSettings
 from library.training.tasks.fine_tune import FineTune
 from tools.make_tiny_dataset import make_images
 from tools.tiny_models import SMALLEST, random_checkpoint
@@ -83,14 +85,16 @@ def test_a_dry_run_tells_what_would_be_trained_and_writes_nothing(model, images,
     train(model, images, tmp_path / "out", "--dry_run", "--block_lr", rates, "--save_every_n_steps", "400")
     page = " ".join(capsys.readouterr().out.split())
     assert "block5 " in page and "block11 " in page and "block6 " not in page
-    assert "Nothing keeps the run from starting." in page and "lora-step00000400" in page
+    assert "lora-step00000400" in page
     assert not (tmp_path / "out").exists()
 
 
 def tuned(path, **options):
     models = open_models(path)
     models.trained = frozenset({"unet"})
-    return FineTune(models, FineTuneOptions(**options), lr=1e-4, num_tokens=75, text_is_cached=True).parts[0]
+    return FineTune(
+        models, TaskSettings(lr=1e-4, num_tokens=75, text_is_cached=True), (FineTuneOptions(**options),)
+    ).trainables[0]
 
 
 def test_weights_that_arent_finite_are_never_saved(model, tmp_path):
@@ -99,7 +103,9 @@ def test_weights_that_arent_finite_are_never_saved(model, tmp_path):
     before = (tmp_path / "lora.safetensors").read_bytes()
     with torch.no_grad():
         part.tensors()["model.diffusion_model.out.2.bias"][1] = torch.nan
-    with pytest.raises(NotFinite, match=r"1 of its tensors aren't finite \(model\.diffusion_model\.out\.2\.bias\)"):
+    with pytest.raises(
+        NotFinite, match=mentioning(tmp_path / "lora", "1", "finite|NaN|Inf", "model.diffusion_model.out.2.bias")
+    ):
         part.save(tmp_path / "lora", None, {})
     assert (tmp_path / "lora.safetensors").read_bytes() == before
 
@@ -132,8 +138,8 @@ def test_another_vae_is_part_of_the_saved_model_and_nothing_else_changes(model, 
     write_safetensors(tmp_path / "vae.safetensors", vae, {})
     models = open_models(model, vae=str(tmp_path / "vae.safetensors"))
     models.trained = frozenset({"unet"})
-    task = FineTune(models, FineTuneOptions(), lr=1e-4, num_tokens=75, text_is_cached=True)
-    saved, before = tensors_of(task.parts[0].save(tmp_path / "lora", None, {})), tensors_of(model)
+    task = FineTune(models, TaskSettings(lr=1e-4, num_tokens=75, text_is_cached=True), (FineTuneOptions(),))
+    saved, before = tensors_of(task.trainables[0].save(tmp_path / "lora", None, {})), tensors_of(model)
     assert saved.keys() == before.keys()
     assert all(torch.equal(saved[name], vae.get(name, before[name])) for name in before)
 

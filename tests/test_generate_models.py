@@ -1,5 +1,7 @@
 """sdxl_gen_img.py with all kinds of SDXL: velocity, SSD-1B, Vega, refiner, inpainting; CLIP vision; compiled."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -202,9 +204,8 @@ def test_without_a_working_compiler_the_image_is_generated_uncompiled_with_a_war
     plain = generate(twins("base"))
     monkeypatch.setattr(compiling.torch, "compile", fail)
     assert np.array_equal(plain, generate(twins("base"), "--compile"))
-    assert (
-        "--compile: inductor doesn't work here: no C++ compiler. The run goes on uncompiled"
-        in capsys.readouterr().err
+    assert re.search(
+        r"WARNING.*--compile: .*inductor.*: no C\+\+ compiler", capsys.readouterr().err
     )
 
 
@@ -213,6 +214,6 @@ def test_compiled_blocks_generate_the_same_image(twins, generate, tmp_path):
     plain = generate(twins("base"))
     words = ["--ckpt", twins("base"), "--outdir", tmp_path / "compiled", *SMALL, "--compile"]
     done = script("sdxl_gen_img.py", *words, timeout=900)
-    assert done.returncode == 0 and "uncompiled" not in done.stderr, done.stderr
+    assert done.returncode == 0 and "--compile:" not in done.stderr, done.stderr
     (path,) = (tmp_path / "compiled").iterdir()
     assert np.abs(np.asarray(Image.open(path).convert("RGB")).astype(int) - plain).max() <= 1

@@ -6,10 +6,12 @@ import pytest
 from running import ROOT, script
 
 
-def test_fault_74_a_broken_torchvision_beside_us_does_no_harm(tmp_path):
+def test_fault_74_a_broken_torchvision_does_no_harm(tmp_path):
     package = tmp_path / "torchvision"
     package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    (package / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    )
     meta = tmp_path / "torchvision-0.28.0.dist-info"
     meta.mkdir()
     (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
@@ -38,7 +40,9 @@ def test_the_name_is_hidden_only_while_the_libraries_ask(monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("*.py")))
-def test_help_is_told_without_numpy_and_torch(name):
+def test_help_is_printed_without_numpy_and_torch(name):
     """Half a second is all that a mistake may take: numpy alone is a third of that."""
-    told = f"import sys, {name}; print(*sorted({{'numpy', 'torch', 'PIL'}} & sys.modules.keys()))"
-    assert script("-c", told).stdout.strip() == ""
+    program = (
+        f"import sys, {name}; print(*sorted({{'numpy', 'torch', 'PIL'}} & sys.modules.keys()))"
+    )
+    assert script("-c", program).stdout.strip() == ""

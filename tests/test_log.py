@@ -41,12 +41,14 @@ def test_the_level_is_the_users(capsys):
     assert "detail" in capsys.readouterr().err
 
 
-def test_a_log_file_is_emptied_and_stands_in_for_the_console(tmp_path, capsys):
+def test_a_log_file_is_emptied_and_replaces_the_console(tmp_path, capsys):
     path = tmp_path / "run.log"
     path.write_text("old")
     start("--console_log_file", path)
     text = path.read_text(encoding="utf-8")
-    assert "told" in text and "old" not in text.replace("told", "") and capsys.readouterr() == ("", "")
+    assert (
+        "told" in text and "old" not in text.replace("told", "") and capsys.readouterr() == ("", "")
+    )
 
 
 def test_other_processes_keep_quiet(monkeypatch, capsys):

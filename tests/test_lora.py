@@ -6,41 +6,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import mentioning, mentions
 from running import assert_bit_equal
 from tolerance import ADAPTER_GRADIENT_NORM, assert_formula, assert_network, assert_norm, assert_zero_in_theory
 
 from library.errors import OptionError
 from library.models import text_encoders
 from library.models.checkpoint.key_maps import Renaming, unet_pairs_of_config
+from library.models.memory.quantization import QuantizedLinear
 from library.models.unet import UNet
 from library.models.unet_config import UNetConfig
 from library.safetensors_io import load_tensors, read_header, write_safetensors
-from networks.lora import LoraModule, LoraNetwork, text_encoder_targets, unet_targets
-from networks.lora_file import load_into, network_from_file, read_lora, write_lora
+from networks.lora import LoraNetwork
+from networks.lora_file import read_lora, write_lora
+from networks.lora_layers import LoraModule, add_lora
 from networks.lora_linear import lora_linear
-from networks.options import LoraSettings, NetworkOptions, read_network_args
+from networks.lora_settings import LoraSettings, read_lora_settings
+from networks.options import NetworkOptions
+from networks.targets import all_targets, unet_targets
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads(gzip.decompress((GOLDEN / "07_lora_fullsize.json.gz").read_bytes()))["cases"]
 
 
 def settings_of(*pairs: str, dim: int = 4, alpha: float = 1.0) -> LoraSettings:
-    settings, mistakes = read_network_args(_unchecked(dim, alpha, pairs))
+    settings, mistakes = read_lora_settings(dim, alpha, None, pairs)
     assert not mistakes, mistakes
     return settings
 
 
-def _unchecked(dim, alpha, pairs) -> NetworkOptions:
-    options = NetworkOptions(network_module="networks.lora", network_dim=dim, network_alpha=alpha)
-    object.__setattr__(options, "network_args", tuple(pairs))
-    return options
-
-
-def all_targets(models):
-    targets = [
-        target for n, encoder in enumerate(models.text_encoders, 1) for target in text_encoder_targets(encoder, n)
-    ]
-    return [*targets, *unet_targets(models.unet)]
+def targets_of(models):
+    return all_targets(models.unet, models.text_encoders)
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +49,16 @@ def full_size_targets():
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_shapes({name: tuple(shape) for name, shape in shapes.items()}))
         encoders = [_text_encoder(n, getattr(FULL, f"text_encoder_{n}")) for n in (1, 2)]
-    text = [target for n, encoder in enumerate(encoders, 1) for target in text_encoder_targets(encoder, n)]
-    return text, list(unet_targets(unet))
+    return all_targets(None, encoders), list(unet_targets(unet))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["network_args"])[:60])
 def test_golden_07_names_shapes_alphas_and_learning_rates_at_full_size(case, full_size_targets):
     result = case["result"]
     pairs = [f"{key}={value}" for key, value in case["network_args"].items()]
-    settings, mistakes = read_network_args(_unchecked(case["network_dim"], case["network_alpha"], pairs))
+    settings, mistakes = read_lora_settings(case["network_dim"], case["network_alpha"], None, pairs)
     if "error" in result:
-        assert mistakes and "23" in mistakes[0].text
+        assert mistakes and "23" in mistakes[0]
         return
     text, unet = full_size_targets
     with torch.device("meta"):
@@ -90,8 +85,8 @@ def test_golden_07_outputs_and_gradients(own_models):
     golden, _ = load_tensors(GOLDEN / "07_lora_tiny.safetensors")
     expected = json.loads((GOLDEN / "07_lora_tiny.json").read_text())
     tensors = {name.removeprefix("lora."): tensor for name, tensor in golden.items() if name.startswith("lora.")}
-    network = network_from_file(all_targets(own_models), tensors, LoraSettings())
-    load_into(network, tensors, source=Path("golden"), allow_partial=False)
+    network = LoraNetwork.from_tensors(targets_of(own_models), tensors, LoraSettings())
+    network.load(tensors, source=Path("golden"), allow_partial=False)
     network.attach()
     inputs = [golden[name] for name in ("latents", "timesteps", "context", "y")]
     for name in (name for name in golden if name.startswith("unet_out.mult")):
@@ -128,13 +123,13 @@ def test_the_module_adds_what_the_formula_says_and_starts_at_nothing(layer):
     torch.manual_seed(0)
     lora = LoraModule(layer, rank=3, alpha=1.5)
     x = torch.randn(2, 6, 8, 8) if isinstance(layer, torch.nn.Conv2d) else torch.randn(2, 7, 6)
-    assert torch.equal(lora(x, layer.forward), layer(x))
+    assert torch.equal(add_lora(layer, lora)(x), layer(x))
     torch.nn.init.normal_(lora.lora_up.weight)
     delta = (lora.lora_up.weight.flatten(1) @ lora.lora_down.weight.flatten(1)).view(layer.weight.shape)
     lora.multiplier = -0.5
     merged = layer.weight + -0.5 * (1.5 / 3) * delta
     expected = torch.func.functional_call(layer, {"weight": merged, "bias": layer.bias}, (x,))
-    torch.testing.assert_close(lora(x, layer.forward), expected)
+    torch.testing.assert_close(add_lora(layer, lora)(x), expected)
 
 
 def test_nothing_as_large_as_the_output_is_saved_for_backward_beyond_what_the_base_saves():
@@ -148,7 +143,7 @@ def test_nothing_as_large_as_the_output_is_saved_for_backward_beyond_what_the_ba
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = lora(x, layer.forward)
+        y = add_lora(layer, lora)(x)
     assert y.numel() not in saved and saved.count(x.numel()) <= 1
 
 
@@ -168,18 +163,35 @@ def test_the_function_of_a_linear_layer_and_its_lora_has_the_gradients_of_its_fo
 
     assert torch.autograd.gradcheck(fused, (x, down, up))
     expected = layer(x) - 0.35 * (x @ down.t() @ up.t())
-    torch.testing.assert_close(lora(x, layer.forward), expected)
-    assert "_LoraLinear" in str(lora(x, layer.forward).grad_fn.next_functions[0][0].name())
+    torch.testing.assert_close(add_lora(layer, lora)(x), expected)
+    assert "_LoraLinear" in str(add_lora(layer, lora)(x).grad_fn.next_functions[0][0].name())
 
 
-def test_a_base_that_is_trained_or_another_function_gets_its_gradient_too():
+def test_a_base_layer_that_is_trained_gets_its_gradient_too():
     layer, x = torch.nn.Linear(5, 7), torch.randn(4, 5)
     lora = LoraModule(layer, rank=2, alpha=2)
-    lora(x, layer.forward).sum().backward()
+    add_lora(layer, lora)(x).sum().backward()
     assert layer.weight.grad is not None
-    calls = []
-    lora(x, lambda x: calls.append(x) or layer(x))
-    assert len(calls) == 1
+
+
+def test_a_quantized_layer_with_a_lora_is_the_sum_of_both():
+    torch.manual_seed(0)
+    quantized = QuantizedLinear(torch.nn.Linear(8, 6).requires_grad_(False), torch.randn(6, 8), "int8")
+    lora = LoraModule(quantized, rank=2, alpha=2)
+    torch.nn.init.normal_(lora.lora_up.weight)
+    x = torch.randn(3, 4, 8)
+    expected = quantized(x) + x @ lora.lora_down.weight.T @ lora.lora_up.weight.T
+    torch.testing.assert_close(add_lora(quantized, lora)(x), expected)
+
+
+def test_attaching_leaves_the_parameters_of_the_models_and_their_names(own_models):
+    modules = [own_models.unet, *own_models.text_encoders]
+    before = [dict(module.named_parameters()) for module in modules]
+    LoraNetwork.from_settings(targets_of(own_models), LoraSettings(dim=2, conv_dim=1)).attach()
+    for module, parameters in zip(modules, before, strict=True):
+        after = dict(module.named_parameters())
+        assert list(after) == list(parameters)
+        assert all(after[name] is parameters[name] for name in parameters)
 
 
 @pytest.mark.numeric
@@ -190,14 +202,14 @@ def test_dropouts_keep_the_mean_and_act_in_training_only(name):
     lora = LoraModule(layer, rank=8, alpha=8, **{name: 0.25})
     torch.nn.init.normal_(lora.lora_up.weight)
     x = torch.randn(4000, 2, 16) if name != "module_dropout" else torch.randn(1, 2, 16)
-    base, full = layer(x), lora.eval()(x, layer.forward)
+    base, full = layer(x), add_lora(layer, lora.eval())(x)
     lora.train()
     if name == "module_dropout":
-        outputs = torch.cat([lora(x, layer.forward) - base for _ in range(4000)])
+        outputs = torch.cat([add_lora(layer, lora)(x) - base for _ in range(4000)])
         share = (outputs.abs().sum((1, 2)) == 0).float().mean()
         assert share == pytest.approx(0.25, abs=0.03)
         return
-    change = lora(x, layer.forward) - base
+    change = add_lora(layer, lora)(x) - base
     torch.testing.assert_close(
         (change * (full - base)).sum() / (full - base).square().sum(), torch.tensor(1.0), atol=0.03, rtol=0
     )
@@ -209,7 +221,7 @@ def test_rank_dropout_drops_whole_ranks_of_a_sample():
     layer = torch.nn.Linear(3, 3, bias=False)
     lora = LoraModule(layer, rank=3, alpha=3, rank_dropout=0.5).train()
     lora.lora_up.weight.data, lora.lora_down.weight.data = torch.eye(3), torch.eye(3)
-    change = lora(torch.ones(50, 7, 3), layer.forward) - layer(torch.ones(50, 7, 3))
+    change = add_lora(layer, lora)(torch.ones(50, 7, 3)) - layer(torch.ones(50, 7, 3))
     values = {round(value, 4) for value in change.flatten().tolist()}
     assert values == {0.0, 2.0} and (change == change[:, :1]).all()
 
@@ -217,7 +229,7 @@ def test_rank_dropout_drops_whole_ranks_of_a_sample():
 def test_bfloat16_layers_take_float32_modules():
     layer = torch.nn.Linear(8, 8).bfloat16()
     lora = LoraModule(layer, rank=2, alpha=2)
-    y = lora(torch.randn(2, 3, 8).bfloat16(), layer.forward)
+    y = add_lora(layer, lora)(torch.randn(2, 3, 8).bfloat16())
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and lora.lora_up.weight.grad.dtype == torch.float32
 
@@ -226,23 +238,23 @@ def test_bfloat16_layers_take_float32_modules():
 
 
 @pytest.mark.parametrize(
-    "pair, expected",
+    "pair, tokens",
     [
-        ("conv_dims=4", "'conv_dims' is no argument of networks.lora; did you mean 'conv_dim'?"),
-        ("conv_dim=four", "conv_dim: expected a whole number, got 'four'"),
-        ("conv_dim", "conv_dim: expected a whole number, got ''"),
-        ("block_dims=4,4,4", "expected 23 whole numbers"),
-        ("rank_dropout=1.5", "expected a number in 0..1"),
-        ("down_lr_weight=0.5", "expected 9 numbers separated by commas, or one of sine"),
-        ("down_lr_weight=sinus+1", "expected 9 numbers"),
-        ("conv_alpha=1", "conv_alpha needs conv_dim"),
-        ("block_lr=1e-4", "'block_lr' is no argument"),
+        ("conv_dims=4", ["'conv_dims'", "networks.lora", "'conv_dim'"]),
+        ("conv_dim=four", ["conv_dim", "number|integer", "'four'"]),
+        ("conv_dim", ["conv_dim", "number|integer", "''"]),
+        ("block_dims=4,4,4", ["block_dims", "23", "'4,4,4'"]),
+        ("rank_dropout=1.5", ["rank_dropout", "probability|number", "'1.5'"]),
+        ("down_lr_weight=0.5", ["down_lr_weight", "9", "sine", "'0.5'"]),
+        ("down_lr_weight=sinus+1", ["down_lr_weight", "9", "sine", "'sinus+1'"]),
+        ("conv_alpha=1", ["conv_alpha", "conv_dim"]),
+        ("block_lr=1e-4", ["'block_lr'", "networks.lora"]),
     ],
 )
-def test_bad_network_args_are_named_with_what_is_expected(pair, expected):
+def test_bad_network_args_are_named_with_what_is_expected(pair, tokens):
     with pytest.raises(OptionError) as error:
         NetworkOptions(network_module="networks.lora", network_args=(pair,))
-    assert expected in str(error.value) and str(error.value).startswith("--network_args: ")
+    assert mentions(str(error.value), "--network_args", *tokens)
 
 
 def test_weights_lists_are_cut_filled_and_thresholded():
@@ -267,7 +279,7 @@ def test_block_options_without_dims_take_the_networks_dim(own_models):
 @pytest.fixture
 def network(own_models):
     torch.manual_seed(1)
-    network = LoraNetwork.from_settings(all_targets(own_models), settings_of("conv_dim=2", dim=3, alpha=2))
+    network = LoraNetwork.from_settings(targets_of(own_models), settings_of("conv_dim=2", dim=3, alpha=2))
     for lora in network.loras():
         torch.nn.init.normal_(lora.lora_up.weight)
     return network
@@ -278,8 +290,8 @@ def test_a_file_comes_back_as_it_was(network, own_models, tmp_path, ending):
     path = tmp_path / f"lora{ending}"
     write_lora(path, network.file_tensors(), {"ss_network_dim": "3"}, None)
     tensors = read_lora(path, own_models.unet)
-    again = network_from_file(all_targets(own_models), tensors, LoraSettings())
-    load_into(again, tensors, source=path, allow_partial=False)
+    again = LoraNetwork.from_tensors(targets_of(own_models), tensors, LoraSettings())
+    again.load(tensors, source=path, allow_partial=False)
     assert_bit_equal(network.file_tensors(), again.file_tensors())
 
 
@@ -320,24 +332,26 @@ def changed(tensors: dict, kind: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "kind, expected",
+    "kind, tokens",
     [
-        ("a key dropped", "1 tensors are missing in it"),
-        ("a key renamed", "1 tensors are not in this network"),
-        ("a key resized", "have another shape"),
+        ("a key dropped", ["1", "missing|lacks|absent"]),
+        ("a key renamed", ["1", "lora_unet_middle_block_9"]),
+        ("a key resized", ["1", "shape", "[2, 128]", "[3, 128]"]),
     ],
 )
-def test_fault_19_a_file_that_doesnt_fit_is_told_with_counts_and_names(kind, expected, network, own_models):
+def test_fault_19_a_file_that_doesnt_fit_is_told_with_counts_and_names(kind, tokens, network, own_models):
     tensors = changed(network.file_tensors(), kind)
     with pytest.raises(OptionError) as error:
-        load_into(network, tensors, source=Path("x"), allow_partial=False)
-    assert expected in str(error.value) and "middle_block" in str(error.value) and "--allow_partial" in str(error.value)
-    load_into(network, tensors, source=Path("x"), allow_partial=True)
+        network.load(tensors, source=Path("x"), allow_partial=False)
+    assert mentions(
+        str(error.value), "--network_weights", "lora_unet_middle_block_1_proj_in", "--allow_partial", *tokens
+    )
+    network.load(tensors, source=Path("x"), allow_partial=True)
 
 
 def test_fault_19_a_file_of_which_nothing_fits_is_always_refused(network):
-    with pytest.raises(OptionError, match="none of its 1 tensors fits this network"):
-        load_into(network, {"lora_unet_else.lora_down.weight": torch.zeros(2, 2)}, source=Path("x"), allow_partial=True)
+    with pytest.raises(OptionError, match=mentioning("--network_weights", "1", "696")):
+        network.load({"lora_unet_else.lora_down.weight": torch.zeros(2, 2)}, source=Path("x"), allow_partial=True)
 
 
 def test_a_files_alpha_is_used_and_saved(network):
@@ -345,7 +359,7 @@ def test_a_files_alpha_is_used_and_saved(network):
         name: torch.tensor(0.5) if name.endswith(".alpha") else tensor
         for name, tensor in network.file_tensors().items()
     }
-    load_into(network, tensors, source=Path("x"), allow_partial=False)
+    network.load(tensors, source=Path("x"), allow_partial=False)
     assert {lora.alpha for lora in network.loras()} == {0.5}
 
 

@@ -1,6 +1,5 @@
 """The estimate of memory, the plan that goes by it, and the presets; the bars are counted on the full-size model."""
 
-import functools
 import re
 import shutil
 from pathlib import Path
@@ -9,52 +8,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 from full_size import peak_of
+from messages import mentioning
 from running import ROOT, train_network
 
-from benchmarks.memory import BARS, FULL, LORA, kind_of, options_of
+from benchmarks.memory import BARS, plan_of
 from library.errors import OptionError
-from library.log import silence_logging
 from library.models.checkpoint.reference_shapes import stand_in
 from library.models.sdxl import SdxlModels
-from library.size import Size
 from library.training.options.memory import MemoryOptions
-from library.training.setup import build_run as start
-from library.training.setup.build import build_on_meta, open_models
-from library.training.setup.inputs import RunInputs
-from library.training.setup.memory_estimate import GIB, fit
-from library.training.setup.plan import Bucket, estimate_memory, trained_groups
-from library.training.tasks.base import Task
+from library.training.setup import training_state
+from library.training.setup.memory_plan import GIB
+from library.training.setup.plan import RunPlan
 
 PRESETS = [path for kind in ("sdxl_finetune", "lora") for path in sorted((ROOT / "configs").glob(f"{kind}_*gb.toml"))]
 OFTEN = ("sdxl_finetune_8gb", "lora_4gb")
 
 
-@functools.cache
-def skeleton(task: str) -> Task:
-    """The task without weights. What these tests vary changes nothing of it."""
-    kind = kind_of(task)
-    options = options_of(task, FULL if kind.__name__ == "FineTune" else LORA)
-    made = build_on_meta(kind, open_models(kind, options, found(), torch.device("cpu")), options)
-    assert made is not None
-    return made
-
-
-@functools.cache
-def found() -> RunInputs:
-    return RunInputs(stand_in(Path("sdxl.safetensors")), False, False, (), None)  # type: ignore[arg-type]
-
-
-def rehearsed(task: str, words: list[str]):
-    """Options, and the estimate that others would have, from headers alone."""
-    options = options_of(task, words)
-    models = open_models(kind_of(task), options, found(), torch.device("cpu"))
-    groups, buckets = trained_groups(skeleton(task), 10), [Bucket(Size(1024, 1024), 1, 1, 1)]
-    return options, lambda tried: estimate_memory(skeleton(task), models, groups, buckets, tried)
+def plan_for(task: str, words: list[str]) -> RunPlan:
+    """The plan of a run on the full-size model, from headers alone."""
+    return plan_of(task, words, stand_in(Path("sdxl.safetensors")), torch.device("cpu"))
 
 
 def estimated(task: str, words: list[str]) -> int:
-    options, estimate = rehearsed(task, words)
-    return estimate(options).total
+    return plan_for(task, words).memory().total
 
 
 @pytest.mark.parametrize("name", BARS)
@@ -98,16 +74,14 @@ def test_each_preset_fits_its_card_by_a_dry_run(preset, images, tmp_path, capsys
     (mistake,) = error.value.mistakes
     assert "sd_xl_base_1.0.safetensors" in mistake.text
     page = capsys.readouterr().out
-    amount, unit = re.search(r"about ([\d.]+) ([GM]B) on the\s+device", page).groups()
+    amount, unit = re.search(r"^  memory: about ([\d.]+) ([GM]B)", page, re.MULTILINE).groups()
     assert float(amount) * {"GB": 1e9, "MB": 1e6}[unit] <= (card - 0.8) * GIB
 
 
 def plan(name: str, card: str, *extra: str) -> MemoryOptions:
     _, task, words = BARS[name]
     words = [word for word in words if word != "--gradient_checkpointing"]
-    options, estimate = rehearsed(task, [*words, "--memory_plan", card, *extra])
-    with silence_logging():
-        return fit(options, torch.device("cpu"), estimate, 87, trains_base=name == "full")[MemoryOptions]
+    return plan_for(task, [*words, "--memory_plan", card, *extra]).options[MemoryOptions]
 
 
 @pytest.mark.parametrize("name, card, words", [
@@ -125,9 +99,9 @@ def test_the_plan_is_the_fastest_that_fits(name, card, words):
 
 @pytest.mark.long
 def test_a_plan_that_cant_be_kept_says_what_would_help():
-    with pytest.raises(OptionError, match=r"there are .*What would help: --fp8_base or --base_quant nf4"):
+    with pytest.raises(OptionError, match=mentioning("--memory_plan", "1.2", "--fp8_base", "--base_quant")):
         plan("lora", "1.2")
-    with pytest.raises(OptionError, match="expected fast, auto, or the card's memory in GB"):
+    with pytest.raises(OptionError, match=mentioning("--memory_plan", "fast", "auto", "GB", "'small'")):
         plan("lora", "small")
 
 
@@ -136,11 +110,11 @@ def test_encoders_and_vae_leave_once_caches_are_filled_and_are_never_loaded_when
 ):
     words = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", "1"]
     loaded: list[set[str]] = []
-    build_loss_module = start.build_loss_module
+    build = training_state.build_loss_module
     monkeypatch.setattr(
-        start,
+        training_state,
         "build_loss_module",
-        lambda task, models, *rest: loaded.append(set(vars(models))) or build_loss_module(task, models, *rest),
+        lambda task, models, *rest, **more: loaded.append(set(vars(models))) or build(task, models, *rest, **more),
     )
     train_network(golden_model, images, tmp_path / "filling", *words)
     monkeypatch.setattr(SdxlModels, "_text_encoder", None)

@@ -1,7 +1,7 @@
 """The helper that tests look at messages with: what its tokens find, and what they don't."""
 
 import pytest
-from messages import lines_mentioning, mentioning, mentions, tells_of_caching
+from messages import lines_mentioning, mentioning, mentions, shows_caching
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,7 @@ from messages import lines_mentioning, mentioning, mentions, tells_of_caching
         ("must be at least 1, got -3", "-3", True),
         ("got 10, or 0.1, or 2,001", "1", False),
         ("bucket 64x96", "64x96", True),
+        ("expected 0..1", "1", True),
         ("the latents contain NaN", "finite|NaN|Inf", True),
         ("its latents aren't finite", "finite|NaN|Inf", True),
         ("infinite loss", "finite|NaN|Inf", False),
@@ -40,6 +41,6 @@ def test_all_tokens_are_in_one_line_in_any_order():
 
 
 def test_caching_is_seen_in_the_console_and_isnt_in_an_error():
-    assert tells_of_caching("12:00:00 INFO    latents: 0 of 4 are cached\n")
-    assert tells_of_caching("caching text-encoder outputs: 100%\n")
-    assert not tells_of_caching("12:00:00 WARNING --cache_latents is set\nerror: latents of another size\n")
+    assert shows_caching("12:00:00 INFO    latents: 0 of 4 are cached\n")
+    assert shows_caching("caching text-encoder outputs: 100%\n")
+    assert not shows_caching("12:00:00 WARNING --cache_latents is set\nerror: latents of another size\n")

@@ -29,23 +29,40 @@ def trained(name: str, folder: Path, model: Path, monkeypatch, *extra: str) -> d
 
 
 @pytest.mark.parametrize("name", ["lora_unet", "lora_te"])
-def test_every_key_has_the_references_value(name, golden_data, golden_model, monkeypatch):
+def test_every_key_has_the_value_of_sd_scripts(name, golden_data, golden_model, monkeypatch):
     found = trained(name, golden_data, golden_model, monkeypatch)
     expected = Golden(name).facts["output_metadata"]
     assert found.keys() == expected.keys()
     for key in expected.keys() - OF_THE_RUN:
         is_json = expected[key][:1] in "[{"
-        assert (json.loads(found[key]) == json.loads(expected[key])) if is_json else found[key] == expected[key], key
+        assert (
+            (json.loads(found[key]) == json.loads(expected[key]))
+            if is_json
+            else found[key] == expected[key]
+        ), key
 
 
-def test_no_metadata_keeps_what_other_programs_need(golden_data, golden_model, monkeypatch):
-    found = trained("lora_unet", golden_data, golden_model, monkeypatch, "--no_metadata", "--max_train_steps", "1")
+def test_no_metadata_keeps_the_keys_that_other_programs_need(
+    golden_data, golden_model, monkeypatch
+):
+    found = trained(
+        "lora_unet",
+        golden_data,
+        golden_model,
+        monkeypatch,
+        "--no_metadata",
+        "--max_train_steps",
+        "1",
+    )
     ss = {key: value for key, value in found.items() if key.startswith("ss_")}
     assert ss == {
         "ss_v2": "False", "ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora",
         "ss_network_dim": "2", "ss_network_alpha": "1.0",
     }  # fmt: skip
-    assert found["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora" and "sshs_model_hash" in found
+    assert (
+        found["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+        and "sshs_model_hash" in found
+    )
 
 
 def test_modelspec_from_the_options(golden_data, golden_model, monkeypatch):
@@ -53,7 +70,11 @@ def test_modelspec_from_the_options(golden_data, golden_model, monkeypatch):
         "lora_unet", golden_data, golden_model, monkeypatch, "--max_train_steps", "1", "--metadata_title", "T", "--metadata_author", "A",
         "--metadata_thumbnail", "data/img0.png", "--min_timestep", "100", "--v_parameterization", "--clip_skip", "2", "--resolution", "64,96",
     )  # fmt: skip
-    spec = {key.removeprefix("modelspec."): value for key, value in found.items() if key.startswith("modelspec.")}
+    spec = {
+        key.removeprefix("modelspec."): value
+        for key, value in found.items()
+        if key.startswith("modelspec.")
+    }
     assert (spec["title"], spec["author"], spec["timestep_range"], spec["prediction_type"]) == (
         "T",
         "A",
@@ -69,7 +90,13 @@ def test_without_a_dataset_file_the_folders_are_described(golden_model, images, 
     from running import train_network
 
     path = train_network(
-        golden_model, images, tmp_path / "out", "--max_train_steps", "1", "--gradient_accumulation_steps", "2"
+        golden_model,
+        images,
+        tmp_path / "out",
+        "--max_train_steps",
+        "1",
+        "--gradient_accumulation_steps",
+        "2",
     )
     found = read_header(path).metadata
     assert (
@@ -80,5 +107,8 @@ def test_without_a_dataset_file_the_folders_are_described(golden_model, images, 
     assert json.loads(found["ss_dataset_dirs"]) == {"2_shapes": {"n_repeats": 2, "img_count": 4}}
     assert json.loads(found["ss_tag_frequency"])["2_shapes"]["flat colours"] == 4
     info = json.loads(found["ss_bucket_info"])
-    assert sum(bucket["count"] for bucket in info["buckets"].values()) == 8 and info["mean_img_ar_error"] > 0
+    assert (
+        sum(bucket["count"] for bucket in info["buckets"].values()) == 8
+        and info["mean_img_ar_error"] > 0
+    )
     assert "ss_datasets" not in found

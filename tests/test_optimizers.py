@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from messages import mentioning
 
 from library.errors import OptionError
 from library.imports import import_diffusers, import_transformers
@@ -75,7 +76,9 @@ def test_what_the_table_says_of_an_optimizer_is_true(name):
         cls, _ = find_optimizer(name)
     except OptionError as error:
         pytest.skip(str(error))
-    optimizer = make_optimizer(name, {}, [ParamGroup("a", {"w": torch.nn.Parameter(torch.randn(8, 8))}, 1.0)], 1.0)
+    optimizer = make_optimizer(
+        name, {}, [ParamGroup("a", {"w": torch.nn.Parameter(torch.randn(8, 8))}, 1.0)], 1.0
+    )
     assert cls.__name__ == spec.class_name
     assert is_schedule_free(optimizer) is spec.is_schedule_free
     assert bool(getattr(optimizer, "is_paged", False)) is spec.is_paged
@@ -83,7 +86,16 @@ def test_what_the_table_says_of_an_optimizer_is_true(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["AdamW", "AdamW8bit", "Lion", "Prodigy", "SGDNesterov", "AdamWScheduleFree", "torch.optim.NAdam"]
+    "name",
+    [
+        "AdamW",
+        "AdamW8bit",
+        "Lion",
+        "Prodigy",
+        "SGDNesterov",
+        "AdamWScheduleFree",
+        "torch.optim.NAdam",
+    ],
 )
 def test_every_family_steps_and_lowers_a_loss(name):
     made = groups()
@@ -107,51 +119,62 @@ def test_each_group_has_its_own_rate_and_nesterov_its_momentum():
     optimizer = make_optimizer("SGDNesterov", {}, groups(), 0.01)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.02]
     assert optimizer.defaults["momentum"] == 0.9 and optimizer.defaults["nesterov"]
-    assert make_optimizer("SGDNesterov", {"momentum": 0.5}, groups(), 0.01).defaults["momentum"] == 0.5
+    assert (
+        make_optimizer("SGDNesterov", {"momentum": 0.5}, groups(), 0.01).defaults["momentum"] == 0.5
+    )
 
 
-def test_adafactor_finds_its_own_rate_unless_told_not_to():
+def test_adafactor_finds_its_own_rate_unless_relative_step_is_false():
     own = make_optimizer("Adafactor", {}, groups(), 0.01)
     assert own.defaults["relative_step"] and own.param_groups[0]["lr"] is None
     scheduler = make_scheduler(own, ScheduleOptions(), 10, 0.01)
     assert type(scheduler).__name__ == "AdafactorSchedule"
-    fixed = make_optimizer("Adafactor", {"relative_step": False, "scale_parameter": False}, groups(), 0.01)
+    fixed = make_optimizer(
+        "Adafactor", {"relative_step": False, "scale_parameter": False}, groups(), 0.01
+    )
     assert [group["lr"] for group in fixed.param_groups] == [0.01, 0.02]
 
 
-def test_the_rate_that_adafactor_finds_is_told():
+def test_the_rate_that_adafactor_finds_is_reported():
     """By hand: a hundredth of the root mean square of the weights, which is 2, and before the first step of a thousandth."""
     group = ParamGroup("a", {"w": torch.nn.Parameter(torch.full((4, 4), 2.0))}, 1e-4)
     optimizer = make_optimizer("Adafactor", {}, [group], 1e-4)
     make_scheduler(optimizer, ScheduleOptions(), 10, 1e-4)
-    (told,) = optimizer.param_groups
-    assert current_rate(optimizer, told) == pytest.approx(1e-5)
+    (param_group,) = optimizer.param_groups
+    assert current_rate(optimizer, param_group) == pytest.approx(1e-5)
     group.parameters["w"].sum().backward()
     optimizer.step()
-    assert current_rate(optimizer, told) == pytest.approx(0.02)
+    assert current_rate(optimizer, param_group) == pytest.approx(0.02)
     fixed = make_optimizer("Adafactor", {"relative_step": False}, [group], 1e-4)
     assert current_rate(fixed, fixed.param_groups[0]) == 1e-4
 
 
 def test_arguments_are_python_literals():
     values, mistakes = read_arguments(
-        "--optimizer_args", ["betas=0.9,0.99", "weight_decay=0.01", "flag=True", "text='x'", "rate=1e-3"]
+        "--optimizer_args",
+        ["betas=0.9,0.99", "weight_decay=0.01", "flag=True", "text='x'", "rate=1e-3"],
     )
     assert (
-        values == {"betas": (0.9, 0.99), "weight_decay": 0.01, "flag": True, "text": "x", "rate": 1e-3} and not mistakes
+        values
+        == {"betas": (0.9, 0.99), "weight_decay": 0.01, "flag": True, "text": "x", "rate": 1e-3}
+        and not mistakes
     )
     for bad in ("betas", "a=b=c", "text=x", "flag=", "__import__('os')"):
         assert read_arguments("--optimizer_args", [bad])[1], bad
 
 
 def test_wrong_names_and_arguments_are_mistakes_that_say_what_to_do():
-    with pytest.raises(OptionError, match=r"torch\.optim has no AdamWW; did you mean 'AdamW'"):
+    with pytest.raises(OptionError, match=mentioning("--optimizer_type", "torch.optim", "AdamWW", "'AdamW'")):
         find_optimizer("AdamWW")
-    with pytest.raises(OptionError, match="pip install nosuchpackage"):
+    with pytest.raises(
+        OptionError, match=mentioning("--optimizer_type", "nosuchpackage.optim.Best", "pip install nosuchpackage")
+    ):
         find_optimizer("nosuchpackage.optim.Best")
-    with pytest.raises(OptionError, match=r"Prodigy takes one learning rate .* got a 0\.01, b 0\.02"):
+    with pytest.raises(
+        OptionError, match=mentioning("--optimizer_type", "Prodigy", "learning rate", "a 0.01", "b 0.02")
+    ):
         make_optimizer("Prodigy", {}, groups(), 1.0)
-    with pytest.raises(OptionError, match=r"AdamW has no 'beta'; did you mean 'betas'.* It takes betas"):
+    with pytest.raises(OptionError, match=mentioning("--optimizer_args", "AdamW", "'beta'", "'betas'", "weight_decay")):
         make_optimizer("AdamW", {"beta": 1}, groups(), 0.01)
 
 
@@ -161,12 +184,15 @@ def test_a_package_that_isnt_there_is_one_sentence_with_the_pip_command(monkeypa
     for name in [name for name in sys.modules if name.split(".")[0] == "prodigyopt"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
-    with pytest.raises(OptionError, match="pip install prodigyopt"):
+    with pytest.raises(OptionError, match=mentioning("--optimizer_type", "Prodigy", "pip install prodigyopt")):
         find_optimizer("Prodigy")
 
 
 def test_the_metadata_form():
-    assert format_optimizer(make_optimizer("AdamW", {}, groups(), 0.01), {}) == "torch.optim.adamw.AdamW"
+    assert (
+        format_optimizer(make_optimizer("AdamW", {}, groups(), 0.01), {})
+        == "torch.optim.adamw.AdamW"
+    )
     given = {"weight_decay": 0.05, "betas": (0.9, 0.99)}
     assert (
         format_optimizer(make_optimizer("AdamW", given, groups(), 0.01), given)
@@ -206,10 +232,14 @@ def test_schedules_equal_transformers(name, options, theirs):
     if name == "inverse_sqrt":  # whose arguments get_scheduler has forgotten in some versions
         scheduler = transformers.get_inverse_sqrt_schedule(optimizer, warmup, **theirs)
     else:
-        scheduler = transformers.get_scheduler(name, optimizer, **steps, scheduler_specific_kwargs=theirs)
+        scheduler = transformers.get_scheduler(
+            name, optimizer, **steps, scheduler_specific_kwargs=theirs
+        )
     ours = factor(ScheduleOptions(lr_scheduler=name, **options), TOTAL, LR, {})
     for step in range(TOTAL):
-        assert ours(step) * LR == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9, abs=1e-15), step
+        assert ours(step) * LR == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9, abs=1e-15), (
+            step
+        )
         optimizer.step()
         scheduler.step()
 
@@ -218,7 +248,9 @@ def test_piecewise_constant_equals_diffusers():
     rules = "1:10,0.1:20,0.01:30,0.005"
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = import_diffusers().optimization.get_piecewise_constant_schedule(optimizer, rules)
-    options = ScheduleOptions(lr_scheduler="piecewise_constant", lr_scheduler_args=(f"step_rules='{rules}'",))
+    options = ScheduleOptions(
+        lr_scheduler="piecewise_constant", lr_scheduler_args=(f"step_rules='{rules}'",)
+    )
     ours = factor(options, TOTAL, 1.0, {"step_rules": rules})
     for step in range(40):
         assert ours(step) == scheduler.get_last_lr()[0]
@@ -228,7 +260,9 @@ def test_piecewise_constant_equals_diffusers():
 
 def test_any_schedulers_class_with_arguments():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    options = ScheduleOptions(lr_scheduler_type="StepLR", lr_scheduler_args=("step_size=2", "gamma=0.5"))
+    options = ScheduleOptions(
+        lr_scheduler_type="StepLR", lr_scheduler_args=("step_size=2", "gamma=0.5")
+    )
     scheduler = make_scheduler(optimizer, options, TOTAL, 1.0)
     rates = []
     for _ in range(5):
@@ -236,19 +270,31 @@ def test_any_schedulers_class_with_arguments():
         optimizer.step()
         scheduler.step()
     assert rates == [1.0, 1.0, 0.5, 0.5, 0.25]
-    with pytest.raises(OptionError, match="lr_scheduler_type NoLR"):
+    with pytest.raises(OptionError, match=mentioning("--lr_scheduler_type", "NoLR")):
         make_scheduler(optimizer, ScheduleOptions(lr_scheduler_type="NoLR"), TOTAL, 1.0)
 
 
 @pytest.mark.parametrize(
-    "options, expected",
+    "options, tokens",
     [
-        ({"lr_scheduler": "constant", "lr_warmup_steps": 10}, "take --lr_scheduler constant_with_warmup"),
-        ({"lr_scheduler": "cosine_with_min_lr"}, "needs --lr_scheduler_min_lr_ratio"),
-        ({"lr_scheduler": "piecewise_constant"}, "needs --lr_scheduler_args .step_rules"),
-        ({"lr_scheduler": "cosine", "lr_scheduler_args": ("a=1",)}, "takes none"),
+        (
+            {"lr_scheduler": "constant", "lr_warmup_steps": 10},
+            ["--lr_warmup_steps", "10", "constant", "constant_with_warmup"],
+        ),
+        (
+            {"lr_scheduler": "cosine_with_min_lr"},
+            ["--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_min_lr_ratio"],
+        ),
+        (
+            {"lr_scheduler": "piecewise_constant"},
+            ["--lr_scheduler", "piecewise_constant", "--lr_scheduler_args", "step_rules"],
+        ),
+        (
+            {"lr_scheduler": "cosine", "lr_scheduler_args": ("a=1",)},
+            ["--lr_scheduler_args", "--lr_scheduler", "cosine"],
+        ),
     ],
 )
-def test_fault_59_schedules_that_cant_work_are_mistakes(options, expected):
-    with pytest.raises(OptionError, match=expected):
+def test_fault_59_schedules_that_cant_work_are_mistakes(options, tokens):
+    with pytest.raises(OptionError, match=mentioning(*tokens)):
         ScheduleOptions(**options)

@@ -111,14 +111,16 @@ def test_numbers_in_percent_and_lists_on_the_command_line():
         ("length = 100", "expected one of 150, 225"),
     ],
 )
-def test_a_wrong_value_is_told_with_file_line_found_and_expected(line, expected, tmp_path):
+def test_a_wrong_value_is_reported_with_its_line_and_what_is_expected(line, expected, tmp_path):
     (text,) = mistakes_of(toml=f"# first line\n{line}\n", tmp_path=tmp_path)
     assert "run.toml, line 2: " in text and expected in text
 
 
 def test_an_unknown_key_in_the_config_file_is_named_with_its_file_and_nearest_option(tmp_path):
     (text,) = mistakes_of(toml="[loss]\nlearning_rat = 5\n", tmp_path=tmp_path)
-    assert text.endswith("run.toml, line 2: learning_rat is not an option of this script; did you mean 'learning_rate'?")
+    assert text.endswith(
+        "run.toml, line 2: learning_rat is not an option of this script; did you mean 'learning_rate'?"
+    )
 
 
 def test_foreign_keys_get_one_line_together(tmp_path):
@@ -129,7 +131,13 @@ def test_foreign_keys_get_one_line_together(tmp_path):
     (line,) = options.notices
     assert all(
         key in line
-        for key in ("epoch", "sdxl", "noise_offset_type", "block_lr (an option of sdxl_train.py)", "something_else")
+        for key in (
+            "epoch",
+            "sdxl",
+            "noise_offset_type",
+            "block_lr (an option of sdxl_train.py)",
+            "something_else",
+        )
     )
 
 
@@ -161,13 +169,23 @@ def test_keys_of_other_scripts_are_found_without_numpy_and_torch():
 
 
 def test_strict_config_makes_every_unknown_key_a_mistake(tmp_path):
-    texts = mistakes_of("--strict_config", toml="epoch = 1\nsomething_else = 3\n", tmp_path=tmp_path)
+    texts = mistakes_of(
+        "--strict_config", toml="epoch = 1\nsomething_else = 3\n", tmp_path=tmp_path
+    )
     assert len(texts) == 2
 
 
-def test_all_mistakes_are_told_at_once(tmp_path):
+def test_all_mistakes_are_reported_together(tmp_path):
     texts = mistakes_of(
-        "--steps", "x", "--nam", "y", "--flag", "--name", "z", toml="learning_rat = 1\nkind = 'c'\n", tmp_path=tmp_path
+        "--steps",
+        "x",
+        "--nam",
+        "y",
+        "--flag",
+        "--name",
+        "z",
+        toml="learning_rat = 1\nkind = 'c'\n",
+        tmp_path=tmp_path,
     )
     assert len(texts) == 5
     for piece in (
@@ -180,36 +198,41 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         assert any(piece in text for text in texts), piece
 
 
-def test_what_follows_from_a_broken_option_is_not_told():
+def test_mistakes_that_follow_from_an_invalid_value_are_not_reported():
     def check(options):
         if options[Group].steps < 100:
             yield Mistake("too few steps", ("steps",))
 
-    assert mistakes_of("--steps", "x", checks=[check]) == ["--steps: expected a whole number, got 'x'"]
+    assert mistakes_of("--steps", "x", checks=[check]) == [
+        "--steps: expected a whole number, got 'x'"
+    ]
     assert mistakes_of("--steps", "5", checks=[check]) == ["too few steps"]
 
 
-def test_abbreviations_are_refused_with_the_whole_name():
+def test_abbreviations_are_refused_with_the_complete_name():
     assert mistakes_of("--learning_rat", "1") == [
         "--learning_rat is not an option of this script; did you mean 'learning_rate'?"
     ]
 
 
-def test_an_option_without_its_value_is_told():
+def test_an_option_without_its_value_is_a_mistake():
     (text,) = mistakes_of("--steps")
     assert "expected one argument" in text
 
 
-def test_options_without_effect_are_told_when_set():
+def test_options_without_effect_give_a_notice_when_set():
     (line,) = read("--quiet").notices
     assert line == "--quiet changes nothing: it never did"
     assert read().notices == []
 
 
-def test_refused_options_are_told_with_the_reason_and_switched_off_ones_are_no_mistake(tmp_path):
+def test_refused_options_are_mistakes_with_a_reason_unless_they_are_off(tmp_path):
     refused = {"deepspeed": "not here; leave it out"}
     assert mistakes_of("--deepspeed", refused=refused) == ["--deepspeed: not here; leave it out"]
-    assert "deepspeed: not here" in mistakes_of(toml="deepspeed = true\n", tmp_path=tmp_path, refused=refused)[0]
+    assert (
+        "deepspeed: not here"
+        in mistakes_of(toml="deepspeed = true\n", tmp_path=tmp_path, refused=refused)[0]
+    )
     read(toml="deepspeed = false\n", tmp_path=tmp_path, refused=refused)
 
 
@@ -232,7 +255,12 @@ def test_output_config_writes_what_differs_from_the_defaults_and_reads_back(tmp_
     assert stop.value.code == 0
     assert "config_file" not in path.read_text(encoding="utf-8")
     options = read("--config_file", str(path))[Group]
-    assert (options.steps, options.rates, options.flag, options.folder) == (3, (1.0, 2.0), True, Path("a/b"))
+    assert (options.steps, options.rates, options.flag, options.folder) == (
+        3,
+        (1.0, 2.0),
+        True,
+        Path("a/b"),
+    )
 
 
 def test_output_config_never_overwrites(tmp_path):
@@ -265,7 +293,9 @@ def test_a_group_that_breaks_its_own_rules_cant_be_made():
 
 def test_edits_counts_single_letter_changes():
     assert [edits("kitten", "sitting"), edits("", "abc"), edits("same", "same")] == [3, 3, 0]
-    assert did_you_mean("min_snr_gama", ["min_snr_gamma", "seed"]) == "; did you mean 'min_snr_gamma'?"
+    assert (
+        did_you_mean("min_snr_gama", ["min_snr_gamma", "seed"]) == "; did you mean 'min_snr_gamma'?"
+    )
     assert did_you_mean("zzz", ["seed"]) == ""
 
 
@@ -275,7 +305,10 @@ class Flagged(OptionGroup, affects_result=False, stored_in_image=False):
 
     folder: Path | None = option(None, "a folder", private=True)
     size: int = option(
-        5, "a size", affects_result=True, dataset_key=DatasetKey(("general",), name="file_size", default=7)
+        5,
+        "a size",
+        affects_result=True,
+        dataset_key=DatasetKey(("general",), name="file_size", default=7),
     )
     key: str | None = option(None, "a key", secret=True, stored_in_image=True)
 
@@ -285,7 +318,10 @@ def test_an_option_is_what_its_declaration_says_and_otherwise_what_its_group_say
     assert [spec.affects_result for spec in (folder, size, key)] == [False, True, False]
     assert [spec.stored_in_image for spec in (folder, size, key)] == [False, False, True]
     assert [spec.is_private for spec in (folder, size, key)] == [True, False, True]
-    assert all(spec.affects_result and spec.stored_in_image and not spec.is_private for spec in specs_of(Group))
+    assert all(
+        spec.affects_result and spec.stored_in_image and not spec.is_private
+        for spec in specs_of(Group)
+    )
 
 
 def test_a_key_of_the_dataset_file_is_its_option_with_the_differences_it_declares():

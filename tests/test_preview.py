@@ -1,4 +1,4 @@
-"""Samples during training: what is drawn, when, under which names, and that training doesn't notice."""
+"""Sample images during training: when they are generated, under which names, and that training is not affected."""
 
 import json
 import re
@@ -8,12 +8,22 @@ import pytest
 from forked import end_together
 from forked import processes as on_processes
 from PIL import Image
-from running import QUICK, arguments, assert_bit_equal, losses_of, tensors_of, train_network, without
+from running import (
+    QUICK,
+    arguments,
+    assert_bit_equal,
+    losses_of,
+    tensors_of,
+    train_network,
+    without,
+)
 
 from library.generation import single_image
 from library.generation.image_grid import contact_sheet, thumbnail
 
-PROMPTS = "a red square --s 2\na (blue:1.4) circle --w 96 --h 64 --d 5 --s 2 --ss euler_a --n dark\n"
+PROMPTS = (
+    "a red square --s 2\na (blue:1.4) circle --w 96 --h 64 --d 5 --s 2 --ss euler_a --n dark\n"
+)
 
 
 @pytest.fixture
@@ -27,7 +37,9 @@ def names_in(output):
     return sorted(re.sub(r"_\d{14}", "", path.name) for path in (output / "sample").iterdir())
 
 
-def test_samples_by_steps_have_the_contracts_names_and_the_training_resolution(golden_model, images, prompts, tmp_path):
+def test_samples_by_steps_have_the_contracts_names_and_the_training_resolution(
+    golden_model, images, prompts, tmp_path
+):
     out = tmp_path / "out"
     train_network(golden_model, images, out, "--max_train_steps", 4, "--sample_prompts", prompts, "--sample_every_n_steps", 2, "--sample_at_first")  # fmt: skip
     assert names_in(out) == sorted(
@@ -43,50 +55,69 @@ def test_samples_by_steps_have_the_contracts_names_and_the_training_resolution(g
     sizes = {Image.open(path).size for path in (out / "sample").glob("lora_0*_00_*")}
     assert sizes == {(64, 64)}
     assert {Image.open(path).size for path in (out / "sample").glob("*_5.png")} == {(96, 64)}
-    changed = [np.asarray(Image.open(next((out / "sample").glob(f"lora_{w}_00_*")))) for w in ("e000000", "000004")]
-    assert (changed[0] != changed[1]).any(), "the same noise is drawn, so only training can change it"
+    changed = [
+        np.asarray(Image.open(next((out / "sample").glob(f"lora_{w}_00_*"))))
+        for w in ("e000000", "000004")
+    ]
+    assert (changed[0] != changed[1]).any(), "the noise is the same, so only training can change it"
     sheet = Image.open(out / "sample" / "lora_contact_sheet.png")
     assert sheet.height >= 3 * 64 and sheet.width >= 64 + 96
 
 
 @pytest.mark.parametrize("cached", [pytest.param(True, marks=pytest.mark.long), False])
-def test_epochs_win_over_steps_and_training_doesnt_notice(cached, golden_model, images, prompts, tmp_path):
+def test_epochs_override_steps_and_samples_do_not_affect_training(
+    cached, golden_model, images, prompts, tmp_path
+):
     words = QUICK if cached else without(QUICK, "--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")  # fmt: skip
     words = [*words, "--network_args", "rank_dropout=0.2", "--max_train_steps", "8"]
     plain = train_network(golden_model, images, tmp_path / "plain", quick=words)
-    drawn = train_network(golden_model, images, tmp_path / "drawn", "--sample_prompts", prompts, "--sample_every_n_epochs", 1, "--sample_every_n_steps", 2, quick=words)  # fmt: skip
-    assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "drawn")
-    assert_bit_equal(tensors_of(plain), tensors_of(drawn))
-    assert names_in(tmp_path / "drawn") == ["lora_contact_sheet.png", "lora_e000001_00.png", "lora_e000001_01_5.png"]
+    sampled = train_network(golden_model, images, tmp_path / "sampled", "--sample_prompts", prompts, "--sample_every_n_epochs", 1, "--sample_every_n_steps", 2, quick=words)  # fmt: skip
+    assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "sampled")
+    assert_bit_equal(tensors_of(plain), tensors_of(sampled))
+    assert names_in(tmp_path / "sampled") == [
+        "lora_contact_sheet.png",
+        "lora_e000001_00.png",
+        "lora_e000001_01_5.png",
+    ]
 
 
 @pytest.mark.long
-def test_two_processes_draw_the_samples_of_one(golden_model, images, prompts, tmp_path):
+def test_two_processes_generate_the_samples_of_one(golden_model, images, prompts, tmp_path):
     def run(processes):
         out = tmp_path / str(processes)
         words = arguments(golden_model, images, out, "--max_train_steps", 1, "--gradient_accumulation_steps", 2 // processes, "--sample_prompts", prompts, "--sample_at_first")  # fmt: skip
         end_together(on_processes("sdxl_train_network.py", *words, count=processes))
-        return {re.sub(r"_\d{14}", "", path.name): path.read_bytes() for path in (out / "sample").iterdir()}
+        return {
+            re.sub(r"_\d{14}", "", path.name): path.read_bytes()
+            for path in (out / "sample").iterdir()
+        }
 
     one = run(1)
     assert one == run(2) and len(one) == 3
 
 
-def test_fault_69_a_sample_that_fails_is_told_and_the_run_goes_on(golden_model, images, prompts, tmp_path, monkeypatch, capsys):  # fmt: skip
+def test_fault_69_a_sample_that_fails_is_logged_and_the_run_continues(golden_model, images, prompts, tmp_path, monkeypatch, capsys):  # fmt: skip
     def broken(*args, **kwargs):
         raise RuntimeError("no memory for this\nsecond line")
 
     monkeypatch.setattr(single_image, "denoise", broken)
     final = train_network(golden_model, images, tmp_path / "out", "--max_train_steps", 2, "--sample_prompts", prompts, "--sample_every_n_steps", 1)  # fmt: skip
     assert final.exists() and len(losses_of(tmp_path / "out")) == 2
-    assert "sample 1 of 000002 is left out: RuntimeError: no memory for this\n" in capsys.readouterr().err
+    assert (
+        "sample 1 of 000002 failed: RuntimeError: no memory for this\n" in capsys.readouterr().err
+    )
 
 
 def test_fault_69_bad_prompts_are_left_out(golden_model, images, tmp_path):
     path = tmp_path / "p.json"
-    path.write_text(json.dumps([5, {"prompt": "a", "sample_steps": 1, "width": "wide"}]), encoding="utf-8")
+    path.write_text(
+        json.dumps([5, {"prompt": "a", "sample_steps": 1, "width": "wide"}]), encoding="utf-8"
+    )
     final = train_network(golden_model, images, tmp_path / "out", "--max_train_steps", 1, "--sample_prompts", path, "--sample_every_n_steps", 1)  # fmt: skip
-    assert final.exists() and names_in(tmp_path / "out") == ["lora_000001_00.png", "lora_contact_sheet.png"]
+    assert final.exists() and names_in(tmp_path / "out") == [
+        "lora_000001_00.png",
+        "lora_contact_sheet.png",
+    ]
 
 
 def test_samples_go_to_the_tracker_too(golden_model, images, prompts, tmp_path):
@@ -99,7 +130,7 @@ def test_samples_go_to_the_tracker_too(golden_model, images, prompts, tmp_path):
     assert (events.Images("sample/1")[0].width, events.Images("sample/1")[0].height) == (96, 64)
 
 
-def test_the_sheet_has_a_row_for_each_time_and_a_gap_for_what_failed():
+def test_the_contact_sheet_has_a_row_per_step_and_a_gap_for_a_failed_sample():
     red = thumbnail(np.full((32, 64, 3), (255, 0, 0), dtype=np.uint8), 16)
     assert red.size == (16, 8)
     sheet = contact_sheet([("000001", [red, None]), ("000002", [red, red])])

@@ -14,12 +14,21 @@ from library.log import LogOptions
 from library.option_types import Spec, specs_of
 from library.options import ConfigOptions
 from library.training.options.compatibility import COMMON_TRAINING, NO_EFFECT, UNSUPPORTED
-from library.training.options.tasks import EmbeddingOptions, FineTuneOptions, LLLiteOptions, PivotalOptions
+from library.training.options.tasks import (
+    EmbeddingOptions,
+    FineTuneOptions,
+    LLLiteOptions,
+    PivotalOptions,
+)
 from library.training.setup import cache_tool as caching
 from networks.inference.options import AppliedNetworkOptions
 from networks.options import NetworkOptions
 
-ROWS = list(csv.DictReader((Path(__file__).parent / "reference_options.tsv").open(encoding="utf-8"), delimiter="\t"))
+ROWS = list(
+    csv.DictReader(
+        (Path(__file__).parent / "reference_options.tsv").open(encoding="utf-8"), delimiter="\t"
+    )
+)
 
 # option -> what differs, and why.
 CHOICES = {
@@ -82,16 +91,26 @@ SCRIPTS = {
     "train": specs_in((ConfigOptions, FineTuneOptions, *COMMON_TRAINING)),
     "lllite": specs_in((ConfigOptions, LLLiteOptions, *COMMON_TRAINING)),
 }
-EACH = [(script, name) for script, specs in SCRIPTS.items() for name in rows_of(script) if name in specs]
+EACH = [
+    (script, name) for script, specs in SCRIPTS.items() for name in rows_of(script) if name in specs
+]
 
 
 @pytest.mark.parametrize("script, name", EACH)
 def test_type_default_and_choices_are_the_references(script, name):
     row, spec = rows_of(script)[name], SCRIPTS[script][name]
     kinds = {"Path": "str"}
-    types = "int_or_float" if spec.kinds == (int, float) else kinds.get(spec.kinds[0].__name__, spec.kinds[0].__name__)
+    types = (
+        "int_or_float"
+        if spec.kinds == (int, float)
+        else kinds.get(spec.kinds[0].__name__, spec.kinds[0].__name__)
+    )
     assert types == kinds.get(row["type"], row["type"])
-    default = {"1": "1.0"}.get(row["default"], row["default"]) if spec.kinds == (float,) else row["default"]
+    default = (
+        {"1": "1.0"}.get(row["default"], row["default"])
+        if spec.kinds == (float,)
+        else row["default"]
+    )
     assert str(spec.default) in (default, row["default"])
     choices = spec.rules["choices"]
     wanted = None if row["choices"] == "-" else set(row["choices"].split(",")) - {"None"}
@@ -114,7 +133,12 @@ def test_what_the_reference_has_in_no_training_script_is_listed():
 
 
 def test_options_of_the_network_scripts_that_users_files_carry_hold_for_fine_tuning_too():
-    assert {"prior_loss_weight", "stop_text_encoder_training", "validation_split", "save_best"} <= set(SCRIPTS["train"])
+    assert {
+        "prior_loss_weight",
+        "stop_text_encoder_training",
+        "validation_split",
+        "save_best",
+    } <= set(SCRIPTS["train"])
 
 
 GENERATE = specs_in((ConfigOptions, *GENERATION, AppliedNetworkOptions, LogOptions))
@@ -123,7 +147,9 @@ GENERATE_OWN = {
     *("image_format", "prompt2", "v_parameterization", "vae_tiling", "zero_terminal_snr"),
     *("config_file", "output_config", "strict_config"),
 }  # fmt: skip
-MORE_CHOICES = {"sampler"}  # beside the reference's: Karras' noise levels, uni_pc, lcm, the stochastic dpmsolver++
+MORE_CHOICES = {
+    "sampler"
+}  # in addition to the reference's: Karras' noise levels, uni_pc, lcm, the stochastic dpmsolver++
 
 
 @pytest.mark.parametrize("name", rows_of("gen"))
@@ -133,7 +159,11 @@ def test_sdxl_gen_imgs_options_are_the_references(name):
     assert str(spec.default) == row["default"]
     choices = spec.rules["choices"]
     wanted = None if row["choices"] == "-" else set(row["choices"].split(","))
-    assert (wanted < set(choices)) if name in MORE_CHOICES else (None if choices is None else set(choices)) == wanted
+    assert (
+        (wanted < set(choices))
+        if name in MORE_CHOICES
+        else (None if choices is None else set(choices)) == wanted
+    )
 
 
 def test_sdxl_gen_img_has_few_options_of_its_own():
@@ -142,5 +172,9 @@ def test_sdxl_gen_img_has_few_options_of_its_own():
 
 @pytest.mark.parametrize("script", ["cache_latents", "cache_text"])
 def test_the_caching_tools_forget_no_option(script):
-    known = set(specs_in((ConfigOptions, *caching.GROUPS))) | set(caching.unused_options()) | {"flux", "dataset_class"}
+    known = (
+        set(specs_in((ConfigOptions, *caching.GROUPS)))
+        | set(caching.unused_options())
+        | {"flux", "dataset_class"}
+    )
     assert set(rows_of(script)) - known == set()

@@ -7,6 +7,8 @@ from tolerance import REPLAYED_LORA
 
 from library.training.options.objective import LossOptions
 from library.training.options.optimizer import ScheduleOptions
+from library.training.options.tasks import PivotalOptions
+from library.training.tasks.base import TaskSettings
 from library.training.tasks.network import NetworkTask
 from networks.options import NetworkOptions
 
@@ -35,7 +37,9 @@ def test_golden_10_lora_unet(own_models):
     options = NetworkOptions(
         network_module="networks.lora", network_dim=2, network_alpha=1.0, network_train_unet_only=True
     )
-    task = NetworkTask(own_models, options, lr=1e-3, num_tokens=75, text_is_cached=True)
+    task = NetworkTask(
+        own_models, TaskSettings(lr=1e-3, num_tokens=75, text_is_cached=True), (options, PivotalOptions())
+    )
     steps = replay(
         golden, own_models, task, optimizer_args={}, schedule=ScheduleOptions(), loss=LossOptions(min_snr_gamma=5.0), lr=1e-3,
         accumulation=1, cached_text=True,
@@ -52,7 +56,9 @@ def test_golden_10_lora_te_with_one_rate_for_both_encoders(own_models):
         network_module="networks.lora", network_dim=2, network_alpha=2.0, network_args=("conv_dim=1", "conv_alpha=1"),
         text_encoder_lr=(5e-4, 5e-4), unet_lr=1e-3,
     )  # fmt: skip
-    task = NetworkTask(own_models, options, lr=1e-3, num_tokens=150, text_is_cached=False)
+    task = NetworkTask(
+        own_models, TaskSettings(lr=1e-3, num_tokens=150, text_is_cached=False), (options, PivotalOptions())
+    )
     steps = replay(
         golden, own_models, task, optimizer_args={"weight_decay": 0.05, "betas": (0.9, 0.99)},
         schedule=ScheduleOptions(lr_scheduler="cosine", lr_warmup_steps=2), loss=LossOptions(loss_type="huber", huber_c=0.1), lr=1e-3,
@@ -80,13 +86,15 @@ def test_bf16_gradients_point_where_float32s_do(golden_model):
         checkpoint = open_models(golden_model).checkpoint
         models = SdxlModels(checkpoint, Precision.decide(precision, None, no_half_vae=True), torch.device("cpu"))
         torch.manual_seed(0)
-        task = NetworkTask(models, options, lr=1e-3, num_tokens=150, text_is_cached=False)
+        task = NetworkTask(
+            models, TaskSettings(lr=1e-3, num_tokens=150, text_is_cached=False), (options, PivotalOptions())
+        )
         for lora in task._network.loras():
             torch.nn.init.normal_(lora.lora_up.weight, std=0.02)
         step = DiffusionLoss(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), LossOptions(), None).train()
         loss = step(golden.batch(0, accumulation=1, text=None), golden.rng(0)).mean()
         loss.backward()
-        gradients = [p.grad.flatten() for p in task.parts[0].tensors().values() if p.grad is not None]
+        gradients = [p.grad.flatten() for p in task.trainables[0].tensors().values() if p.grad is not None]
         assert {gradient.dtype for gradient in gradients} == {torch.float32}
         results[precision] = loss.item(), torch.cat(gradients)
     (plain, gradient), (mixed, approximate) = results["no"], results["bf16"]

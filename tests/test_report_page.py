@@ -20,31 +20,53 @@ import pytest
 from PIL import Image
 
 from library.training.monitoring import report_page
-from library.training.monitoring.report_page import medians_of_runs, thinned, trailing_mean, write_report_page
+from library.training.monitoring.report_page import (
+    medians_of_runs,
+    thinned,
+    trailing_mean,
+    write_report_page,
+)
 from library.training.monitoring.step_log import read_step_log
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def step_line(step, **others):
-    return {"step": step, "epoch": 1, "grad_norm": 0.5, "seconds": 2.0 * step, "loss/current": 0.1, **others}
+    return {
+        "step": step,
+        "epoch": 1,
+        "grad_norm": 0.5,
+        "seconds": 2.0 * step,
+        "loss/current": 0.1,
+        **others,
+    }
 
 
 def validation_line(step, loss):
-    return {"step": step, "loss/validation/step_average": loss, "loss/validation/step_divergence": 0.01}
+    return {
+        "step": step,
+        "loss/validation/step_average": loss,
+        "loss/validation/step_divergence": 0.01,
+    }
 
 
 def page_of(folder, lines, **others):
-    """The page's text. Lines are JSON objects, or text as it stands."""
+    """The page's text. Lines are JSON objects, or text that is written unchanged."""
     log_file, page = folder / "run-log.jsonl", folder / "run-report.html"
-    log_file.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
-    write_report_page(log_file, page, **{"title": "run", "options": {}, "facts": [], "samples": [], **others})
+    log_file.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
+    write_report_page(
+        log_file, page, **{"title": "run", "options": {}, "facts": [], "samples": [], **others}
+    )
     return page.read_text(encoding="utf-8")
 
 
 def charts_of(page):
     """The charts' data by title, as the page's script reads it."""
-    (text,) = re.findall(r'<script type="application/json" id="chart-data">(.*?)</script>', page, re.DOTALL)
+    (text,) = re.findall(
+        r'<script type="application/json" id="chart-data">(.*?)</script>', page, re.DOTALL
+    )
     charts = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the data"))
     titles = re.findall(r"<figure[^>]*><h2>(.*?)[ <]", page)
     assert [chart["title"].split()[0] for chart in charts] == titles
@@ -58,8 +80,13 @@ def notes_of(page):
 def points(chart, name):
     """(steps, values) of the line, without the steps at which only other lines have a value."""
     (line,) = [line for line in chart["lines"] if line["name"] == name]
-    assert len(line["values"]) == len(chart["steps"])  # so that the cursor reads every line at one step
-    found = [(step, value) for step, value in zip(chart["steps"], line["values"], strict=True) if value is not None]
+    # The cursor reads every line at one step.
+    assert len(line["values"]) == len(chart["steps"])
+    found = [
+        (step, value)
+        for step, value in zip(chart["steps"], line["values"], strict=True)
+        if value is not None
+    ]
     return np.array(found).T
 
 
@@ -99,33 +126,39 @@ def test_the_data_of_a_line_are_the_values_and_steps_of_the_log(tmp_path):
     steps, values = points(chart, "each step")
     assert (steps.tolist(), values.tolist()) == ([10, 20, 30, 40, 50], losses)
     means = points(chart, "mean of the last 10")
-    np.testing.assert_allclose(means, [[10, 20, 30, 40, 50], [0.31, 0.215, 0.226667, 0.1875, 0.186]], rtol=1e-6)
+    np.testing.assert_allclose(
+        means, [[10, 20, 30, 40, 50], [0.31, 0.215, 0.226667, 0.1875, 0.186]], rtol=1e-6
+    )
     assert points(chart, "validation").tolist() == [[50], [0.22]]
     assert points(chart, "validation after epochs").tolist() == [[60], [0.5]]
     low, high = chart["range"]
     assert low < 0.07 and high > 0.5
 
 
-def test_seconds_per_step_leave_out_where_a_resumed_run_starts_its_clock_again(tmp_path):
+def test_seconds_per_step_skip_the_start_of_a_resumed_run(tmp_path):
     seconds = [10.0, 12.0, 15.0, 1.0, 3.5]  # the third step's process ended
     lines = [step_line(i, seconds=at) for i, at in enumerate(seconds, start=1)]
     steps, values = points(charts_of(page_of(tmp_path, lines))["Speed"], "each step")
     assert (steps.tolist(), values.tolist()) == ([2, 3, 5], [2.0, 3.0, 2.5])
 
 
-def test_a_resumed_run_replaces_the_steps_that_it_does_again(tmp_path):
+def test_a_resumed_run_replaces_the_steps_that_it_repeats(tmp_path):
     log_file = tmp_path / "log.jsonl"
     lines = [step_line(i, **{"loss/current": 0.1}) for i in (1, 2, 3, 4)]
     lines[2:2] = [validation_line(2, 0.5)]
-    lines += [validation_line(4, 0.6), step_line(3, **{"loss/current": 0.9}), validation_line(3, 0.7)]
+    lines += [
+        validation_line(4, 0.6),
+        step_line(3, **{"loss/current": 0.9}),
+        validation_line(3, 0.7),
+    ]
     log_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = read_step_log(log_file)
-    assert list(told.steps) == [1, 2, 3]
-    assert told.column("loss/current").tolist() == [0.1, 0.1, 0.9]
-    assert [list(column) for column in told.validations["step"]] == [[2, 3], [0.5, 0.7]]
+    step_log = read_step_log(log_file)
+    assert list(step_log.steps) == [1, 2, 3]
+    assert step_log.column("loss/current").tolist() == [0.1, 0.1, 0.9]
+    assert [list(column) for column in step_log.validations["step"]] == [[2, 3], [0.5, 0.7]]
 
 
-def test_torn_lines_and_unknown_or_missing_numbers_leave_the_rest_as_it_is(tmp_path):
+def test_incomplete_lines_and_unknown_or_missing_values_do_not_affect_the_rest(tmp_path):
     lines = [
         step_line(1, grad_norm=None, new_key={"a": [1]}),
         '{"step": 2, "loss/cur{"step": 2}\n',
@@ -159,9 +192,10 @@ def test_rates_that_are_equal_share_a_line_and_rates_far_apart_get_a_logarithmic
     assert notes_of(page) == ["logarithmic"]
 
 
-def test_23_rates_of_their_own_stay_a_small_chart(tmp_path):
+def test_23_different_rates_make_a_small_chart(tmp_path):
     lines = [
-        step_line(i, **{f"lr/block {b}": (b + 1) * 1e-5 * (i % (b + 7)) for b in range(23)}) for i in range(1, 3001)
+        step_line(i, **{f"lr/block {b}": (b + 1) * 1e-5 * (i % (b + 7)) for b in range(23)})
+        for i in range(1, 3001)
     ]
     chart = charts_of(page_of(tmp_path, lines))["Learning rate"]
     assert len(chart["lines"]) == 23
@@ -171,7 +205,10 @@ def test_23_rates_of_their_own_stay_a_small_chart(tmp_path):
 
 
 def test_a_spike_is_in_the_data_but_not_in_the_first_view(tmp_path):
-    lines = [step_line(i, **{"loss/current": 9.0 if i == 120 else 0.1 + i % 7 / 100}) for i in range(1, 301)]
+    lines = [
+        step_line(i, **{"loss/current": 9.0 if i == 120 else 0.1 + i % 7 / 100})
+        for i in range(1, 301)
+    ]
     page = page_of(tmp_path, lines)
     chart = charts_of(page)["Loss"]
     steps, values = points(chart, "each step")
@@ -180,7 +217,7 @@ def test_a_spike_is_in_the_data_but_not_in_the_first_view(tmp_path):
     assert "outside: 1 of 300 steps" in notes_of(page)
 
 
-def test_text_from_outside_is_shown_and_never_read_as_html(tmp_path):
+def test_text_from_outside_is_escaped(tmp_path):
     evil = '<script>alert("1")</script>\'&amp; BODY {x}'
     page = page_of(
         tmp_path, [step_line(1, **{f"lr/{evil}": 1e-4})], title=evil, options={evil: [evil, 1]}, facts=[(evil, evil)],
@@ -190,7 +227,10 @@ def test_text_from_outside_is_shown_and_never_read_as_html(tmp_path):
     text = "".join(found.text)
     assert text.count(evil) == 8  # title, heading, fact (2), option (2), prompt, label
     assert charts_of(page)["Learning rate"]["lines"][0]["name"] == evil
-    image = {"src": f"data:image/jpeg;base64,{b64encode(jpeg('red')).decode()}", "alt": f"sample, {evil}"}
+    image = {
+        "src": f"data:image/jpeg;base64,{b64encode(jpeg('red')).decode()}",
+        "alt": f"sample, {evil}",
+    }
     assert found.tags.count(("img", image)) == 1
     assert [tag for tag, _ in found.tags].count("script") == 3  # the data, uPlot, ours
     assert {tag for tag, _ in found.tags} <= {
@@ -199,10 +239,15 @@ def test_text_from_outside_is_shown_and_never_read_as_html(tmp_path):
     }  # fmt: skip
 
 
-def test_nothing_is_loaded_from_elsewhere(tmp_path):
-    page = page_of(tmp_path, [step_line(1), step_line(2)], samples=[("000002", "a dog", jpeg("red"))])
+def test_the_page_loads_no_other_files(tmp_path):
+    page = page_of(
+        tmp_path, [step_line(1), step_line(2)], samples=[("000002", "a dog", jpeg("red"))]
+    )
     assert re.findall(r'src="([^,"]*)', page) == ["data:image/jpeg;base64"]
-    assert not re.search(r"<script[^>]*src|<link|@import|@font-face|url\(|fetch\(|XMLHttpRequest|<[^>]*\son\w+=", page)
+    assert not re.search(
+        r"<script[^>]*src|<link|@import|@font-face|url\(|fetch\(|XMLHttpRequest|<[^>]*\son\w+=",
+        page,
+    )
     policy = dict(Structure(page).tags[4][1])
     assert policy["http-equiv"] == "Content-Security-Policy"
     assert policy["content"].startswith(
@@ -213,7 +258,7 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
     assert re.findall(r"'sha256-([^']*)'", policy["content"]) == digests
 
 
-def test_the_library_is_the_one_that_its_notes_name(tmp_path):
+def test_the_vendored_library_is_the_one_that_its_readme_names(tmp_path):
     """Its version and checksums are in the repository, and its license is in every page."""
     folder = Path(report_page.__file__).parent / "report_assets" / "uplot"
     notes = (folder / "README.md").read_text(encoding="utf-8")
@@ -226,7 +271,7 @@ def test_the_library_is_the_one_that_its_notes_name(tmp_path):
     assert (folder / "LICENSE").read_text(encoding="utf-8") in page
 
 
-def test_samples_stand_in_rows_of_time_and_columns_of_prompts(tmp_path):
+def test_samples_have_a_row_per_step_and_a_column_per_prompt(tmp_path):
     red, blue = jpeg("red"), jpeg("blue")
     samples = [
         ("e000000", "a", red),
@@ -242,16 +287,19 @@ def test_samples_stand_in_rows_of_time_and_columns_of_prompts(tmp_path):
     assert cells == [[True, False, False], [True, True, False], [False, True, True]]
 
 
-def test_without_steps_the_page_says_so(tmp_path):
+def test_a_log_without_steps_is_mentioned_on_the_page(tmp_path):
     write_report_page(
         tmp_path / "none.jsonl", tmp_path / "page.html", title="run", options={"lr": 1}, facts=[("network", "LoRA")], samples=[]
     )  # fmt: skip
-    for page in ((tmp_path / "page.html").read_text(), page_of(tmp_path, [validation_line(0, 0.1)])):
+    for page in (
+        (tmp_path / "page.html").read_text(),
+        page_of(tmp_path, [validation_line(0, 0.1)]),
+    ):
         assert "No step is complete yet." in page
         assert "<figure" not in page and "<script" not in page and "nan" not in page
 
 
-def test_a_single_step_and_values_that_never_change_are_drawn(tmp_path):
+def test_a_single_step_and_constant_values_have_charts(tmp_path):
     for lines in ([step_line(7)], [step_line(i, grad_norm=0, **{"lr/unet": 0}) for i in (1, 2, 3)]):
         charts = charts_of(page_of(tmp_path, lines))
         assert len(points(charts["Loss"], "each step")[0]) == len(lines)
@@ -259,7 +307,7 @@ def test_a_single_step_and_values_that_never_change_are_drawn(tmp_path):
             assert chart["range"][0] < chart["range"][1]
 
 
-def test_a_hundred_thousand_steps_make_a_small_page_in_little_more_than_reading_them(tmp_path):
+def test_a_hundred_thousand_steps_make_a_small_page_quickly(tmp_path):
     rng = random.Random(0)
     lines = [
         step_line(
@@ -274,7 +322,12 @@ def test_a_hundred_thousand_steps_make_a_small_page_in_little_more_than_reading_
 
     def write() -> None:
         write_report_page(
-            tmp_path / "run-log.jsonl", tmp_path / "run-report.html", title="run", options={}, facts=[], samples=[]
+            tmp_path / "run-log.jsonl",
+            tmp_path / "run-report.html",
+            title="run",
+            options={},
+            facts=[],
+            samples=[],
         )
 
     # In pairs, so that a machine that is slow or busy is so for both. The ratio is 1.1; of twelve pairs on a busy machine of
@@ -284,7 +337,8 @@ def test_a_hundred_thousand_steps_make_a_small_page_in_little_more_than_reading_
     assert len(page) < 300_000
     steps, values = points(charts_of(page)["Loss"], "each step")
     assert 1000 < len(steps) <= 1500
-    assert steps[values.argmax()] == 77_778 and values.max() == 9.0  # what is thinned keeps its extremes
+    # Thinning keeps the extremes.
+    assert steps[values.argmax()] == 77_778 and values.max() == 9.0
 
 
 def median_ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
@@ -300,15 +354,24 @@ def median_ratio(one: Callable[[], object], other: Callable[[], object]) -> floa
 
 def test_smoothing_and_thinning_by_hand():
     nan = float("nan")
-    np.testing.assert_allclose(trailing_mean(np.array([nan, 1, 2, nan, 6]), 3), [nan, 1, 1.5, 1.5, 4])
+    np.testing.assert_allclose(
+        trailing_mean(np.array([nan, 1, 2, nan, 6]), 3), [nan, 1, 1.5, 1.5, 4]
+    )
     assert thinned(np.array([3, 1, 2, 9, 4, 0, 5, 6]), 6).tolist() == [0, 1, 3, 5, 7]
-    at, medians, size = medians_of_runs(np.arange(1, 13), np.array([50, 50, 1, 1, 90, 2, 2, 3, 3, 70, 3, 3]))
+    at, medians, size = medians_of_runs(
+        np.arange(1, 13), np.array([50, 50, 1, 1, 90, 2, 2, 3, 3, 70, 3, 3])
+    )
     assert (at.tolist(), medians.tolist(), size) == ([7, 12], [2, 3], 5)
 
 
 def browse(page, folder, *arguments):
     """Chromium's standard output for a page."""
-    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    quiet = [
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
     done = subprocess.run(
         [
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", *quiet, "--hide-scrollbars",
@@ -322,7 +385,9 @@ def browse(page, folder, *arguments):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_a_browser_shows_the_page_light_and_dark(tmp_path):
-    lines = [step_line(i, **{"loss/current": 0.1 + (i % 7) / 50, "lr/unet": 1e-4}) for i in range(1, 40)]
+    lines = [
+        step_line(i, **{"loss/current": 0.1 + (i % 7) / 50, "lr/unet": 1e-4}) for i in range(1, 40)
+    ]
     page_of(tmp_path, lines, samples=[("000010", "a dog", jpeg((250, 0, 250)))])
     shots = {}
     for scheme, number in (("dark", 0), ("light", 1)):
@@ -335,7 +400,8 @@ def test_a_browser_shows_the_page_light_and_dark(tmp_path):
     for shot in shots.values():
         visible = np.abs(shot - shot[2, 2]).max(axis=-1) > 60
         assert 0.01 < visible.mean() < 0.5
-        assert (np.abs(shot - (250, 0, 250)).max(axis=-1) < 12).sum() > 20_000  # the sample, 12 rem wide
+        # The sample is 12 rem wide.
+        assert (np.abs(shot - (250, 0, 250)).max(axis=-1) < 12).sum() > 20_000
     blue = {"light": (0x25, 0x63, 0xC9), "dark": (0x7A, 0xB0, 0xFF)}
     for scheme, shot in shots.items():
         assert (np.abs(shot - blue[scheme]).max(axis=-1) < 4).sum() > 300  # the smoothed loss
@@ -350,18 +416,29 @@ MOUSE = """<script>setTimeout(() => {
   }
 }, 500);</script>"""
 HOVER = [["mouseenter", 0.2], ["mousemove", 0.5]]
-ZOOM = [*HOVER, ["mousedown", 0.5], ["mousemove", 0.75], ["mousemove", 1], ["mouseup", 1], ["mousemove", 0.6]]
+ZOOM = [
+    *HOVER,
+    ["mousedown", 0.5],
+    ["mousemove", 0.75],
+    ["mousemove", 1],
+    ["mouseup", 1],
+    ["mousemove", 0.6],
+]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_legends_show_the_last_values_and_those_under_the_cursor(tmp_path):
     evil = "<b>lr</b></script>"
-    lines = [step_line(i, **{"loss/current": i / 100, f"lr/{evil}": i * 1e-6}) for i in range(1, 12)]
+    lines = [
+        step_line(i, **{"loss/current": i / 100, f"lr/{evil}": i * 1e-6}) for i in range(1, 12)
+    ]
     text = page_of(tmp_path, [*lines[:4], validation_line(4, 0.125), *lines[4:]])
 
     def legends(page):
         browsed = browse(page, tmp_path, "--dump-dom")
-        cells = re.findall(r'<div class="u-label">(.*?)</div></th><td class="u-value">(.*?)</td>', browsed)
+        cells = re.findall(
+            r'<div class="u-label">(.*?)</div></th><td class="u-value">(.*?)</td>', browsed
+        )
         return [(html.unescape(name), value) for name, value in cells]
 
     shown = legends(tmp_path / "run-report.html")
@@ -372,11 +449,13 @@ def test_the_legends_show_the_last_values_and_those_under_the_cursor(tmp_path):
         ("validation", "0.125"),
     ]
     assert shown[4:6] == [("step", "11"), (evil, "1.1e-5")]
-    assert [name for name, _ in shown].count("step") == 4  # a legend for each chart; no line has memory_gib
+    # Each chart has a legend; no line has memory_gib.
+    assert [name for name, _ in shown].count("step") == 4
 
     # The policy would not let the test's script run.
     text = re.sub('<meta http-equiv="Content-Security-Policy".*?>', "", text)
-    for events, step in ((HOVER, 6), (ZOOM, 9)):  # the middle of steps 1 to 11; six tenths of 6 to 11
+    # The middle of steps 1 to 11, and six tenths of 6 to 11.
+    for events, step in ((HOVER, 6), (ZOOM, 9)):
         with_mouse = tmp_path / "mouse.html"
         script = MOUSE.replace("EVENTS", json.dumps(events))
         with_mouse.write_text(text.replace("</body>", script + "</body>"), encoding="utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Script, end_together, processes
+from messages import mentions
 from running import (
     QUICK,
     ROOT,
@@ -19,6 +20,7 @@ from running import (
     train_network,
     without,
 )
+from tolerance import assert_trained
 
 import sdxl_train_network
 from library.safetensors_io import read_header
@@ -222,7 +224,7 @@ def test_v_pred_models_are_trained_as_such_by_themselves(golden_model, images, t
     write_safetensors(model, {**tensors_of(golden_model), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, {})
     path = train_network(model, images, tmp_path / "v", "--max_train_steps", "1")
     told = capsys.readouterr().err
-    assert "--v_parameterization is set by the checkpoint itself (its key v_pred and its key ztsnr)" in told
+    assert mentions(told, "--v_parameterization", "v_pred", "ztsnr")
     metadata = read_header(path).metadata
     assert metadata["modelspec.prediction_type"] == "v" and metadata["ss_zero_terminal_snr"] == "True"
     forced = train_network(
@@ -261,19 +263,17 @@ def test_plain_python_and_accelerate_launch_give_the_same_file(golden_model, ima
 
 @pytest.mark.numeric
 def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, images, tmp_path):
-    """Losses 1e-5, of validation too, weights 1e-4; nothing but the number of processes differs, and they are really two."""
+    """Losses 1e-5, of validation too, weights by the rule; nothing but the number of processes differs, and they are really two."""
     quick = ["--max_train_steps", "5", "--train_batch_size", "1", "--flip_aug", "--noise_offset", "0.05"]
     quick += ["--validation_split", "0.5", "--validation_seed", "3", "--validate_every_n_steps", "1"]
     train_network(golden_model, images, tmp_path / "one", *quick, "--gradient_accumulation_steps", "2")
     words = arguments(golden_model, images, tmp_path / "two", *quick)
     told = end_together(processes("sdxl_train_network.py", *words, count=2))
-    assert "/ (2 processes x 1 accumulated)" in told
+    assert re.search(r"\d+ [^\n\d]+ / \(2 [^\n\d]+ 1 [^\n\d]+\) = \d+ steps", told)
     for name, count in (("loss/current", 5), ("loss/validation/step_average", 5)):
         one, two = losses_of(tmp_path / "one", name), losses_of(tmp_path / "two", name)
         assert len(one) == count and one == pytest.approx(two, abs=1e-5)
-    tensors = tensors_of(tmp_path / "two" / "lora.safetensors")
-    for name, tensor in tensors_of(tmp_path / "one" / "lora.safetensors").items():
-        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-4)
+    assert_trained(*(tensors_of(tmp_path / name / "lora.safetensors") for name in ("two", "one")))
 
 
 def test_two_processes_train_text_encoders_with_dropped_modules_and_share_caches_on_disk(golden_model, images, tmp_path):  # fmt: skip
@@ -312,7 +312,7 @@ def test_quickstarts_pieces_make_a_image(tmp_path, golden_model, images):
 
     with Image.open(tmp_path / "both.png") as image:
         assert image.size == (128, 64)
-    assert float(re.search(r"differ by ([\d.]+)", done.stdout)[1]) > 0
+    assert float(re.search(r"\b(\d+\.\d+)\b", done.stdout)[1]) > 0
 
 
 def test_make_tiny_sdxl_makes_the_same_model_from_the_same_seed(tmp_path):
@@ -322,7 +322,7 @@ def test_make_tiny_sdxl_makes_the_same_model_from_the_same_seed(tmp_path):
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     from library.models.checkpoint.reader import open_checkpoint
 
-    assert "tiny SDXL" in open_checkpoint(str(tmp_path / "a.safetensors")).describe()
+    assert mentions(open_checkpoint(str(tmp_path / "a.safetensors")).describe(), "tiny SDXL")
 
 
 def test_every_config_in_the_repository_is_read(golden_model, images, tmp_path):
@@ -331,7 +331,9 @@ def test_every_config_in_the_repository_is_read(golden_model, images, tmp_path):
         done = script(ROOT / name, "--config_file", path, "--pretrained_model_name_or_path", tmp_path / "none.safetensors",
                       "--train_data_dir", images, "--output_dir", tmp_path)  # fmt: skip
         assert (
-            done.returncode == 2 and "none.safetensors: no such file" in done.stderr and "ignored" not in done.stderr
+            done.returncode == 2
+            and mentions(done.stderr, "error", tmp_path / "none.safetensors", "file")
+            and not mentions(done.stderr, "WARNING", path)
         ), done.stderr
 
 
@@ -393,7 +395,9 @@ def test_the_output_may_not_overwrite_the_base_model(golden_model, images, tmp_p
     shutil.copy(golden_model, tmp_path / "lora.safetensors")
     words = arguments(tmp_path / "lora.safetensors", images, tmp_path, "--max_train_steps", "1")
     done = run_here(sdxl_train_network.main, *words)
-    assert done.returncode == 2 and "would overwrite the base model" in done.stderr
+    assert done.returncode == 2 and mentions(
+        done.stderr, "error", "--output_name", "--output_dir", tmp_path / "lora.safetensors"
+    )
     assert (tmp_path / "lora.safetensors").read_bytes() == golden_model.read_bytes()
 
 

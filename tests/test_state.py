@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from states import state_metadata
 from torch import nn
 
 from library.data.batch_sampler import BatchPosition
@@ -24,7 +25,8 @@ from library.training.optim.optimizer_state import restore_optimizer
 from library.training.optim.optimizer_step import OptimizerStep, StandardStep
 from library.training.optim.optimizers import find_optimizer, make_optimizer, start_training
 from library.training.options.optimizer import SCHEDULERS, ScheduleOptions
-from library.training.saving.state import State, find_state, newest_state, read_state, write_state
+from library.training.saving.state import State, read_state, write_state
+from library.training.saving.state_folder import find_state, newest_state
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -47,9 +49,9 @@ def assert_same(one: object, two: object, place: str = "") -> None:
         assert one == two or one != one, place
 
 
-def some_state(step: int = 5, value: float = 0.5, **facts: object) -> State:
+def some_state(step: int = 5, value: float = 0.5, **values: object) -> State:
     optimizer = {"groups": [{"lr": 0.1}], "moment": torch.full((3,), value)}
-    return State({"step": step, **facts}, {"a.weight": torch.full((2, 3), value)}, optimizer)
+    return State(state_metadata(step, **values), {"a.weight": torch.full((2, 3), value)}, optimizer)
 
 
 def tamper(folder: Path, **changes: object) -> None:
@@ -63,7 +65,7 @@ def tamper(folder: Path, **changes: object) -> None:
 
 
 @pytest.fixture
-def told(monkeypatch) -> list[str]:
+def logged(monkeypatch) -> list[str]:
     """The lines of the log."""
     lines: list[str] = []
     listener = logging.Handler()
@@ -81,7 +83,7 @@ def folder(tmp_path) -> Path:
 # --------------------------------------------------------------------------------------------------------- bits in and out
 
 
-def test_what_an_optimizer_may_hold_comes_back_bit_by_bit(tmp_path):
+def test_everything_that_an_optimizer_may_hold_is_restored_bit_for_bit(tmp_path):
     tree = {
         "numbers": [0, -1, 2**70, 0.1, 1e-320, float("inf"), float("nan"), True, None, "text"],
         "tuple": (1, (2.5, ())),
@@ -94,19 +96,33 @@ def test_what_an_optimizer_may_hold_comes_back_bit_by_bit(tmp_path):
         ],
     }  # fmt: skip
     weights = {"x": torch.randn(7, 3), "y.z": torch.randn(2, 2).bfloat16()}
-    write_state(tmp_path / "state", State({"step": 3, "any": [1, {"b": "ü"}]}, weights, tree, {"x": torch.randn(7, 3)}))
+    write_state(
+        tmp_path / "state",
+        State(
+            state_metadata(3, metrics={"any": [1, {"b": "ü"}]}),
+            weights,
+            tree,
+            {"x": torch.randn(7, 3)},
+        ),
+    )
     found = read_state(tmp_path / "state")
     assert_same(tree, found.optimizer)
     assert_same(weights, {name: found.weights[name] for name in weights})
-    assert found.facts["step"] == 3 and found.facts["any"] == [1, {"b": "ü"}] and list(found.ema) == ["x"]
+    assert (
+        found.metadata.step == 3
+        and found.metadata.metrics["any"] == [1, {"b": "ü"}]
+        and list(found.ema) == ["x"]
+    )
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [
         "ema.safetensors", "optimizer.safetensors", "state.json", "weights.safetensors",
     ]  # fmt: skip
 
 
-def test_what_a_state_cant_hold_is_told_and_leaves_nothing(tmp_path):
-    with pytest.raises(RunError, match=r"optimizer's /a/0 is a OrderedDict_?|optimizer's /a/0 is a object"):
-        write_state(tmp_path / "state", State({"step": 1}, {}, {"a": [object()]}))
+def test_an_optimizer_that_a_state_cannot_hold_is_an_error_and_leaves_no_files(tmp_path):
+    with pytest.raises(
+        RunError, match=r"optimizer's /a/0 is a OrderedDict_?|optimizer's /a/0 is a object"
+    ):
+        write_state(tmp_path / "state", State(state_metadata(1), {}, {"a": [object()]}))
     assert not list(tmp_path.iterdir())
 
 
@@ -180,7 +196,9 @@ def continued(
         if stop == 8:
             break
         weights = {key: tensor.detach() for key, tensor in part.loss_module.named_parameters()}
-        write_state(folder / str(stop), State({"step": stop}, weights, part.state(names_of(part))))
+        write_state(
+            folder / str(stop), State(state_metadata(stop), weights, part.state(names_of(part)))
+        )
         found = read_state(folder / str(stop))
         part = make(name, arguments, schedule, seed=2)
         with torch.no_grad():
@@ -201,7 +219,7 @@ OPTIMIZERS = [
 
 
 @pytest.mark.parametrize("name, arguments", OPTIMIZERS, ids=lambda value: str(value)[:40])
-def test_fault_65_an_optimizer_goes_on_to_the_bit(name, arguments, tmp_path):
+def test_fault_65_an_optimizer_continues_bit_for_bit(name, arguments, tmp_path):
     try:
         find_optimizer(name)
     except OptionError as error:
@@ -209,21 +227,30 @@ def test_fault_65_an_optimizer_goes_on_to_the_bit(name, arguments, tmp_path):
     schedule = ScheduleOptions(lr_scheduler="adafactor" if name == "Adafactor" and "relative_step" not in arguments else "constant")  # fmt: skip
     with contextlib.suppress(UserWarning):
         whole, part = continued(name, arguments, schedule, tmp_path)
-    assert_same(dict(whole.loss_module.named_parameters()), dict(part.loss_module.named_parameters()))
+    assert_same(
+        dict(whole.loss_module.named_parameters()), dict(part.loss_module.named_parameters())
+    )
     assert_same(whole.state(names_of(whole)), part.state(names_of(part)))
-    for parameter, other in zip(whole.loss_module.parameters(), part.loss_module.parameters(), strict=True):
+    for parameter, other in zip(
+        whole.loss_module.parameters(), part.loss_module.parameters(), strict=True
+    ):
         for key, value in whole.optimizer.state[parameter].items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 assert value.stride() == part.optimizer.state[other][key].stride(), key
 
 
-@pytest.mark.parametrize("schedule", [*SCHEDULERS, "piecewise_constant", "torch.optim.lr_scheduler.ExponentialLR"])
-def test_fault_65_a_schedule_goes_on_to_the_bit(schedule, tmp_path):
+@pytest.mark.parametrize(
+    "schedule", [*SCHEDULERS, "piecewise_constant", "torch.optim.lr_scheduler.ExponentialLR"]
+)
+def test_fault_65_a_schedule_continues_bit_for_bit(schedule, tmp_path):
     own = {
         "cosine_with_min_lr": {"lr_scheduler_min_lr_ratio": 0.1},
         "cosine_with_restarts": {"lr_scheduler_num_cycles": 2},
         "warmup_stable_decay": {"lr_decay_steps": 3},
-        "piecewise_constant": {"lr_scheduler_args": ("step_rules='1:2,0.1:6,0.01'",), "lr_warmup_steps": 0},
+        "piecewise_constant": {
+            "lr_scheduler_args": ("step_rules='1:2,0.1:6,0.01'",),
+            "lr_warmup_steps": 0,
+        },
     }
     options = {"lr_scheduler": schedule, "lr_warmup_steps": 4, **own.get(schedule, {})}
     if "." in schedule:
@@ -231,53 +258,65 @@ def test_fault_65_a_schedule_goes_on_to_the_bit(schedule, tmp_path):
     if schedule == "constant":
         options["lr_warmup_steps"] = 0
     whole, part = continued("AdamW", {}, ScheduleOptions(**options), tmp_path)
-    assert_same(dict(whole.loss_module.named_parameters()), dict(part.loss_module.named_parameters()))
+    assert_same(
+        dict(whole.loss_module.named_parameters()), dict(part.loss_module.named_parameters())
+    )
     assert whole.learning_rates() == part.learning_rates()
 
 
-def test_the_scale_of_float16_losses_goes_on(tmp_path):
+def test_the_loss_scale_of_float16_is_restored(tmp_path):
     def scaled() -> OptimizerStep:
         model = Small(1)
         groups = [ParamGroup("a", dict(model.named_parameters()), 0.1)]
-        stepper = MasterWeightOptimizer(make_optimizer("AdamW", {}, groups, 0.1), groups)
-        return OptimizerStep(model, groups, StandardStep(stepper, max_grad_norm=1, scales_loss=True), None)
+        master_weights = MasterWeightOptimizer(make_optimizer("AdamW", {}, groups, 0.1), groups)
+        return OptimizerStep(
+            model, groups, StandardStep(master_weights, max_grad_norm=1, scales_loss=True), None
+        )
 
     one, two = scaled(), scaled()
     for overflowed in (False, False, True, True):
         one.gradient_step.scale.record(overflowed=overflowed)
-    write_state(tmp_path / "s", State({"step": 1}, {}, one.state(names_of(one))))
+    write_state(tmp_path / "s", State(state_metadata(1), {}, one.state(names_of(one))))
     two.restore(read_state(tmp_path / "s").optimizer, names_of(two), same_options=True)
     assert two.gradient_step.scale.state() == {"value": 2.0**14, "good": 0, "overflows": 2}
 
 
-def test_with_other_options_learning_rate_and_schedule_are_the_new_ones_and_what_was_learnt_stays():
+def test_with_other_options_the_learning_rate_and_schedule_are_new_and_the_moments_are_restored():
     """--resume_anyway with a tenth of the learning rate, linear to step 8."""
     before = make("AdamW", {}, ScheduleOptions(lr_scheduler="linear"), 1)
     train(before, 1, 4)
     state = before.state(names_of(before))
     for group in state["optimizer"]["groups"]:
-        group["lr"], group["initial_lr"], group["weight_decay"] = group["lr"] * 10, group["initial_lr"] * 10, 0.5
+        group["lr"], group["initial_lr"], group["weight_decay"] = (
+            group["lr"] * 10,
+            group["initial_lr"] * 10,
+            0.5,
+        )
     state["schedule"]["base_lrs"] = [rate * 10 for rate in state["schedule"]["base_lrs"]]
     after = make("AdamW", {}, ScheduleOptions(lr_scheduler="linear"), 1)
     after.restore(state, names_of(after), same_options=False)
-    assert after.learning_rates() == before.learning_rates() == pytest.approx({"a": 0.005, "b": 0.01})
+    assert (
+        after.learning_rates() == before.learning_rates() == pytest.approx({"a": 0.005, "b": 0.01})
+    )
     assert {group["weight_decay"] for group in after.optimizer.param_groups} == {0.01}
     assert_same(after.state(names_of(after))["optimizer"]["state"], state["optimizer"]["state"])
 
 
-def test_another_optimizer_starts_anew_and_other_groups_are_told(told):
+def test_another_optimizer_starts_from_scratch_and_other_groups_are_an_error(logged):
     lion, adam = make("Lion", {}, ScheduleOptions(), 1), make("AdamW", {}, ScheduleOptions(), 1)
     train(lion, 1, 2)
     state = lion.state(names_of(lion))["optimizer"]
     restore_optimizer(adam.optimizer, state, names_of(adam), same_options=False)
-    assert not adam.optimizer.state and "reset for torch.optim.adamw.AdamW" in "\n".join(told)
+    assert not adam.optimizer.state and "reset for torch.optim.adamw.AdamW" in "\n".join(logged)
     state["groups"].pop()
     with pytest.raises(RunError, match="the state has 1 groups of learning rates, this run has 2"):
-        restore_optimizer(make("Lion", {}, ScheduleOptions(), 1).optimizer, state, {}, same_options=False)
+        restore_optimizer(
+            make("Lion", {}, ScheduleOptions(), 1).optimizer, state, {}, same_options=False
+        )
 
 
-def test_paged_memory_is_paged_again():
-    """bitsandbytes keeps such tensors in RAM beside a card's parameters, and marks them."""
+def test_paged_optimizer_state_is_paged_again():
+    """bitsandbytes keeps such tensors in RAM while the parameters are in VRAM, and marks them."""
     update = make("PagedAdamW8bit", {}, ScheduleOptions(), 1)
     train(update, 1, 2)
     state = update.state(names_of(update))["optimizer"]
@@ -299,7 +338,7 @@ def test_paged_memory_is_paged_again():
 # ---------------------------------------------------------------------------------------- whole, torn, the newest, foreign
 
 
-def test_the_marker_is_written_last_and_the_folder_gets_its_name_after_it(tmp_path, monkeypatch):
+def test_state_json_is_written_last_and_the_folder_is_renamed_after_it(tmp_path, monkeypatch):
     """Broken off at each of its writes and moves: the older state stays, and is what is found."""
     write_state(tmp_path / "n-state", some_state(1))
     real, calls = os.replace, []
@@ -317,31 +356,31 @@ def test_the_marker_is_written_last_and_the_folder_gets_its_name_after_it(tmp_pa
             write_state(tmp_path / "n-state", some_state(2))
         monkeypatch.setattr(os, "replace", real)
         expected = 1 if number < 2 else 2
-        assert read_state(newest_state(tmp_path, ["n"])).facts["step"] == expected
+        assert read_state(newest_state(tmp_path, ["n"])).metadata.step == expected
     assert calls == [
         "weights.safetensors",
         "optimizer.safetensors",
-    ]  # state.json is no part of it: it is written behind them
+    ]  # without state.json, which is written after them
     assert [path.name for path in tmp_path.iterdir()] == ["n-state"]
 
 
-@pytest.mark.parametrize("torn", ["state.json", "weights.safetensors", "optimizer.safetensors"])
-def test_fault_2_a_torn_state_is_named_and_never_chosen(torn, tmp_path, told):
+@pytest.mark.parametrize("damaged", ["state.json", "weights.safetensors", "optimizer.safetensors"])
+def test_fault_2_an_incomplete_state_is_logged_and_never_used(damaged, tmp_path, logged):
     for step in (2, 4):
         write_state(tmp_path / f"n-step{step:08d}-state", some_state(step))
     last = tmp_path / "n-step00000004-state"
-    if torn == "weights.safetensors":
-        os.truncate(last / torn, 10)
+    if damaged == "weights.safetensors":
+        os.truncate(last / damaged, 10)
     else:
-        (last / torn).unlink()
+        (last / damaged).unlink()
     assert newest_state(tmp_path, ["n"]) == tmp_path / "n-step00000002-state"
-    assert f"{last}: incomplete state: " in "\n".join(told) and torn in "\n".join(told)
+    assert f"{last}: incomplete state: " in "\n".join(logged) and damaged in "\n".join(logged)
     assert find_state("latest", tmp_path, ["n"]) == tmp_path / "n-step00000002-state"
-    with pytest.raises(OptionError, match=r"incomplete state.*the newest whole one is .*step00000002-state"):
+    with pytest.raises(OptionError, match=r"incomplete state.*step00000002-state"):
         find_state(str(last), tmp_path, ["n"])
 
 
-def test_the_newest_is_the_one_written_last_whatever_its_step(tmp_path):
+def test_the_newest_state_is_the_one_written_last_whatever_its_step(tmp_path):
     """A run of 100 steps lies there; another of that name has been killed after 4."""
     for name in ("n-step00000100-state", "n-state", "n-step00000004-state", "n-000001-state"):
         write_state(tmp_path / name, some_state(4))
@@ -351,12 +390,12 @@ def test_the_newest_is_the_one_written_last_whatever_its_step(tmp_path):
     assert newest_state(tmp_path, ["n"]) == tmp_path / "n-000001-state"
 
 
-def test_names_that_only_begin_alike_are_other_runs(tmp_path):
+def test_names_that_only_begin_alike_belong_to_other_runs(tmp_path):
     for name in ("n-2", "n2", "n-step5", "n-best", "n-step00000001-state-old", "[ab]", "an"):
         write_state(tmp_path / f"{name}-state", some_state())
     (tmp_path / "n-state").write_text("a file")
     assert newest_state(tmp_path, ["n"]) is None
-    with pytest.raises(OptionError, match="--resume latest: there is no whole state of n in"):
+    with pytest.raises(OptionError, match=r"--resume latest: .* state of n"):
         find_state("latest", tmp_path, ["n"])
     assert newest_state(tmp_path, ["[ab]"]) == tmp_path / "[ab]-state"
     assert newest_state(tmp_path / "not there", ["n"]) is None
@@ -365,22 +404,22 @@ def test_names_that_only_begin_alike_are_other_runs(tmp_path):
 @pytest.mark.parametrize(
     "files", [["optimizer.bin", "random_states_0.pkl", "train_state.json"], ["scheduler.bin"], ["model.safetensors", "random_states_0.pkl"]]
 )  # fmt: skip
-def test_a_state_of_sd_scripts_or_accelerate_is_recognised(files, tmp_path):
+def test_a_state_of_sd_scripts_or_accelerate_is_recognized(files, tmp_path):
     (tmp_path / "at-state").mkdir()
     for name in files:
         (tmp_path / "at-state" / name).write_bytes(b"\x80\x04.")
-    with pytest.raises(OptionError, match=r"of sd-scripts or of accelerate, which can't be resumed here.*--network_weights"):  # fmt: skip
+    with pytest.raises(OptionError, match=r"sd-scripts or accelerate.*--network_weights"):  # fmt: skip
         find_state(str(tmp_path / "at-state"), tmp_path, ["at"])
     with pytest.raises(OptionError, match="no such state folder"):
         find_state(str(tmp_path / "nowhere"), tmp_path, ["at"])
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors"])
-def test_fault_16_a_flipped_bit_in_a_state_is_told(file, folder):
+def test_fault_16_a_flipped_bit_in_a_state_is_an_error(file, folder):
     raw = bytearray((folder / file).read_bytes())
     raw[-2] ^= 1
     (folder / file).write_bytes(raw)
-    with pytest.raises(RunError, match=rf"{file}: damaged: its sha256 isn't the one that state\.json has"):
+    with pytest.raises(RunError, match=rf"{file}: damaged: .*sha256.*state\.json"):
         read_state(folder)
 
 
@@ -400,7 +439,7 @@ class Evil:
 def test_fault_18_pickles_in_a_state_are_never_read(folder, tmp_path):
     for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin", "pytorch_model.bin", "sampler.bin"):  # fmt: skip
         torch.save(Evil(tmp_path / "evil"), folder / name)
-    assert read_state(folder).facts["step"] == 5
+    assert read_state(folder).metadata.step == 5
     assert not (tmp_path / "evil").exists()
     torch.save(Evil(tmp_path / "evil"), folder / "optimizer.safetensors")
     tamper(folder)
@@ -410,10 +449,21 @@ def test_fault_18_pickles_in_a_state_are_never_read(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../victim.safetensors", "/etc/hostname", "..", "a\\b", "C:x", "nul\0", "sub/weights.safetensors"]
+    "name",
+    [
+        "../victim.safetensors",
+        "/etc/hostname",
+        "..",
+        "a\\b",
+        "C:x",
+        "nul\0",
+        "sub/weights.safetensors",
+    ],
 )
 def test_fault_18_files_outside_of_the_state_are_refused(name, folder):
-    (folder.parent / "victim.safetensors").write_bytes((folder / "weights.safetensors").read_bytes())
+    (folder.parent / "victim.safetensors").write_bytes(
+        (folder / "weights.safetensors").read_bytes()
+    )
     entry = {"sha256": "0" * 64, "bytes": (folder / "weights.safetensors").stat().st_size}
     files = json.loads((folder / "state.json").read_text())["files"]
     tamper(folder, files={**files, name: entry})
@@ -432,7 +482,7 @@ def test_fault_18_files_outside_of_the_state_are_refused(name, folder):
     ],
     ids=str,
 )  # fmt: skip
-def test_fault_18_facts_that_make_no_sense_are_told(changes, folder):
+def test_fault_18_invalid_metadata_is_an_error(changes, folder):
     tamper(folder, **changes)
     with pytest.raises(RunError, match=r"damaged|another program or a newer version"):
         read_state(folder)
@@ -443,23 +493,27 @@ def test_fault_18_facts_that_make_no_sense_are_told(changes, folder):
     ["", "{", "[]", "null", "5", '"text"', "[" * 200_000, '{"a":' * 200_000, '{"optimizer":' + '{"list":[' * 50_000, "\x00", "NaN"],
     ids=lambda text: text[:12],
 )  # fmt: skip
-def test_fault_18_facts_that_are_no_json_are_told(text, folder):
+def test_fault_18_invalid_json_is_an_error(text, folder):
     (folder / "state.json").write_text(text)
     with pytest.raises(RunError, match=r"state\.json: damaged"):
         read_state(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_fault_61_a_state_with_weights_that_arent_finite_is_refused(value, folder):
+def test_fault_61_a_state_with_nan_or_inf_in_its_weights_is_refused(value, folder):
     write_safetensors(folder / "weights.safetensors", {"a.weight": torch.tensor([1.0, value])}, {})
     tamper(folder)
-    with pytest.raises(RunError, match=r"a\.weight holds numbers that aren't finite"):
+    with pytest.raises(RunError, match=r"a\.weight .*NaN"):
         read_state(folder)
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGDNesterov", "AdamW8bit", "Lion8bit", "torch.optim.Adagrad"])
-def test_fault_18_tensors_that_would_lead_a_kernel_astray_are_refused(optimizer, tmp_path):
-    """The fused AdamW writes behind a tensor that is too short."""
+@pytest.mark.parametrize(
+    "optimizer", ["AdamW", "SGDNesterov", "AdamW8bit", "Lion8bit", "torch.optim.Adagrad"]
+)
+def test_fault_18_tensors_that_would_make_a_kernel_read_out_of_bounds_are_refused(
+    optimizer, tmp_path
+):
+    """The fused AdamW writes past the end of a tensor that is too short."""
     update = make(optimizer, {}, ScheduleOptions(), 1)
     train(update, 1, 1)
     saved = update.state(names_of(update))["optimizer"]
@@ -476,21 +530,65 @@ def test_fault_18_tensors_that_would_lead_a_kernel_astray_are_refused(optimizer,
     assert tried
 
 
-def test_fault_18_a_state_cant_put_other_parameters_into_a_group():
+def test_fault_18_a_state_cannot_put_other_parameters_into_a_group():
     update = make("AdamW", {}, ScheduleOptions(), 1)
     saved = update.state(names_of(update))["optimizer"]
     saved["groups"][0]["params"] = [torch.zeros(3)]
-    before = [id(parameter) for group in update.optimizer.param_groups for parameter in group["params"]]
+    before = [
+        id(parameter) for group in update.optimizer.param_groups for parameter in group["params"]
+    ]
     restore_optimizer(update.optimizer, saved, names_of(update))
-    assert before == [id(parameter) for group in update.optimizer.param_groups for parameter in group["params"]]
+    assert before == [
+        id(parameter) for group in update.optimizer.param_groups for parameter in group["params"]
+    ]
 
 
 def test_a_state_is_plain_safetensors_and_json(folder):
     """What others may rely on: any program reads it."""
     from safetensors.torch import load_file
 
-    assert_same(load_file(folder / "weights.safetensors"), load_tensors(folder / "weights.safetensors")[0])
+    assert_same(
+        load_file(folder / "weights.safetensors"), load_tensors(folder / "weights.safetensors")[0]
+    )
     facts = json.loads((folder / "state.json").read_text())
     assert (facts["format"], facts["version"]) == ("sdxl-training-state", 1)
     for name, entry in facts["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
+
+
+WRITTEN_BEFORE = {
+    "step": 4, "epoch": 1, "samples": 8, "splits": 2, "finished": True, "total_steps": 6, "session_id": "792077645",
+    "run": {
+        "train_batch_size": "1", "seed": "7", "processes": "1", "latents are cached": "True", "captions are cached": "True",
+        "base model": "sdxl.safetensors", "pictures": "4, 8 with repeats", "batch sizes": "1", "files, sizes and captions": "30f2829971b17f5a",
+    },
+    "report": {"recent": [1.25, 1.5], "epoch_losses": [1.5], "overflows": 0},
+    "best": {"loss": None, "waited": 0, "step": -1},
+    "saved": {"lora": ["output/lora.safetensors"]},
+}  # fmt: skip
+"""Keys and values of a state.json of the first release, apart from the files and the optimizer."""
+
+
+def test_a_state_written_before_loads_and_its_keys_have_not_changed(folder, tmp_path):
+    tamper(folder, **WRITTEN_BEFORE)
+    state = read_state(folder)
+    assert (
+        state.metadata.step,
+        state.metadata.epoch,
+        state.metadata.samples,
+        state.metadata.splits,
+    ) == (4, 1, 8, 2)
+    assert state.metadata.seed == 7 and state.metadata.signature["pictures"] == "4, 8 with repeats"
+    write_state(tmp_path / "again", state)
+    before, after = (
+        json.loads((path / "state.json").read_text()) for path in (folder, tmp_path / "again")
+    )
+    assert after == {**before, "written": after["written"]}
+    assert {name: after[name] for name in WRITTEN_BEFORE} == WRITTEN_BEFORE
+    assert after.keys() - WRITTEN_BEFORE.keys() == {
+        "format",
+        "version",
+        "written",
+        "optimizer",
+        "files",
+    }

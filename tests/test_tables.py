@@ -1,6 +1,7 @@
 """Tables that feed every step have the same bits on every CPU: computed in processes whose kernels differ."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -57,3 +58,9 @@ def test_the_tables_have_the_same_bytes_whatever_kernels_compute_them():
     for setting, found in zip(KERNELS, said, strict=True):
         different = [name for name in found if found[name] != said[0][name]]
         assert not different, (setting, different)
+
+
+def test_make_test_long_runs_the_numeric_tests_under_the_same_kernels():
+    (found,) = re.findall(r"^CPU_SETTINGS := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    words = found.replace("\\\n", " ").split()
+    assert words == [f"{name}={value}" for setting in KERNELS for name, value in setting.items()]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_model import live_tensors
+from messages import mentioning
 from tolerance import assert_network
 
 from library.models import text_encoders
@@ -13,7 +14,7 @@ from library.models import tokenizer as tokens
 from library.models.memory.activation_checkpointing import ActivationPolicy
 from library.models.tokenizer import BEGIN, END, load_tokenizers, parse_weights, save_tokenizer
 from library.safetensors_io import load_tensors
-from networks.lora import text_encoder_targets
+from networks.targets import text_encoder_targets
 
 pytestmark = pytest.mark.numeric
 
@@ -144,7 +145,7 @@ def test_an_outline_has_the_names_shapes_and_layers_of_its_encoder(golden_models
             {name: tensor.shape for name, tensor in one.items()} for one in (dict(drawn.named_parameters()), whole)
         ]
         assert shapes[0] == shapes[1]
-        one, two = (list(text_encoder_targets(module, number)) for module in (drawn, encoder))
+        one, two = (list(text_encoder_targets(module, number - 1)) for module in (drawn, encoder))
         assert [(t.name, t.is_used, t.layer.weight.shape) for t in one] == [(t.name, t.is_used, t.layer.weight.shape) for t in two]  # fmt: skip
         assert len(one) > 10 and all(t.layer.weight.is_meta for t in one)
 
@@ -176,6 +177,6 @@ def test_a_damaged_vocabulary_is_told(monkeypatch, tmp_path):
     damaged.write_bytes(gzip.compress(b"x"))
     monkeypatch.setattr(tokens, "_VOCABULARY", damaged)
     tokens._vocabulary.cache_clear()
-    with pytest.raises(Exception, match="checksum"):
+    with pytest.raises(Exception, match=mentioning(damaged, "checksum")):
         load_tokenizers(None, None)
     tokens._vocabulary.cache_clear()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from messages import lines_mentioning, mentioning, mentions
 from running import ROOT
 
 from library.errors import OptionError
@@ -71,7 +72,7 @@ class FakeRun:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A wandb that remembers what it is told."""
+    """A wandb that records its calls."""
     fake = SimpleNamespace(run=FakeRun(), arguments={}, error=None)
 
     def init(project=None, name=None, dir=None, config=None, tags=None, settings=None):
@@ -88,7 +89,10 @@ def wandb(monkeypatch):
         return fake.run
 
     module = SimpleNamespace(
-        init=init, setup=lambda settings: None, Settings=dict, Image=lambda pixels, caption: (caption, pixels.shape)
+        init=init,
+        setup=lambda settings: None,
+        Settings=dict,
+        Image=lambda pixels, caption: (caption, pixels.shape),
     )
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -129,15 +133,20 @@ def test_tensorboard_keeps_scalars_by_step_or_epoch_and_images_and_config(tmp_pa
     sent.close()
     (run,) = tmp_path.glob("p-" + "[0-9]" * 14)
     events = events_of(run / "mine")
-    assert [(event.step, event.value) for event in events.Scalars("loss/current")] == [(10, 0.5), (20, 0.25)]
-    assert [(event.step, event.value) for event in events.Scalars("loss/epoch_average")] == [(1, 0.375)]
+    assert [(event.step, event.value) for event in events.Scalars("loss/current")] == [
+        (10, 0.5),
+        (20, 0.25),
+    ]
+    assert [(event.step, event.value) for event in events.Scalars("loss/epoch_average")] == [
+        (1, 0.375)
+    ]
     assert set(events.Tags()["images"]) == {"sample/0", "sample/1"}
     assert events.Images("sample/0")[0].step == 20 and events.Images("sample/0")[0].width == 8
     (config,) = events.Tensors("config/text_summary")
     assert '"seed": 7' in config.tensor_proto.string_val[0].decode()
 
 
-def test_fault_71_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+def test_fault_71_runs_of_the_same_second_get_different_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers.time, "strftime", lambda *_: "20260102030405")
     for loss in (1.0, 2.0, 3.0):
         sent = open_trackers(TrackerOptions(logging_dir=tmp_path / "logs"), "network_train", {})
@@ -145,25 +154,31 @@ def test_fault_71_runs_of_the_same_second_get_folders_of_their_own(tmp_path, mon
         sent.close()
     folders = [tmp_path / "logs" / f"20260102030405{end}" for end in ("", "-2", "-3")]
     assert sorted((tmp_path / "logs").iterdir()) == folders
-    assert [events_of(folder / "network_train").Scalars("loss")[0].value for folder in folders] == [1.0, 2.0, 3.0]
+    assert [events_of(folder / "network_train").Scalars("loss")[0].value for folder in folders] == [
+        1.0,
+        2.0,
+        3.0,
+    ]
 
 
-def test_a_logging_dir_that_cant_be_made_is_told_before_the_run(tmp_path):
+def test_a_logging_dir_that_cannot_be_created_is_an_error_before_the_run(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "unmounted").symlink_to(tmp_path / "nowhere" / "disk")
     for folder in (tmp_path / "file", tmp_path / "unmounted"):
-        with pytest.raises(OptionError, match=f"--logging_dir {folder}: can't be made"):
+        with pytest.raises(OptionError, match=mentioning("--logging_dir", folder, "File exists")):
             open_trackers(TrackerOptions(logging_dir=folder), "network_train", {})
 
 
-@pytest.mark.parametrize("name, hidden", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+@pytest.mark.parametrize(
+    "name, hidden", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")]
+)
 def test_a_missing_package_is_named_with_flag_and_pip_command(name, hidden, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, hidden, None)
-    with pytest.raises(OptionError, match=rf"--log_with {name}: .*pip install {name}"):
+    with pytest.raises(OptionError, match=mentioning("--log_with", name, f"pip install {name}")):
         open_trackers(TrackerOptions(logging_dir=tmp_path, log_with=name), "network_train", {})
 
 
-def test_only_what_is_named_is_imported(tmp_path):
+def test_only_the_named_trackers_are_imported(tmp_path):
     program = f"""
         import sys
         from pathlib import Path
@@ -174,7 +189,9 @@ def test_only_what_is_named_is_imported(tmp_path):
         assert "wandb" not in sys.modules
     """
     program = "\n".join(line.strip() for line in program.splitlines())
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -182,7 +199,9 @@ def test_only_what_is_named_is_imported(tmp_path):
 
 
 @pytest.mark.parametrize("fails_at, called", [("log", 1), ("images", 3), ("close", 4)])
-def test_fault_70_a_tracker_that_raises_is_told_once_and_the_others_go_on(fails_at, called, records):
+def test_fault_70_a_tracker_that_raises_is_logged_once_and_the_others_continue(
+    fails_at, called, records
+):
     broken, whole = Recorder(fails_at), Recorder()
     sent = Trackers({"broken": broken, "whole": whole}, [KEY])
     sent.log({"loss": 1.0}, 1)
@@ -191,7 +210,7 @@ def test_fault_70_a_tracker_that_raises_is_told_once_and_the_others_go_on(fails_
     sent.close()
     assert whole.calls == ["log", "log", "images", "close"] and len(broken.calls) == called
     (text,) = warnings_of(records)
-    assert text.startswith("broken failed") and text.endswith("OSError: [Errno 28] No space left on device, key ***")
+    assert mentions(text, "broken", "OSError: [Errno 28] No space left on device, key ***")
 
 
 def test_the_users_interrupt_passes_through():
@@ -202,8 +221,10 @@ def test_the_users_interrupt_passes_through():
         Trackers({"fake": SimpleNamespace(log=interrupted)}).log({"loss": 1.0}, 1)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a limit on file sizes stands for the full disk")
-def test_fault_70_a_full_disk_under_tensorboard_doesnt_end_the_run(tmp_path):
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="a limit on file sizes stands for the full disk"
+)
+def test_fault_70_a_full_disk_of_tensorboard_does_not_end_the_run(tmp_path):
     program = f"""
         import resource, signal
         from pathlib import Path
@@ -216,8 +237,13 @@ def test_fault_70_a_full_disk_under_tensorboard_doesnt_end_the_run(tmp_path):
         print("done")
     """
     program = "\n".join(line.strip() for line in program.splitlines())
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.stdout == "done\n" and done.stderr.count("tensorboard failed") == 1, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert (
+        done.stdout == "done\n"
+        and len(lines_mentioning(done.stderr, "tensorboard", "File too large")) == 1
+    ), done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------------ wandb
@@ -232,8 +258,16 @@ def test_wandb_gets_project_name_config_and_steps_that_never_go_back(wandb, tmp_
         wandb_api_key=KEY,
     )
     sent = open_trackers(options, "network_train", {"seed": 7})
-    expected = {"project": "cats", "name": "third", "dir": str(tmp_path / "logs"), "config": {"seed": 7}}
-    assert expected.items() <= wandb.arguments.items() and wandb.arguments["settings"]["api_key"] == KEY
+    expected = {
+        "project": "cats",
+        "name": "third",
+        "dir": str(tmp_path / "logs"),
+        "config": {"seed": 7},
+    }
+    assert (
+        expected.items() <= wandb.arguments.items()
+        and wandb.arguments["settings"]["api_key"] == KEY
+    )
     assert (tmp_path / "logs").is_dir() and not list((tmp_path / "logs").iterdir())
     sent.log({"loss/current": 0.5}, 10)
     sent.log({"loss/epoch_average": 0.375}, 10, epoch=1)
@@ -249,20 +283,22 @@ def test_wandb_gets_project_name_config_and_steps_that_never_go_back(wandb, tmp_
     assert wandb.run.exit_code == 0
 
 
-def test_images_of_two_sizes_get_keys_of_their_own_at_wandb(wandb):
+def test_images_of_two_sizes_get_different_keys_in_wandb(wandb):
     sent = open_trackers(TrackerOptions(log_with="wandb"), "network_train", {})
     sent.images([IMAGES[0], ("tall", np.zeros((16, 8, 3), np.uint8))], 3)
-    assert wandb.run.rows == [(3, {"sample/0": ("a cat", (8, 8, 3)), "sample/1": ("tall", (16, 8, 3))})]
+    assert wandb.run.rows == [
+        (3, {"sample/0": ("a cat", (8, 8, 3)), "sample/1": ("tall", (16, 8, 3))})
+    ]
 
 
-def test_without_options_wandb_gets_the_scripts_name_no_key_and_its_own_folder(wandb):
+def test_without_options_wandb_gets_the_scripts_name_no_key_and_its_default_folder(wandb):
     open_trackers(TrackerOptions(log_with="wandb"), "network_train", {})
     assert wandb.arguments["project"] == "network_train"
     assert wandb.arguments["name"] is None and wandb.arguments["dir"] is None
     assert "api_key" not in wandb.arguments["settings"]
 
 
-def test_a_run_that_broke_off_is_shown_as_failed_at_wandb(wandb):
+def test_a_failed_run_is_marked_as_failed_in_wandb(wandb):
     sent = open_trackers(TrackerOptions(log_with="wandb"), "network_train", {})
     with pytest.raises(RuntimeError, match="out of memory"):
         try:
@@ -272,7 +308,9 @@ def test_a_run_that_broke_off_is_shown_as_failed_at_wandb(wandb):
     assert wandb.run.exit_code == 1
 
 
-def test_a_wandb_that_cant_start_is_told_without_its_key_and_tensorboard_goes_on(wandb, tmp_path, records):
+def test_a_wandb_that_cannot_start_is_logged_without_its_key_and_tensorboard_continues(
+    wandb, tmp_path, records
+):
     wandb.error = ConnectionError(f"no such host, key {KEY}\nmore")
     options = TrackerOptions(log_with="all", logging_dir=tmp_path, wandb_api_key=KEY)
     sent = open_trackers(options, "network_train", {})
@@ -280,19 +318,23 @@ def test_a_wandb_that_cant_start_is_told_without_its_key_and_tensorboard_goes_on
     sent.close()
     assert events_of(next(tmp_path.glob("*/network_train"))).Scalars("loss")[0].value == 1.0
     (text,) = warnings_of(records)
-    assert text.startswith("wandb can't be started") and text.endswith("ConnectionError: no such host, key ***")
+    assert mentions(text, "wandb", "ConnectionError: no such host, key ***") and "more" not in text
 
 
-def test_a_key_of_the_environment_is_in_no_message_either(wandb, monkeypatch, records):
+def test_a_key_of_the_environment_is_in_no_message(wandb, monkeypatch, records):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     wandb.run.fails_at = "log"
     wandb.run.url = f"https://wandb.example/run?apiKey={KEY}"
     sent = open_trackers(TrackerOptions(log_with="wandb"), "network_train", {})
     sent.log({"loss": 1.0}, 1)
-    assert "the server refuses ***" in records.text and "and more" not in records.text and KEY not in records.text
+    assert (
+        "the server refuses ***" in records.text
+        and "and more" not in records.text
+        and KEY not in records.text
+    )
 
 
-def test_what_wandb_couldnt_send_in_time_can_be_sent_later(wandb, records):
+def test_values_that_wandb_could_not_send_in_time_can_be_sent_later(wandb, records):
     wandb.run.fails_at = "finish"
     open_trackers(TrackerOptions(log_with="wandb"), "network_train", {}).close()
     assert f"wandb sync {Path('logs/wandb/run-1')}" in warnings_of(records)[0]
@@ -331,45 +373,53 @@ def test_the_real_wandb_keeps_a_run_offline_and_leaves_signals_and_command_line_
 # ------------------------------------------------------------------------------------------------------ tracker config
 
 
-def test_the_tracker_configs_tables_are_arguments_and_win_over_the_run_name(wandb, tmp_path):
+def test_the_tables_of_the_tracker_config_are_arguments_and_override_the_run_name(wandb, tmp_path):
     config = tmp_path / "trackers.toml"
     config.write_text(
         '[wandb]\nname = "from file"\ntags = ["a", "b"]\nsettings.init_timeout = 5\nconfig.note = "n"\n'
         '[tensorboard]\nfilename_suffix = ".own"\n'
     )
     options = TrackerOptions(
-        log_with="all", logging_dir=tmp_path / "logs", wandb_run_name="unused", log_tracker_config=config
+        log_with="all",
+        logging_dir=tmp_path / "logs",
+        wandb_run_name="unused",
+        log_tracker_config=config,
     )
     open_trackers(options, "network_train", {"seed": 7}).close()
     assert wandb.arguments["name"] == "from file" and wandb.arguments["tags"] == ["a", "b"]
     assert wandb.arguments["config"] == {"seed": 7, "note": "n"}
-    assert wandb.arguments["settings"]["init_timeout"] == 5 and wandb.arguments["settings"]["console"] == "off"
+    assert (
+        wandb.arguments["settings"]["init_timeout"] == 5
+        and wandb.arguments["settings"]["console"] == "off"
+    )
     assert len(list((tmp_path / "logs").glob("*/network_train/*.own"))) == 1
 
 
 @pytest.mark.parametrize(
-    "text, expected",
+    "text, tokens",
     [
-        ("[wandb\n", "can't be read as TOML"),
-        ("[wanbd]\nname = 'x'\n", r"'wanbd' is not a tracker; expected the tables \[tensorboard\] and \[wandb\]"),
-        ("wandb = 'x'\n", r"wandb is a single value; expected a table, \[wandb\]"),
-        ("[wandb]\nnaem = 'x'\n", r"\[wandb\]: got an unexpected keyword argument 'naem'"),
-        ("[wandb]\nsettings = 'x'\n", r"settings must be a table, \[wandb.settings\]"),
-        ("[tensorboard]\nmax_queu = 3\n", r"\[tensorboard\]: .*'max_queu'"),
+        ("[wandb\n", ["TOML"]),
+        ("[wanbd]\nname = 'x'\n", ["wanbd", "[tensorboard]", "[wandb]"]),
+        ("wandb = 'x'\n", ["wandb", "table", "[wandb]"]),
+        ("[wandb]\nnaem = 'x'\n", ["[wandb]", "naem"]),
+        ("[wandb]\nsettings = 'x'\n", ["settings", "table", "[wandb.settings]"]),
+        ("[tensorboard]\nmax_queu = 3\n", ["[tensorboard]", "max_queu"]),
     ],
 )
-def test_a_wrong_tracker_config_is_told_with_its_file(text, expected, wandb, tmp_path):
+def test_an_error_in_the_tracker_config_names_the_file(text, tokens, wandb, tmp_path):
     config = tmp_path / "trackers.toml"
     config.write_text(text)
-    options = TrackerOptions(log_with="all", logging_dir=tmp_path / "logs", log_tracker_config=config)
-    with pytest.raises(OptionError, match=rf"trackers\.toml: {expected}"):
+    options = TrackerOptions(
+        log_with="all", logging_dir=tmp_path / "logs", log_tracker_config=config
+    )
+    with pytest.raises(OptionError, match=mentioning("--log_tracker_config", config, *tokens)):
         open_trackers(options, "network_train", {})
 
 
-def test_a_tracker_config_that_isnt_utf8_is_told(tmp_path):
+def test_a_tracker_config_that_is_not_utf8_is_an_error(tmp_path):
     config = tmp_path / "trackers.toml"
     config.write_bytes("[wandb]\nname = 'Zoë'\n".encode("latin-1"))
-    with pytest.raises(OptionError, match="save it as UTF-8"):
+    with pytest.raises(OptionError, match=mentioning("--log_tracker_config", config, "UTF-8")):
         read_tracker_config(config)
 
 
@@ -383,7 +433,9 @@ def test_the_logged_config_has_the_options_but_no_keys_and_no_paths(tmp_path):
         "--logging_dir", tmp_path, "--wandb_api_key", KEY, "--resolution", "768,1024", "--seed", "7", "--min_snr_gamma", "5",
         "--network_args", "conv_dim=1", "dropout=0.1", "--network_module", "networks.lora",
     ]  # fmt: skip
-    config = logged_config(read_options("t", [*COMMON_TRAINING, NetworkOptions], [str(word) for word in argv]))
+    config = logged_config(
+        read_options("t", [*COMMON_TRAINING, NetworkOptions], [str(word) for word in argv]).specs()
+    )
     assert {
         "seed": 7,
         "min_snr_gamma": 5.0,
@@ -391,7 +443,12 @@ def test_the_logged_config_has_the_options_but_no_keys_and_no_paths(tmp_path):
         "enable_bucket": False,
     }.items() <= config.items()
     assert config["network_args"] == "conv_dim=1, dropout=0.1"
-    assert None not in config.values() and {type(value) for value in config.values()} <= {str, int, float, bool}
+    assert None not in config.values() and {type(value) for value in config.values()} <= {
+        str,
+        int,
+        float,
+        bool,
+    }
     text = json.dumps(config)
     assert KEY not in text and str(tmp_path) not in text and "base.safetensors" not in text
 

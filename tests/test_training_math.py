@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerance import FORMULA, ZERO_SNR_ALPHA_BAR, ZERO_SNR_BETAS, ZERO_SNR_LATENTS, assert_embedding, assert_formula
+from tolerance import (
+    FORMULA,
+    ZERO_SNR_ALPHA_BAR,
+    ZERO_SNR_BETAS,
+    ZERO_SNR_LATENTS,
+    assert_embedding,
+    assert_formula,
+)
 
 from library.models.noise_schedule import NoiseSchedule
 from library.models.size_conditioning import size_vector
@@ -31,8 +38,14 @@ def close(found, name, **tolerance):
 
 
 def test_golden_05_schedule():
-    for table, name in ((SCHEDULE.betas, "betas"), (SCHEDULE.alpha_bar, "alphas_cumprod"), (SCHEDULE.snr, "all_snr")):
-        close(table, name, rtol=1e-6, atol=0)  # closer than the rule: our tables are the same everywhere
+    for table, name in (
+        (SCHEDULE.betas, "betas"),
+        (SCHEDULE.alpha_bar, "alphas_cumprod"),
+        (SCHEDULE.snr, "all_snr"),
+    ):
+        close(
+            table, name, rtol=1e-6, atol=0
+        )  # closer than the rule: our tables are the same everywhere
     close(ZERO.betas, "zsnr_betas", **ZERO_SNR_BETAS)
     close(ZERO.alpha_bar, "zsnr_alphas_cumprod", **ZERO_SNR_ALPHA_BAR)
 
@@ -45,7 +58,9 @@ def test_zero_terminal_snr_ends_in_pure_noise_and_its_snr_is_of_the_changed_sche
     torch.testing.assert_close(ZERO.snr, ZERO.alpha_bar / (1 - ZERO.alpha_bar))
 
 
-@pytest.mark.parametrize("prefix, schedule, tolerance", [("", SCHEDULE, FORMULA), ("zsnr_", ZERO, ZERO_SNR_LATENTS)])
+@pytest.mark.parametrize(
+    "prefix, schedule, tolerance", [("", SCHEDULE, FORMULA), ("zsnr_", ZERO, ZERO_SNR_LATENTS)]
+)
 def test_golden_05_noisy_and_velocity(prefix, schedule, tolerance):
     alpha_bar = schedule.at(T["timesteps"])
     close(noises.add_noise(T["latents"], T["noise"], alpha_bar), f"{prefix}noisy", **tolerance)
@@ -74,8 +89,14 @@ def test_golden_05_huber_losses(kind, schedule, c, scale):
 def test_golden_05_weights():
     snr, per_sample = SCHEDULE.snr[T["timesteps"]], T["per_sample_l2"]
     for gamma in (1, 5, 20):
-        close(per_sample * losses.min_snr_weight(snr, gamma, v_prediction=False), f"min_snr.gamma{gamma}.eps")
-        close(per_sample * losses.min_snr_weight(snr, gamma, v_prediction=True), f"min_snr.gamma{gamma}.v")
+        close(
+            per_sample * losses.min_snr_weight(snr, gamma, v_prediction=False),
+            f"min_snr.gamma{gamma}.eps",
+        )
+        close(
+            per_sample * losses.min_snr_weight(snr, gamma, v_prediction=True),
+            f"min_snr.gamma{gamma}.v",
+        )
     close(per_sample * losses.debiased_weight(snr, v_prediction=False), "debiased.eps")
     close(per_sample * losses.debiased_weight(snr, v_prediction=True), "debiased.v")
     close(per_sample * losses.noise_like_weight(snr), "scale_v_pred_like_noise_pred")
@@ -83,10 +104,14 @@ def test_golden_05_weights():
         close(per_sample * losses.v_like_weight(snr, strength), f"v_pred_like_loss.{strength}")
 
 
-@pytest.mark.parametrize("v_prediction, expected", [(False, [1.0, 1.0, 0.25]), (True, [1 / 2, 5 / 6, 5 / 21])])
+@pytest.mark.parametrize(
+    "v_prediction, expected", [(False, [1.0, 1.0, 0.25]), (True, [1 / 2, 5 / 6, 5 / 21])]
+)
 def test_min_snr_weight_caps_the_snr_at_gamma(v_prediction, expected):
     """By hand for gamma 5, at SNRs under, at and over the cap."""
-    weight = losses.min_snr_weight(torch.tensor([1.0, 5.0, 20.0]), gamma=5.0, v_prediction=v_prediction)
+    weight = losses.min_snr_weight(
+        torch.tensor([1.0, 5.0, 20.0]), gamma=5.0, v_prediction=v_prediction
+    )
     torch.testing.assert_close(weight, torch.tensor(expected))
 
 
@@ -105,7 +130,12 @@ def test_velocity_weights_are_finite_at_both_ends(timestep, schedule):
 def test_the_options_choose_and_multiply_the_weights():
     def weighted(**options):
         return losses.sample_losses(
-            T["pred"], T["target"], T["timesteps"], SCHEDULE, LossOptions(**options), v_prediction=False
+            T["pred"],
+            T["target"],
+            T["timesteps"],
+            SCHEDULE,
+            LossOptions(**options),
+            v_prediction=False,
         )
 
     plain = weighted()
@@ -113,7 +143,9 @@ def test_the_options_choose_and_multiply_the_weights():
     snr = SCHEDULE.snr[T["timesteps"]]
     both = weighted(min_snr_gamma=5.0, debiased_estimation_loss=True)
     expected = (
-        plain * losses.min_snr_weight(snr, 5, v_prediction=False) * losses.debiased_weight(snr, v_prediction=False)
+        plain
+        * losses.min_snr_weight(snr, 5, v_prediction=False)
+        * losses.debiased_weight(snr, v_prediction=False)
     )
     torch.testing.assert_close(both, expected)
     assert torch.equal(weighted(min_snr_gamma=0.0), plain)
@@ -152,7 +184,9 @@ def draws_of(case: dict) -> dict:
         if kind == "randn_like" and "noise" in given:
             purpose = "ip noise"
         elif kind == "rand":
-            purpose = "offset strength" if case["options"].get("noise_offset") else "ip noise strength"
+            purpose = (
+                "offset strength" if case["options"].get("noise_offset") else "ip noise strength"
+            )
         elif kind == "randn":
             purpose = (
                 f"level {sum(name.startswith('level') for name in given)}"
@@ -169,7 +203,9 @@ def test_golden_05_noise_functions(case):
     latents, given, i = T["noisefn.latents"], draws_of(case), case["index"]
     options = NoiseOptions(**case["options"])
     if options.multires_noise_iterations:
-        sizes = noises.pyramid_sizes(12, 16, options.multires_noise_iterations, case["python_random_draws"])
+        sizes = noises.pyramid_sizes(
+            12, 16, options.multires_noise_iterations, case["python_random_draws"]
+        )
         levels = [given[f"level {k}"] for k in range(len(sizes))]
         assert [tuple(level.shape[2:]) for level in levels] == sizes
         noise = noises.pyramid_noise(given["noise"], levels, options.multires_noise_discount)
@@ -181,15 +217,19 @@ def test_golden_05_noise_functions(case):
     assert torch.equal(noisy.timesteps, T[f"noisefn.{i}.timesteps"])
 
 
-def test_a_samples_draws_depend_on_its_place_alone():
+def test_the_random_numbers_of_a_sample_depend_only_on_its_position():
     """Not on the micro-batch that it is in: four samples together draw what they draw in two halves."""
     options = NoiseOptions(
-        noise_offset=0.1, multires_noise_iterations=4, ip_noise_gamma=0.1, ip_noise_gamma_random_strength=True
+        noise_offset=0.1,
+        multires_noise_iterations=4,
+        ip_noise_gamma=0.1,
+        ip_noise_gamma_random_strength=True,
     )
     latents = torch.randn(4, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     whole = noises.add_training_noise(latents, SampleRng(7, 2, 10, 4), SCHEDULE, options)
     halves = [
-        noises.add_training_noise(latents[k : k + 2], SampleRng(7, 2, 10 + k, 2), SCHEDULE, options) for k in (0, 2)
+        noises.add_training_noise(latents[k : k + 2], SampleRng(7, 2, 10 + k, 2), SCHEDULE, options)
+        for k in (0, 2)
     ]
     for one, *two in zip(whole, *halves, strict=True):
         assert_formula(one, torch.cat(two))
@@ -197,7 +237,7 @@ def test_a_samples_draws_depend_on_its_place_alone():
     assert not torch.equal(whole.noise, other.noise)
 
 
-def test_drawn_numbers_have_the_distributions_they_claim():
+def test_random_numbers_have_the_distributions_they_claim():
     rng = SampleRng(1, 0, 0, 4000)
     normal, uniform, whole = rng.normal("n", (4,)), rng.uniform("u"), rng.integers("i", 200, 600)
     assert abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.03
@@ -207,7 +247,9 @@ def test_drawn_numbers_have_the_distributions_they_claim():
 
 def test_an_empty_range_of_timesteps_gives_its_upper_end():
     for low in (500, 600):
-        options = object.__new__(NoiseOptions)  # the command line refuses it; the reference's configs may hold it
+        options = object.__new__(
+            NoiseOptions
+        )  # the command line refuses it; the reference's configs may hold it
         for field in dataclasses.fields(NoiseOptions):
             object.__setattr__(options, field.name, field.default)
         object.__setattr__(options, "min_timestep", low)
@@ -215,29 +257,38 @@ def test_an_empty_range_of_timesteps_gives_its_upper_end():
         assert noises.sample_timesteps(SampleRng(0, 0, 0, 3), options).tolist() == [500] * 3
 
 
-def test_shares_of_noise_follow_the_papers_formulas():
+def test_timestep_fractions_follow_the_formulas_of_the_paper():
     """Esser et al. 2024, equations 19 to 21, at points computed by hand."""
     torch.testing.assert_close(
-        noises.logit_normal(torch.tensor([0.0, 1.0]), mean=0.0, std=1.0), torch.tensor([0.5, 0.7310586])
+        noises.logit_normal(torch.tensor([0.0, 1.0]), mean=0.0, std=1.0),
+        torch.tensor([0.5, 0.7310586]),
     )
     assert noises.logit_normal(torch.tensor(0.0), mean=1.0, std=2.0) == pytest.approx(0.7310586)
     ends = torch.tensor([0.0, 0.5, 1.0])
     torch.testing.assert_close(noises.mode(ends, 0.0), torch.tensor([1.0, 0.5, 0.0]))
     torch.testing.assert_close(noises.mode(ends, 1.29), torch.tensor([1.0, 0.5, 0.0]))
-    assert noises.mode(torch.tensor(0.25), 1.0) == pytest.approx(0.75 - (math.cos(math.pi / 8) ** 2 - 0.75))
+    assert noises.mode(torch.tensor(0.25), 1.0) == pytest.approx(
+        0.75 - (math.cos(math.pi / 8) ** 2 - 0.75)
+    )
     torch.testing.assert_close(noises.cosmap(torch.tensor([0.0, 0.5])), torch.tensor([0.0, 0.5]))
 
 
 @pytest.mark.parametrize(
     "settings, middle",
     [
-        ({"timestep_sampling": "logit_normal"}, 0.728),  # sigmoid(+-1.0986): erf of the normal's 1.0986
+        (
+            {"timestep_sampling": "logit_normal"},
+            0.728,
+        ),  # sigmoid(+-1.0986): erf of the normal's 1.0986
         ({"timestep_sampling": "mode", "mode_scale": 0.0}, 0.5),
-        ({"timestep_sampling": "cosmap"}, 0.59),  # 2/pi (atan(1/2) - atan(-1/2)) of its density's integral
+        (
+            {"timestep_sampling": "cosmap"},
+            0.59,
+        ),  # 2/pi (atan(1/2) - atan(-1/2)) of its density's integral
         ({"timestep_sampling": "uniform"}, 0.5),
     ],
 )
-def test_drawn_timesteps_have_the_share_of_the_middle_that_their_distribution_has(settings, middle):
+def test_sampled_timesteps_are_in_the_middle_as_often_as_their_distribution_says(settings, middle):
     options = NoiseOptions(min_timestep=200, max_timestep=600, **settings)
     drawn = noises.sample_timesteps(SampleRng(3, 0, 0, 4000), options)
     assert drawn.min() >= 200 and drawn.max() < 600 and drawn.dtype == torch.int64
@@ -246,15 +297,19 @@ def test_drawn_timesteps_have_the_share_of_the_middle_that_their_distribution_ha
 
 
 def test_the_papers_formulas_hold_at_the_first_and_the_last_timestep():
-    """alpha_bar_0 = 1 - beta_0; at T the picture is almost gone, with zero terminal SNR quite."""
+    """alpha_bar_0 = 1 - beta_0; at T the image is almost gone, and completely with zero terminal SNR."""
     first, last = torch.tensor([0]), torch.tensor([999])
     x, e = torch.full((1, 4, 2, 2), 2.0), torch.full((1, 4, 2, 2), 3.0)
     assert SCHEDULE.at(first).item() == pytest.approx(1 - 0.00085, rel=1e-6)
     betas = [(0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2 for i in range(1000)]
-    assert SCHEDULE.at(last).item() == pytest.approx(math.prod(1 - beta for beta in betas), rel=1e-4)
+    assert SCHEDULE.at(last).item() == pytest.approx(
+        math.prod(1 - beta for beta in betas), rel=1e-4
+    )
     noisy = noises.add_noise(x, e, SCHEDULE.at(first))
-    torch.testing.assert_close(noisy, torch.full_like(x, 2 * (1 - 0.00085) ** 0.5 + 3 * 0.00085**0.5))
-    # Lin et al. 2023, section 3.1: at T there is only noise to see, and the velocity is the picture turned round.
+    torch.testing.assert_close(
+        noisy, torch.full_like(x, 2 * (1 - 0.00085) ** 0.5 + 3 * 0.00085**0.5)
+    )
+    # Lin et al. 2023, section 3.1: at T there is only noise to see, and the velocity is the negated image.
     assert torch.equal(noises.add_noise(x, e, ZERO.at(last)), e)
     assert torch.equal(noises.velocity(x, e, ZERO.at(last)), -x)
 
@@ -286,11 +341,19 @@ def test_the_weights_hold_at_the_first_and_the_last_timestep(timestep):
 
 def test_golden_03_size_and_timestep_embeddings():
     text, _ = load_tensors(GOLDEN / "03_text.safetensors")
-    found = size_vector(text["timeids.original_hw"], text["timeids.crop_top_left"], text["timeids.target_hw"])
-    sizes = torch.cat([text[f"timeids.{name}"] for name in ("original_hw", "crop_top_left", "target_hw")], dim=1)
-    assert_embedding(found.unflatten(1, (6, 256)), text["timeids.embedding"].unflatten(1, (6, 256)), sizes)
+    found = size_vector(
+        text["timeids.original_hw"], text["timeids.crop_top_left"], text["timeids.target_hw"]
+    )
+    sizes = torch.cat(
+        [text[f"timeids.{name}"] for name in ("original_hw", "crop_top_left", "target_hw")], dim=1
+    )
+    assert_embedding(
+        found.unflatten(1, (6, 256)), text["timeids.embedding"].unflatten(1, (6, 256)), sizes
+    )
     timesteps = text["timestep_embedding.t"]
-    assert_embedding(sinusoidal_embedding(timesteps, 320), text["timestep_embedding.dim320"], timesteps)
+    assert_embedding(
+        sinusoidal_embedding(timesteps, 320), text["timestep_embedding.dim320"], timesteps
+    )
     assert sinusoidal_embedding(torch.tensor([1.0]), 4)[0].tolist() == pytest.approx(
         [math.cos(1), math.cos(0.01), math.sin(1), math.sin(0.01)]
     )

@@ -5,8 +5,8 @@ error of single operations, but neither the order of the terms of a sum (which d
 the blocks of its caches, and the number of threads) nor whether a product and a sum are rounded together (fused
 multiply-add), nor the last bit of exp, sin and cos. So two machines, two builds of torch, or two kernels of one build
 agree to a bound, never to the bit, and a bound that one machine's numbers happen to keep says nothing. The bounds here
-are derived, or measured as the largest difference between nine settings of two makes of CPU and then given a margin of
-three or more; docs/development.md says what the project promises and lists the settings.
+are derived. In eleven settings of kernels and threads (docs/development.md lists the variables), against numbers recorded
+on another machine, the largest differences of networks, gradients and latents were a third of their bounds.
 
     what is compared                    bound                                   why
     networks and their gradients        |d| <= 1e-5 |golden|, as vectors, and   A sum of n terms in random order errs by about
@@ -21,7 +21,7 @@ three or more; docs/development.md says what the project promises and lists the 
                                                                                 twice, and some are small next to what they are
                                                                                 summed from.
     the same, of LoRA and LLLite        1e-3 relative                           Their factors are small differences of such sums.
-    gradients that are zero in theory   2e-7 absolute                           All of such a gradient is rounding error: each
+    gradients that are zero in theory   5e-7 absolute                           All of such a gradient is rounding error: each
                                                                                 machine has another one. Those of golden 02
                                                                                 are below 1e-7, all others above 5e-4.
     embeddings of timesteps and sizes   2^-23 max(1, angle)                     Frequencies may be off by one unit in the last
@@ -42,6 +42,11 @@ three or more; docs/development.md says what the project promises and lists the 
     replayed weights                    LoRA 1e-4, Textual Inversion 1e-5,      AdamW divides by the gradient's own size, so
                                         LLLite 5e-4 absolute; of a fine-tuned   the error of a small gradient counts as much as
                                         model 4e-3 of each change's norm        that of a large one. INDEX.md has both runs.
+    weights trained with sums in        all but 1e-3 of them within 1e-4        The same: in a step of 1e-3, an element goes up
+    another order (two processes,       absolute                                on one side and down on the other if its
+    threads, or parts of a batch)                                               gradient is smaller than its rounding error.
+                                                                                Found after 5 steps: none to 13 of 125,888. A
+                                                                                wrong gradient moves most of a tensor.
 
 Bit-equality is asked for where both sides are computed in one process by the same kernels on tensors of the same shapes,
 or by two runs of one script on one machine: resuming, checkpointing, offloading, caching. It is never asked of recorded
@@ -49,6 +54,7 @@ numbers, of random numbers against recorded ones, of two kernels, or of a sample
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -62,12 +68,14 @@ ELEMENT = 1e-4
 GRADIENT_NORM = 1e-4
 ADAPTER_GRADIENT_NORM = 1e-3
 """Of LoRA and LLLite."""
-ZERO_IN_THEORY = 2e-7
+ZERO_IN_THEORY = 5e-7
 """A gradient that only rounding makes differ from zero: absolute, of its norm."""
 GUIDED = 4e-5
 LAST_LATENTS = 2e-5
 REPLAYED_LOSS, REPLAYED_PREDICTION = 1e-5, 1e-4
 REPLAYED_LORA, REPLAYED_EMBEDDING, REPLAYED_LLLITE, REPLAYED_CHANGE = 1e-4, 1e-5, 5e-4, 4e-3
+OUTLIERS = 1e-3
+"""Of trained weights, the share that may be further off: an element whose gradient is smaller than its rounding error."""
 FORMULA = {"rtol": 1e-6, "atol": 2e-6}
 """Schedules, losses and weights."""
 ZERO_SNR_ALPHA_BAR = {"rtol": 0.0, "atol": 1e-6}
@@ -116,6 +124,17 @@ def assert_conditioning(found: Tensor, expected: Tensor, sizes: Tensor, name: st
     assert_network(found[:, :pooled], expected[:, :pooled], f"{name}: pooled text")
     one, two = (vector[:, pooled:].unflatten(1, (count, SIZE_CHANNELS)) for vector in (found, expected))
     assert_embedding(one, two, sizes, f"{name}: sizes")
+
+
+def assert_trained(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Weights after a few steps of AdamW whose gradients were summed in another order."""
+    assert found.keys() == expected.keys()
+    far = {
+        name: int(((found[name].double() - tensor.double()).abs() > REPLAYED_LORA).sum())
+        for name, tensor in expected.items()
+    }
+    count = sum(tensor.numel() for tensor in expected.values())
+    assert sum(far.values()) <= count * OUTLIERS, {name: number for name, number in far.items() if number}
 
 
 def assert_formula(found: Tensor, expected: Tensor, name: str = "") -> None:

@@ -51,20 +51,20 @@ def main(argv: list[str] | None = None) -> None:
     from library.models.checkpoint.reader import open_checkpoint
     from library.models.sdxl import SdxlModels
     from library.models.text_encoders import TextConditioning
-    from networks.lora import text_encoder_targets, unet_targets
-    from networks.lora_file import load_into, network_from_file, read_lora
-    from networks.options import LoraSettings
+    from networks.lora import LoraNetwork
+    from networks.lora_file import read_lora
+    from networks.lora_settings import LoraSettings
+    from networks.targets import all_targets
 
     assert chosen.ckpt is not None and chosen.network_weights is not None
     checkpoint = open_checkpoint(chosen.ckpt)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = Precision.decide("bf16" if chosen.bf16 else "no", None, no_half_vae=True)
     models = SdxlModels(checkpoint, precision, device)
-    targets = [t for n, encoder in enumerate(models.text_encoders, 1) for t in text_encoder_targets(encoder, n)]
-    targets += unet_targets(models.unet)
+    targets = all_targets(models.unet, models.text_encoders)
     tensors = read_lora(chosen.network_weights, models.unet)
-    network = network_from_file(targets, tensors, LoraSettings())
-    load_into(network, tensors, source=chosen.network_weights, allow_partial=False)
+    network = LoraNetwork.from_tensors(targets, tensors, LoraSettings())
+    network.load(tensors, source=chosen.network_weights, allow_partial=False)
     network.to(device, precision.compute).eval()
     network.attach()
 

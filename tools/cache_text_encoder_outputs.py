@@ -1,4 +1,4 @@
-"""Encode the captions of a dataset, and store the text encoder outputs on disk for training runs.
+"""Encode the captions of a dataset and keep the text encoders' outputs on disk, for training runs that use them.
 
 accelerate launch tools/cache_text_encoder_outputs.py --config_file run.toml
 """
@@ -14,7 +14,7 @@ from library.training.setup.cache_tool import fill, read_tool_options
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = read_tool_options(
+    options, definition = read_tool_options(
         __doc__,
         argv,
         cache_latents=False,
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         cache_text_encoder_outputs_to_disk=True,
     )
     start_logging(options)
-    fill(options)
+    fill(options, definition)
 
 
 if __name__ == "__main__":

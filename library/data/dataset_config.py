@@ -404,13 +404,3 @@ def _without_face_crops(subset: Subset) -> Subset:
     return dataclasses.replace(
         subset, pixels=dataclasses.replace(subset.pixels, face_crop_aug_range=None)
     )
-
-
-def check_datasets(options: Options, conditioning: ConditioningKind = "masks") -> Iterator[Mistake]:
-    """Yield the mistakes in the dataset definition, and what caches can't hold."""
-    return DatasetDefinition(conditioning).check(options)
-
-
-def check_conditioned_datasets(options: Options) -> Iterator[Mistake]:
-    """Do the same as `check_datasets` where each image comes with its condition."""
-    return check_datasets(options, "conditions")

@@ -136,9 +136,9 @@ class ImageGenerator:
             if fix.highres_fix_save_1st:
                 self._writer.write(requests, first, stage=1)
             start = self._enlarge(first, Size(requests[0].width, requests[0].height))
-            own = self._init_image(requests)
-            if own is not None and own.mask is not None:
-                start = start._replace(mask=own.mask, kept_pixels=own.pixels)
+            inputs = self._init_image(requests)
+            if inputs is not None and inputs.mask is not None:
+                start = start._replace(mask=inputs.mask, kept_pixels=inputs.pixels)
             second = [dataclasses.replace(r, seed=r.seed + 1) for r in requests]
             with_control_nets = not fix.highres_fix_disable_control_net
             latents = self._latents(second, start, with_control_nets=with_control_nets)

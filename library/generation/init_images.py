@@ -24,7 +24,7 @@ def list_images(paths: Iterable[Path], flag: str) -> list[Path]:
     Raises:
         OptionError: if a folder contains no image.
     """
-    found: list[Path] = []
+    images: list[Path] = []
     for path in paths:
         files = [path]
         if path.is_dir():
@@ -33,8 +33,8 @@ def list_images(paths: Iterable[Path], flag: str) -> list[Path]:
             raise OptionError(
                 f"{flag} {path}: the folder contains no images ({', '.join(_EXTENSIONS)})"
             )
-        found += files
-    return found
+        images += files
+    return images
 
 
 def size_of(path: Path, flag: str) -> Size:

@@ -16,12 +16,12 @@ from library.options import OptionGroup, option
 
 SIDE = 32  # sides in pixels are multiples: latents are an eighth of the image, halved twice
 DEFAULT_SIDE = 1024
-MOST_SEED = 2**63 - 2  # torch's largest seed, less one for the second stage of highres fix
+MAX_SEED = 2**63 - 2  # torch's largest seed, less one for the second stage of highres fix
 
 
 @dataclass(frozen=True)
 class GenerationModelOptions(OptionGroup):
-    """Model"""
+    """Model to generate with"""
 
     ckpt: str | None = option(
         None,
@@ -148,7 +148,7 @@ class PromptOptions(OptionGroup):
         None,
         "seed of the images' seeds; a single image uses it directly; random when unset",
         at_least=0,
-        at_most=MOST_SEED,
+        at_most=MAX_SEED,
         stored_in_image=False,
     )
     iter_same_seed: bool = option(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import OptionError
-from library.generation.options import MOST_SEED, SIDE
+from library.generation.options import MAX_SEED, SIDE
 from library.generation.samplers import SAMPLERS
 
 _MIN_SIDE = 64
@@ -52,7 +52,7 @@ def _read_side(value: Any) -> int:
 
 def _read_seed(value: Any) -> int:
     seed = int(value)
-    if abs(seed) > MOST_SEED:
+    if abs(seed) > MAX_SEED:
         raise ValueError
     return seed
 
@@ -80,7 +80,7 @@ _READERS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "negative_prompt": (_read_negative_prompt, "text"),
     "width": (_read_side, "a whole number"),
     "height": (_read_side, "a whole number"),
-    "seed": (_read_seed, f"a whole number up to {MOST_SEED:,}"),
+    "seed": (_read_seed, f"a whole number up to {MAX_SEED:,}"),
     "sample_steps": (_read_steps, "a whole number"),
     "scale": (float, "a number"),
     "controlnet_image": (_read_file, "an existing file"),

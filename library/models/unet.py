@@ -37,8 +37,6 @@ from library.models.unet_blocks import (
 )
 from library.models.unet_config import BlockPlan, UNetConfig
 
-NUM_LR_BLOCKS = 23
-
 
 class Shrink(NamedTuple):
     """Before this input block the feature map's sides are multiplied by the ratio (Deep Shrink)."""

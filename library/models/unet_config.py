@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+NUM_LR_BLOCKS = 23  # learning rate blocks of the U-Net, as library/models/unet.py: block_of numbers them
 HEAD_CHANNELS = 64  # attention: channels per head; no shape tells it, and no SDXL has another
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = (
     6.0,

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """Attributes:
-    epoch: epochs finished.
-    step: optimizer steps done.
-    samples: pictures seen, repeats counted, over all processes.
-    splits: parts that each micro-batch is computed in; more than 1 once memory ran out.
+    """How far a run is.
+
+    Attributes:
+        epoch: epochs finished.
+        step: optimizer steps done.
+        samples: images seen, repeats included, over all processes.
+        splits: parts that each micro-batch is computed in; more than 1 once memory has run out.
     """
 
     epoch: int = 0

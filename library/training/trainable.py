@@ -1,71 +1,83 @@
-"""Part file: the file of a small thing that is trained, new words or a control net, without hashes of its own."""
+"""Trainable: one thing that a run trains and saves, such as a U-Net, a network or a placeholder token."""
 
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from library.errors import NotFinite
-from library.files import write_atomically
 from library.param_group import ParamGroup
-from library.safetensors_io import write_safetensors
+from library.safetensors_io import save_tensors
 
 
-def write_part(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None
-) -> None:
-    """Write the tensors in the format of the file's ending: safetensors with metadata, else a torch file.
+class Trainable(ABC):
+    """Something that is trained and saved to a file of its own.
 
-    Args: dtype: None: the tensors' own.
-
-    Raises NotFinite, and writes nothing, if a number isn't finite.
+    Saved states, the moving average and checks go by the names that `tensors` gives.
     """
-    stored = {name: tensor.to("cpu", dtype or tensor.dtype) for name, tensor in tensors.items()}
-    bad = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
-    if bad:
-        raise NotFinite(f"{path}: not saved, as {len(bad)} of its tensors aren't finite ({bad[0]})")
-    if path.suffix == ".safetensors":
-        write_safetensors(path, stored, metadata)
-    else:
-        write_atomically(path, lambda file: torch.save(stored, file))
 
+    def __init__(self, groups: Sequence[ParamGroup], extension: str):
+        """Initialize the trainable.
 
-class Trainable(Protocol):
-    """Something that is trained. Saves, states and checks go by the names that `tensors` gives."""
+        Args:
+            groups: the trained parameters by learning rate.
+            extension: the ending of its files, without a dot.
+        """
+        self._groups, self._extension = list(groups), extension
 
+    @abstractmethod
     def tensors(self) -> Mapping[str, nn.Parameter]:
-        """Every parameter that a file of this part holds, trained or not, by its name there."""
-        ...
+        """Return every parameter of its file, trained or not, by the name in the file."""
 
     def groups(self) -> list[ParamGroup]:
-        """What is trained of it, by learning rate."""
-        ...
+        """Return its trained parameters by learning rate."""
+        return self._groups
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Around save and values, on all processes together: meanwhile what is sharded is whole."""
+    def gathered(self) -> Iterator[None]:
+        """Gather sharded parameters for `save` and `full_tensors`; all processes enter it together."""
         yield
 
-    def values(self) -> Mapping[str, Tensor]:
-        """The numbers of tensors(), whole."""
+    def full_tensors(self) -> Mapping[str, Tensor]:
+        """Return the values of `tensors`, not sharded."""
         return {name: tensor.detach() for name, tensor in self.tensors().items()}
 
-    def after_step(self) -> None:
-        """What is done to it after every optimizer step."""
-        ...
+    def after_step(self) -> None:  # noqa: B027 (nothing by default)
+        """Change the parameters after an optimizer step; most trainables don't."""
 
     def file_bytes(self, dtype: torch.dtype | None) -> int:
-        """About the size of its file. Args: dtype: None: the tensors' own."""
-        item = None if dtype is None else torch.empty((), dtype=dtype).element_size()
-        return sum(tensor.numel() * (item or tensor.element_size()) for tensor in self.tensors().values())
+        """Return the approximate size of its file.
+
+        Args:
+            dtype: the dtype of the saved tensors; None: each tensor's own.
+        """
+        return bytes_in(self.tensors().values(), dtype)
 
     def path(self, stem: Path) -> Path:
-        """The file, or folder, that `save` writes."""
-        return stem.with_name(f"{stem.name}.safetensors")
+        """Return the file, or the folder, that `save` writes."""
+        return stem.with_name(f"{stem.name}.{self._extension}")
 
     def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
-        """Write `path(stem)` and return it. Args: dtype: None: the tensors' own."""
-        ...
+        """Write `path(stem)` and return it.
+
+        Args:
+            stem: the path without its ending.
+            dtype: the dtype of the saved tensors; None: each tensor's own.
+            metadata: the file's metadata.
+
+        Raises:
+            NotFinite: a value is NaN or Inf; nothing is written.
+        """
+        path = self.path(stem)
+        save_tensors(path, self.full_tensors(), metadata, dtype)
+        return path
+
+
+def bytes_in(tensors: Iterable[Tensor], dtype: torch.dtype | None) -> int:
+    """Return the bytes of the tensors in this dtype; None: each in its own."""
+    size = 0
+    for tensor in tensors:
+        size += tensor.numel() * (tensor.dtype if dtype is None else dtype).itemsize
+    return size

@@ -11,7 +11,7 @@ from library.log import log
 from library.models.control import ControlInputs, LLLiteModulation
 from library.models.sdxl import SdxlModels
 from library.safetensors_io import read_header
-from networks.embedding_file import add_bundled_words, add_embeddings
+from networks.embedding_file import add_bundled_tokens, add_embeddings
 from networks.inference.apply import (
     FusedAdapters,
     attach_adapters,
@@ -23,10 +23,15 @@ from networks.inference.deltas import ModuleTensors
 from networks.inference.key_formats import every_layer
 from networks.inference.options import AppliedNetworkOptions
 from networks.inference.regional import Regional
-from networks.lllite import ControlNetLLLite, Place, by_block, places
+from networks.lllite import (
+    AttentionProjection,
+    ControlNetLLLite,
+    attention_projections,
+    to_control_inputs,
+)
 from networks.lllite_file import lllite_from_file
 
-Modulations = list[tuple[Place, LLLiteModulation]]
+Modulations = list[tuple[AttentionProjection, LLLiteModulation]]
 
 
 class AppliedNetworks:
@@ -76,7 +81,7 @@ class AppliedNetworks:
                 flag="--network_weights",
                 allow_partial=options.allow_partial,
             )
-            add_bundled_words(models, path, flag="--network_weights")
+            add_bundled_tokens(models, path, flag="--network_weights")
             strength = self._option_strengths[i]
             is_merged = i < self._num_merged
             if is_merged:
@@ -105,7 +110,7 @@ class AppliedNetworks:
     ) -> "ControlNet":
         net = lllite_from_file(
             path,
-            places(models.unet),
+            attention_projections(models.unet),
             flag="--control_net_lllite_models",
             allow_partial=options.allow_partial,
         )
@@ -192,9 +197,9 @@ class ControlNet:
         if len(guide_image) == 1:
             return modulations
         repeated = []
-        for place, modulation in modulations:
+        for projection, modulation in modulations:
             condition = modulation.condition.repeat(num_branches, 1, 1)
-            repeated.append((place, modulation._replace(condition=condition)))
+            repeated.append((projection, modulation._replace(condition=condition)))
         return repeated
 
 
@@ -213,7 +218,7 @@ class _ControlSchedule:
             for modulations, is_on in zip(self._modulations, is_active, strict=True):
                 if is_on:
                     active += modulations
-            self._by_active_nets[is_active] = by_block(active)
+            self._by_active_nets[is_active] = to_control_inputs(active)
         return self._by_active_nets[is_active]
 
 

@@ -23,8 +23,8 @@ from networks.inference.deltas import (
     weight_delta,
 )
 from networks.inference.key_formats import fits, modules_in_file
-from networks.lora import Target
 from networks.lora_file import some
+from networks.targets import Target
 
 WeightPatch = Callable[[Tensor], Tensor]
 """A layer's input -> what a network adds to its output at strength 1."""

@@ -22,8 +22,8 @@ from library.models.text_encoders import clip_body
 from library.models.unet import UNet
 from library.safetensors_io import read_header
 from networks.inference.deltas import ModuleTensors, unscaled_delta
-from networks.lora import TEXT_ENCODERS, UNET, Target, module_key
 from networks.lora_file import BUNDLED, diffusers_names, read_tensors
+from networks.targets import TEXT_ENCODERS, UNET, Target, module_key
 
 _DOTTED_KEY = re.compile(
     r"(?P<path>.+?)(?:\.processor\.(?P<projection>\w+)_lora|\.lora_linear_layer|\.lora)?"
@@ -38,15 +38,17 @@ def every_layer(unet: UNet, encoders: Iterable[nn.Module]) -> list[Target]:
     targets = []
     for path, layer in unet.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            targets.append(Target(UNET, module_key(UNET, path), layer))
+            parent, _, attribute = path.rpartition(".")
+            targets.append(Target(UNET, module_key(UNET, path), unet.get_submodule(parent), attribute))
     for model, encoder in zip(TEXT_ENCODERS, encoders, strict=True):
-        layers: dict[str, Any] = {}
-        for path, layer in clip_body(encoder).named_modules():
-            layers[f"text_model.{path}"] = layer
-        layers["text_projection"] = getattr(encoder, "text_projection", None)
-        for path, layer in layers.items():
+        body = clip_body(encoder)
+        for path, layer in body.named_modules():
             if isinstance(layer, nn.Linear):
-                targets.append(Target(model, module_key(model, path), layer))
+                parent, _, attribute = path.rpartition(".")
+                name = module_key(model, f"text_model.{path}")
+                targets.append(Target(model, name, body.get_submodule(parent), attribute))
+        if isinstance(getattr(encoder, "text_projection", None), nn.Linear):
+            targets.append(Target(model, module_key(model, "text_projection"), encoder, "text_projection"))
     return targets
 
 
@@ -111,9 +113,7 @@ def _our_tensor_name(name: str) -> str:
     return f"lora_{projection}.weight"
 
 
-def _add_peft_alphas(
-    modules: Mapping[str, dict[str, Tensor]], path: Path, our_names: Mapping[str, str]
-) -> None:
+def _add_peft_alphas(modules: Mapping[str, dict[str, Tensor]], path: Path, our_names: Mapping[str, str]) -> None:
     """Add the alphas of Diffusers and PEFT, which are stored in PEFT's configuration."""
     config = _peft_config(path)
     for prefix, model in _MODELS.items():

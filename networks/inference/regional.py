@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from library.errors import OptionError
 from networks.inference.apply import AdaptedLayer, WeightPatch, sum_of_patches
-from networks.lora import UNET
+from networks.targets import UNET
 
 _MAX_CHANNELS = 3  # regions of a mask without color codes
 
@@ -105,7 +105,7 @@ class Regional:
     def forward_of(self, layer: AdaptedLayer) -> WeightPatch | None:
         """Return the new forward of a layer; None: it keeps its own."""
         name = layer.target.name
-        if layer.target.part != UNET:
+        if layer.target.component != UNET:
             # While a sub-prompt is encoded, the strengths of other regions are 0.
             return sum_of_patches(self._strengths, layer)
         if name.endswith(("attn2_to_k", "attn2_to_v")):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from library.errors import OptionError
 from library.generation.gradual_latent import read_unsharp
-from library.generation.options import MOST_SEED, side_problem
+from library.generation.options import MAX_SEED, side_problem
 from library.option_types import did_you_mean
 
 
@@ -159,7 +159,7 @@ LINE_OPTIONS: Mapping[str, tuple[str, _ValueType]] = {
     "ct": ("crop_top", _integer()),
     "cl": ("crop_left", _integer()),
     "s": ("steps", _ValueType(_read_steps, "a whole number")),
-    "d": ("seeds", _list_of(_integer(0, MOST_SEED))),
+    "d": ("seeds", _list_of(_integer(0, MAX_SEED))),
     "l": ("scale", _real()),
     "nl": ("negative_scale", _ValueType(_read_negative_scale, "a number, or none")),
     "t": ("strength", _real(0, 1)),

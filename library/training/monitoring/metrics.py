@@ -1,6 +1,7 @@
-"""Report: what a run tells while it goes on: the progress bar, TensorBoard, and the log file beside the output.
+"""Metrics during training: progress bar, trackers (TensorBoard, W&B) and step log.
 
-Losses and norms are read from the device one step late, so that the loop never waits for it.
+Losses and gradient norms are read from the device one step late, so that the loop never waits for
+it.
 """
 
 import json
@@ -18,29 +19,38 @@ from torch import Tensor
 from library.device import PendingScalars
 from library.errors import RunError
 from library.log import log, progress_bar
+from library.training.monitoring.step_log import read_log
 from library.training.monitoring.trackers import Trackers
 from library.training.optim.optimizer_step import StepResult
 
 
 class MicrobatchLoss(NamedTuple):
-    """A micro-batch of the step: its pictures' files and their losses [B]."""
+    """The paths of a micro-batch's images, and their losses [B]."""
 
     paths: Sequence[str]
     losses: Tensor
 
 
-class _Pending(NamedTuple):
+class _PendingStep(NamedTuple):
+    """A step whose loss and gradient norm are still on their way from the device."""
+
     step: int
     epoch: int
     scalars: PendingScalars
     overflowed: bool
-    seen: Sequence[MicrobatchLoss]
+    microbatches: Sequence[MicrobatchLoss]
     rates: Mapping[str, float]
-    seconds: float  # since the run started, when the step was done
+    seconds: float  # from the start of the run to the end of the step
 
 
 class MetricsLogger:
-    """Speaks on the main process; on every process it stops the run when a number isn't finite."""
+    """Logs on the main process, and raises RunError on every process for NaN or Inf.
+
+    Attributes:
+        overflows: the number of steps that were skipped because float16 gradients overflowed.
+        stop_requested: whether a signal had asked any process to stop, at the last step that was
+            read.
+    """
 
     def __init__(
         self,
@@ -52,25 +62,37 @@ class MetricsLogger:
         log_file: Path | None,
         done: int = 0,
     ):
-        """Args: log_file: None for no log. done: steps of a run that goes on, whose lines stay."""
+        """Open the step log.
+
+        Args:
+            total_steps: optimizer steps of the run.
+            steps_per_epoch: the average loss is over this many steps.
+            is_main: whether this is the process that logs.
+            trackers: where values are sent; None: nowhere.
+            log_file: the step log; None: none is written.
+            done: steps done by a run that is resumed; their lines remain in the log.
+        """
         self._bar = progress_bar("steps", total_steps)
         self._recent: deque[float] = deque(maxlen=steps_per_epoch)
         self._epoch_losses: list[float] = []
         self._trackers = trackers
-        self._pending: _Pending | None = None
+        self._pending: _PendingStep | None = None
         self._log: IO[str] | None = None
         if is_main and log_file is not None:
             self._open_log(log_file, done)
         self._started = time.monotonic()
         self.overflows = 0
-        self.is_asked_to_end = False
+        self.stop_requested = False
 
     def _open_log(self, path: Path, done: int) -> None:
-        """Begin the log file, or go on behind the lines up to a step; those behind it are of a run that was broken off.
+        """Create the step log, or keep its lines up to step `done`.
 
-        But what that run has saved still lies there.
+        Later lines belong to a run that was interrupted. Those that name saved files remain, as the
+        files exist.
         """
-        kept = [line for line in read_log(path) if line["step"] <= done or "saved" in line] if done else []
+        kept = []
+        if done:
+            kept = [line for line in read_log(path) if line["step"] <= done or "saved" in line]
         try:
             self._log = open(path, "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
@@ -79,158 +101,178 @@ class MetricsLogger:
             self._write(line)
 
     def state(self) -> dict[str, Any]:
-        return {"recent": list(self._recent), "epoch_losses": self._epoch_losses, "overflows": self.overflows}
+        """Return what a state stores of the metrics."""
+        return {
+            "recent": list(self._recent),
+            "epoch_losses": self._epoch_losses,
+            "overflows": self.overflows,
+        }
 
     def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on behind an optimizer step."""
+        """Restore the metrics from a state that was saved after this step."""
         self._recent.extend(state["recent"])
         self._epoch_losses = list(state["epoch_losses"])
         self.overflows = state["overflows"]
         self._bar.update(step)
 
-    def step(
-        self, step: int, epoch: int, updated: StepResult, seen: Sequence[MicrobatchLoss], rates: Mapping[str, float]
+    def log_step(
+        self,
+        step: int,
+        epoch: int,
+        result: StepResult,
+        microbatches: Sequence[MicrobatchLoss],
+        rates: Mapping[str, float],
     ) -> None:
-        """Take note of a step (counted from 1); tell of the one before it."""
+        """Log the step before this one, and start to read this one from the device.
+
+        Args:
+            step: 1-based.
+            epoch: 0-based.
+            result: of the optimizer step.
+            microbatches: the losses of the step's micro-batches.
+            rates: learning rates by the names of their groups.
+        """
         self.flush()
-        self._pending = _Pending(
-            step, epoch, PendingScalars(updated.loss, updated.grad_norm, updated.stop_requested), updated.overflowed, seen, rates,
-            time.monotonic() - self._started,
-        )  # fmt: skip
+        scalars = PendingScalars(result.loss, result.grad_norm, result.stop_requested)
+        seconds = time.monotonic() - self._started
+        self._pending = _PendingStep(
+            step, epoch, scalars, result.overflowed, microbatches, rates, seconds
+        )
 
     def flush(self) -> None:
-        """Read what is pending. Raises RunError, naming step and pictures, if the loss or the gradient isn't finite."""
+        """Log the step that is pending.
+
+        Raises RunError that names the step and its images if the loss or the gradient norm is NaN
+        or Inf.
+        """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        loss, norm, asked = pending.scalars.read()
-        self.is_asked_to_end = asked > 0
-        if not math.isfinite(loss) or not (pending.overflowed or math.isfinite(norm)):
-            self._stop(pending, loss, norm)
-        self.overflows += pending.overflowed
-        self._tell(pending, loss, norm)
+        loss, norm, stop_requests = pending.scalars.read()
+        self.stop_requested = stop_requests > 0
+        is_norm_valid = pending.overflowed or math.isfinite(norm)
+        if not (math.isfinite(loss) and is_norm_valid):
+            raise _non_finite_error(pending, loss, norm)
+        if pending.overflowed:
+            self.overflows += 1
+        self._log_values(pending, loss, norm)
 
-    def _stop(self, pending: _Pending, loss: float, norm: float) -> None:
-        bad = [
-            path
-            for seen in pending.seen
-            for path, one in zip(seen.paths, seen.losses.tolist(), strict=True)
-            if not math.isfinite(one)
-        ]
-        if bad:
-            cause = f"the loss of {', '.join(sorted(set(bad)))} is not finite"
-        elif not math.isfinite(loss):
-            cause = "the loss of a picture on another process is not finite"
-        else:
-            paths = sorted({path for seen in pending.seen for path in seen.paths})
-            cause = f"the loss is {loss:.4g}, but its gradient's norm is {norm}; the pictures were {', '.join(paths)}"
-        raise RunError(
-            f"step {pending.step}: {cause}. The weights of that step were not changed, and nothing was saved after it; "
-            "what was saved before is whole. Try a lower learning rate or --mixed_precision no, and look at these pictures"
-        )
-
-    def _tell(self, pending: _Pending, loss: float, norm: float) -> None:
+    def _log_values(self, pending: _PendingStep, loss: float, norm: float) -> None:
         if not pending.overflowed:
             self._recent.append(loss)
             self._epoch_losses.append(loss)
-        average = sum(self._recent) / max(1, len(self._recent))
+        average = self.average()
         self._bar.update()
         self._bar.set_postfix(refresh=False, avr_loss=f"{average:.4f}", epoch=pending.epoch + 1)
-        values = {
-            "loss/current": loss,
-            "loss/average": average,
-            **{f"lr/{name}": rate for name, rate in pending.rates.items()},
-        }
+        values = {"loss/current": loss, "loss/average": average}
+        for name, rate in pending.rates.items():
+            values[f"lr/{name}"] = rate
         if self._trackers is not None:
             self._trackers.log(values, pending.step)
-        self._write(
-            {
-                "step": pending.step,
-                "epoch": pending.epoch + 1,
-                "grad_norm": norm if math.isfinite(norm) else None,
-                "seconds": round(pending.seconds, 3),
-                **_memory(),
-                **values,
-            }
-        )
+        line = {
+            "step": pending.step,
+            "epoch": pending.epoch + 1,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "seconds": round(pending.seconds, 3),
+        }
+        self._write({**line, **_peak_memory(), **values})
 
     def _write(self, line: Mapping[str, object]) -> None:
-        """Add a line to the log file. A full disk there doesn't end the run."""
+        """Append a line to the step log. A full disk does not end the run."""
         if self._log is None:
             return
         try:
             self._log.write(json.dumps(line) + "\n")
             self._log.flush()
         except OSError as error:
-            log.warning("%s: can't be written, and is left as it is: %s", self._log.name, error.strerror)
+            log.warning("%s: can't be written, and ends here: %s", self._log.name, error.strerror)
             self._log = None
 
-    def epoch_ended(self, epoch: int, step: int) -> None:
-        """Tell the epoch's mean loss; `epoch` is counted from 1, `step` is its last."""
+    def log_epoch(self, epoch: int, step: int) -> None:
+        """Send the mean loss of an epoch to the trackers.
+
+        Args:
+            epoch: 1-based.
+            step: the last one of the epoch.
+        """
         self.flush()
         if self._trackers is not None and self._epoch_losses:
             mean = sum(self._epoch_losses) / len(self._epoch_losses)
             self._trackers.log({"loss/epoch_average": mean}, step, epoch=epoch)
         self._epoch_losses = []
 
-    def validated(self, loss: float, step: int, epoch: int | None) -> None:
-        """Tell a validation loss, and how far it is above the training loss. Args: epoch: counted from 1, at its end."""
+    def log_validation(self, loss: float, step: int, epoch: int | None) -> None:
+        """Log a validation loss, and its difference from the training loss.
+
+        Args:
+            loss: the validation loss.
+            step: the last one done.
+            epoch: 1-based, for a validation at an epoch's end; None after a step.
+        """
         self.flush()
-        kind, number = ("step", step) if epoch is None else ("epoch", epoch)
+        kind, index = ("step", step) if epoch is None else ("epoch", epoch)
         values = {
             f"loss/validation/{kind}_average": loss,
             f"loss/validation/{kind}_divergence": loss - self.average(),
         }
-        log.info("%s %d: validation loss %.4f, training loss %.4f", kind, number, loss, self.average())
+        log.info(
+            "%s %d: validation loss %.4f, training loss %.4f", kind, index, loss, self.average()
+        )
         if self._trackers is not None:
             self._trackers.log(values, step, epoch=epoch)
         self._write({"step": step, **values})
 
-    def saved(self, paths: Sequence[Path], step: int, session_id: str) -> None:
-        """Note in the log what a run has saved: not every file says whose it is."""
+    def log_saved(self, paths: Sequence[Path], step: int, session_id: str) -> None:
+        """Record in the step log which files the run has saved, as not every file names its run."""
         self._write({"step": step, "session": session_id, "saved": [path.name for path in paths]})
 
     def log_samples(self, images: Sequence[tuple[str, np.ndarray]], step: int) -> None:
-        """Send sample pictures to the trackers."""
+        """Send sample images, as (prompt, image), to the trackers."""
         if self._trackers is not None and images:
             self._trackers.images(images, step)
 
     def average(self) -> float:
-        """Mean loss of the last epoch's worth of steps."""
+        """Return the mean loss over the last steps, as many as an epoch has; 0 before the first."""
         return sum(self._recent) / max(1, len(self._recent))
 
     def close(self) -> None:
+        """Close the progress bar, the trackers and the step log."""
         self._bar.close()
         if self._trackers is not None:
             self._trackers.close()
         if self._log is not None:
             self._log.close()
         if self.overflows:
-            log.warning("%d steps were left out because float16 gradients overflowed", self.overflows)
+            log.warning(
+                "%d steps were skipped because float16 gradients overflowed", self.overflows
+            )
 
 
-def _memory() -> dict[str, float]:
-    """The most memory of the card that tensors have taken so far, in GiB."""
+def _non_finite_error(pending: _PendingStep, loss: float, norm: float) -> RunError:
+    """Return the error for NaN or Inf in a step, which names the images that caused it."""
+    paths: set[str] = set()
+    causes: set[str] = set()
+    for microbatch in pending.microbatches:
+        paths.update(microbatch.paths)
+        for path, image_loss in zip(microbatch.paths, microbatch.losses.tolist(), strict=True):
+            if not math.isfinite(image_loss):
+                causes.add(path)
+    if causes:
+        cause = f"the loss of {', '.join(sorted(causes))} is NaN or Inf"
+    elif not math.isfinite(loss):
+        cause = "the loss of an image on another process is NaN or Inf"
+    else:
+        images = ", ".join(sorted(paths))
+        cause = f"the loss is {loss:.4g}, but its gradient norm is {norm}; the images were {images}"
+    return RunError(
+        f"step {pending.step}: {cause}. The weights were not changed by this step, and nothing was "
+        "saved after it; earlier saves are complete. Try a lower learning rate or --mixed_precision "
+        "no, and check these images"
+    )
+
+
+def _peak_memory() -> dict[str, float]:
+    """Return the most VRAM that tensors have taken so far, in GiB; nothing without a GPU."""
     if not torch.cuda.is_available():
         return {}
     return {"memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3)}
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a step log; a torn one, of a run that was killed, is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-            int(line["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        lines.append(line)
-    return lines
-
-
-def saved_files(path: Path, session_id: str) -> set[Path]:
-    """The files beside a step log that it says this run was the last to save."""
-    lines = [line for line in read_log(path) if isinstance(line.get("saved"), list)]
-    sessions = {str(name): line.get("session") for line in lines for name in line["saved"]}
-    return {path.parent / name for name, session in sessions.items() if session == session_id}

@@ -1,4 +1,7 @@
-"""Preview: sample pictures during training, and one sheet of all of them over time. A failure is told and never ends the run."""
+"""Preview: sample images during training, and a contact sheet of all of them.
+
+A sample that fails is logged, and never ends the run.
+"""
 
 import re
 import time
@@ -29,22 +32,36 @@ from library.models.vae import PIXELS_PER_LATENT, decode_in_tiles
 from library.rng import seed_of
 from library.size import Size
 
-_THUMBNAIL = 256  # pixels
-_MOST_ROWS = 128  # of the sheet; beyond, every second older one is left out
+_THUMBNAIL_SIDE = 256  # pixels
+_MAX_ROWS = 128  # of the contact sheet; with more, every second older row is left out
 
 Texts = Mapping[str, TextConditioning]
+Row = Sequence[Image.Image | None]
+"""Thumbnails of one step or epoch, by prompt; None where a sample failed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Preview:
-    """The samples of a run. Names: contract, formats.md section 6.
+    """The sample images of a run. Names: contract, formats.md section 6.
 
     Attributes:
-        prompts: with their sizes; none, and nothing is ever drawn.
-        texts: conditioning by prompt, where captions were encoded before training; None: the encoders are asked each time.
-        keeps_vae: training needs it too, so it stays on the device.
-        steered_by: how the prompts' conditions steer the U-Net: of the task.
-        every_steps, every_epochs: when; None: never. Epochs win.
+        prompts: with their sizes; without any, no image is generated.
+        models: decode latents, and encode prompts and conditions.
+        unet: the trained one.
+        texts: conditioning by prompt, where the text encoders were released before training; None:
+            they are called.
+        num_tokens: of a chunk of the prompt.
+        folder: where the images are saved.
+        name: --output_name, the start of the files' names.
+        sampler: of prompts that don't name one.
+        v_prediction: the model predicts velocity.
+        zero_terminal_snr: the noise schedule has it.
+        seed: of prompts that don't give one.
+        every_steps: steps between samples; None: none after a step.
+        every_epochs: epochs between samples; None: none after an epoch. It overrides every_steps.
+        at_first: whether samples are generated before the first step.
+        keeps_vae: training needs the VAE too, so it stays on the device.
+        control_inputs: turns a condition [1, 3, H, W] into what the task feeds to the U-Net.
     """
 
     prompts: Sequence[SamplePrompt]
@@ -63,104 +80,144 @@ class Preview:
     at_first: bool
     keeps_vae: bool
     control_inputs: Callable[[Tensor], ControlInputs | None]
-    _rows: list[tuple[str, Sequence[Image.Image | None]]] = field(default_factory=list)
+    _rows: list[tuple[str, Row]] = field(default_factory=list, init=False)
 
     def is_due(self, *, step: int = 0, epoch: int = 0) -> bool:
-        """Whether it is time after this optimizer step, or after this epoch (both count from 1); before the first if 0."""
+        """Return whether samples are due after this step or epoch (1-based), or at first (both 0)."""
         if not self.prompts:
             return False
         if step:
-            return bool(self.every_steps and not self.every_epochs and step % self.every_steps == 0)
-        return epoch % self.every_epochs == 0 if epoch and self.every_epochs else not epoch and self.at_first
+            return (
+                bool(self.every_steps)
+                and not self.every_epochs
+                and step % (self.every_steps or 1) == 0
+            )
+        if epoch:
+            return bool(self.every_epochs) and epoch % (self.every_epochs or 1) == 0
+        return self.at_first
 
-    def draw(
-        self, label: str, share: tuple[int, int], gather: Callable[[list[Any]], list[Any]], *, saves: bool = True
+    def generate(
+        self,
+        label: str,
+        gather: Callable[[list[Any]], list[Any]],
+        *,
+        rank: int,
+        world_size: int,
+        saves: bool = True,
     ) -> list[tuple[str, np.ndarray]]:
-        """Draw all prompts and save them. Returns (prompt, picture) on the main process.
+        """Generate the images of all prompts, and save them on the first process.
 
         Args:
-            label: e000001 or 000100: epoch or step.
-            share: (rank, processes): each process draws some, and the first one saves all.
-            saves: whether this process may; False: another one draws the same.
-            gather: the lists of all processes as one.
+            label: epoch or step: "e000001" or "000100".
+            gather: joins the lists of all processes.
+            rank: of this process among those that share the prompts.
+            world_size: the number of these processes.
+            saves: whether this process may save; False: another one generates the same images and
+                saves them.
+
+        Returns:
+            (prompt, image) on the process that saves; an empty list on the others.
         """
-        rank, processes = share
-        drawn = []
-        for number in range(rank, len(self.prompts), processes):
+        generated = []
+        for index in range(rank, len(self.prompts), world_size):
             try:
-                drawn.append((number, self._draw_one(self.prompts[number], number)))
+                generated.append((index, self._generate_one(self.prompts[index], index)))
             except Exception as error:  # whatever it is, the run is worth more than its samples
-                log.warning(
-                    "sample %d of %s is left out: %s: %s", number, label, type(error).__name__, first_line(error)
-                )
+                kind = type(error).__name__
+                log.warning("sample %d of %s failed: %s: %s", index, label, kind, first_line(error))
         if not self.keeps_vae:
             self.models.release("vae")
-        images = dict(gather(drawn) if processes > 1 else drawn)
+        if world_size > 1:
+            generated = gather(generated)
         if rank or not saves:
             return []
+        by_prompt: dict[int, np.ndarray] = dict(sorted(generated))
         try:
-            self._save(label, images)
+            self._save(label, by_prompt)
         except Exception as error:
             log.warning("the samples of %s are not saved: %s", label, first_line(error))
-        return [(self.prompts[number].prompt, image) for number, image in sorted(images.items())]
+        return [(self.prompts[index].prompt, image) for index, image in by_prompt.items()]
 
-    def small(self) -> list[tuple[str, str, bytes]]:
-        """(label, prompt, JPEG) of all samples so far, small."""
-        found = []
+    def thumbnails(self) -> list[tuple[str, str, bytes]]:
+        """Return (label, prompt, JPEG) of all samples so far."""
+        thumbnails = []
         for label, row in self._rows:
             for prompt, image in zip(self.prompts, row, strict=True):
                 if image is not None:
                     content = BytesIO()
                     image.save(content, format="JPEG", quality=85)
-                    found.append((label, prompt.prompt, content.getvalue()))
-        return found
+                    thumbnails.append((label, prompt.prompt, content.getvalue()))
+        return thumbnails
 
-    def recall(self) -> None:
-        """Take the pictures of before into the sheet, when a run is resumed."""
-        start = f"{self.name}_" if self.name else ""
-        found: dict[str, list[Image.Image | None]] = {}
-        pattern = re.compile(re.escape(start) + r"(e?\d{6})_(\d\d)_\d{14}(_-?\d+)?\.png")
+    def restore(self) -> None:
+        """Fill the contact sheet with the saved samples of a run that is resumed."""
+        pattern = re.compile(
+            re.escape(self._file_prefix()) + r"(e?\d{6})_(\d\d)_\d{14}(_-?\d+)?\.png"
+        )
+        rows: dict[str, list[Image.Image | None]] = {}
         for path in sorted(self.folder.glob("*.png"), key=lambda path: path.stat().st_mtime):
             match = pattern.fullmatch(path.name)
-            if match and int(match[2]) < len(self.prompts):
-                row = found.setdefault(match[1], [None] * len(self.prompts))
-                with Image.open(path) as image:
-                    row[int(match[2])] = thumbnail(np.asarray(image.convert("RGB")), _THUMBNAIL)
-        self._rows[:] = list(found.items())[-_MOST_ROWS:]
+            if match is None or int(match[2]) >= len(self.prompts):
+                continue
+            row = rows.setdefault(match[1], [None] * len(self.prompts))
+            with Image.open(path) as image:
+                row[int(match[2])] = thumbnail(np.asarray(image.convert("RGB")), _THUMBNAIL_SIDE)
+        self._rows.clear()
+        self._rows.extend(list(rows.items())[-_MAX_ROWS:])
 
-    def _draw_one(self, prompt: SamplePrompt, number: int) -> np.ndarray:
-        texts = self.texts or encode_prompts(self.models, [prompt], self.num_tokens)
-        device, dtype = self.models.device, self.models.precision.compute
-        wanted, unwanted = (
-            TextConditioning(*(part.to(device, dtype) for part in texts[text]))
-            for text in (prompt.prompt, prompt.negative_prompt)
-        )
+    def _generate_one(self, prompt: SamplePrompt, index: int) -> np.ndarray:
         assert prompt.width and prompt.height
+        size = Size(prompt.width, prompt.height)
+        texts = self.texts or encode_prompts(self.models, [prompt], self.num_tokens)
+        seed = prompt.seed
+        if seed is None:
+            seed = seed_of(self.seed, "sample", index)
+        inpaint_channels, control = None, None
+        if self.unet.config.is_inpainting:
+            inpaint_channels = self._masked_everywhere(size)
+        if prompt.controlnet_image is not None:
+            control = self._control_inputs_of(prompt.controlnet_image, size)
         return generate_image(
-            self.unet, self._decode, wanted, unwanted, width=prompt.width, height=prompt.height, steps=prompt.sample_steps, scale=prompt.scale,
-            seed=seed_of(self.seed, "sample", number) if prompt.seed is None else prompt.seed, sampler=prompt.sample_sampler or self.sampler,
-            v_prediction=self.v_prediction, zero_terminal_snr=self.zero_terminal_snr,
-            inpaint_channels=self._all_hidden(prompt.width, prompt.height) if self.unet.config.is_inpainting else None,
-            control=None if prompt.controlnet_image is None else self._steered(prompt.controlnet_image, Size(prompt.width, prompt.height)),
-        )  # fmt: skip
+            self.unet,
+            self._decode,
+            self._on_device(texts[prompt.prompt]),
+            self._on_device(texts[prompt.negative_prompt]),
+            width=size.width,
+            height=size.height,
+            steps=prompt.sample_steps,
+            scale=prompt.scale,
+            seed=seed,
+            sampler=prompt.sample_sampler or self.sampler,
+            v_prediction=self.v_prediction,
+            zero_terminal_snr=self.zero_terminal_snr,
+            inpaint_channels=inpaint_channels,
+            control=control,
+        )
+
+    def _on_device(self, text: TextConditioning) -> TextConditioning:
+        device, dtype = self.models.device, self.models.precision.compute
+        return TextConditioning(*(tensor.to(device, dtype) for tensor in text))
 
     @torch.no_grad()
-    def _steered(self, file: Path, size: Size) -> ControlInputs | None:
-        """How a condition steers the U-Net, stretched to the picture's size."""
+    def _control_inputs_of(self, file: Path, size: Size) -> ControlInputs | None:
+        """Return the control inputs of a condition, which is stretched to the size of the image."""
         pixels = images.normalized(images.resize(images.load(file), size, None))
         return self.control_inputs(torch.from_numpy(pixels)[None].to(self.models.device))
 
     @torch.no_grad()
-    def _all_hidden(self, width: int, height: int) -> Tensor:
-        """What an inpainting model sees beside the latents where the whole picture is to be painted: [1, 5, H/8, W/8]."""
+    def _masked_everywhere(self, size: Size) -> Tensor:
+        """Return an inpainting model's channels for a mask over the complete image: [1, 5, H/8, W/8]."""
+        width, height = size
         noise = torch.zeros(1, 4, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
-        grey, everything = torch.zeros(1, 3, height, width), torch.ones(1, height, width)
-        channels = inpainting_channels(grey, everything, lambda image: self.models.encode_images(image, noise))
+        gray, mask = torch.zeros(1, 3, height, width), torch.ones(1, height, width)
+        channels = inpainting_channels(
+            gray, mask, lambda image: self.models.encode_images(image, noise)
+        )
         return channels.to(self.models.device, self.models.precision.compute)
 
     @torch.no_grad()
     def _decode(self, raw: Tensor) -> Tensor:
-        """Pixels; in tiles where the whole picture finds no memory beside the training."""
+        """Decode raw latents to pixels, in tiles if there is not enough VRAM."""
         try:
             return self.models.decode_latents(raw)
         except torch.OutOfMemoryError:
@@ -168,27 +225,40 @@ class Preview:
             decode_in_tiles(self.models.vae)
             return self.models.decode_latents(raw)
 
-    def _save(self, label: str, images: Mapping[int, np.ndarray]) -> None:
+    def _file_prefix(self) -> str:
+        return f"{self.name}_" if self.name else ""
+
+    def _save(self, label: str, by_prompt: Mapping[int, np.ndarray]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        start = f"{self.name}_" if self.name else ""
         now = time.strftime("%Y%m%d%H%M%S")
-        for number, image in sorted(images.items()):
-            seed = self.prompts[number].seed
-            end = "" if seed is None else f"_{seed}"
-            _write_png(self.folder / f"{start}{label}_{number:02d}_{now}{end}.png", Image.fromarray(image))
-        small = [thumbnail(images[n], _THUMBNAIL) if n in images else None for n in range(len(self.prompts))]
-        self._rows.append((label, small))
-        if len(self._rows) > _MOST_ROWS:
+        row: list[Image.Image | None] = [None] * len(self.prompts)
+        for index, pixels in by_prompt.items():
+            seed = self.prompts[index].seed
+            seed_suffix = "" if seed is None else f"_{seed}"
+            name = f"{self._file_prefix()}{label}_{index:02d}_{now}{seed_suffix}.png"
+            _write_png(self.folder / name, Image.fromarray(pixels))
+            row[index] = thumbnail(pixels, _THUMBNAIL_SIDE)
+        self._rows.append((label, row))
+        if len(self._rows) > _MAX_ROWS:
             self._rows[:-1] = self._rows[:-1:2]
-        _write_png(self.folder / f"{start}contact_sheet.png", contact_sheet(self._rows))
-        log.info("%d samples of %s in %s", len(images), label, self.folder)
+        _write_png(
+            self.folder / f"{self._file_prefix()}contact_sheet.png", contact_sheet(self._rows)
+        )
+        log.info("%d samples of %s in %s", len(by_prompt), label, self.folder)
 
 
 @torch.no_grad()
-def encode_prompts(models: SdxlModels, prompts: Sequence[SamplePrompt], num_tokens: int) -> dict[str, TextConditioning]:
-    """The conditioning of all prompts and negative prompts, by their text, with (word:1.2) read as weights."""
+def encode_prompts(
+    models: SdxlModels, prompts: Sequence[SamplePrompt], num_tokens: int
+) -> dict[str, TextConditioning]:
+    """Return the conditioning of all prompts by their text; (word:1.2) is a weight."""
     texts = {text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)}
-    return {text: TextConditioning.of(models.encode_texts([text], num_tokens, weighted=True)) for text in texts}
+    conditioning = {}
+    for text in texts:
+        conditioning[text] = TextConditioning.of(
+            models.encode_texts([text], num_tokens, weighted=True)
+        )
+    return conditioning
 
 
 def _write_png(path: Path, image: Image.Image) -> None:

@@ -1,6 +1,7 @@
 """The report page NAME-report.html: a run's step log as charts, its sample images and its options.
 
-It is one HTML file that loads nothing, so it works offline and can be moved. uPlot draws the charts.
+It is one HTML file that loads nothing, so it works offline and can be moved. uPlot draws the
+charts.
 """
 
 import base64
@@ -19,7 +20,8 @@ from library.training.monitoring.step_log import StepLog, read_step_log
 
 POINTS = 1500  # of a line, at most; a screen has no more columns
 _COLORS = 8  # --c0 to --c7 in report.css
-_LOG_FROM = 100  # times that the highest line is above the lowest one, from which on an axis is logarithmic
+# An axis is logarithmic if the highest line is this number of times above the lowest one.
+_LOG_FROM = 100
 _ASSETS = Path(__file__).parent / "report_assets"
 
 
@@ -50,16 +52,23 @@ def write_report_page(
     if charts:
         body.append(f'<div class="charts">{"".join(map(_figure, charts))}</div>')
         body.append(
-            "<noscript>The charts need JavaScript. Their values are in the step log, NAME-log.jsonl.</noscript>"
+            "<noscript>The charts need JavaScript. Their values are in the step log, "
+            "NAME-log.jsonl.</noscript>"
         )
     body.append(_samples(samples))
     if options:
-        body += ["<h2>Options</h2>", _table("options", [(name, _as_text(value)) for name, value in options.items()])]
+        body += [
+            "<h2>Options</h2>",
+            _table("options", [(name, _as_text(value)) for name, value in options.items()]),
+        ]
     scripts = []
     if charts:
         body.append(f'<script type="application/json" id="chart-data">{_json(charts)}</script>')
         license_text = _asset("uplot/LICENSE")
-        scripts = [f"/*! uPlot\n{license_text}*/\n{_asset('uplot/uPlot.iife.min.js')}", _asset("report.js")]
+        scripts = [
+            f"/*! uPlot\n{license_text}*/\n{_asset('uplot/uPlot.iife.min.js')}",
+            _asset("report.js"),
+        ]
         body += [f"<script>{script}</script>" for script in scripts]
     text = "\n".join([_head(title, scripts), *body, "</body></html>\n"])
     write_atomically(page, lambda file: file.write(text.encode(errors="replace")))
@@ -70,11 +79,14 @@ def write_report_page(
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart. It has a value for each step of the chart; those that are not finite are left out.
+    """A line of a chart.
+
+    It has a value for each step of the chart; those that are not finite are left out.
 
     Attributes:
         look: faint, smooth (a mean of another line), dots, dashed, or empty for a plain line.
-        shown: the share of the values, without the most distant ones, that must be visible before zooming.
+        shown: the share of the values, without the most distant ones, that must be visible before
+            zooming.
     """
 
     name: str
@@ -99,7 +111,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """The data of a chart, as report.js reads them. All lines share the steps, so that the cursor reads them at once.
+    """The data of a chart, as report.js reads them.
+
+    All lines share the steps, so that the cursor reads them at once.
 
     Attributes:
         range: of the vertical axis before zooming.
@@ -132,7 +146,8 @@ def _charts(log: StepLog) -> list[Chart]:
 
     def smoothed(values: np.ndarray, color: int) -> list[Line]:
         window = smoothing_window(len(done))
-        shown = 0.99 if len(done) <= POINTS else 0.95  # thinning keeps the extremes, which would fill any height
+        # Thinning keeps the extremes, which would fill any height.
+        shown = 0.99 if len(done) <= POINTS else 0.95
         mean = spread(done, trailing_mean(values, window))
         return [
             Line("each step", spread(done, values), color, "faint", shown),
@@ -188,7 +203,13 @@ def _rates(columns: Mapping[str, np.ndarray]) -> list[Line]:
 
 
 def _chart(
-    title: str, steps: np.ndarray, lines: Sequence[Line], unit: str = "", *, from_zero: bool = True, note: str = ""
+    title: str,
+    steps: np.ndarray,
+    lines: Sequence[Line],
+    unit: str = "",
+    *,
+    from_zero: bool = True,
+    note: str = "",
 ) -> Chart | None:
     """Return the chart, or None if no line has a value."""
     lines = [line for line in lines if len(line.known)]
@@ -205,7 +226,12 @@ def _chart(
         notes.append("logarithmic")
     kept = _steps_to_keep(lines)
     data: list[dict[str, object]] = [
-        {"name": line.name, "color": line.color, "look": line.look, "values": _numbers(line.values[kept])}
+        {
+            "name": line.name,
+            "color": line.color,
+            "look": line.look,
+            "values": _numbers(line.values[kept]),
+        }
         for line in lines
     ]
     return Chart(title, unit, steps[kept].tolist(), (low, high), is_log, data, "; ".join(notes))
@@ -216,12 +242,13 @@ def _numbers(values: np.ndarray) -> list[float | None]:
 
 
 def _value_range(lines: Sequence[Line], from_zero: bool) -> tuple[float, float, bool]:
-    """Return the lowest and the highest value of the vertical axis, and whether it is logarithmic."""
+    """Return the ends of the vertical axis, and whether it is logarithmic."""
     extents = [line.extent() for line in lines]
     peaks = [high for _, high in extents]
     low, high = min(low for low, _ in extents), max(peaks)
     if from_zero and min(peaks) > 0 and high > _LOG_FROM * min(peaks):
-        # Rates far apart. A single rate that comes from zero or goes there is easier to read on a linear axis.
+        # Rates far apart. A single rate that comes from zero or goes there is easier to read on a
+        # linear axis.
         return max(low, min(peaks) / 100) / 1.5, high * 1.5, True
     if from_zero and low >= 0:
         return 0.0, high * 1.06 or 1.0, False
@@ -233,7 +260,7 @@ def _value_range(lines: Sequence[Line], from_zero: bool) -> tuple[float, float, 
 
 
 def _steps_to_keep(lines: Sequence[Line]) -> np.ndarray:
-    """Return the indices of both ends and of the steps that show what the lines do; fewer of each of many lines."""
+    """Return the indices of both ends and of the steps that show the shape of the lines."""
     most = POINTS
     while True:
         kept = np.unique([0, len(lines[0].values) - 1])
@@ -272,7 +299,7 @@ def smoothing_window(steps: int) -> int:
 
 
 def trailing_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean of the finite ones of the last `window` values, for each index; NaN if none is finite."""
+    """Return the mean of the last `window` finite values at each index; NaN if there are none."""
     known = np.isfinite(values)
     sums = np.concatenate(([0.0], np.cumsum(np.where(known, values, 0.0))))
     counts = np.concatenate(([0], np.cumsum(known)))
@@ -289,14 +316,21 @@ def medians_of_runs(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, 
     """
     size = max(5, round(round_up(max(1, len(values)) / 100)))
     over = len(values) % size
-    return steps[over:].reshape(-1, size)[:, -1], np.median(values[over:].reshape(-1, size), axis=1), size
+    return (
+        steps[over:].reshape(-1, size)[:, -1],
+        np.median(values[over:].reshape(-1, size), axis=1),
+        size,
+    )
 
 
 # The HTML
 
 
 def _head(title: str, scripts: Sequence[str]) -> str:
-    """Return the page up to its body. Its policy lets a browser run these scripts only, and load nothing."""
+    """Return the page up to its body.
+
+    Its policy lets a browser run these scripts only, and load nothing.
+    """
     allowed = " ".join(_digest(script) for script in scripts) or "'none'"
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
     style = _asset("report.css")
@@ -352,7 +386,7 @@ def _headline(log: StepLog) -> str:
 
 
 def _samples(samples: Sequence[tuple[str, str, bytes]]) -> str:
-    """Return a table with a row for each time and a column for each prompt; a prompt that is given twice has two."""
+    """Return a table of the samples: a row per step, a column per prompt."""
     rows: dict[str, dict[tuple[str, int], bytes]] = {}
     columns: dict[tuple[str, int], None] = {}
     for label, prompt, image in samples:
@@ -390,7 +424,9 @@ def _image(image: bytes, label: str) -> str:
 
 
 def _table(name: str, rows: Sequence[tuple[str, str]]) -> str:
-    cells = [f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows]
+    cells = [
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows
+    ]
     return f'<table class="{name}">{"".join(cells)}</table>'
 
 

@@ -1,6 +1,5 @@
-"""Watch: that what is trained gets gradients and changes, and is the same on all processes."""
+"""Sanity checks: trained parameters receive gradients and change, and all ranks stay equal."""
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -9,98 +8,126 @@ from torch import Tensor, nn
 from library.errors import RunError
 from library.param_group import ParamGroup
 
-_STEPS = 50  # after which everything that is trained must have got a gradient and changed
-_LEAST = 10  # steps of a shorter run that still say something: a LoRA's down projection has none in the first
-_SHOWN = 5
+_STEPS = 50  # after which every trained parameter must have received a gradient and changed
+# Steps of a shorter run that is still checked: a LoRA's down projection has no gradient at first.
+_MIN_STEPS = 10
+_MAX_SHOWN = 5
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class GradientFlowCheck:
-    """Of the first steps that a run does: which parameters got a gradient, and which changed."""
+    """Checks the first steps of a run: every parameter must receive a gradient and change."""
 
     def __init__(self, groups: Sequence[ParamGroup], done: int = 0):
-        """Args:
-        groups: those that stop early aren't watched, as they may have no chance.
-        done: the step that the run begins at, which may lie behind what a group stops at.
+        """Remember the values of the parameters.
+
+        Args:
+            groups: what is trained. Groups that stop too early for the check are left out.
+            done: the step at which the run starts, which may be after the last one of a group.
         """
-        lasts = [group.stops_at is None or group.stops_at - done > _STEPS for group in groups for _ in group.parameters]
-        everything = [item for group in groups for item in group.parameters.items()]
-        self._parameters: dict[str, nn.Parameter] = {
-            name: parameter for (name, parameter), is_watched in zip(everything, lasts, strict=True) if is_watched
-        }
-        self._start = checksums(self._parameters.values())
-        self._watched = torch.tensor(lasts, dtype=torch.bool, device=self._start.device)
-        self._moved = torch.zeros_like(self._watched)
+        self._parameters: dict[str, nn.Parameter] = {}
+        is_checked: list[bool] = []  # of each parameter of all groups
+        for group in groups:
+            lasts = group.last_step is None or group.last_step - done > _STEPS
+            is_checked += [lasts] * len(group.parameters)
+            if lasts:
+                self._parameters |= group.parameters
+        self._checksums = checksums(self._parameters.values())
+        self._is_checked = torch.tensor(is_checked, dtype=torch.bool, device=self._checksums.device)
+        self._has_gradient = torch.zeros_like(self._is_checked)
         self._steps = 0
         self._is_over = not self._parameters
 
     def note_gradients(self, norms: Tensor) -> None:
-        """Take note of an optimizer step's gradients. Doesn't wait for the device. Args: norms: of each of the groups' parameters; [n]."""
-        if not self._is_over:
-            self._moved |= norms != 0
+        """Record which parameters have received gradients. Doesn't wait for the device.
 
-    def stepped(self) -> None:
-        """After an optimizer step at learning rates above 0. Raises RunError at the last step that is watched."""
+        Args:
+            norms: gradient norms of all parameters of the groups, [n].
+        """
+        if not self._is_over:
+            self._has_gradient |= norms != 0
+
+    def step_done(self) -> None:
+        """Count an optimizer step at learning rates above 0.
+
+        Raises RunError at the last checked step if a check fails.
+        """
         self._steps += 1
         if self._steps >= _STEPS and not self._is_over:
             self._check()
 
     def run_ended(self) -> None:
-        """Raises RunError too, for runs that were too short to be checked before."""
-        if self._steps >= _LEAST and not self._is_over:
+        """Check a run that was too short to be checked before. Raises RunError if a check fails."""
+        if self._steps >= _MIN_STEPS and not self._is_over:
             self._check()
 
     def _check(self) -> None:
         self._is_over = True
-        empty = [not parameter.numel() for parameter in self._parameters.values()]  # all of it lies on other processes
-        changed = [*map(operator.or_, (checksums(self._parameters.values()) != self._start).tolist(), empty)]
-        without = _modules_where(self._parameters, self._moved[self._watched].tolist())
-        unchanged = _modules_where(self._parameters, changed)
-        if without:
+        without_gradient = _modules_without(
+            self._parameters, self._has_gradient[self._is_checked].tolist()
+        )
+        if without_gradient:
             raise RunError(
-                f"{_some(without)} got no gradient in {self._steps} steps: the loss doesn't depend on them, so they learn nothing. "
-                "Leave them out, or look at masks and weights that make the loss zero"
+                f"{_format_modules(without_gradient)} received no gradient in {self._steps} steps: "
+                "the loss doesn't depend on them, so they learn nothing. Leave them out, or check for "
+                "masks and weights that make the loss zero"
             )
+        unchanged = _modules_without(self._parameters, self._changed())
         if unchanged:
             raise RunError(
-                f"{_some(unchanged)} are what they were before {self._steps} steps, though they got gradients: the learning rate is too "
-                "low for their dtype; raise it, take --rounding stochastic, or train in float32"
+                f"{_format_modules(unchanged)} have not changed after {self._steps} steps although "
+                "they received gradients: updates are too small for their dtype. Use a higher learning "
+                "rate, --rounding stochastic, or float32"
             )
+
+    def _changed(self) -> list[bool]:
+        """Return which parameters have changed. A shard without elements counts as changed."""
+        has_new_checksum = (checksums(self._parameters.values()) != self._checksums).tolist()
+        changed = []
+        for parameter, is_new in zip(self._parameters.values(), has_new_checksum, strict=True):
+            changed.append(is_new or parameter.numel() == 0)
+        return changed
 
 
 def checksums(tensors: Iterable[Tensor]) -> Tensor:
-    """One whole number for each tensor: the sum of its numbers' bits, the same in any order: [n], int64."""
-    found = [tensor.detach() for tensor in tensors]
-    if not found:
+    """Return the sum of the bit patterns of each tensor's elements: [n], int64."""
+    sums = []
+    for tensor in tensors:
+        bits = tensor.detach().view(_BITS[tensor.element_size()])
+        sums.append(bits.sum(dtype=torch.int64))
+    if not sums:
         return torch.zeros(0, dtype=torch.int64)
-    sums = [tensor.view(_BITS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in found]
-    return torch.stack([one.to(sums[0].device) for one in sums])  # some may lie in RAM
+    return torch.stack([value.to(sums[0].device) for value in sums])  # some tensors may be in RAM
 
 
-def check_equal(parameters: Mapping[str, Tensor], processes: int, step: int) -> None:
-    """See that all processes have the same weights. Raises RunError on each of them if not."""
-    if processes == 1:
+def check_ranks_in_sync(parameters: Mapping[str, Tensor], world_size: int, step: int) -> None:
+    """Check that all ranks have the same weights. Raises RunError on each of them if not."""
+    if world_size == 1:
         return
-    own = checksums(parameters.values())
-    gathered = [torch.empty_like(own) for _ in range(processes)]
-    torch.distributed.all_gather(gathered, own)
-    different = (torch.stack(gathered) != own).any(dim=0).tolist()
-    if any(different):
-        names = [name for name, differs in zip(parameters, different, strict=True) if differs]
+    local = checksums(parameters.values())
+    gathered = [torch.empty_like(local) for _ in range(world_size)]
+    torch.distributed.all_gather(gathered, local)
+    differs = (torch.stack(gathered) != local).any(dim=0).tolist()
+    names = [name for name, is_different in zip(parameters, differs, strict=True) if is_different]
+    if names:
         raise RunError(
-            f"step {step}: the processes have different weights: {_some(names)}. Their gradients weren't exchanged; nothing was saved. "
-            "Please report this with the launch command"
+            f"step {step}: the processes have different weights in "
+            f"{_format_modules(names, 'tensors')}. Their gradients were not averaged; nothing was "
+            "saved. Please report this with the launch command"
         )
 
 
-def _modules_where(parameters: Mapping[str, nn.Parameter], is_well: Sequence[bool]) -> list[str]:
-    """The layers none of whose parameters is well."""
-    well: dict[str, bool] = {}
-    for name, one in zip(parameters, is_well, strict=True):
-        layer = name.rpartition(".")[0] or name
-        well[layer] = well.get(layer, False) or one
-    return [layer for layer, one in well.items() if not one]
+def _modules_without(parameters: Mapping[str, nn.Parameter], passed: Sequence[bool]) -> list[str]:
+    """Return the modules none of whose parameters has passed."""
+    modules: dict[str, bool] = {}
+    for name, has_passed in zip(parameters, passed, strict=True):
+        module = name.rpartition(".")[0] or name
+        modules[module] = modules.get(module, False) or has_passed
+    return [module for module, has_passed in modules.items() if not has_passed]
 
 
-def _some(names: Sequence[str]) -> str:
-    return f"{len(names)} of what is trained ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
+def _format_modules(names: Sequence[str], kind: str = "trained modules") -> str:
+    shown = list(names[:_MAX_SHOWN])
+    if len(names) > _MAX_SHOWN:
+        shown.append("…")
+    return f"{len(names)} {kind} ({', '.join(shown)})"

@@ -1,4 +1,4 @@
-"""Pace: how long steps take; steps that become much slower are told once, with what is likely the cause."""
+"""Slowdowns: if steps become much slower, the run logs a warning with the likely cause, once."""
 
 import statistics
 import time
@@ -10,66 +10,77 @@ import torch
 from library.data.batch import Batch
 from library.log import log
 
-_KNOWN = 20  # steps before any is called slow
-_IN_A_ROW = 3  # slow steps: one alone may be anything
+_MIN_STEPS = 20  # before any step counts as slow
+_IN_A_ROW = 3  # slow steps; a single one can have any cause
 _SLOW = 2.0  # times the median
-_WAITING, _FULL = 0.5, 0.95  # share of the step spent waiting for pictures; of the card's memory that is taken
+_WAITING_FRACTION = 0.5  # of the step's time spent waiting for images
+_FULL_FRACTION = 0.95  # of the VRAM that is reserved
 
 
 class SlowdownDetector:
-    """Seconds per latent cell, so that buckets of different sizes compare. Time is monotonic: clocks may jump."""
+    """Compares the duration of steps, in seconds per latent pixel, with their median."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._usual: deque[float] = deque(maxlen=500)
-        self._slow: list[float] = []  # shares of waiting of slow steps in a row
-        self._waited, self._cells = 0.0, 0
-        self._since: float | None = None
-        self._is_told = False
+        # Of steps at the usual speed, in seconds per latent pixel.
+        self._durations: deque[float] = deque(maxlen=500)
+        self._waiting: list[float] = []  # fraction of waiting, of the slow steps in a row
+        self._seconds_waited, self._latent_pixels = 0.0, 0
+        self._last_step: float | None = None
+        self._has_warned = False
 
     def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; how long each was waited for is counted."""
+        """Yield the same batches, and measure how long each is waited for."""
         while True:
             start = time.monotonic()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            self._waited += time.monotonic() - start
+            self._seconds_waited += time.monotonic() - start
             pixels = batch.latents if batch.latents is not None else batch.images
             assert pixels is not None
-            self._cells += len(batch) * pixels.shape[-2] * pixels.shape[-1]
+            self._latent_pixels += len(batch) * pixels.shape[-2] * pixels.shape[-1]
             yield batch
 
     def paused(self) -> None:
-        """Something else than a step was done: validating, drawing, saving."""
-        self._since = None
+        """Leave the time since the last step out: validation, sample images or a save took it."""
+        self._last_step = None
 
-    def step(self) -> None:
-        """An optimizer step is done."""
+    def step_done(self) -> None:
+        """Record the duration of an optimizer step."""
         now = time.monotonic()
-        since, waited, cells = self._since, self._waited, self._cells
-        self._since, self._waited, self._cells = now, 0.0, 0
-        if since is None or self._is_told or not cells:
+        since, waited, latent_pixels = self._last_step, self._seconds_waited, self._latent_pixels
+        self._last_step, self._seconds_waited, self._latent_pixels = now, 0.0, 0
+        if since is None or self._has_warned or not latent_pixels:
             return
         seconds = max(now - since, 1e-9)
-        if len(self._usual) >= _KNOWN and seconds / cells > _SLOW * statistics.median(self._usual):
-            self._slow.append(waited / seconds)
-            if len(self._slow) >= _IN_A_ROW:
-                self._tell(seconds / cells / statistics.median(self._usual))
-        else:
-            self._slow = []
-            self._usual.append(seconds / cells)
+        duration = seconds / latent_pixels
+        if len(self._durations) < _MIN_STEPS or duration <= _SLOW * statistics.median(
+            self._durations
+        ):
+            self._durations.append(duration)
+            self._waiting = []
+            return
+        self._waiting.append(waited / seconds)
+        if len(self._waiting) >= _IN_A_ROW:
+            self._warn(duration / statistics.median(self._durations))
 
-    def _tell(self, times: float) -> None:
-        self._is_told = True
-        log.warning("steps take %.1f times as long as before: %s", times, self._cause())
+    def _warn(self, factor: float) -> None:
+        self._has_warned = True
+        log.warning("step time rose to %.1fx its median; likely cause: %s", factor, self._cause())
 
     def _cause(self) -> str:
-        if statistics.mean(self._slow) > _WAITING:
-            return "they wait for pictures; take --cache_latents, more --max_data_loader_n_workers, or a faster disk"
+        if statistics.mean(self._waiting) > _WAITING_FRACTION:
+            return (
+                "steps wait for images; use --cache_latents, a larger --max_data_loader_n_workers, or a "
+                "faster disk"
+            )
         if self._device.type == "cuda":
             total = torch.cuda.get_device_properties(self._device).total_memory
-            if torch.cuda.memory_reserved(self._device) > _FULL * total:
-                return "the card's memory is full, and its driver may be paging to RAM; lower --train_batch_size, or take --gradient_checkpointing"
-        return "probably another program uses the machine, or it is too hot"
+            if torch.cuda.memory_reserved(self._device) > _FULL_FRACTION * total:
+                return (
+                    "VRAM is full, and the driver may be paging to RAM; lower --train_batch_size, or "
+                    "use --gradient_checkpointing"
+                )
+        return "another process uses the machine, or it is throttled by heat"

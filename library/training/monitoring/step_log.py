@@ -7,11 +7,15 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 _MOST = 1 << 62  # a larger number in a log is an error
-_VALIDATIONS = [("step", "loss/validation/step_average"), ("epoch", "loss/validation/epoch_average")]
+_VALIDATIONS = [
+    ("step", "loss/validation/step_average"),
+    ("epoch", "loss/validation/epoch_average"),
+]
 
 
 @dataclass
@@ -39,7 +43,10 @@ class StepLog:
         return np.where(np.abs(values) < _MOST, values, np.nan)
 
     def add_step(self, step: int, pace: float, line: Mapping[str, object]) -> None:
-        """Append a step. A resumed run repeats steps: a step replaces an earlier one and all that came after it."""
+        """Append a step.
+
+        A resumed run repeats steps: a step replaces an earlier one and all that came after it.
+        """
         if self.steps and step <= self.steps[-1]:
             self._forget(step)
         if line.keys() != self._keys:
@@ -69,7 +76,9 @@ class StepLog:
 
     def _add_columns(self, line: Mapping[str, object]) -> None:
         for name in line:
-            is_shown = name in ("loss/current", "grad_norm", "memory_gib") or name.startswith(("lr/", "d*lr/"))
+            is_shown = name in ("loss/current", "grad_norm", "memory_gib") or name.startswith(
+                ("lr/", "d*lr/")
+            )
             if is_shown and name not in self._keys:
                 self.columns[name] = array("d", [math.nan]) * len(self.steps)
         self._keys |= line.keys()
@@ -85,7 +94,8 @@ def read_step_log(path: Path) -> StepLog:
             continue
         if "loss/current" in line:
             pace, seconds = math.nan, _number(line.get("seconds"))
-            if step > last_step and seconds > last_seconds:  # otherwise a resumed run started its clock again
+            # Otherwise a resumed run started its clock again.
+            if step > last_step and seconds > last_seconds:
                 pace = (seconds - last_seconds) / (step - last_step)
             last_step, last_seconds = step, seconds
             log.add_step(step, pace, line)
@@ -97,7 +107,26 @@ def read_step_log(path: Path) -> StepLog:
     return log
 
 
-def _lines(path: Path) -> Iterator[dict[str, object]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a step log as they are.
+
+    Lines that were cut off, as those of a killed run, are left out.
+    """
+    return [line for line in _lines(path) if type(line.get("step")) is int]
+
+
+def saved_files(path: Path, session_id: str) -> set[Path]:
+    """Return the files that this run was the last to save, according to a step log."""
+    sessions: dict[str, object] = {}
+    for line in read_log(path):
+        names = line.get("saved")
+        if isinstance(names, list):
+            for name in names:
+                sessions[str(name)] = line.get("session")
+    return {path.parent / name for name, session in sessions.items() if session == session_id}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     read = json.JSONDecoder().raw_decode  # json.loads takes twice as long

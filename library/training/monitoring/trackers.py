@@ -1,8 +1,9 @@
 """Trackers: TensorBoard and Weights & Biases, which get the scalars and sample images of a run.
 
-A tracker that fails during the run is reported once and left out from then on: a full disk or a server that is down must
-not end the training. A package is imported only if its tracker is chosen. accelerate's trackers do not serve here: they
-flush a file at every step, have no exit status for a run that failed, and store hyperparameters in another format.
+A tracker that fails during the run is reported once and left out from then on: a full disk or a
+server that is down must not end the training. A package is imported only if its tracker is chosen.
+accelerate's trackers do not serve here: they flush a file at every step, have no exit status for a
+run that failed, and store hyperparameters in another format.
 """
 
 import inspect
@@ -11,13 +12,13 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.errors import OptionError
 from library.log import log
-from library.options import Options
+from library.option_types import Spec
 from library.training.options.output import TrackerOptions
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 _KNOWN = ("tensorboard", "wandb")
 
-# Nothing of wandb is printed between our lines, and a server that is down does not keep the program from ending.
+# Nothing of wandb is printed between our lines, and a server that is down does not keep the program
+# from ending.
 _WANDB_SETTINGS = {
     "silent": True,
     "console": "off",
@@ -70,7 +72,10 @@ class Trackers:
         self._each(lambda tracker: tracker.images(images, step))
 
     def close(self) -> None:
-        """Send what is not sent yet. This returns within a limited time; later values are dropped."""
+        """Send what is not sent yet.
+
+        This returns within a limited time; later values are dropped.
+        """
         self._each(lambda tracker: tracker.close())
         self._working = {}
 
@@ -84,16 +89,20 @@ class Trackers:
                 log.warning("%s failed; the run continues without it: %s", name, text)
 
 
-def open_trackers(options: TrackerOptions, default_name: str, config: Mapping[str, object]) -> Trackers:
+def open_trackers(
+    options: TrackerOptions, default_name: str, config: Mapping[str, object]
+) -> Trackers:
     """Open the chosen trackers. Only the main process calls this.
 
     Args:
-        default_name: the folder in the run's folder, and the project at wandb, without --log_tracker_name.
+        default_name: the folder in the run's folder, and the project at wandb, without
+            --log_tracker_name.
         config: the options to send; empty for none.
 
     Raises:
-        OptionError: A package is missing, a folder can't be made, or --log_tracker_config has a mistake. wandb without a
-            network or a key raises nothing: a warning says so, and wandb is left out.
+        OptionError: A package is missing, a folder can't be made, or --log_tracker_config has a
+            mistake. wandb without a network or a key raises nothing: a warning says so, and wandb
+            is left out.
     """
     flag = "--logging_dir" if options.log_with is None else f"--log_with {options.log_with}"
     name = options.log_tracker_name or default_name
@@ -105,25 +114,39 @@ def open_trackers(options: TrackerOptions, default_name: str, config: Mapping[st
     if "wandb" in options.names:
         wandb = _import_wandb(flag)
         arguments = _wandb_arguments(options, name, config, tables.get("wandb"))
-        secrets = [key for key in (arguments["settings"].get("api_key"), os.environ.get("WANDB_API_KEY")) if key]
-        try:  # a misspelled argument is a mistake of the user; wandb.init's own failures are only reported
+        secrets = [
+            key
+            for key in (arguments["settings"].get("api_key"), os.environ.get("WANDB_API_KEY"))
+            if key
+        ]
+        try:  # a misspelled argument is an error; wandb.init's own failures are only logged
             inspect.signature(wandb.init).bind(**arguments)
         except TypeError as error:
-            raise OptionError(f"--log_tracker_config {options.log_tracker_config}: [wandb]: {error}") from None
+            raise OptionError(
+                f"--log_tracker_config {options.log_tracker_config}: [wandb]: {error}"
+            ) from None
 
     trackers: dict[str, Tracker] = {}
     if "tensorboard" in options.names:
-        trackers["tensorboard"] = _TensorBoard(options, flag, name, config, tables.get("tensorboard", {}))
+        trackers["tensorboard"] = _TensorBoard(
+            options, flag, name, config, tables.get("tensorboard", {})
+        )
     if wandb is not None:
         try:
             trackers["wandb"] = _Wandb(wandb, arguments, secrets)
         except Exception as error:
-            log.warning("wandb can't be started; the run continues without it: %s", _in_a_line(error, secrets))
+            log.warning(
+                "wandb can't be started; the run continues without it: %s",
+                _in_a_line(error, secrets),
+            )
     return Trackers(trackers, secrets)
 
 
 def read_tracker_config(path: Path) -> dict[str, dict[str, Any]]:
-    """Read --log_tracker_config: the arguments of wandb.init and SummaryWriter, by tracker. Raises OptionError."""
+    """Read --log_tracker_config: the arguments of wandb.init and SummaryWriter, by tracker.
+
+    Raises OptionError.
+    """
     where = f"--log_tracker_config {path}"
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -135,18 +158,24 @@ def read_tracker_config(path: Path) -> dict[str, dict[str, Any]]:
         raise OptionError(f"{where}: can't be read: {error.strerror}") from None
     for name, table in tables.items():
         if name not in _KNOWN:
-            raise OptionError(f"{where}: {name!r} is not a tracker; expected the tables [tensorboard] and [wandb]")
+            raise OptionError(
+                f"{where}: {name!r} is not a tracker; expected the tables [tensorboard] and [wandb]"
+            )
         if not isinstance(table, dict):
             raise OptionError(
-                f"{where}: {name} is a single value; expected a table, [{name}], with one argument a line"
+                f"{where}: {name} is a single value; expected a table, [{name}], with one argument per "
+                "line"
             )
     return tables
 
 
-def logged_config(options: Options) -> dict[str, object]:
-    """Return what --log_config sends: every option that is set, except keys and paths. Lists become text."""
+def logged_config(options: Iterable[tuple[Spec, object]]) -> dict[str, object]:
+    """Return what --log_config sends: every option that is set, except keys and paths.
+
+    Lists become text.
+    """
     sent: dict[str, object] = {}
-    for spec, value in options.specs():
+    for spec, value in options:
         if value is None or spec.is_private:
             continue
         if isinstance(value, tuple):
@@ -170,20 +199,28 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             reason = _in_a_line(error)
-            raise OptionError(f"{flag}: TensorBoard can't be imported ({reason}); pip install tensorboard") from None
+            raise OptionError(
+                f"{flag}: TensorBoard can't be imported ({reason}); pip install tensorboard"
+            ) from None
         assert options.logging_dir is not None, "the options check this"
         folder = _new_run_folder(options.logging_dir, options.log_prefix or "") / name
         try:
             self._writer = SummaryWriter(str(folder), **arguments)
         except OSError as error:
-            raise OptionError(f"--logging_dir {folder}: can't be written to: {error.strerror}") from None
+            raise OptionError(
+                f"--logging_dir {folder}: can't be written to: {error.strerror}"
+            ) from None
         except (TypeError, ValueError) as error:
             if not arguments:
                 raise
-            raise OptionError(f"--log_tracker_config {options.log_tracker_config}: [tensorboard]: {error}") from None
+            raise OptionError(
+                f"--log_tracker_config {options.log_tracker_config}: [tensorboard]: {error}"
+            ) from None
         log.info("TensorBoard: %s (tensorboard --logdir %s)", folder, options.logging_dir)
         if config:
-            self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```")
+            self._writer.add_text(
+                "config", f"```json\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```"
+            )
 
     def log(self, values: Mapping[str, float], step: int, epoch: int | None) -> None:
         for name, value in values.items():
@@ -198,7 +235,7 @@ class _TensorBoard:
 
 
 def _new_run_folder(parent: Path, prefix: str) -> Path:
-    """Make a folder that no other run has: two runs may start in the same second, and clocks can be set back."""
+    """Create a folder that no other run has, even one that started in the same second."""
     first = parent / f"{prefix}{time.strftime('%Y%m%d%H%M%S')}"
     _make_folder(first.parent)
     folder, i = first, 1
@@ -210,7 +247,9 @@ def _new_run_folder(parent: Path, prefix: str) -> Path:
             i += 1
             folder = first.with_name(f"{first.name}-{i}")
         except OSError as error:
-            raise OptionError(f"--logging_dir {parent}: can't be written to: {error.strerror}") from None
+            raise OptionError(
+                f"--logging_dir {parent}: can't be written to: {error.strerror}"
+            ) from None
 
 
 def _make_folder(folder: Path) -> None:
@@ -224,7 +263,8 @@ class _Wandb:
     """A run at Weights & Biases or, with WANDB_MODE=offline, its files."""
 
     def __init__(self, wandb: Any, arguments: Mapping[str, Any], secrets: Sequence[str]):
-        # Silent from the first call on: then a missing key is an error, not a question that nobody answers.
+        # Silent from the first call on: then a missing key is an error, not a question that nobody
+        # answers.
         wandb.setup(wandb.Settings(silent=True))
         self._wandb = wandb
         self._run = wandb.init(**arguments)
@@ -232,11 +272,15 @@ class _Wandb:
         if self._run.disabled:
             log.info("wandb: WANDB_MODE is disabled, so nothing is stored")
         else:
-            log.info("wandb: %s", _without(secrets, self._run.url or f"{self._folder} (`wandb sync` sends it)"))
+            log.info(
+                "wandb: %s",
+                _without(secrets, self._run.url or f"{self._folder} (`wandb sync` sends it)"),
+            )
 
     @property
     def _folder(self) -> Path:
-        return Path(self._run.dir).parent  # run.dir is the folder for additional files, within the run's folder
+        # run.dir is the folder for additional files, within the run's folder.
+        return Path(self._run.dir).parent
 
     def log(self, values: Mapping[str, float], step: int, epoch: int | None) -> None:
         self._send(values, step)
@@ -254,10 +298,13 @@ class _Wandb:
         try:
             self._run.finish(exit_code=1 if has_failed else 0)
         except TimeoutError:
-            raise TimeoutError(f"not all was sent in time; `wandb sync {self._folder}` sends the rest") from None
+            raise TimeoutError(
+                f"not all was sent in time; `wandb sync {self._folder}` sends the rest"
+            ) from None
 
     def _send(self, values: Mapping[str, Any], step: int) -> None:
-        # wandb drops values with a step before the last one, so late values are sent with the last step.
+        # wandb drops values with a step before the last one, so late values are sent with the last
+        # step.
         self._last_step = max(self._last_step, step)
         self._run.log(dict(values), step=self._last_step)
 
@@ -266,20 +313,34 @@ def _import_wandb(flag: str) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise OptionError(f"{flag}: wandb can't be imported ({_in_a_line(error)}); pip install wandb") from None
+        raise OptionError(
+            f"{flag}: wandb can't be imported ({_in_a_line(error)}); pip install wandb"
+        ) from None
     return wandb
 
 
 def _wandb_arguments(
-    options: TrackerOptions, name: str, config: Mapping[str, object], table: Mapping[str, Any] | None
+    options: TrackerOptions,
+    name: str,
+    config: Mapping[str, object],
+    table: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the arguments of wandb.init. The [wandb] table overrides ours; tables in it are merged with ours."""
-    arguments: dict[str, Any] = {"project": name, "config": dict(config), "settings": dict(_WANDB_SETTINGS)}
+    """Return the arguments of wandb.init.
+
+    The [wandb] table overrides ours; tables in it are merged with ours.
+    """
+    arguments: dict[str, Any] = {
+        "project": name,
+        "config": dict(config),
+        "settings": dict(_WANDB_SETTINGS),
+    }
     if options.wandb_api_key is not None:
-        # Differs from sd-scripts: wandb.login would also store the key in ~/.netrc, where it stays on a rented machine.
+        # Differs from sd-scripts: wandb.login would also store the key in ~/.netrc, where it stays
+        # on a rented machine.
         arguments["settings"]["api_key"] = options.wandb_api_key
     if options.logging_dir is not None:
-        _make_folder(options.logging_dir)  # some versions use a temporary folder if this one does not exist
+        # Some versions use a temporary folder if this one does not exist.
+        _make_folder(options.logging_dir)
         arguments["dir"] = str(options.logging_dir)
     if table is None and options.wandb_run_name is not None:
         arguments["name"] = options.wandb_run_name

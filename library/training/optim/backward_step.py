@@ -89,7 +89,7 @@ class OptimizerInBackward(GradientStep):
             parameter.grad = None
         elif self._is_last_microbatch:
             if self._shards is not None:
-                self._shards.take(parameter)
+                self._shards.load_shard(parameter)
             self._num_ready[bucket_index] += 1
             if self._num_ready[bucket_index] == len(self._buckets[bucket_index]):
                 self._step(bucket_index)

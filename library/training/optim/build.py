@@ -1,6 +1,7 @@
 """Build the optimizer, its schedule, and the step that uses both."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -8,7 +9,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import Mistake, OptionError
 from library.offload import OffloadStream
-from library.options import Options
 from library.param_group import ParamGroup, split_groups
 from library.training.distributed.sharding import Shards
 from library.training.optim.backward_step import OptimizerInBackward, param_buckets
@@ -32,13 +32,39 @@ from library.training.options.optimizer import (
     ScheduleOptions,
     UpdateOptions,
 )
-from library.training.options.run import RunOptions
+
+
+class OptimizerSettings(NamedTuple):
+    """The options that say how gradients become optimizer steps.
+
+    Attributes:
+        optimizing: the optimizer.
+        schedule: its learning-rate schedule.
+        update: how weights are stepped.
+        ema: the moving average, which some optimizers rule out.
+        memory: whether the optimizer's state is offloaded.
+        sharding: whether sharding offloads it.
+        scales_loss: gradients are float16.
+    """
+
+    optimizing: OptimizerOptions
+    schedule: ScheduleOptions
+    update: UpdateOptions
+    ema: EmaOptions
+    memory: MemoryOptions
+    sharding: ShardingOptions
+    scales_loss: bool
+
+    @property
+    def offloads_state(self) -> bool:
+        """Whether the optimizer's state is in RAM."""
+        return offloads_optimizer(self.memory, self.sharding)
 
 
 def build_optimizer_step(
     loss_module: nn.Module,
     groups: Sequence[ParamGroup],
-    options: Options,
+    settings: OptimizerSettings,
     total_steps: int,
     *,
     seed: int,
@@ -50,23 +76,20 @@ def build_optimizer_step(
     Args:
         loss_module: what the loop calls for losses, wrapped for several processes.
         groups: the parameters that are trained.
-        options: the options of the run.
+        settings: how gradients become optimizer steps.
         total_steps: optimizer steps of the run.
         seed: seed of stochastic rounding.
         processes: the world size.
         shards: of the groups' parameters, where weights are sharded.
     """
-    update, optimizing = options[UpdateOptions], options[OptimizerOptions]
+    update, optimizing = settings.update, settings.optimizing
     if update.fused_optimizer_groups:
         groups = split_groups(groups, update.fused_optimizer_groups)
-    optimizer, scheduler = _make(
-        fp32_params(groups), optimizing, options[ScheduleOptions], total_steps
-    )
+    optimizer, scheduler = _make(fp32_params(groups), optimizing, settings.schedule, total_steps)
     start_training(optimizer)
     device = compute_device(groups) if shards is None else shards.device
-    offloads = offloads_optimizer(options[MemoryOptions], options[ShardingOptions])
     offloaded_state = None
-    if offloads:
+    if settings.offloads_state:
         offloaded_state = OffloadedOptimizerState(
             optimizer, OffloadStream(torch.device("cpu"), device)
         )
@@ -75,7 +98,7 @@ def build_optimizer_step(
         groups,
         rounding=update.rounding_used,
         seed=seed,
-        is_separable=not (update.is_16_bit or offloads) or _is_separable(optimizing),
+        is_separable=not (update.is_16_bit or settings.offloads_state) or _is_separable(optimizing),
         device=None if shards is None else shards.device,
         offloaded_state=offloaded_state,
     )
@@ -95,7 +118,7 @@ def build_optimizer_step(
         gradient_step = StandardStep(
             master_optimizer,
             max_grad_norm=optimizing.max_grad_norm,
-            scales_loss=options[RunOptions].mixed_precision == "fp16",
+            scales_loss=settings.scales_loss,
             full_norms=None if shards is None else shards.norms,
         )
     sums = None if update.rounding_used == "nearest" else StochasticSums(groups, seed)
@@ -104,29 +127,25 @@ def build_optimizer_step(
     )
 
 
-def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:
+def try_optimizer(groups: Sequence[ParamGroup], settings: OptimizerSettings) -> None:
     """Build the optimizer and its schedule to see that they can do what the options ask for.
 
     Args:
         groups: the parameters that will be trained, of any shape.
-        options: the options of the run.
+        settings: how gradients become optimizer steps.
 
     Raises:
         OptionError: they can't.
     """
-    optimizing, memory, sharding = (
-        options[OptimizerOptions],
-        options[MemoryOptions],
-        options[ShardingOptions],
-    )
-    optimizer, _ = _make(groups, optimizing, options[ScheduleOptions], total_steps=1000)
+    optimizing = settings.optimizing
+    optimizer, _ = _make(groups, optimizing, settings.schedule, total_steps=1000)
     name, mistakes = optimizing.name, []
     if not optimizing.spec.is_known and is_schedule_free(optimizer):
         mistakes += [
-            *check_ema(name, options[EmaOptions]),
-            *check_schedule_free(name, memory, sharding),
+            *check_ema(name, settings.ema),
+            *check_schedule_free(name, settings.memory, settings.sharding),
         ]
-    if offloads_optimizer(memory, sharding) and not _is_separable(optimizing):
+    if settings.offloads_state and not _is_separable(optimizing):
         mistakes.append(
             Mistake(
                 f"--optimizer_offload: --optimizer_type {name} looks at all gradients together, so "
@@ -135,7 +154,7 @@ def try_optimizer(groups: Sequence[ParamGroup], options: Options) -> None:
                 ("optimizer_offload", "optimizer_type"),
             )
         )
-    if options[UpdateOptions].fused_backward_pass and not _is_separable(optimizing):
+    if settings.update.fused_backward_pass and not _is_separable(optimizing):
         mistakes.append(
             Mistake(
                 f"--fused_backward_pass: --optimizer_type {name} looks at all gradients together, "

@@ -7,6 +7,7 @@ master weights are rounded back.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def fp32_params(groups: Sequence[ParamGroup]) -> list[ParamGroup]:
     fp32_groups = []
     for group in groups:
         parameters = {name: _fp32_param(parameter) for name, parameter in group.parameters.items()}
-        fp32_groups.append(ParamGroup(group.name, parameters, group.lr, group.stops_at))
+        fp32_groups.append(replace(group, parameters=parameters))
     return fp32_groups
 
 

@@ -193,7 +193,7 @@ class OptimizerStep:
         """Return the parameters of groups that are no longer trained after that number of steps."""
         stopped: set[nn.Parameter] = set()
         for group in self._groups:
-            if group.stops_at is not None and step >= group.stops_at:
+            if group.last_step is not None and step >= group.last_step:
                 stopped.update(group.parameters.values())
         return stopped
 

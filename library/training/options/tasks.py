@@ -4,10 +4,12 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from library.data.options import CacheOptions
 from library.errors import Mistake
+from library.models.unet_config import NUM_LR_BLOCKS
 from library.options import OptionGroup, Options, option
 from library.training.options.compatibility import check_trained_shards
 from library.training.options.distributed import ShardingOptions
@@ -16,7 +18,7 @@ from library.training.options.objective import LossOptions
 from library.training.options.optimizer import EmaOptions, OptimizerOptions, UpdateOptions
 from library.training.options.output import is_plain_name
 from library.training.options.run import RunOptions
-from networks.options import NUM_BLOCKS, NetworkOptions, check_weights
+from networks.options import NetworkOptions, check_weights
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class FineTuneOptions(OptionGroup):
         """The learning rate of each text encoder; None: the base learning rate."""
         return self.learning_rate_te1, self.learning_rate_te2
 
-    @property
+    @cached_property
     def block_lrs(self) -> tuple[float, ...] | None:
         """The learning rate of each of the U-Net's blocks; None: the base learning rate."""
         if self.block_lr is None:
@@ -76,9 +78,9 @@ class FineTuneOptions(OptionGroup):
                 rates = self.block_lrs or ()
             except ValueError:
                 rates = ()
-            if len(rates) != NUM_BLOCKS or not all(0 <= rate < math.inf for rate in rates):
+            if len(rates) != NUM_LR_BLOCKS or not all(0 <= rate < math.inf for rate in rates):
                 yield Mistake(
-                    f"--block_lr: expected {NUM_BLOCKS} numbers of at least 0, separated by "
+                    f"--block_lr: expected {NUM_LR_BLOCKS} numbers of at least 0, separated by "
                     f"commas, got {self.block_lr!r}",
                     ("block_lr",),
                 )
@@ -273,7 +275,7 @@ def check_network(options: Options) -> Iterable[Mistake]:
             ("stop_text_encoder_training", "network_train_text_encoder_only"),
         )
     yield from check_weights(network)
-    if options[MemoryOptions].quantized and not network.is_own:
+    if options[MemoryOptions].quantized and not network.kind.supports_quantized_base:
         yield Mistake(
             f"--network_module {network.network_module} reads the base model's weights itself, and "
             "can't go with --fp8_base or --base_quant",

@@ -1,139 +1,170 @@
-"""Resume: from a run to its state and back, and what must not differ between the two.
+"""Resuming: which state a run is resumed from, and what must be the same in both. Torch-free.
 
-Options declared with affects_result=False may change; of paths, the file name or the data is compared instead.
+Options declared with affects_result=False may change. Paths may change too: the name of the base
+model and the content of the datasets are compared instead.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from library.data.options import CacheOptions, DatasetOptions
 from library.data.samples import DatasetConfig
 from library.data.scan import Dataset
-from library.errors import OptionError, RunError
+from library.errors import OptionError
 from library.hub import download_folder
 from library.log import log
-from library.models.options import ModelOptions
-from library.options import Options
-from library.training.monitoring.validation import Best
-from library.training.options.output import (
-    ResumeOptions,
-    SavingOptions,
-    UploadOptions,
+from library.training.options.output import ResumeOptions, SavingOptions, UploadOptions
+from library.training.saving.state_folder import (
+    StateMetadata,
+    damaged_state_errors,
+    find_state,
+    newest_state,
+    read_metadata,
 )
-from library.training.options.run import RunOptions, ValidationOptions
-from library.training.saving.state import DAMAGE, find_state, newest_state, read_facts
+
+# Keys of the signature. They are stored in state.json, and keep their names.
+_PROCESSES = "processes"
+_LATENTS_CACHED = "latents are cached"
+_TEXT_CACHED = "captions are cached"
+_BASE_MODEL = "base model"
+_IMAGES = "pictures"
+_BATCH_SIZES = "batch sizes"
+_SAMPLES = "files, sizes and captions"
+_SHOWN_NAMES = {_IMAGES: "images"}
 
 
-class ResumePoint(NamedTuple):
-    """A state that the run goes on from: its folder, and what its state.json says.
+@dataclass(frozen=True)
+class ResumePoint:
+    """A state that a run is resumed from.
 
-    `is_same`: no option that decides what is learnt, and no picture, differs from those of the state.
-    `is_finished`: nothing is left to do. With other options (--resume_anyway) there may be.
+    Attributes:
+        folder: the state's folder.
+        metadata: what its state.json says of the run.
+        is_same: every setting that affects the result, and every image, is the same as in the
+            state.
+        is_finished: no step is left. With other settings (--resume_anyway) this is always False.
     """
 
     folder: Path
-    facts: dict[str, Any]
+    metadata: StateMetadata
     is_same: bool
     is_finished: bool
 
 
-def find_resume_point(options: Options, datasets: Sequence[Dataset]) -> ResumePoint | None:
-    """The state that --resume or --auto_resume means, if any. Raises OptionError if it isn't this run's."""
-    chosen, saving = options[ResumeOptions], options[SavingOptions]
-    assert saving.output_dir is not None
-    names = [saving.output_name] if saving.output_name else ["last", "at", "epoch"]
-    if chosen.resume:
-        resume = chosen.resume
-        if options[UploadOptions].resume_from_huggingface:
-            resume = str(download_folder(resume, options[UploadOptions].huggingface_token))
-        folder: Path | None = find_state(resume, saving.output_dir, names)
-    else:
-        folder = newest_state(saving.output_dir, names) if chosen.auto_resume else None
+def find_resume_point(
+    options: ResumeOptions,
+    saving: SavingOptions,
+    uploads: UploadOptions,
+    signature: Mapping[str, str],
+    *,
+    seed: int | None,
+    patience: int | None,
+) -> ResumePoint | None:
+    """Return the state that --resume or --auto_resume asks for, or None without one.
+
+    Args:
+        options: which state, and whether its settings may differ.
+        saving: the output folder and name.
+        uploads: whether the state is on the Hugging Face hub.
+        signature: what must be the same as in the state, without the seed (run_signature).
+        seed: --seed; None: the seed of the state.
+        patience: --early_stop_patience.
+
+    Raises:
+        OptionError: there is no such state, or it belongs to a run with other settings.
+        RunError: the state is damaged.
+    """
+    folder = _find_folder(options, saving, uploads)
     if folder is None:
         return None
-    facts = read_facts(folder)
-    with _damage_told(folder):
-        _check_facts(facts)
-        is_over = _is_over(facts, options[ValidationOptions].early_stop_patience)
-    seed = options[RunOptions].seed
-    now = run_signature(options, datasets, seed=int(facts["run"]["seed"]) if seed is None else seed)
-    is_same = check_same(facts["run"], now, anyway=chosen.resume_anyway)
-    return ResumePoint(folder, facts, is_same, is_finished=is_over and is_same)
+    metadata = read_metadata(folder)
+    with damaged_state_errors(folder):
+        is_over = _is_over(metadata, patience)
+    if seed is None:
+        seed = metadata.seed
+    current = {**signature, "seed": str(seed)}
+    is_same = check_signature(metadata.signature, current, resume_anyway=options.resume_anyway)
+    return ResumePoint(folder, metadata, is_same, is_finished=is_over and is_same)
 
 
-def _is_over(facts: Mapping[str, Any], patience: int | None) -> bool:
-    """Whether its final save was its last one: a run that validation ended goes on if there is more patience now."""
-    best = Best(patience)
-    best.restore(facts["best"])
-    return facts["finished"] and (facts["step"] >= facts["total_steps"] or best.is_lost)
+def _find_folder(
+    options: ResumeOptions, saving: SavingOptions, uploads: UploadOptions
+) -> Path | None:
+    assert saving.output_dir is not None
+    names = [saving.output_name] if saving.output_name else ["last", "at", "epoch"]
+    if options.resume:
+        resume = options.resume
+        if uploads.resume_from_huggingface:
+            resume = str(download_folder(resume, uploads.huggingface_token))
+        return find_state(resume, saving.output_dir, names)
+    if options.auto_resume:
+        return newest_state(saving.output_dir, names)
+    return None
 
 
-@contextmanager
-def _damage_told(folder: Path) -> Iterator[None]:
-    """What Python says of a state that has been tampered with becomes a RunError."""
-    try:
-        yield
-    except OptionError:
-        raise
-    except DAMAGE as error:
-        raise RunError(f"{folder}: damaged state: {type(error).__name__}: {error}") from None
+def _is_over(metadata: StateMetadata, patience: int | None) -> bool:
+    """Return whether the run has nothing left to do.
+
+    A run that --early_stop_patience ended continues if the patience is larger now.
+    """
+    has_all_steps = metadata.step >= metadata.total_steps
+    is_stopped_early: bool = patience is not None and metadata.best["waited"] >= patience
+    return metadata.finished and (has_all_steps or is_stopped_early)
 
 
-def _check_facts(facts: Mapping[str, Any]) -> None:
-    """Raises ValueError if some are missing or of another kind."""
-    for name, least in (("step", 0), ("epoch", 0), ("samples", 0), ("splits", 1), ("total_steps", 1)):
-        if type(facts.get(name)) is not int or facts[name] < least:
-            raise ValueError(f"{name} is {str(facts.get(name))[:50]}")
-    for name, kind in (
-        ("finished", bool),
-        ("session_id", str),
-        ("run", dict),
-        ("report", dict),
-        ("best", dict),
-        ("saved", dict),
-    ):
-        if type(facts.get(name)) is not kind:
-            raise ValueError(f"{name} is {str(facts.get(name))[:50]}")
-    if not all(isinstance(value, str) for value in facts["run"].values()) or not facts["run"].get("seed", "").isdigit():
-        raise ValueError("run holds no text, or no seed")
+def run_signature(
+    options: Mapping[str, str],
+    datasets: Sequence[Dataset],
+    *,
+    base_model: str,
+    latents_are_cached: bool,
+    text_is_cached: bool,
+) -> dict[str, str]:
+    """Return what must be the same when the run is resumed, without the seed, as text by name.
 
-
-def run_signature(options: Options, datasets: Sequence[Dataset], *, seed: int) -> dict[str, str]:
-    """What must be the same when the run is resumed, as text by name."""
-    facts = {spec.name: str(value) for spec, value in options.specs() if spec.affects_result}
-    facts |= {"seed": str(seed), "processes": os.environ.get("WORLD_SIZE", "1")}
-    # Cached latents have noise of their own; where caches lie changes nothing.
-    facts |= {
-        "latents are cached": str(options[CacheOptions].latents),
-        "captions are cached": str(options[CacheOptions].text),
+    Args:
+        options: the options that affect the result.
+        datasets: the run's datasets.
+        base_model: --pretrained_model_name_or_path.
+        latents_are_cached: cached latents are other samples of the VAE; where the caches are stored
+            has no effect.
+        text_is_cached: captions are encoded before training.
+    """
+    return {
+        **options,
+        _PROCESSES: os.environ.get("WORLD_SIZE", "1"),
+        _LATENTS_CACHED: str(latents_are_cached),
+        _TEXT_CACHED: str(text_is_cached),
+        _BASE_MODEL: _file_name(base_model),
+        **_dataset_signature(datasets),
     }
-    facts["base model"] = str(options[ModelOptions].pretrained_model_name_or_path).replace("\\", "/").rpartition("/")[2]
-    facts |= _dataset_facts(datasets, options[DatasetOptions])
-    return facts
 
 
-def _dataset_facts(datasets: Sequence[Dataset], options: DatasetOptions) -> dict[str, str]:
+def _dataset_signature(datasets: Sequence[Dataset]) -> dict[str, str]:
     digest = hashlib.sha256()
     for dataset in datasets:
         digest.update(_bucket_text(dataset.config).encode())
-        for samples in (dataset.samples, dataset.validation):
-            for sample in samples:
-                name = sample.file.replace("\\", "/").rpartition("/")[2]
-                masked = ("masked",) if sample.has_mask else ()
-                digest.update(
-                    repr(
-                        (name, sample.size, sample.fit, sample.repeats, sample.caption, sample.subset.captions, *masked)
-                    ).encode()
-                )
-    shown = sum(dataset.num_samples for dataset in datasets)
+        for sample in [*dataset.samples, *dataset.validation]:
+            name = _file_name(sample.file)
+            values = [
+                name,
+                sample.size,
+                sample.fit,
+                sample.repeats,
+                sample.caption,
+                sample.subset.captions,
+            ]
+            if sample.has_mask:
+                values.append("masked")
+            digest.update(repr(tuple(values)).encode())
+    num_images = sum(len(dataset.samples) for dataset in datasets)
+    num_samples = sum(dataset.num_samples for dataset in datasets)
     return {
-        "pictures": f"{sum(len(dataset.samples) for dataset in datasets)}, {shown} with repeats",
-        "batch sizes": ", ".join(str(dataset.config.batch_size) for dataset in datasets),
-        "files, sizes and captions": digest.hexdigest()[:16],
+        _IMAGES: f"{num_images}, {num_samples} with repeats",
+        _BATCH_SIZES: ", ".join(str(dataset.config.batch_size) for dataset in datasets),
+        _SAMPLES: digest.hexdigest()[:16],
     }
 
 
@@ -150,26 +181,49 @@ def _bucket_text(config: DatasetConfig) -> str:
     )
 
 
-def check_same(saved: Mapping[str, str], now: Mapping[str, str], *, anyway: bool) -> bool:
-    """Whether nothing differs. Raises OptionError with every difference, unless the run is to be resumed anyway."""
-    different = [name for name in (*saved, *sorted(set(now) - set(saved))) if saved.get(name) != now.get(name)]
+def _file_name(path: str) -> str:
+    """Return what follows the last slash or backslash, as a state may come from another system."""
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def check_signature(
+    saved: Mapping[str, str], current: Mapping[str, str], *, resume_anyway: bool
+) -> bool:
+    """Return whether the signature of a state is that of the run.
+
+    Raises OptionError that lists every difference, unless `resume_anyway`.
+    """
+    names = [*saved, *sorted(current.keys() - saved.keys())]
+    different = [name for name in names if saved.get(name) != current.get(name)]
     if not different:
         return True
-    told = "\n".join(f"  {name}: {saved.get(name, 'not there')} -> {now.get(name, 'not there')}" for name in different)
-    if not anyway:
+    lines = []
+    for name in different:
+        before, now = saved.get(name, "not set"), current.get(name, "not set")
+        lines.append(f"  {_SHOWN_NAMES.get(name, name)}: {before} -> {now}")
+    differences = "\n".join(lines)
+    if not resume_anyway:
         raise OptionError(
-            f"--resume: this isn't the run that the state is of; it would go on otherwise than it began:\n{told}\n"
-            "Give the options that it had, or --resume_anyway"
+            f"--resume: this state belongs to a run with different settings:\n{differences}\n"
+            "Use the settings of the state, or add --resume_anyway"
         )
-    log.warning("resumed though these differ from the state (--resume_anyway):\n%s", told)
+    log.warning(
+        "--resume_anyway: resumed although these settings differ from the state:\n%s", differences
+    )
     return False
 
 
 def initial_step(options: ResumeOptions, *, steps_per_epoch: int, total_steps: int) -> int:
-    """The steps that a run without a state takes as done. Raises OptionError if none are left."""
-    epoch = options.initial_epoch
-    step = (epoch - 1) * steps_per_epoch if epoch is not None else options.initial_step or 0
+    """Return the step at which a run without a state starts.
+
+    Raises OptionError if no step would be left.
+    """
+    if options.initial_epoch is None:
+        step = options.initial_step or 0
+        given = f"--initial_step {step}"
+    else:
+        step = (options.initial_epoch - 1) * steps_per_epoch
+        given = f"--initial_epoch {options.initial_epoch} begins at step {step}"
     if step >= total_steps:
-        given = f"--initial_step {step}" if epoch is None else f"--initial_epoch {epoch} begins at step {step}"
-        raise OptionError(f"{given}: the run has {total_steps} steps, so nothing would be left to do")
+        raise OptionError(f"{given}: the run has {total_steps} steps, so no step would be left")
     return step

@@ -1,22 +1,21 @@
-"""State: all that a run needs to go on to the bit, in a folder that is whole or not there.
+"""Training states: everything that a run needs to resume bit for bit, in one folder.
 
     NAME-step00000100-state/
-        weights.safetensors      the parts' tensors by name
+        weights.safetensors      the trained tensors by name
         optimizer.safetensors    the optimizer's tensors
         ema.safetensors          the moving average, with --ema_decay
-        state.json               everything else, and the other files' sha256; written last
+        state.json               everything else, and the sha256 of the other files; written last
 
-Nothing in it executes when it is loaded. Random draws need no state: they are functions of the place (library/rng.py).
+Loading a state executes nothing that it contains. No random state is stored: random numbers are
+functions of the position in the run (library/rng.py).
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,205 +23,151 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.errors import OptionError, RunError
-from library.files import remove_left_over, replace_folder, temporary_name
-from library.log import log
+from library.errors import RunError
+from library.files import replace_folder, temporary_name
 from library.safetensors_io import TensorFile, write_safetensors
-
-FORMAT, VERSION = "sdxl-training-state", 1
-_JSON = "state.json"
-_FILES = {f"{name}.safetensors": name for name in ("weights", "optimizer", "ema")}
-_FOREIGN = ("optimizer.bin", "train_state.json", "random_states_0.pkl", "scheduler.bin")
-DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, OSError)
-"""What Python and torch say of a state that someone has changed."""
-_CHUNK = 1 << 24
+from library.training.saving.state_folder import (
+    FORMAT,
+    STATE_FILES,
+    STATE_JSON,
+    VERSION,
+    StateMetadata,
+    damaged_state_errors,
+    read_state_json,
+)
 
 
 @dataclass
 class State:
-    """What a folder holds.
+    """The content of a state folder.
 
     Attributes:
-        facts: numbers and text: step, epoch, samples, options, learning-rate schedule …; anything that JSON takes.
-        weights: by name, as they are trained.
+        weights: the trained tensors by name, in the dtype in which they are trained.
         optimizer: a tree of dicts, lists, numbers and tensors.
-        ema: by name; empty without.
+        ema: the moving average by name; empty without --ema_decay.
     """
 
-    facts: dict[str, Any]
+    metadata: StateMetadata
     weights: Mapping[str, Tensor]
     optimizer: dict[str, Any]
     ema: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Of all its tensors."""
+        """The size of all tensors."""
         tensors: dict[str, Tensor] = {}
-        _take_apart(self.optimizer, tensors, "")
-        return sum(t.nbytes for some in (self.weights, tensors, self.ema) for t in some.values())
+        _split_tensors(self.optimizer, tensors, "")
+        return sum(t.nbytes for group in (self.weights, tensors, self.ema) for t in group.values())
 
 
 def write_state(folder: Path, state: State) -> None:
-    """Write the folder; what was there before goes only when the new one is whole. Raises RunError."""
+    """Write a state.
+
+    A folder that exists is removed only once the new one is complete. Raises RunError.
+    """
     temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this one's number
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process that had the same PID
     try:
         temporary.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
-        facts = {
-            **state.facts,
+        content = {
+            **state.metadata.to_json(),
             "format": FORMAT,
             "version": VERSION,
             "written": time.time(),
-            "optimizer": _take_apart(state.optimizer, tensors, ""),
+            "optimizer": _split_tensors(state.optimizer, tensors, ""),
+            "files": {},
         }
-        facts["files"] = {}
-        for name, content in (("weights", state.weights), ("optimizer", tensors), ("ema", state.ema)):
-            if content or name != "ema":
-                path = temporary / f"{name}.safetensors"
-                write_safetensors(path, content, {"format": "pt"})
-                facts["files"][path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        with open(temporary / _JSON, "w", encoding="utf-8") as file:
-            file.write(json.dumps(facts))  # json.dump would encode in Python, which takes ten times as long
+        for name, group in zip(STATE_FILES, (state.weights, tensors, state.ema), strict=True):
+            if group or name != "ema.safetensors":
+                path = temporary / name
+                write_safetensors(path, group, {"format": "pt"})
+                content["files"][name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        with open(temporary / STATE_JSON, "w", encoding="utf-8") as file:
+            # json.dump would encode in Python, which takes ten times as long.
+            file.write(json.dumps(content))
             file.flush()
             os.fsync(file.fileno())
         replace_folder(temporary, folder)
     except OSError as error:
-        raise RunError(f"{folder}: the state can't be written: {error.strerror or error}") from error
+        raise RunError(
+            f"{folder}: the state can't be written: {error.strerror or error}"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What state.json says, checked against the files' sizes. Raises RunError naming what is wrong with the folder."""
-    path = folder / _JSON
-    if not folder.is_dir():
-        raise RunError(f"{folder}: no such state folder")
-    if not path.is_file():
-        if any((folder / name).exists() for name in _FOREIGN):
-            raise RunError(
-                f"{folder}: this is a state of sd-scripts or of accelerate, which can't be resumed here; "
-                "go on from its saved model with --network_weights"
-            )
-        raise RunError(f"{folder}: incomplete state: it has no {_JSON}, which is written last")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT or facts["version"] > VERSION:
-            raise RunError(
-                f"{folder}: this state is of another program or a newer version ({facts['format']} {facts['version']})"
-            )
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in facts["files"].items()}
-        if not set(_FILES) >= files.keys() >= set(_FILES) - {"ema.safetensors"}:
-            raise ValueError(f"its files are {', '.join(files)[:200]}")
-        _, _ = int(facts["step"]), float(facts["written"])
-    except DAMAGE as error:
-        raise RunError(f"{path}: damaged: {type(error).__name__}: {error}") from None
-    for name, (size, _) in files.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise RunError(f"{folder}: incomplete state: {name} is missing or not {size:,} bytes long")
-    assert isinstance(facts, dict)
-    return facts
-
-
 def read_state(folder: Path) -> State:
-    """The whole state, its files checked by their sha256. Raises RunError."""
-    facts = read_facts(folder)
-    parts: dict[str, dict[str, Tensor]] = {"ema": {}}
-    for name, entry in facts["files"].items():
+    """Read a complete state, and check the sha256 of its files. Raises RunError."""
+    content = read_state_json(folder)
+    groups: dict[str, dict[str, Tensor]] = {"ema.safetensors": {}}
+    for name, entry in content["files"].items():
         if _sha256(folder / name) != entry["sha256"]:
-            raise RunError(f"{folder / name}: damaged: its sha256 isn't the one that {_JSON} has")
+            raise RunError(
+                f"{folder / name}: damaged: its sha256 differs from the one in {STATE_JSON}"
+            )
         file = TensorFile(folder / name, mapped=False)
-        parts[_FILES[name]] = {key: file[key] for key in file.shapes}
-    for name, tensor in (parts["weights"] | parts["ema"]).items():
+        groups[name] = {key: file[key] for key in file.shapes}
+    weights, tensors, ema = (groups[name] for name in STATE_FILES)
+    for name, tensor in (weights | ema).items():
         if not tensor.isfinite().all():
-            raise RunError(f"{folder}: {name[:200]} holds numbers that aren't finite")
-    try:
-        optimizer = _put_together(facts["optimizer"], parts["optimizer"])
-    except DAMAGE as error:
-        raise RunError(f"{folder / _JSON}: damaged: {type(error).__name__}: {error}") from None
-    return State(facts, parts["weights"], optimizer, parts["ema"])
-
-
-def whole_states(output: Path, name: str) -> Iterator[tuple[float, Path]]:
-    """(when it was written, folder) of every whole state of that output name; torn ones are named and left out."""
-    with contextlib.suppress(OSError):
-        remove_left_over(output)  # what was about to be replaced gets its name back
-    for folder in sorted(output.glob("*-state")):
-        if not re.fullmatch(rf"{re.escape(name)}(-step\d{{8,}}|-\d{{6,}})?-state", folder.name) or not folder.is_dir():
-            continue
-        try:
-            yield float(read_facts(folder)["written"]), folder
-        except RunError as error:
-            log.warning("%s", error)
-
-
-def newest_state(output: Path, names: Sequence[str]) -> Path | None:
-    """The whole state of any of these names that was written last: another run's may have more steps."""
-    found = [entry for name in names for entry in whole_states(output, name)]
-    return max(found)[1] if found else None
-
-
-def find_state(resume: str, output: Path, names: Sequence[str]) -> Path:
-    """The folder that --resume means: one, or "latest". Raises OptionError if it can't be resumed."""
-    if resume == "latest":
-        found = newest_state(output, names)
-        if found is None:
-            raise OptionError(f"--resume latest: there is no whole state of {names[0]} in {output}")
-        return found
-    folder = Path(resume).expanduser()
-    try:
-        read_facts(folder)
-    except RunError as error:
-        previous = newest_state(output, names)
-        if previous == folder:  # it has its name back
-            return folder
-        hint = f"; the newest whole one is {previous}" if previous else ""
-        raise OptionError(f"--resume {error}{hint}") from None
-    return folder
+            raise RunError(f"{folder}: {name[:200]} contains NaN or Inf")
+    with damaged_state_errors(folder):
+        return State(
+            StateMetadata.from_json(content),
+            weights,
+            _join_tensors(content["optimizer"], tensors),
+            ema,
+        )
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ------------------------------------------------------------------------------------------- optimizers as JSON + tensors
+# Optimizers as JSON and tensors
 
 
-def _take_apart(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
-    """The value as JSON; tensors in it go to `tensors` under their path. Raises RunError for what neither can hold."""
+def _split_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """Return the value as JSON, and put its tensors into `tensors` under their paths.
+
+    Raises RunError for a value of a type that neither can hold.
+    """
     if isinstance(value, Tensor):
         tensors[path] = value
         return {"tensor": path}
     if isinstance(value, Mapping):
-        return {"dict": [[key, _take_apart(item, tensors, f"{path}/{key}")] for key, item in value.items()]}
+        return {
+            "dict": [
+                [key, _split_tensors(item, tensors, f"{path}/{key}")] for key, item in value.items()
+            ]
+        }
     if isinstance(value, list | tuple):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_take_apart(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]}
+        items = [_split_tensors(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     raise RunError(
-        f"the optimizer's {path} is a {type(value).__name__}, which a state can't hold; train without --save_state"
+        f"the optimizer's {path} is a {type(value).__name__}, which a state can't hold; train "
+        "without --save_state"
     )
 
 
-def _put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "dict":
-        return {key: _put_together(item, tensors) for key, item in content}
+        return {key: _join_tensors(item, tensors) for key, item in content}
     if kind == "dtype":
         dtype = getattr(torch, content)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{content!r} is no dtype")
+            raise ValueError(f"{content!r} is not a dtype")
         return dtype
-    items = [_put_together(item, tensors) for item in content]
+    items = [_join_tensors(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items

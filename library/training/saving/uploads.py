@@ -15,7 +15,8 @@ from library.log import is_main_process, log
 from library.training.options.output import UploadOptions
 
 PAUSES = (5.0, 30.0)  # seconds before the second and the third attempt
-SECONDS_WITHOUT_ANSWER = 120.0  # until a request counts as failed; the hub's client would wait without end
+# After this time a request counts as failed; the hub's client would wait without end.
+SECONDS_WITHOUT_ANSWER = 120.0
 SECONDS_TO_FINISH = 600.0  # for what still waits at the end of the run,
 SLOWEST_CONNECTION = 1e6  # and one more for this many bytes
 
@@ -34,22 +35,25 @@ def open_uploads(options: UploadOptions) -> "Uploads | None":
 class Uploads:
     """Uploads files and folders to one repository of the hub, in order.
 
-    HfApi's run_as_future does not serve here: Python waits at exit, without a limit, for the futures that still run. The
-    thread of this class is a daemon, so Python ends even while the hub does not answer.
+    HfApi's run_as_future does not serve here: Python waits at exit, without a limit, for the
+    futures that still run. The thread of this class is a daemon, so Python ends even while the hub
+    does not answer.
     """
 
     def __init__(self, options: UploadOptions, repo_id: str):
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars, logging
 
-        # The client's progress bars and its notes on each attempt would disturb the progress bar of the training.
+        # The client's progress bars and its notes on each attempt would disturb the progress bar of
+        # the training.
         disable_progress_bars()
         logging.set_verbosity_error()
         self._repo_id = repo_id
         self._repo_type = options.huggingface_repo_type or "model"
         self._is_private = options.huggingface_repo_visibility != "public"
         self._folder = (options.huggingface_path_in_repo or "").replace("\\", "/").strip("/")
-        self._token = (options.huggingface_token or "").strip() or None  # None: the client finds its own
+        token = (options.huggingface_token or "").strip()
+        self._token = token or None  # None: the client finds its own
         self._hub = HfApi(token=self._token)
         self._is_made = False
         self._waiting: list[Path] = []
@@ -63,23 +67,37 @@ class Uploads:
         self._queue.put(path)
 
     def close(self) -> None:
-        """Wait for the uploads that remain, within a limit. Every run calls this at its end, also one that failed."""
+        """Wait for the uploads that remain, within a limit.
+
+        Every run calls this at its end, also one that failed.
+        """
         self._queue.put(None)
         if not self._waiting:
             return
         limit = SECONDS_TO_FINISH + sum(map(_size, self._waiting)) / SLOWEST_CONNECTION
         names = ", ".join(path.name for path in self._waiting)
-        log.info("waiting for the upload of %s to %s, at most %.0f minutes", names, self._repo_id, limit / 60)
+        log.info(
+            "waiting for the upload of %s to %s, at most %.0f minutes",
+            names,
+            self._repo_id,
+            limit / 60,
+        )
         self._thread.join(limit)
         for path in list(self._waiting):
-            log.warning("%s: not uploaded to %s: no time was left; `hf upload` can upload it", path, self._repo_id)
+            log.warning(
+                "%s: not uploaded to %s: no time was left; `hf upload` can upload it",
+                path,
+                self._repo_id,
+            )
 
     # The thread
 
     def _work(self) -> None:
         reason = self._attempt(self._make_repository)
         if reason is not None:
-            log.warning("%s: the hub repository can't be created or used: %s", self._repo_id, reason)
+            log.warning(
+                "%s: the hub repository can't be created or used: %s", self._repo_id, reason
+            )
         while (path := self._queue.get()) is not None:
             reason = self._attempt(self._upload, path)
             if reason is None:
@@ -91,15 +109,19 @@ class Uploads:
             self._waiting.remove(path)
 
     def _attempt(self, action: Callable[..., None], *arguments: Any) -> str | None:
-        """Call the action, and again after a pause if that may help. Returns why it failed, or None."""
+        """Call the action, and again after a pause if that may help.
+
+        Returns why it failed, or None.
+        """
         from huggingface_hub import get_session
 
         for pause in (0.0, *PAUSES):
             time.sleep(pause)
             try:
-                get_session().timeout = SECONDS_WITHOUT_ANSWER  # after a failure, this is a new session
+                # After a failure, this is a new session.
+                get_session().timeout = SECONDS_WITHOUT_ANSWER
                 action(*arguments)
-            except Exception as error:  # of httpx, of the hub's client or of hf_xet: none may end the run
+            except Exception as error:  # of httpx, the hub's client or hf_xet: none ends the run
                 reason = hub_reason(error, secret=self._token)
                 if not _may_pass(error):
                     break
@@ -108,7 +130,10 @@ class Uploads:
         return reason
 
     def _make_repository(self) -> None:
-        """Create or find the repository. Its complete id is used from then on: for NAME alone, USER/NAME."""
+        """Create or find the repository.
+
+        Its complete id is used from then on: for NAME alone, USER/NAME.
+        """
         if self._is_made:
             return
         made = self._hub.create_repo(

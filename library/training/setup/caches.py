@@ -1,9 +1,10 @@
-"""Prepare: the caches that a run uses are filled, or its pictures audited, before the first step."""
+"""Caches: they are filled, or images audited, before the first step."""
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -14,201 +15,335 @@ from library.data.cache.fill import fill_latents, fill_text
 from library.data.cache.latents import LatentCache, LatentsInMemory, LatentsOnDisk
 from library.data.cache.text import CaptionVariants, TextCache, TextInMemory, TextOnDisk
 from library.data.file_index import FileIndex
-from library.data.options import CacheOptions
+from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.samples import Sample
 from library.data.scan import Dataset
 from library.errors import RunError
+from library.generation.sample_prompts import SamplePrompt, at_size, read_sample_prompts
+from library.log import log
 from library.models.checkpoint.weights_hash import weights_hash
+from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
-from library.models.text_encoders import EncodedText
+from library.models.text_encoders import EncodedText, TextConditioning
+from library.size import Size
+from library.training.monitoring.preview import encode_prompts
+from library.training.options.objective import LossOptions
+from library.training.options.output import PreviewOptions
+from library.training.setup.memory_estimate import encodes_images
+from library.training.setup.plan import RunPlan
+from library.training.setup.step_plan import all_samples, training_samples
+
+_TEXT_ENCODERS = ("text_encoder_1", "text_encoder_2")
 
 
-class CachedData(NamedTuple):
-    """What training reads: the samples that can be used, by dataset, and the caches, complete."""
+@dataclass(frozen=True)
+class CachedData:
+    """What a run reads while it trains.
 
-    datasets: list[Dataset]
+    Attributes:
+        datasets: the datasets without images that can't be used.
+        latents: the complete cache of latents, if latents are cached.
+        text: the complete cache of text-encoder outputs, if they are cached.
+        prompts: the prompts of samples during training.
+        prompt_texts: the conditioning of these prompts, if the text encoders have been released.
+        keeps_vae: the VAE is needed in training steps, and hasn't been released.
+    """
+
+    datasets: Sequence[Dataset]
     latents: LatentCache | None
     text: TextCache | None
-
-    @property
-    def samples(self) -> list[Sample]:
-        return [sample for dataset in self.datasets for sample in dataset.samples]
-
-    @property
-    def validation(self) -> list[Sample]:
-        return [sample for dataset in self.datasets for sample in dataset.validation]
+    prompts: Sequence[SamplePrompt] = ()
+    prompt_texts: Mapping[str, TextConditioning] | None = None
+    keeps_vae: bool = True
 
 
-def fill_caches(
+def fill_caches(plan: RunPlan, accelerator: Accelerator) -> CachedData:
+    """Fill the caches, encode the prompts of samples, and release the models that the run doesn't need.
+
+    Args:
+        plan: the plan of the run.
+        accelerator: this process.
+
+    Raises:
+        RunError: images can't be used, unless they may be skipped.
+    """
+    options, models, datasets = plan.options, plan.models, plan.datasets
+    cache, num_tokens = options[CacheOptions], options[ModelOptions].num_tokens
+    prompts = read_prompts(
+        options[PreviewOptions],
+        datasets[0].config.buckets.resolution,
+        takes_conditions=plan.kind.conditioning_kind == "conditions",
+    )
+    cached = fill_dataset_caches(
+        datasets,
+        models,
+        cache,
+        accelerator,
+        plan.inputs.file_index,
+        num_tokens=num_tokens,
+        weighted_captions=options[CaptionOptions].weighted_captions,
+        skip_bad_images=options[DatasetOptions].skip_bad_images,
+    )
+    if options[LossOptions].masked_loss:
+        _warn_without_masks(cached.datasets)
+    # The text encoders are released once captions are encoded, so prompts are encoded before.
+    prompt_texts = None
+    if cached.text is not None and prompts:
+        prompt_texts = encode_prompts(models, prompts, num_tokens)
+    are_masked = all(sample.has_mask for sample in all_samples(cached.datasets))
+    keeps_vae = encodes_images(models, cache, are_masked=are_masked)
+    if not keeps_vae:
+        models.release("vae")
+    if cached.text is not None:
+        models.release("text_encoders")
+    return dataclasses.replace(cached, prompts=prompts, prompt_texts=prompt_texts, keeps_vae=keeps_vae)
+
+
+def read_prompts(options: PreviewOptions, size: Size, *, takes_conditions: bool) -> list[SamplePrompt]:
+    """Return the prompts of samples during training. Mistakes in them are logged, and the prompts used without them.
+
+    Args:
+        options: the file of prompts.
+        size: the size of images for prompts that don't say it.
+        takes_conditions: a control net is trained, for which prompts name conditioning images.
+    """
+    if not options.is_on or options.sample_prompts is None:
+        return []
+    prompts, problems = read_sample_prompts(options.sample_prompts)
+    for problem in problems:
+        log.warning(problem)
+    num_conditions = sum(prompt.controlnet_image is not None for prompt in prompts)
+    if num_conditions and not takes_conditions:
+        log.warning(
+            "--sample_prompts: %d controlnet_image (--cn) change nothing: no control net is trained", num_conditions
+        )
+    elif takes_conditions and num_conditions < len(prompts):
+        log.warning("--sample_prompts: %d prompts have no condition (--cn FILE)", len(prompts) - num_conditions)
+    if not prompts:
+        log.warning("--sample_prompts %s: no prompts in it; no samples are generated", options.sample_prompts)
+    return [at_size(prompt, size.width, size.height) for prompt in prompts]
+
+
+def _warn_without_masks(datasets: Sequence[Dataset]) -> None:
+    for sample in training_samples(datasets):
+        if sample.conditioning or sample.subset.pixels.alpha_mask:
+            return
+    log.warning("--masked_loss changes nothing: no image has a mask; give conditioning_data_dir")
+
+
+def fill_dataset_caches(
     datasets: Sequence[Dataset],
     models: SdxlModels,
     options: CacheOptions,
     accelerator: Accelerator,
-    known: FileIndex,
+    file_index: FileIndex,
     *,
     num_tokens: int,
     weighted_captions: bool,
     skip_bad_images: bool,
     audits: bool = True,
 ) -> CachedData:
-    """Fill the caches that the options ask for, on all processes, and see that they are complete.
+    """Fill the caches that the options ask for, on all processes, and check that they are complete.
 
     Args:
-        audits: decode pictures that no cache decodes once, to find damaged ones before training does.
+        datasets: the datasets.
+        models: the base model.
+        options: what is cached, and where.
+        accelerator: this process.
+        file_index: what is known of files from earlier runs.
+        num_tokens: tokens at which captions are truncated.
+        weighted_captions: read (word:1.2) in captions as weights.
+        skip_bad_images: leave images out that can't be used.
+        audits: decode the images that no cache decodes once, to find damaged ones before training does.
 
-    Raises RunError with all pictures that can't be used, unless they may be skipped.
+    Raises:
+        RunError: images can't be used, unless they may be skipped.
     """
-    share = (accelerator.process_index, accelerator.num_processes)
+    rank_and_size = (accelerator.process_index, accelerator.num_processes)
     kept = list(datasets)
     samples = all_samples(kept)
     latents: LatentCache | None = None
     text: TextCache | None = None
-    found: list[RejectedSample] = []
+    rejected: list[RejectedSample] = []
     if options.latents:
-        latents, found = cache_latents(samples, models, options, known, share)
+        latents, rejected = cache_latents(samples, models, options, file_index, rank_and_size)
     elif audits:
-        found = audit(samples, known, rank=share[0], world_size=share[1])
-    kept = without_bad(kept, _of_all_processes(found, samples), skip=skip_bad_images)
+        rank, world_size = rank_and_size
+        rejected = audit(samples, file_index, rank=rank, world_size=world_size)
+    kept = without_bad(kept, _of_all_processes(rejected, samples), skip=skip_bad_images)
     if options.text:
         text = cache_text(
-            all_samples(kept), models, options, known, share, num_tokens=num_tokens, weighted=weighted_captions
+            all_samples(kept),
+            models,
+            options,
+            file_index,
+            rank_and_size,
+            num_tokens=num_tokens,
+            weighted=weighted_captions,
         )
-    finish_caches(all_samples(kept), (latents, text), accelerator, known)
+    finish_caches(all_samples(kept), (latents, text), accelerator, file_index)
     return CachedData(kept, latents, text)
 
 
-def all_samples(datasets: Sequence[Dataset]) -> list[Sample]:
-    """All samples, those held out too: their caches are filled, and they are looked at, like the others'."""
-    return [sample for dataset in datasets for sample in (*dataset.samples, *dataset.validation)]
+def without_bad(datasets: Sequence[Dataset], rejected: Sequence[RejectedSample], *, skip: bool) -> list[Dataset]:
+    """Return the datasets without rejected samples.
 
+    Args:
+        datasets: the datasets.
+        rejected: the samples that can't be used.
+        skip: leave them out.
 
-def without_bad(datasets: Sequence[Dataset], bad: Sequence[RejectedSample], *, skip: bool) -> list[Dataset]:
-    """The datasets without their bad samples, if those may be left out. Raises RunError if not, or if nothing is left."""
-    refuse_or_skip(bad, skip=skip)
-    kept = [dataset.without([one.sample for one in bad]) for dataset in datasets]
+    Raises:
+        RunError: samples can't be used and may not be skipped, or none is left.
+    """
+    refuse_or_skip(rejected, skip=skip)
+    kept = [dataset.without([bad.sample for bad in rejected]) for dataset in datasets]
     if not any(dataset.samples for dataset in kept):
-        raise RunError("none of the pictures can be used")
+        raise RunError("none of the images can be used")
     return kept
 
 
 def cache_latents(
-    samples: Sequence[Sample], models: SdxlModels, options: CacheOptions, known: FileIndex, share: tuple[int, int]
+    samples: Sequence[Sample],
+    models: SdxlModels,
+    options: CacheOptions,
+    file_index: FileIndex,
+    rank_and_size: tuple[int, int],
 ) -> tuple[LatentCache, list[RejectedSample]]:
-    """The filled cache, and the samples that can't be in it. Args: share: (rank, processes)."""
-    cache = latent_cache(models, options, known)
-    rank, world_size = _share(share, cache)
-    return cache, fill_latents(
-        samples,
-        cache,
-        models.encode_images,
-        options.vae_batch_size,
-        rank=rank,
-        world_size=world_size,
+    """Fill the cache of latents, and return it with the samples that it can't hold."""
+    cache = latent_cache(models, options, file_index)
+    rank, world_size = _rank_and_size(rank_and_size, cache)
+    rejected = fill_latents(
+        samples, cache, models.encode_images, options.vae_batch_size, rank=rank, world_size=world_size
     )
+    return cache, rejected
 
 
-def latent_cache(models: SdxlModels, options: CacheOptions, known: FileIndex) -> LatentCache:
-    """The cache that the options mean, as it is."""
+def latent_cache(models: SdxlModels, options: CacheOptions, file_index: FileIndex) -> LatentCache:
+    """Return the cache of latents that the options mean, not filled."""
     for_inpainting = models.checkpoint.unet.is_inpainting
     if not options.cache_latents_to_disk:
         return LatentsInMemory(for_inpainting=for_inpainting)
-    identity = "" if options.skip_cache_check else _identity(models, ["vae"], models.precision.vae, known)
-    return LatentsOnDisk(identity, known, trusted=options.skip_cache_check, for_inpainting=for_inpainting)
+    fingerprint = ""
+    if not options.skip_cache_check:
+        fingerprint = _fingerprint(models, ["vae"], models.precision.vae, file_index)
+    return LatentsOnDisk(fingerprint, file_index, trusted=options.skip_cache_check, for_inpainting=for_inpainting)
 
 
 def cache_text(
     samples: Sequence[Sample],
     models: SdxlModels,
     options: CacheOptions,
-    known: FileIndex,
-    share: tuple[int, int],
+    file_index: FileIndex,
+    rank_and_size: tuple[int, int],
     *,
     num_tokens: int,
     weighted: bool,
 ) -> TextCache:
-    """The filled cache. Args: share: (rank, processes)."""
+    """Fill the cache of text-encoder outputs, and return it."""
 
     @torch.no_grad()
     def encode(captions: Sequence[str]) -> EncodedText:
-        return EncodedText(*(part.cpu() for part in models.encode_texts(captions, num_tokens, weighted=weighted)))
+        encoded = models.encode_texts(captions, num_tokens, weighted=weighted)
+        return EncodedText(*(tensor.cpu() for tensor in encoded))
 
-    cache = text_cache(models, options, known, num_tokens=num_tokens, weighted=weighted)
-    rank, world_size = _share(share, cache)
+    cache = text_cache(models, options, file_index, num_tokens=num_tokens, weighted=weighted)
+    rank, world_size = _rank_and_size(rank_and_size, cache)
     fill_text(samples, cache, encode, rank=rank, world_size=world_size)
     return cache
 
 
 def text_cache(
-    models: SdxlModels, options: CacheOptions, known: FileIndex, *, num_tokens: int, weighted: bool
+    models: SdxlModels, options: CacheOptions, file_index: FileIndex, *, num_tokens: int, weighted: bool
 ) -> TextCache:
-    """The cache that the options mean, as it is."""
-    texts = CaptionVariants(options.text_cache_variants)
+    """Return the cache of text-encoder outputs that the options mean, not filled."""
+    variants = CaptionVariants(options.text_cache_variants)
     if not options.cache_text_encoder_outputs_to_disk:
-        return TextInMemory(texts)
-    parts = [part for part in models.checkpoint.parts if part.startswith("text_encoder")]
-    identity = "" if options.skip_cache_check else _identity(models, parts, models.precision.compute, known)
-    identity += ", captions weighted" if weighted else ""
-    change = models.change.text_identity() if models.change is not None else ""
-    identity += f", with {change}" if change else ""
-    one, two = (token_width(models, part) for part in ("text_encoder_1", "text_encoder_2"))
-    return TextOnDisk(num_tokens + 2, (one, two), identity, texts, known, trusted=options.skip_cache_check)
+        return TextInMemory(variants)
+    fingerprint = ""
+    if not options.skip_cache_check:
+        components = [name for name in _TEXT_ENCODERS if name in models.checkpoint.parts]
+        fingerprint = _fingerprint(models, components, models.precision.compute, file_index)
+    if weighted:
+        fingerprint += ", captions weighted"
+    patch = models.change.text_identity() if models.change is not None else ""
+    if patch:
+        fingerprint += f", with {patch}"
+    width_1, width_2 = (token_width(models, component) for component in _TEXT_ENCODERS)
+    return TextOnDisk(
+        num_tokens + 2, (width_1, width_2), fingerprint, variants, file_index, trusted=options.skip_cache_check
+    )
 
 
 def finish_caches(
     samples: Sequence[Sample],
     caches: Sequence[LatentCache | TextCache | None],
     accelerator: Accelerator,
-    known: FileIndex,
+    file_index: FileIndex,
 ) -> None:
-    """Wait for all processes; see that nothing is missing, and keep what was learnt. Raises RunError for holes."""
+    """Wait for all processes, check that the caches are complete, and save the file index.
+
+    Raises:
+        RunError: a sample isn't cached.
+    """
     accelerator.wait_for_everyone()
     for cache in caches:
-        holes = [sample.file for sample in samples if cache and not cache.has(sample)]
-        if holes:
-            raise RunError(f"{len(holes)} pictures have no cache after caching: {', '.join(holes[:5])}")
+        if cache is None:
+            continue
+        missing = [sample.file for sample in samples if not cache.has(sample)]
+        if missing:
+            raise RunError(f"{len(missing)} images have no cache after caching: {', '.join(missing[:5])}")
         if isinstance(cache, LatentsOnDisk | TextOnDisk):
             cache.record_written()
     if accelerator.is_main_process:
-        known.save()
-    known.forget()
+        file_index.save()
+    file_index.forget()
 
 
-def _identity(models: SdxlModels, parts: Sequence[str], dtype: torch.dtype, known: FileIndex) -> str:
-    """What tells these parts and their dtype from others: a hash of the weights, remembered by file."""
+def _fingerprint(models: SdxlModels, components: Sequence[str], dtype: torch.dtype, file_index: FileIndex) -> str:
+    """Return what identifies the encoders of a cache: hashes of their weights, remembered by file, and their dtype."""
     hashes = []
-    for part in parts:
-        source = models.source(part)
+    for component in components:
+        source = models.source(component)
         folder, name = os.path.split(os.path.abspath(source))
-        stamp = _stamp_of(source)
-        fact = f"hash of {part}"
-        found = known.get(folder, name, stamp).get(fact)
-        if found is None:
-            found = weights_hash(models.stored(part))
-            known.record(folder, name, stamp, **{fact: found})
-        hashes.append(found)
+        stamp, key = _stamp_of(source), f"hash of {component}"
+        known = file_index.get(folder, name, stamp).get(key)
+        if known is None:
+            known = weights_hash(models.stored(component))
+            file_index.record(folder, name, stamp, **{key: known})
+        hashes.append(known)
     return f"{' '.join(hashes)} in {str(dtype).removeprefix('torch.')}"
 
 
 def _stamp_of(source: Path) -> tuple[int, int]:
-    """Size and time of a file, or of all files in a folder together."""
-    files = [source] if source.is_file() else [path for path in source.rglob("*") if path.is_file()]
-    found = [path.stat() for path in files]
-    return sum(one.st_size for one in found), max((one.st_mtime_ns for one in found), default=0)
+    """Return size and time of a file, or of all files in a folder together."""
+    files = [source]
+    if not source.is_file():
+        files = [path for path in source.rglob("*") if path.is_file()]
+    size, newest = 0, 0
+    for path in files:
+        stat = path.stat()
+        size += stat.st_size
+        newest = max(newest, stat.st_mtime_ns)
+    return size, newest
 
 
-def token_width(models: SdxlModels, part: str) -> int:
-    """Numbers per token of an encoder's hidden states; 0 where the model hasn't it."""
-    tensors = models.checkpoint.tensors(part)
-    return tensors["text_model.embeddings.token_embedding.weight"].shape[1] if tensors else 0
+def token_width(models: SdxlModels, component: str) -> int:
+    """Return the width of a text encoder's hidden states; 0 if the model doesn't have it."""
+    tensors = models.checkpoint.tensors(component)
+    if not tensors:
+        return 0
+    return tensors["text_model.embeddings.token_embedding.weight"].shape[1]
 
 
-def _share(share: tuple[int, int], cache: LatentCache | TextCache) -> tuple[int, int]:
-    """Processes divide what goes to the disk; what stays in memory each makes for itself."""
-    return (0, 1) if cache.in_memory else share
+def _rank_and_size(rank_and_size: tuple[int, int], cache: LatentCache | TextCache) -> tuple[int, int]:
+    """Return rank and world size for filling a cache: processes divide files, and each fills its own memory."""
+    return (0, 1) if cache.in_memory else rank_and_size
 
 
-def _of_all_processes(found: Sequence[RejectedSample], samples: Sequence[Sample]) -> list[RejectedSample]:
-    """The bad samples that any process found, once each."""
-    number = {id(sample): i for i, sample in enumerate(samples)}
-    reasons = dict(gather_object([(number[id(bad.sample)], bad.reason) for bad in found]))
+def _of_all_processes(rejected: Sequence[RejectedSample], samples: Sequence[Sample]) -> list[RejectedSample]:
+    """Return the samples that any process rejected, once each."""
+    index = {id(sample): i for i, sample in enumerate(samples)}
+    local = [(index[id(bad.sample)], bad.reason) for bad in rejected]
+    reasons = dict(gather_object(local))
     return [RejectedSample(samples[i], reason) for i, reason in sorted(reasons.items())]

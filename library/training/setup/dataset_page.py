@@ -1,4 +1,4 @@
-"""The page of --debug_dataset: one HTML file without anything outside it, of tables and thumbnails."""
+"""The page of --debug_dataset: one self-contained HTML file of tables and thumbnails."""
 
 import base64
 import html
@@ -16,15 +16,22 @@ THUMBNAIL = 200  # pixels of the longer side
 
 @dataclass(frozen=True)
 class Shown:
-    """One picture as the model will see it.
+    """One image as the model will see it.
 
     Attributes:
-        pixels: in its bucket, [H, W, 3], uint8; None for a picture that can't be read, which `note` tells.
+        file: the image file.
+        size: its size in pixels.
+        bucket: the size of its bucket.
+        lost: the share of the image that is cropped away.
+        repeats: times per epoch.
+        captions: processed captions; several where they are random.
+        tokens: tokens of the longest caption.
+        limit: tokens that are used.
+        cut: the text that is truncated.
+        pixels: the image in its bucket, [H, W, 3], uint8; None if it can't be read.
         mask: of the loss, or of what an inpainting model paints, [H, W], 0..1.
         condition: the conditioning image in the same bucket, [H, W, 3], uint8.
-        captions: as processed for some samples; more than one where they are drawn.
-        tokens: of the longest caption; limit: how many are used; cut: the text that is left out.
-        lost: share of the picture that is cropped away.
+        note: why the image can't be read.
     """
 
     file: str
@@ -51,18 +58,26 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def as_text(self) -> str:
-        """For a terminal: columns aligned."""
-        lines = [self.columns, *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        told = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        return "\n".join([self.title, *told])
+        """Return the table for a terminal, with aligned columns."""
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        lines = [self.title]
+        for row in (self.columns, *self.rows):
+            lines.append("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+        return "\n".join(lines)
 
 
 def dataset_page(title: str, tables: Iterable[Table], shown: Iterable[Shown], note: str) -> str:
-    """The whole page as HTML. Args: note: a line above the pictures."""
-    parts = [f"<h1>{html.escape(title)}</h1>", *map(_table, tables), f"<p>{html.escape(note)}</p>", "<div class=grid>"]
-    parts += [_card(one) for one in shown]
-    return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", "\n".join(parts) + "</div>")
+    """Return the complete page as HTML.
+
+    Args:
+        title: its heading.
+        tables: tables above the images.
+        shown: the images.
+        note: a line above the images.
+    """
+    lines = [f"<h1>{html.escape(title)}</h1>", *map(_table, tables), f"<p>{html.escape(note)}</p>", "<div class=grid>"]
+    lines += map(_card, shown)
+    return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", "\n".join(lines) + "</div>")
 
 
 _PAGE = """<!doctype html>
@@ -86,34 +101,44 @@ BODY
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return f"<h2>{html.escape(table.title)}</h2><table><tr>{head}</tr>{rows}</table>"
+    rows = [_row(table.columns, "th")]
+    rows += [_row(row, "td") for row in table.rows]
+    return f"<h2>{html.escape(table.title)}</h2><table>{''.join(rows)}</table>"
 
 
-def _card(one: Shown) -> str:
-    image = "" if one.pixels is None else f'<img src="{_thumbnail(one.pixels, one.mask)}" alt="">'
-    if one.condition is not None:
-        image += f'<img src="{_thumbnail(one.condition, None)}" alt="its condition">'
-    captions = "".join(
-        f"<p class=caption>{html.escape(caption) or '<i>no caption</i>'}</p>" for caption in one.captions
+def _row(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _card(shown: Shown) -> str:
+    lines = []
+    if shown.pixels is not None:
+        lines.append(f'<img src="{_thumbnail(shown.pixels, shown.mask)}" alt="">')
+    if shown.condition is not None:
+        lines.append(f'<img src="{_thumbnail(shown.condition, None)}" alt="its condition">')
+    lines.append(f"<p class=file>{html.escape(shown.file)}</p>")
+    if shown.note:
+        lines.append(f'<p class="caption cut">{html.escape(shown.note)}</p>')
+    for caption in shown.captions:
+        lines.append(f"<p class=caption>{html.escape(caption) or '<i>no caption</i>'}</p>")
+    if shown.cut:
+        lines.append(f'<p class="caption cut">left out: {html.escape(shown.cut)}</p>')
+    facts = (
+        f"{shown.size} → {shown.bucket}, {shown.lost:.1%} cropped, {shown.repeats} × an epoch, "
+        f"{shown.tokens} of {shown.limit} tokens"
     )
-    cut = f'<p class="caption cut">left out: {html.escape(one.cut)}</p>' if one.cut else ""
-    coverage = "" if one.mask is None else f", mask covers {one.mask.mean():.0%}"
-    numbers = (
-        f"{one.size} → {one.bucket}, {one.lost:.1%} cropped, {one.repeats} × an epoch, "
-        f"{one.tokens} of {one.limit} tokens{coverage}"
-    )
-    note = f'<p class="caption cut">{html.escape(one.note)}</p>' if one.note else ""
-    return f"<div class=card>{image}<p class=file>{html.escape(one.file)}</p>{note}{captions}{cut}<p class=numbers>{numbers}</p></div>"
+    if shown.mask is not None:
+        facts += f", mask covers {shown.mask.mean():.0%}"
+    lines.append(f"<p class=numbers>{facts}</p>")
+    return f"<div class=card>{''.join(lines)}</div>"
 
 
 def _thumbnail(pixels: np.ndarray, mask: np.ndarray | None) -> str:
-    """A small JPEG as a data: URL. What a mask leaves out is shown in red."""
+    """Return a small JPEG as a data: URL. What a mask leaves out is red."""
     if mask is not None:
         red = np.array([200, 0, 0], dtype=np.float32)
-        share = (1 - mask)[..., None] * 0.7
-        pixels = (pixels * (1 - share) + red * share).astype(np.uint8)
+        weight = (1 - mask)[..., None] * 0.7
+        pixels = (pixels * (1 - weight) + red * weight).astype(np.uint8)
     image = Image.fromarray(np.ascontiguousarray(pixels))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""FineTune: the base model's own weights are trained, and a whole checkpoint is saved."""
+"""FineTune: trains the base model's own weights, and saves a complete checkpoint."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,31 +8,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from library.data.batch import Batch
-from library.data.options import CacheOptions, CaptionOptions
-from library.errors import NotFinite
 from library.files import replace_folder, temporary_name
 from library.models.checkpoint.key_maps import FILE_PREFIXES, PARTS
 from library.models.checkpoint.writer import ModuleTensors, save_diffusers, save_single_file
-from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
-from library.models.text_encoders import EncodedText, TextConditioning, clip_body, module_name
+from library.models.text_encoders import clip_body, module_name
 from library.models.unet import block_of
-from library.options import Options
-from library.param_group import ParamGroup
-from library.training.distributed.sharding import is_sharded, whole_tensors
-from library.training.options.optimizer import OptimizerOptions
-from library.training.options.run import RunOptions
+from library.param_group import Component, ParamGroup
+from library.safetensors_io import check_finite
+from library.training.distributed.sharding import full_tensors, is_sharded
 from library.training.options.tasks import FineTuneOptions
-from library.training.saving.metadata import RunFacts
-from library.training.tasks.base import Task, cached_text
-from library.training.trainable import Trainable
+from library.training.tasks.base import Task, TaskSettings
+from library.training.trainable import Trainable, bytes_in
 
-_ENCODERS = ("text_encoder_1", "text_encoder_2")
+_ENCODERS: tuple[Component, Component] = ("text_encoder_1", "text_encoder_2")
 
 
-class ModelPart(Trainable):
-    """The model's weights, as far as they are trained; saved as a whole checkpoint."""
+class TrainableModel(Trainable):
+    """The trained weights of the base model, saved as a complete checkpoint."""
 
     def __init__(
         self,
@@ -43,183 +36,192 @@ class ModelPart(Trainable):
         v_prediction: bool,
         zero_terminal_snr: bool,
     ):
-        """Args: groups: parameters by their names in single files."""
-        self._models, self._groups, self._kind = models, list(groups), save_model_as
+        """Initialize the trainable.
+
+        Args:
+            models: the base model.
+            groups: the trained parameters by their names in single files.
+            save_model_as: the format of its files.
+            v_prediction: written to the files, as is zero_terminal_snr.
+            zero_terminal_snr: the schedule has zero terminal SNR.
+        """
+        self._is_folder = save_model_as in ("diffusers", "diffusers_safetensors")
+        super().__init__(groups, save_model_as)
+        self._models = models
         self._v_prediction, self._zero_terminal_snr = v_prediction, zero_terminal_snr
         self._tensors = {name: p for group in groups for name, p in group.parameters.items()}
-        self._joined: Mapping[str, Tensor] | None = None
+        self._gathered: Mapping[str, Tensor] | None = None
 
     def tensors(self) -> Mapping[str, nn.Parameter]:
         return self._tensors
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        self._joined = whole_tensors(self._tensors) if is_sharded(self._tensors.values()) else None
+    def gathered(self) -> Iterator[None]:
+        if is_sharded(self._tensors.values()):
+            self._gathered = full_tensors(self._tensors)
         yield
-        self._joined = None
+        self._gathered = None
 
-    def values(self) -> Mapping[str, Tensor]:
-        return super().values() if self._joined is None else self._joined
-
-    def groups(self) -> list[ParamGroup]:
-        return self._groups
-
-    def after_step(self) -> None:
-        pass
+    def full_tensors(self) -> Mapping[str, Tensor]:
+        return super().full_tensors() if self._gathered is None else self._gathered
 
     def file_bytes(self, dtype: torch.dtype | None) -> int:
-        """The whole model: what is trained, and what is taken over."""
-        item = None if dtype is None else torch.empty((), dtype=dtype).element_size()
+        """Return the approximate size of the complete model, the weights that aren't trained included."""
         size = 0
-        for part in PARTS:
-            for name, tensor in self._models.checkpoint.tensors(part).items():
-                own = self._tensors.get(_prefix(part) + name, tensor)
-                size += tensor.numel() * (item or own.element_size())
+        for component in PARTS:
+            for name, tensor in self._models.checkpoint.tensors(component).items():
+                size += bytes_in([self._tensors.get(_prefix(component) + name, tensor)], dtype)
         return size
 
     def path(self, stem: Path) -> Path:
-        return stem if self._kind.startswith("diffusers") else stem.with_name(f"{stem.name}.{self._kind}")
+        return stem if self._is_folder else super().path(stem)
 
     def save(self, stem: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> Path:
-        bad = [name for name, tensor in self.values().items() if not tensor.isfinite().all()]
-        if bad:
-            raise NotFinite(f"{stem}: not saved, as {len(bad)} of its tensors aren't finite ({', '.join(bad[:5])})")
-        checkpoint, is_v, is_zero = self._models.checkpoint, self._v_prediction, self._zero_terminal_snr
-        if self._kind.startswith("diffusers"):
-            changed = {part: {**checkpoint.tensors(part), **tensors} for part, tensors in self._changed().items()}
-            temporary = temporary_name(stem)
-            try:
-                save_diffusers(
-                    temporary, checkpoint, changed, self._models.tokenizers, dtype=dtype, v_prediction=is_v, zero_terminal_snr=is_zero
-                )  # fmt: skip
-                replace_folder(temporary, stem)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            return stem
-        path = self.path(stem)
-        save_single_file(
-            path, checkpoint, self._changed(), metadata, dtype=dtype, v_prediction=is_v, zero_terminal_snr=is_zero
-        )
+        check_finite(stem, self.full_tensors())
+        path, checkpoint = self.path(stem), self._models.checkpoint
+        is_v, is_zero = self._v_prediction, self._zero_terminal_snr
+        if not self._is_folder:
+            save_single_file(
+                path,
+                checkpoint,
+                self._changed(),
+                metadata,
+                dtype=dtype,
+                v_prediction=is_v,
+                zero_terminal_snr=is_zero,
+            )
+            return path
+        components = {}
+        for component, tensors in self._changed().items():
+            components[component] = {**checkpoint.tensors(component), **tensors}
+        temporary = temporary_name(path)
+        try:
+            save_diffusers(
+                temporary,
+                checkpoint,
+                components,
+                self._models.tokenizers,
+                dtype=dtype,
+                v_prediction=is_v,
+                zero_terminal_snr=is_zero,
+            )
+            replace_folder(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         return path
 
     def _changed(self) -> ModuleTensors:
-        """What was trained, by part and module name; of a text encoder all, as files keep some of its tensors joined."""
+        """Return the tensors that differ from the base model's, by component and module name.
+
+        Of a trained text encoder these are all tensors, because files store some of them joined.
+        """
         changed: dict[str, dict[str, torch.Tensor]] = {}
-        for part in PARTS:
-            prefix = _prefix(part)
-            trained = {n.removeprefix(prefix): p for n, p in self.values().items() if n.startswith(prefix)}
+        for component in PARTS:
+            prefix = _prefix(component)
+            trained = {}
+            for name, tensor in self.full_tensors().items():
+                if name.startswith(prefix):
+                    trained[name.removeprefix(prefix)] = tensor
             if trained:
-                own = {} if part == "unet" else self._models.checkpoint.tensors(part)
-                changed[part] = {**own, **trained}
+                kept = {} if component == "unet" else self._models.checkpoint.tensors(component)
+                changed[component] = {**kept, **trained}
         if self._models.has_own_vae:
             changed["vae"] = self._models.stored("vae")
         return changed
 
 
-def _prefix(part: str) -> str:
-    """What the names of a part's parameters begin with; module names behind it."""
-    return FILE_PREFIXES["unet"] if part == "unet" else f"{part}."
+def _prefix(component: str) -> str:
+    """Return what precedes the module names in the names of a component's parameters."""
+    return FILE_PREFIXES["unet"] if component == "unet" else f"{component}."
 
 
-class FineTune(Task):
-    """The U-Net by block, and the text encoders if asked for."""
+class FineTune(Task[tuple[FineTuneOptions]]):
+    """Trains the U-Net by block, and the text encoders if asked."""
 
+    option_groups = (FineTuneOptions,)
     tracker_name = "finetuning"
     modelspec_kind = ""
     default_title = "Checkpoint"
-    is_terse = True  # its files have modelspec alone
 
-    def __init__(
-        self,
-        models: SdxlModels,
-        options: FineTuneOptions,
-        *,
-        lr: float,
-        num_tokens: int,
-        text_is_cached: bool,
-        weighted_captions: bool = False,
-        text_stops_at: int | None = None,
-        v_prediction: bool = False,
-        zero_terminal_snr: bool = False,
-    ):
-        """Args: lr: the base learning rate. text_is_cached: captions come encoded, and the text encoders aren't needed."""
-        self._models, self._num_tokens, self._weighted = models, num_tokens, weighted_captions
-        self._encoders = () if text_is_cached else models.text_layers
-        self.unet = models.unet
-        self.compute_dtype = models.precision.compute
-        groups = _unet_groups(self.unet, options.block_lrs, lr)
+    def __init__(self, models: SdxlModels, settings: TaskSettings, groups: tuple[FineTuneOptions]):
+        super().__init__(models, settings, groups)
+        (options,) = groups
+        trained = _unet_groups(self.unet, options.block_lrs, settings.lr)
         if options.train_text_encoder:
-            for number, (encoder, own) in enumerate(zip(self._encoders, options.text_encoder_lrs, strict=True), 1):
-                rate = lr if own is None else own
-                parameters = _encoder_parameters(encoder, number)
-                if rate and parameters:
-                    groups.append(ParamGroup(f"text_encoder{number}", parameters, rate, text_stops_at))
-        for group in groups:
+            trained += _text_encoder_groups(self._encoders, options, settings)
+        for group in trained:
             for parameter in group.parameters.values():
                 parameter.requires_grad_(True)
-        self._trains_text = any(group.name.startswith("text_encoder") for group in groups)
-        kind = options.kind(is_folder=models.checkpoint.is_folder)
-        self.parts = [ModelPart(models, groups, kind, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)]
-
-    @classmethod
-    def from_options(cls, models: SdxlModels, options: Options) -> "FineTune":
-        return cls(
+        model = TrainableModel(
             models,
-            options[FineTuneOptions],
-            lr=options[OptimizerOptions].learning_rate,
-            num_tokens=options[ModelOptions].num_tokens,
-            text_is_cached=options[CacheOptions].text,
-            weighted_captions=options[CaptionOptions].weighted_captions,
-            text_stops_at=options[RunOptions].stop_text_encoder_training,
-            v_prediction=bool(options[ModelOptions].v_parameterization or models.checkpoint.v_prediction),
-            zero_terminal_snr=bool(options[ModelOptions].zero_terminal_snr or models.checkpoint.zero_terminal_snr),
+            trained,
+            options.kind(is_folder=models.checkpoint.is_folder),
+            v_prediction=settings.v_prediction,
+            zero_terminal_snr=settings.zero_terminal_snr,
         )
+        self.trainables = [model]
 
     @classmethod
-    def trained_parts(cls, options: Options) -> frozenset[str]:
-        chosen, lr = options[FineTuneOptions], options[OptimizerOptions].learning_rate
-        parts = {"unet"} if any(chosen.block_lrs or (lr,)) else set()
-        for part, own in zip(_ENCODERS, chosen.text_encoder_lrs, strict=True):
-            if chosen.train_text_encoder and (lr if own is None else own):
-                parts.add(part)
-        return frozenset(parts)
+    def trained_components(cls, lr: float, groups: tuple[FineTuneOptions]) -> frozenset[str]:
+        (options,) = groups
+        components: set[str] = set()
+        if any(options.block_lrs or (lr,)):
+            components.add("unet")
+        if options.train_text_encoder:
+            for component, text_lr in zip(_ENCODERS, options.text_encoder_lrs, strict=True):
+                if lr if text_lr is None else text_lr:
+                    components.add(component)
+        return frozenset(components)
 
     def modules(self) -> list[nn.Module]:
         return [self.unet, *self._encoders]
 
-    def encode_text(self, batch: Batch) -> TextConditioning:
-        if batch.text is not None:
-            return cached_text(batch.text, self.compute_dtype)
-        with torch.set_grad_enabled(self._trains_text and torch.is_grad_enabled()):
-            text = self._models.encode_texts(batch.captions, self._num_tokens, weighted=self._weighted)
-        # Encoders that are trained compute in float32.
-        return TextConditioning.of(EncodedText(*(part.to(self.compute_dtype) for part in text)))
 
-    def metadata(self, options: Options, facts: RunFacts) -> dict[str, str]:
-        return {}
+def _text_encoder_groups(
+    encoders: Sequence[nn.Module], options: FineTuneOptions, settings: TaskSettings
+) -> list[ParamGroup]:
+    """Return a group for each text encoder whose learning rate isn't 0."""
+    groups = []
+    for i, (encoder, text_lr) in enumerate(zip(encoders, options.text_encoder_lrs, strict=True)):
+        lr = settings.lr if text_lr is None else text_lr
+        parameters = _encoder_parameters(encoder, _ENCODERS[i])
+        if lr and parameters:
+            name = f"text_encoder{i + 1}"
+            groups.append(ParamGroup(name, parameters, lr, _ENCODERS[i], settings.text_last_step))
+    return groups
 
 
 def _unet_groups(unet: nn.Module, block_lrs: Sequence[float] | None, lr: float) -> list[ParamGroup]:
-    """One group, or with --block_lr one for each block whose rate isn't 0. The others are frozen: no gradient, no state."""
+    """Return one group, or with --block_lr a group for each block whose learning rate isn't 0.
+
+    The other blocks are frozen: they have no gradient and no optimizer state.
+    """
     prefix = FILE_PREFIXES["unet"]
     if block_lrs is None:
         parameters = {prefix + name: parameter for name, parameter in unet.named_parameters()}
         return [ParamGroup("unet", parameters, lr)] if lr else []
+    members: list[dict[str, nn.Parameter]] = [{} for _ in block_lrs]
+    for name, parameter in unet.named_parameters():
+        members[block_of(name)][prefix + name] = parameter
     groups = []
-    for block, rate in enumerate(block_lrs):
-        members = {prefix + n: p for n, p in unet.named_parameters() if rate and block_of(n) == block}
-        if members:
-            groups.append(ParamGroup(f"block{block}", members, rate))
+    for block, block_lr in enumerate(block_lrs):
+        if block_lr and members[block]:
+            groups.append(ParamGroup(f"block{block}", members[block], block_lr))
     return groups
 
 
-def _encoder_parameters(encoder: nn.Module, number: int) -> dict[str, nn.Parameter]:
-    """All that the result depends on: the first encoder's last layer and final norm don't reach it."""
-    last = len(clip_body(encoder).encoder.layers) - 1
-    unused = (f"text_model.encoder.layers.{last}.", "text_model.final_layer_norm.") if number == 1 else ()
-    names = {name: module_name(encoder, name) for name, _ in encoder.named_parameters()}
-    return {
-        f"{_ENCODERS[number - 1]}.{names[name]}": parameter
-        for name, parameter in encoder.named_parameters()
-        if not names[name].startswith(unused)
-    }
+def _encoder_parameters(encoder: nn.Module, component: Component) -> dict[str, nn.Parameter]:
+    """Return the parameters that the result depends on.
+
+    The first encoder's last layer and final norm aren't used.
+    """
+    unused: tuple[str, ...] = ()
+    if component == "text_encoder_1":
+        last = len(clip_body(encoder).encoder.layers) - 1
+        unused = (f"text_model.encoder.layers.{last}.", "text_model.final_layer_norm.")
+    parameters = {}
+    for own_name, parameter in encoder.named_parameters():
+        name = module_name(encoder, own_name)
+        if not name.startswith(unused):
+            parameters[f"{component}.{name}"] = parameter
+    return parameters

@@ -1,4 +1,4 @@
-"""Captions of a run that trains a new token: templates, and what is told where the token is missing. No torch here."""
+"""Captions of a run that trains a placeholder token: templates, or a check that captions have it. Torch-free."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from library.errors import OptionError
 from library.log import log
 
 if TYPE_CHECKING:
-    from library.data.scan import Dataset  # which imports numpy: --help needs none
+    from library.data.samples import Sample, Subset  # imported for types only: --help needs no numpy
+    from library.data.scan import Dataset
 
 OBJECTS = tuple(
     f"{kind} {article}{{}}"
@@ -28,45 +29,63 @@ _SHOWN = 5
 
 
 def with_token(
-    datasets: "Sequence[Dataset]", word: str, *, objects: bool = False, styles: bool = False
+    datasets: "Sequence[Dataset]", word: str | None, *, objects: bool = False, styles: bool = False
 ) -> "list[Dataset]":
-    """The datasets with the templates of the options in place of their captions, or with their own, looked through.
+    """Return the datasets with templates in place of their captions, or check that their captions have the token.
 
-    Raises OptionError if no caption has the word.
+    Args:
+        datasets: the scanned datasets.
+        word: the token's text; None: no token is trained.
+        objects: take sentences about an object; wins over styles.
+        styles: take sentences about a style.
+
+    Raises:
+        OptionError: no caption has the token.
     """
-    templates = OBJECTS if objects else STYLES if styles else ()
-    if templates:
-        return [
-            _with_templates(dataset, tuple(template.format(word) for template in templates)) for dataset in datasets
-        ]
-    samples = [
-        sample for dataset in datasets for sample in (*dataset.samples, *dataset.validation) if not sample.subset.is_reg
-    ]
-    without = [sample for sample in samples if word not in _whole(sample.caption, sample.subset.captions)]
-    if without and len(without) == len(samples):
-        raise OptionError(
-            f"no caption holds {word!r}, so nothing would be learnt: write it into the captions, give --class_tokens in the dataset file, "
-            "or take --use_object_template"
-        )
-    if without:
-        shown = ", ".join(sample.file for sample in without[:_SHOWN])
-        log.warning("%d of %d captions don't hold %r: %s%s", len(without), len(samples), word, shown, ", …" if len(without) > _SHOWN else "")  # fmt: skip
+    if word is not None and (objects or styles):
+        templates = tuple(template.format(word) for template in (OBJECTS if objects else STYLES))
+        return [_with_templates(dataset, templates) for dataset in datasets]
+    if word is not None:
+        _check_captions(datasets, word)
     return list(datasets)
 
 
-def _whole(caption: str, settings: object) -> str:
-    prefix, suffix = (getattr(settings, name) or "" for name in ("caption_prefix", "caption_suffix"))
-    return f"{prefix} {caption} {suffix}"
+def _check_captions(datasets: "Sequence[Dataset]", word: str) -> None:
+    """Warn of captions without the token. Raises OptionError if none has it."""
+    num_captions, without = 0, []
+    for dataset in datasets:
+        for sample in (*dataset.samples, *dataset.validation):
+            if sample.subset.is_reg:
+                continue
+            num_captions += 1
+            settings = sample.subset.captions
+            prefix, suffix = settings.caption_prefix or "", settings.caption_suffix or ""
+            if word not in f"{prefix} {sample.caption} {suffix}":
+                without.append(sample.file)
+    if without and len(without) == num_captions:
+        raise OptionError(
+            f"no caption has the token {word!r}, so nothing would be learned: write it into the captions, give --class_tokens in "
+            "the dataset file, or take --use_object_template"
+        )
+    if without:
+        shown = ", ".join(without[:_SHOWN])
+        if len(without) > _SHOWN:
+            shown += ", …"
+        log.warning("%d of %d captions don't have the token %r: %s", len(without), num_captions, word, shown)
 
 
 def _with_templates(dataset: "Dataset", templates: tuple[str, ...]) -> "Dataset":
-    changed = {}
-    for sample in (*dataset.samples, *dataset.validation):
-        if id(sample.subset) not in changed and not sample.subset.is_reg:
-            captions = dataclasses.replace(sample.subset.captions, templates=templates)
-            changed[id(sample.subset)] = dataclasses.replace(sample.subset, captions=captions)
-    samples, validation = (
-        tuple(dataclasses.replace(sample, subset=changed.get(id(sample.subset), sample.subset)) for sample in part)
-        for part in (dataset.samples, dataset.validation)
-    )
-    return dataclasses.replace(dataset, samples=samples, validation=validation)
+    """Return the dataset with templates as the captions of all subsets but those of regularization images."""
+    subsets: dict[int, Subset] = {}
+
+    def replaced(samples: "Sequence[Sample]") -> "tuple[Sample, ...]":
+        result = []
+        for sample in samples:
+            subset = sample.subset
+            if not subset.is_reg and id(subset) not in subsets:
+                captions = dataclasses.replace(subset.captions, templates=templates)
+                subsets[id(subset)] = dataclasses.replace(subset, captions=captions)
+            result.append(dataclasses.replace(sample, subset=subsets.get(id(subset), subset)))
+        return tuple(result)
+
+    return dataclasses.replace(dataset, samples=replaced(dataset.samples), validation=replaced(dataset.validation))
