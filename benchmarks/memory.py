@@ -62,7 +62,7 @@ def kind_of(task: str) -> Any:
 
 def plan_of(task: str, words: list[str], checkpoint: Any, device: Any) -> Any:
     """Return the RunPlan of these words, for one image of 1024x1024."""
-    from library.data.buckets import BucketPlan, Buckets
+    from library.data.buckets import Buckets, BucketSettings
     from library.data.captions import CaptionSettings
     from library.data.samples import DatasetConfig, PixelSettings, Sample, Subset
     from library.data.scan import Dataset
@@ -70,7 +70,7 @@ def plan_of(task: str, words: list[str], checkpoint: Any, device: Any) -> Any:
     from library.training.setup.inputs import RunInputs
     from library.training.setup.plan import make_plan
 
-    buckets = BucketPlan(Size(1024, 1024), False, 0, 0, 64, False)
+    buckets = BucketSettings(resolution=Size(1024, 1024))
     subset = Subset(Path("images"), 1, CaptionSettings(), PixelSettings())
     fit = Buckets(buckets).fit(Size(1024, 1024))
     sample = Sample("images/a.png", "", "", subset, 0, Size(1024, 1024), fit, "images/a", 1)

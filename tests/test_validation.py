@@ -33,9 +33,9 @@ def test_held_out_samples_are_batched_once_each_up_to_a_limit():
     groups = [BucketGroup((0, 1, 2), 2), BucketGroup((3,), 2)]
     batches = validation_batches(groups, 100, None)
     assert [batch.samples for batch in batches] == [(0, 1), (2,), (3,)]
-    assert [batch.place.first_sample_index for batch in batches] == [0, 2, 3] and batches[
+    assert [batch.position.first_sample_index for batch in batches] == [0, 2, 3] and batches[
         0
-    ].place.step == 100
+    ].position.step == 100
     assert len(validation_batches(groups, 100, 2)) == 2
 
 
