@@ -188,7 +188,7 @@ def test_an_image_encoder_that_doesnt_fit_is_refused_before_generation(
     words = ("--image_path", files[0], "--clip_vision_strength", 1, "--clip_vision_model")
     with pytest.raises(OptionError, match=r"--clip_vision_model .*\b96\b.*\b128\b"):
         generate(twins("base"), *words, vision_folder(tmp_path / "vision", 96))
-    with pytest.raises(OptionError, match="--clip_vision_model nowhere: no such file or folder"):
+    with pytest.raises(OptionError, match="--clip_vision_model nowhere"):
         generate(twins("base"), *words, "nowhere")
 
 
