@@ -20,7 +20,7 @@ from library import images
 from library.errors import first_line
 from library.files import write_atomically
 from library.generation.image_grid import contact_sheet, thumbnail
-from library.generation.sample_prompts import SamplePrompt
+from library.generation.sample_prompts import SamplePrompt, at_size, read_sample_prompts
 from library.generation.single_image import generate_image
 from library.log import log
 from library.models.control import ControlInputs
@@ -31,6 +31,7 @@ from library.models.unet import UNet
 from library.models.vae import PIXELS_PER_LATENT, decode_in_tiles
 from library.rng import seed_of
 from library.size import Size
+from library.training.options.output import PreviewOptions
 
 _THUMBNAIL_SIDE = 256  # pixels
 _MAX_ROWS = 128  # of the contact sheet; with more, every second older row is left out
@@ -263,3 +264,28 @@ def encode_prompts(
 
 def _write_png(path: Path, image: Image.Image) -> None:
     write_atomically(path, lambda file: image.save(file, format="PNG"))
+
+
+def read_prompts(options: PreviewOptions, size: Size, *, takes_conditions: bool) -> list[SamplePrompt]:
+    """Return the prompts of samples during training. Mistakes in them are logged, and the prompts used without them.
+
+    Args:
+        options: the file of prompts.
+        size: the size of images for prompts that don't say it.
+        takes_conditions: a control net is trained, for which prompts name conditioning images.
+    """
+    if not options.is_on or options.sample_prompts is None:
+        return []
+    prompts, problems = read_sample_prompts(options.sample_prompts)
+    for problem in problems:
+        log.warning(problem)
+    num_conditions = sum(prompt.controlnet_image is not None for prompt in prompts)
+    if num_conditions and not takes_conditions:
+        log.warning(
+            "--sample_prompts: %d controlnet_image (--cn) change nothing: no control net is trained", num_conditions
+        )
+    elif takes_conditions and num_conditions < len(prompts):
+        log.warning("--sample_prompts: %d prompts have no condition (--cn FILE)", len(prompts) - num_conditions)
+    if not prompts:
+        log.warning("--sample_prompts %s: no prompts in it; no samples are generated", options.sample_prompts)
+    return [at_size(prompt, size.width, size.height) for prompt in prompts]

@@ -16,7 +16,8 @@ from library.files import format_bytes
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.models.vae import PIXELS_PER_LATENT
-from library.training.setup.caches import latent_cache, text_cache, token_width, without_bad
+from library.training.setup.caches import without_bad
+from library.training.setup.open_caches import latent_cache, text_cache, token_width
 from library.training.setup.plan import RunPlan
 from library.training.setup.step_plan import all_samples
 

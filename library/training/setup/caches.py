@@ -1,10 +1,8 @@
 """Caches: they are filled, or images audited, before the first step."""
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -12,24 +10,23 @@ from accelerate.utils import gather_object
 
 from library.data.cache.audit import RejectedSample, audit, refuse_or_skip
 from library.data.cache.fill import fill_latents, fill_text
-from library.data.cache.latents import LatentCache, LatentsInMemory, LatentsOnDisk
-from library.data.cache.text import CaptionVariants, TextCache, TextInMemory, TextOnDisk
+from library.data.cache.latents import LatentCache, LatentsOnDisk
+from library.data.cache.text import TextCache, TextOnDisk
 from library.data.file_index import FileIndex
 from library.data.options import CacheOptions, CaptionOptions, DatasetOptions
 from library.data.samples import Sample
 from library.data.scan import Dataset
 from library.errors import RunError
-from library.generation.sample_prompts import SamplePrompt, at_size, read_sample_prompts
+from library.generation.sample_prompts import SamplePrompt
 from library.log import log
-from library.models.checkpoint.weights_hash import weights_hash
 from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.models.text_encoders import EncodedText, TextConditioning
-from library.size import Size
-from library.training.monitoring.preview import encode_prompts
+from library.training.monitoring.preview import encode_prompts, read_prompts
 from library.training.options.objective import LossOptions
 from library.training.options.output import PreviewOptions
 from library.training.setup.memory_estimate import encodes_images
+from library.training.setup.open_caches import latent_cache, text_cache
 from library.training.setup.plan import RunPlan
 from library.training.setup.step_plan import all_samples, training_samples
 
@@ -99,29 +96,6 @@ def fill_caches(plan: RunPlan, accelerator: Accelerator) -> CachedData:
     return dataclasses.replace(cached, prompts=prompts, prompt_texts=prompt_texts, keeps_vae=keeps_vae)
 
 
-def read_prompts(options: PreviewOptions, size: Size, *, takes_conditions: bool) -> list[SamplePrompt]:
-    """Return the prompts of samples during training. Mistakes in them are logged, and the prompts used without them.
-
-    Args:
-        options: the file of prompts.
-        size: the size of images for prompts that don't say it.
-        takes_conditions: a control net is trained, for which prompts name conditioning images.
-    """
-    if not options.is_on or options.sample_prompts is None:
-        return []
-    prompts, problems = read_sample_prompts(options.sample_prompts)
-    for problem in problems:
-        log.warning(problem)
-    num_conditions = sum(prompt.controlnet_image is not None for prompt in prompts)
-    if num_conditions and not takes_conditions:
-        log.warning(
-            "--sample_prompts: %d controlnet_image (--cn) change nothing: no control net is trained", num_conditions
-        )
-    elif takes_conditions and num_conditions < len(prompts):
-        log.warning("--sample_prompts: %d prompts have no condition (--cn FILE)", len(prompts) - num_conditions)
-    if not prompts:
-        log.warning("--sample_prompts %s: no prompts in it; no samples are generated", options.sample_prompts)
-    return [at_size(prompt, size.width, size.height) for prompt in prompts]
 
 
 def _warn_without_masks(datasets: Sequence[Dataset]) -> None:
@@ -219,15 +193,6 @@ def cache_latents(
     return cache, rejected
 
 
-def latent_cache(models: SdxlModels, options: CacheOptions, file_index: FileIndex) -> LatentCache:
-    """Return the cache of latents that the options mean, not filled."""
-    for_inpainting = models.checkpoint.unet.is_inpainting
-    if not options.cache_latents_to_disk:
-        return LatentsInMemory(for_inpainting=for_inpainting)
-    fingerprint = ""
-    if not options.skip_cache_check:
-        fingerprint = _fingerprint(models, ["vae"], models.precision.vae, file_index)
-    return LatentsOnDisk(fingerprint, file_index, trusted=options.skip_cache_check, for_inpainting=for_inpainting)
 
 
 def cache_text(
@@ -253,26 +218,6 @@ def cache_text(
     return cache
 
 
-def text_cache(
-    models: SdxlModels, options: CacheOptions, file_index: FileIndex, *, num_tokens: int, weighted: bool
-) -> TextCache:
-    """Return the cache of text-encoder outputs that the options mean, not filled."""
-    variants = CaptionVariants(options.text_cache_variants)
-    if not options.cache_text_encoder_outputs_to_disk:
-        return TextInMemory(variants)
-    fingerprint = ""
-    if not options.skip_cache_check:
-        components = [name for name in _TEXT_ENCODERS if name in models.checkpoint.parts]
-        fingerprint = _fingerprint(models, components, models.precision.compute, file_index)
-    if weighted:
-        fingerprint += ", captions weighted"
-    patch = models.change.text_identity() if models.change is not None else ""
-    if patch:
-        fingerprint += f", with {patch}"
-    width_1, width_2 = (token_width(models, component) for component in _TEXT_ENCODERS)
-    return TextOnDisk(
-        num_tokens + 2, (width_1, width_2), fingerprint, variants, file_index, trusted=options.skip_cache_check
-    )
 
 
 def finish_caches(
@@ -300,40 +245,10 @@ def finish_caches(
     file_index.forget()
 
 
-def _fingerprint(models: SdxlModels, components: Sequence[str], dtype: torch.dtype, file_index: FileIndex) -> str:
-    """Return what identifies the encoders of a cache: hashes of their weights, remembered by file, and their dtype."""
-    hashes = []
-    for component in components:
-        source = models.source(component)
-        folder, name = os.path.split(os.path.abspath(source))
-        stamp, key = _stamp_of(source), f"hash of {component}"
-        known = file_index.get(folder, name, stamp).get(key)
-        if known is None:
-            known = weights_hash(models.stored(component))
-            file_index.record(folder, name, stamp, **{key: known})
-        hashes.append(known)
-    return f"{' '.join(hashes)} in {str(dtype).removeprefix('torch.')}"
 
 
-def _stamp_of(source: Path) -> tuple[int, int]:
-    """Return size and time of a file, or of all files in a folder together."""
-    files = [source]
-    if not source.is_file():
-        files = [path for path in source.rglob("*") if path.is_file()]
-    size, newest = 0, 0
-    for path in files:
-        stat = path.stat()
-        size += stat.st_size
-        newest = max(newest, stat.st_mtime_ns)
-    return size, newest
 
 
-def token_width(models: SdxlModels, component: str) -> int:
-    """Return the width of a text encoder's hidden states; 0 if the model doesn't have it."""
-    tensors = models.checkpoint.tensors(component)
-    if not tensors:
-        return 0
-    return tensors["text_model.embeddings.token_embedding.weight"].shape[1]
 
 
 def _rank_and_size(rank_and_size: tuple[int, int], cache: LatentCache | TextCache) -> tuple[int, int]:

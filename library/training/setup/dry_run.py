@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from library.data.options import CacheOptions
 from library.errors import Mistake, MistakeCollector, OptionError, first_line
 from library.files import format_bytes, free_space
+from library.training.monitoring.preview import read_prompts
 from library.training.monitoring.trackers import read_tracker_config
 from library.training.options.optimizer import OptimizerOptions, ScheduleOptions
 from library.training.options.output import PreviewOptions, ResumeOptions, TrackerOptions, UploadOptions
 from library.training.progress import Progress
 from library.training.setup.cache_report import Rows, report_images
-from library.training.setup.caches import read_prompts
 from library.training.setup.measure import Measurement, measure
 from library.training.setup.memory_estimate import dtype_of, frozen_components
 from library.training.setup.plan import RunPlan
