@@ -25,8 +25,7 @@ from library.models.text_encoders import EncodedText, TextConditioning
 from library.training.monitoring.preview import encode_prompts, read_prompts
 from library.training.options.objective import LossOptions
 from library.training.options.output import PreviewOptions
-from library.training.setup.memory_estimate import encodes_images
-from library.training.setup.open_caches import latent_cache, text_cache
+from library.training.setup.open_caches import encodes_images, latent_cache, text_cache
 from library.training.setup.plan import RunPlan
 from library.training.setup.step_plan import all_samples, training_samples
 

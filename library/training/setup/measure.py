@@ -18,8 +18,7 @@ from library.models.text_encoders import EncodedText
 from library.models.vae import PIXELS_PER_LATENT
 from library.size import Size
 from library.training.forward import accumulate_gradients
-from library.training.setup.memory_estimate import encodes_images
-from library.training.setup.open_caches import token_width
+from library.training.setup.open_caches import encodes_images, token_width
 from library.training.setup.plan import RunPlan
 from library.training.setup.step_plan import Bucket, largest_of, training_samples
 from library.training.setup.training_state import build_training_state

@@ -33,6 +33,7 @@ from library.training.optim.master_weights import FP32_BUCKET_NUMEL
 from library.training.options.memory import MemoryOptions
 from library.training.options.optimizer import EmaOptions, OptimizerOptions, UpdateOptions
 from library.training.options.optimizer_table import optimizer_spec
+from library.training.setup.open_caches import encodes_images
 from library.training.setup.step_plan import Bucket, largest_of
 from library.training.tasks.base import Task
 
@@ -354,19 +355,6 @@ def frozen_components(
         if component != "unet" and component not in absent:
             numel = sum(tensor.numel() for tensor in models.stored(component).values())
             yield component, numel - sum(p.numel() for name, p in trained.items() if name.startswith(f"{component}."))
-
-
-def encodes_images(models: SdxlModels, cache: CacheOptions, *, are_masked: bool) -> bool:
-    """Return whether steps need the VAE.
-
-    They do for images without cached latents, and for the input of inpainting models under random masks.
-
-    Args:
-        models: the base model.
-        cache: whether latents are cached.
-        are_masked: all images have masks of their own, so that the masked image is cached too.
-    """
-    return not cache.latents or (models.checkpoint.unet.is_inpainting and not are_masked)
 
 
 def dtype_of(component: str, models: SdxlModels) -> torch.dtype:

@@ -83,3 +83,16 @@ def token_width(models: SdxlModels, component: str) -> int:
     if not tensors:
         return 0
     return tensors["text_model.embeddings.token_embedding.weight"].shape[1]
+
+
+def encodes_images(models: SdxlModels, cache: CacheOptions, *, are_masked: bool) -> bool:
+    """Return whether steps need the VAE.
+
+    They do for images without cached latents, and for the input of inpainting models under random masks.
+
+    Args:
+        models: the base model.
+        cache: whether latents are cached.
+        are_masked: all images have masks of their own, so that the masked image is cached too.
+    """
+    return not cache.latents or (models.checkpoint.unet.is_inpainting and not are_masked)
