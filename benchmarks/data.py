@@ -29,7 +29,7 @@ from torch import Tensor
 from library.data.batch_sampler import BatchSampler
 from library.data.buckets import Fit
 from library.data.cache.disk import SourceStamp
-from library.data.cache.fill import _batches_by_bucket, fill_latents, fill_text
+from library.data.cache.fill import batches_by_bucket, fill_latents, fill_text
 from library.data.cache.latents import Latents, LatentsInMemory, LatentsOnDisk
 from library.data.cache.text import CaptionVariants, TextInMemory, TextOnDisk
 from library.data.captions import CaptionSettings
@@ -122,7 +122,7 @@ def scanning(top: Path) -> list[Row]:
         (
             "batches of 4 for 5,000 pictures in 25 buckets",
             "1,270",
-            f"{len(_batches_by_bucket(repeated, 4, for_inpainting=False)):,}",
+            f"{len(batches_by_bucket(repeated, 4, for_inpainting=False)):,}",
         ),
     ]
 

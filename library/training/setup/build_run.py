@@ -45,10 +45,10 @@ def build_run(plan: RunPlan, cached: CachedData, accelerator: Accelerator, track
     plan = plan.for_task(training.task)
     options, steps, resume = plan.options, plan.steps, plan.inputs.resume
     is_main = accelerator.is_main_process
-    session_id, done, logged_steps = str(secrets.randbits(32)), Progress(), 0
+    session_id, done = str(secrets.randbits(32)), Progress()
     if resume is not None:
-        session_id, logged_steps = resume.metadata.session_id, resume.metadata.step
-        done = Progress(resume.metadata.epoch, logged_steps)
+        session_id = resume.metadata.session_id
+        done = Progress(resume.metadata.epoch, resume.metadata.step)
     saver = build_saver(plan, training, session_id=session_id, world_size=accelerator.num_processes, is_main=is_main)
     for line in plan.describe():
         log.info(line)
@@ -81,7 +81,7 @@ def build_run(plan: RunPlan, cached: CachedData, accelerator: Accelerator, track
             is_main=is_main,
             trackers=trackers,
             log_file=None if states.verify_resume else saver.log_file,
-            done=logged_steps,
+            done=done.step,
         ),
         saver=saver,
         states=states,

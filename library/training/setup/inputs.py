@@ -96,15 +96,8 @@ def inspect_inputs(
     except OptionError as error:
         raise OptionError(*model_mistakes, *error.mistakes) from None
     states, uploads = options[ResumeOptions], options[UploadOptions]
-    signature: Mapping[str, str] = {}
-    if states.resume or states.auto_resume or states.saves_states:
-        signature = run_signature(
-            {spec.name: str(value) for spec, value in options.specs() if spec.affects_result},
-            datasets,
-            base_model=str(options[ModelOptions].pretrained_model_name_or_path),
-            latents_are_cached=cache.latents,
-            text_is_cached=cache.text,
-        )
+    values = {spec.name: str(value) for spec, value in options.specs() if spec.affects_result}
+    signature = _signature(values, datasets, options[ModelOptions], cache, states)
     resume, collector = None, MistakeCollector(raises=not run.dry_run)
     if not (run.dry_run and states.resume and uploads.resume_from_huggingface):  # a page downloads no state
         with collector.collected():
@@ -122,6 +115,25 @@ def inspect_inputs(
         resume,
         model_mistakes,
         tuple(collector.mistakes),
+    )
+
+
+def _signature(
+    values: Mapping[str, str],
+    datasets: Sequence[Dataset],
+    model: ModelOptions,
+    cache: CacheOptions,
+    states: ResumeOptions,
+) -> Mapping[str, str]:
+    """Return the signature of the run for states; {} if none is read or written."""
+    if not (states.resume or states.auto_resume or states.saves_states):
+        return {}
+    return run_signature(
+        values,
+        datasets,
+        base_model=str(model.pretrained_model_name_or_path),
+        latents_are_cached=cache.latents,
+        text_is_cached=cache.text,
     )
 
 
