@@ -302,7 +302,7 @@ def test_a_step_on_the_largest_batch_can_be_measured(quick, golden_model, images
 def test_the_expected_time_of_a_run_goes_by_its_pixels():
     """1 s for 2 images of 100x100; an epoch has 6 of those and 4 of half their size, and the run 5 epochs of 5 steps."""
     buckets = [Bucket(Size(100, 100), 6, 6, 2), Bucket(Size(50, 100), 4, 4, 2)]
-    order = SimpleNamespace(processes=2, steps_per_epoch=5)
+    order = SimpleNamespace(world_size=2, steps_per_epoch=5)
     models = SimpleNamespace(device=torch.device("cuda"))
     plan = SimpleNamespace(models=models, buckets=buckets, steps=StepPlan(order, 25, 5))
     measurement = measure_module.Measurement(12_000_000_000, 90.0)

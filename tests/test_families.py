@@ -243,7 +243,7 @@ def test_masks_of_a_folder_weigh_the_loss_with_masked_loss_alone(twins, images, 
     fine_tune(twins("inpainting"), images, tmp_path / "none", *few, "--masked_loss")
     assert logged_losses(tmp_path / "all")[0] > 0.1 and logged_losses(tmp_path / "none") == [0.0]
     with pytest.raises(
-        OptionError, match=mentioning("subset 1", "conditioning_data_dir", "inpainting", "--masked_loss")
+        OptionError, match=mentioning(images, "conditioning_data_dir", "inpainting", "--masked_loss")
     ):
         fine_tune(twins("base"), images, tmp_path / "base", *few)
 

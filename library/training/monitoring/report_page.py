@@ -1,7 +1,6 @@
 """The report page NAME-report.html: a run's step log as charts, its sample images and its options.
 
-It is one HTML file that loads nothing, so it works offline and can be moved. uPlot draws the
-charts.
+It is one HTML file that loads nothing, so it works offline. uPlot draws the charts.
 """
 
 import base64
@@ -20,8 +19,7 @@ from library.training.monitoring.step_log import StepLog, read_step_log
 
 POINTS = 1500  # of a line, at most; a screen has no more columns
 _COLORS = 8  # --c0 to --c7 in report.css
-# An axis is logarithmic if the highest line is this number of times above the lowest one.
-_LOG_FROM = 100
+_LOG_FROM = 100  # an axis is logarithmic if the highest line is this factor above the lowest
 _ASSETS = Path(__file__).parent / "report_assets"
 
 
@@ -51,10 +49,7 @@ def write_report_page(
         body.append(_table("facts", facts))
     if charts:
         body.append(f'<div class="charts">{"".join(map(_figure, charts))}</div>')
-        body.append(
-            "<noscript>The charts need JavaScript. Their values are in the step log, "
-            "NAME-log.jsonl.</noscript>"
-        )
+        body.append("<noscript>Charts need JavaScript; see NAME-log.jsonl.</noscript>")
     body.append(_samples(samples))
     if options:
         body += [
