@@ -220,7 +220,7 @@ def test_without_buckets_the_condition_must_follow(golden_model, images, conditi
 
 
 def test_missing_conditions_are_told(golden_model, images, conditions, tmp_path):
-    with pytest.raises(OptionError, match=mentioning("subset 1", "conditioning_data_dir")):
+    with pytest.raises(OptionError, match=mentioning("2_shapes", "conditioning_data_dir")):
         train(golden_model, images, None, tmp_path / "out")
     first, second, *_ = sorted(conditions.iterdir())
     first.unlink()
