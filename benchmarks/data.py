@@ -2,7 +2,7 @@
 
     python benchmarks/data.py
 
-Makes its pictures (5,000 small files of 512 to 1600 pixels a side) in a temporary folder. Every row is the median of several
+Makes its images (5,000 small files of 512 to 1600 pixels a side) in a temporary folder. Every row is the median of several
 runs in one process; the pages of the files are warm.
 """
 
@@ -89,7 +89,7 @@ def scanned(folder: Path, known: FileIndex, *words: object, resolution: int = 10
 
 
 def make_images(folder: Path, count: int, draw: np.random.Generator, *, side: int | None = None) -> None:
-    """Photograph-like pictures: noise, enlarged; half of them JPEG, half PNG."""
+    """Photograph-like images: noise, enlarged; half of them JPEG, half PNG."""
     folder.mkdir(parents=True)
 
     def make(i: int, seed: int) -> None:
@@ -98,7 +98,7 @@ def make_images(folder: Path, count: int, draw: np.random.Generator, *, side: in
         small = Image.fromarray(own.integers(0, 255, (24, 24, 3), dtype=np.uint8))
         path = folder / f"{i:05d}.{'jpg' if i % 2 else 'png'}"
         small.resize(size, Image.Resampling.BICUBIC).save(path, **({"quality": 90} if i % 2 else {"compress_level": 1}))
-        path.with_suffix(".txt").write_text(f"a picture, number {i}, of noise, soft, in colours", encoding="utf-8")
+        path.with_suffix(".txt").write_text(f"an image, number {i}, of noise, soft, in colors", encoding="utf-8")
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(make, range(count), draw.integers(0, 2**32, count).tolist()))
@@ -117,10 +117,10 @@ def scanning(top: Path) -> list[Row]:
     common = [sample for sample in samples if sample.fit.bucket in _most_common_buckets(samples, 25)]
     repeated = (common * (IMAGES // len(common) + 1))[:IMAGES]
     return [
-        ("scan of 1,000 pictures with captions", "0.08 s", f"{fresh * 1000 / IMAGES:.3f} s"),
+        ("scan of 1,000 images with captions", "0.08 s", f"{fresh * 1000 / IMAGES:.3f} s"),
         ("the same from the index", "0.03 s", f"{from_index * 1000 / IMAGES:.3f} s"),
         (
-            "batches of 4 for 5,000 pictures in 25 buckets",
+            "batches of 4 for 5,000 images in 25 buckets",
             "1,270",
             f"{len(batches_by_bucket(repeated, 4, for_inpainting=False)):,}",
         ),
@@ -143,7 +143,7 @@ def caching(top: Path) -> list[Row]:
         return noise
 
     seconds = median_seconds(lambda: fill_latents(samples, LatentsOnDiskAnew(top), stub, 4), times=3)
-    return [("latents of 1024 x 1024 pictures, VAE stubbed", "40 / s", f"{len(samples) / seconds:.0f} / s")]
+    return [("latents of 1024 x 1024 images, VAE stubbed", "40 / s", f"{len(samples) / seconds:.0f} / s")]
 
 
 class LatentsOnDiskAnew(LatentsOnDisk):
@@ -196,7 +196,7 @@ def text() -> list[Row]:
 
 
 def real_vae(top: Path) -> list[Row]:
-    """Filling against encoding the same pictures alone; SDXL's VAE with random weights, at 256 pixels."""
+    """Filling against encoding the same images alone; SDXL's VAE with random weights, at 256 pixels."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -227,7 +227,7 @@ def a_million_rows(top: Path) -> Row:
     file = top / "million.jsonl"
     with open(file, "w", encoding="utf-8") as out:
         for i in range(ROWS):
-            row = {"image_path": f"/data/pictures/{i // 1000:04d}/{i:08d}.jpg", "caption": f"a picture of thing {i}, soft light, in colours", "image_size": [512 + i % 1088, 512 + i // 7 % 1088]}  # fmt: skip
+            row = {"image_path": f"/data/pictures/{i // 1000:04d}/{i:08d}.jpg", "caption": f"an image of thing {i}, soft light, in colors", "image_size": [512 + i % 1088, 512 + i // 7 % 1088]}  # fmt: skip
             out.write(json.dumps(row) + "\n")
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})

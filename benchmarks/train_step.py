@@ -36,8 +36,8 @@ class StepOptions(OptionGroup):
         "lora", "what learns: a LoRA of the transformers' 722 layers, or the whole U-Net", choices=("lora", "full")
     )
     rank: int = option(16, "of the LoRA", at_least=1)
-    resolution: int = option(1024, "of the square pictures, in pixels", at_least=64)
-    batch_sizes: tuple[int, ...] = option((1, 4, 8, 16), "pictures a step", metavar="N")
+    resolution: int = option(1024, "of the square images, in pixels", at_least=64)
+    batch_sizes: tuple[int, ...] = option((1, 4, 8, 16), "images a step", metavar="N")
     checkpointing: tuple[str, ...] = option(("off", "on"), "gradient checkpointing, in both", choices=("off", "on"))
     precision: str = option("bf16", "dtype to compute in", choices=("no", "bf16"))
     model: str = option("base", "sizes of the U-Net", choices=("base", "tiny"))
@@ -66,7 +66,7 @@ class Setup(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A measurement, as the picture shows it."""
+    """A measurement, as the image shows it."""
 
     setup: Setup
     seconds: float
@@ -159,7 +159,7 @@ def show(setup: Setup, taken: list[Taken], flops: float, memory: float, limit: f
     host = statistics.median(step.host for step in taken)
     print(
         f"batch {setup.batch:2} checkpointing {'on ' if setup.checkpointing else 'off'} {setup.contender:9} {wall:8.3f} s/step "
-        f"{setup.batch / wall:7.3f} pictures/s {flops / 1e12:8.4f} TFLOP {flops / wall / 1e12:9.4f} TFLOP/s = "
+        f"{setup.batch / wall:7.3f} images/s {flops / 1e12:8.4f} TFLOP {flops / wall / 1e12:9.4f} TFLOP/s = "
         f"{flops / wall / limit:4.0%} of {limit / 1e12:.4f}; host {host:8.3f} s; {memory / 2**30:6.2f} GiB"
     )
 
@@ -374,7 +374,7 @@ def measured_limit(device: Any, precision: str) -> float:
 
 
 def peak_memory(device: Any) -> float:
-    """Bytes: of the card, else of this process."""
+    """Bytes: of the GPU, else of this process."""
     import torch
 
     if device.type == "cuda":

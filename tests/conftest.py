@@ -1,4 +1,4 @@
-"""Fixtures: the golden model, small pictures, and a clean slate for what trains in this process."""
+"""Fixtures: the golden model, small images, and a clean slate for what trains in this process."""
 
 import logging
 import os
@@ -102,7 +102,7 @@ def open_models(path: Path, **settings):
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """A train_data_dir with four small captioned pictures of four sizes, shown twice an epoch each."""
+    """A train_data_dir with four small captioned images of four sizes, shown twice an epoch each."""
     from tools.make_tiny_dataset import make_images
 
     make_images(tmp_path / "images" / "2_shapes", 4)
@@ -111,7 +111,7 @@ def images(tmp_path) -> Path:
 
 @pytest.fixture
 def golden_data(tmp_path) -> Path:
-    """A copy of the golden training pictures and their dataset files."""
+    """A copy of the golden training images and their dataset files."""
     import shutil
 
     source = GOLDEN / "10_training"

@@ -31,13 +31,13 @@ def converted(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Mod
 
 
 def uncounted(live: LiveBytes, place: Tensor) -> Tensor:
-    """A place in RAM: the device that counts stands for the card, and this one lies elsewhere."""
+    """A place in RAM: the device that counts stands for the GPU, and this one lies elsewhere."""
     live.leave_out(place)
     return place
 
 
 def peak_of(task: str, words: list[str]) -> tuple[int, int]:
-    """Bytes of all tensors that are alive at once, at most, in a step of one picture of 1024 x 1024; and behind the steps."""
+    """Bytes of all tensors that are alive at once, at most, in a step of one image of 1024 x 1024; and behind the steps."""
     seen = patch("library.models.sdxl._see_finite", lambda *all: None)  # there are no numbers to see
     with (
         FakeTensorMode(allow_non_fake_inputs=True),

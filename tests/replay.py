@@ -68,7 +68,7 @@ class Golden:
         )
 
     def _conditioning(self, facts: dict) -> torch.Tensor:
-        """The conditions as the reference feeds them: stretched to the bucket, where we crop them as their picture."""
+        """The conditions as the reference feeds them: stretched to the bucket, where we crop them as their image."""
         height, width = facts["target_sizes_hw"][0]
         folder = GOLDEN / "dataset" / "data_cond"
         found = [images.resize(images.load(folder / name), Size(width, height)) for name in facts["images"]]

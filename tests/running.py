@@ -17,7 +17,7 @@ from library.safetensors_io import load_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A LoRA run of a second or two on the golden model: six pictures at 64 pixels, everything cached.
+# A LoRA run of a second or two on the golden model: six images at 64 pixels, everything cached.
 QUICK = [
     "--network_module", "networks.lora", "--network_dim", "2", "--network_train_unet_only", "--resolution", "64", "--enable_bucket",
     "--min_bucket_reso", "32", "--max_bucket_reso", "128", "--bucket_reso_steps", "32", "--cache_latents",

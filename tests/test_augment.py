@@ -44,7 +44,7 @@ def test_without_draws_the_middle_is_cropped(tmp_path):
 
 
 def test_random_crop_tells_the_model_the_corner_it_cut(tmp_path):
-    """SDXL (arXiv:2307.01952) section 2.2: c_top and c_left are the pixels cropped at the top and left of the resized picture."""
+    """SDXL (arXiv:2307.01952) section 2.2: c_top and c_left are the pixels cropped at the top and left of the resized image."""
     image(tmp_path / "1_x", "a.png", (200, 150))
     sample = sample_of(tmp_path, random_crop=True)
     bucket, resized = sample.fit
@@ -65,11 +65,11 @@ def test_alpha_becomes_a_mask_and_is_mirrored_with_the_image(tmp_path):
     sample = sample_of(tmp_path, alpha_mask=True)
     raw = cv2.resize(np.asarray(Image.open(path)), sample.fit.resized, interpolation=cv2.INTER_AREA)
     found = load_pixels(sample)
-    assert np.array_equal(found.rgb, raw[..., :3])  # the file's own colours, not laid on white
+    assert np.array_equal(found.rgb, raw[..., :3])  # the file's own colors, not laid on white
     np.testing.assert_allclose(found.alpha, raw[..., 3] / 255, atol=1e-7)
     assert np.array_equal(load_pixels(sample, flipped=True).alpha, found.alpha[:, ::-1])
     Image.open(path).convert("RGB").save(path)
-    assert load_pixels(sample).alpha.min() == 1.0  # a picture without alpha counts whole
+    assert load_pixels(sample).alpha.min() == 1.0  # an image without alpha counts whole
 
 
 def test_a_conditioning_image_is_resized_cropped_and_mirrored_as_its_image(tmp_path):
@@ -102,7 +102,7 @@ def test_color_aug_changes_a_third_of_the_samples_a_little():
 
 
 def test_a_face_crop_by_hand():
-    """Contract, dataset_config.md section 6: picture 400x300, target 100x100, face of 80 at (300, 60), range 1..2."""
+    """Contract, dataset_config.md section 6: image 400x300, target 100x100, face of 80 at (300, 60), range 1..2."""
     # low = max(100/400, 100/300, 100/(80*2)) = 0.625, high = min(1, 100/(80*1)) = 1
     for seed in range(20):
         scale = random.Random(seed).uniform(0.625, 1.0)

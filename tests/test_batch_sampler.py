@@ -1,4 +1,4 @@
-"""Order: every picture once an epoch, one bucket a round, the same for two processes as for twice the accumulation."""
+"""Order: every image once an epoch, one bucket a round, the same for two processes as for twice the accumulation."""
 
 from collections import Counter
 from itertools import islice

@@ -166,7 +166,7 @@ def test_drawn_captions_train_from_a_cache_without_the_text_encoders(golden_mode
 
 
 def test_masks_weigh_the_loss_of_a_run(golden_model, images, tmp_path):
-    """Half of each picture masked: the loss is that of the other half, without being evened out."""
+    """Half of each image masked: the loss is that of the other half, without being evened out."""
     words = ["--max_train_steps", 2]
     plain = train_network(golden_model, images, tmp_path / "plain", *words) and losses_of(tmp_path / "plain")
     for file in (images / "2_shapes").glob("*.png"):

@@ -31,7 +31,7 @@ QUICK = [
 
 @pytest.fixture
 def conditions(images) -> Path:
-    """The outline of each picture, under its name."""
+    """The outline of each image, under its name."""
     folder = images.parent / "conditions"
     folder.mkdir()
     for file in (images / "2_shapes").glob("*.png"):
@@ -163,7 +163,7 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
     task = LLLiteTask(own_models, TaskSettings(lr=1e-3, num_tokens=75, text_is_cached=True), (LLLiteOptions(cond_emb_dim=8, network_dim=16),))  # fmt: skip
     count, side = 4, 8
     noise, clean = torch.randn(2, count, 4, side, side)
-    # The picture of the condition shows the noise that the U-Net should find.
+    # The image of the condition shows the noise that the U-Net should find.
     shown = torch.nn.functional.interpolate(noise[:, :3], scale_factor=8).clamp(-1, 1)
     timesteps = torch.full((count,), 999)
     noisy = NoisedLatents(latents=torch.randn_like(noise), noise=noise, clean=clean, timesteps=timesteps)

@@ -356,9 +356,9 @@ def test_a_wrong_command_is_noticed():
         "python sdxl_train_network.py --network_dim",
         "python sdxl_train_network.py --fp16_master_weights_and_gradients",
         "python sdxl_train_nothing.py --help",
-        "python prepare_buckets_latents.py pictures",
+        "python prepare_buckets_latents.py images",
         "make coffee",
-        "rm -rf pictures",
+        "rm -rf images",
     ):
         with pytest.raises((AssertionError, OptionError)):
             check_command(wrong)

@@ -171,7 +171,7 @@ def test_caches_are_looked_at_and_told_without_being_made(golden_model, images, 
     page = page_of(capsys, *words)
     assert row(page, "latents").startswith("3 of 4 are there and valid; to encode: 1 not there")
     assert row(page, "text").startswith("3 of 4 are there and valid; to encode: 1 of other captions")
-    assert row(page, "decoded") == "1; 0 can't be used"  # valid latents stand for their pictures
+    assert row(page, "decoded") == "1; 0 can't be used"  # valid latents stand for their images
 
 
 def test_without_caches_all_parts_are_in_every_step(golden_model, images, tmp_path, capsys):
@@ -239,7 +239,7 @@ def test_wrong_options_and_unreadable_images_end_a_dry_run_before_its_page(golde
     words = arguments(golden_model, images, tmp_path / "out")
     with pytest.raises(OptionError, match="did you mean 'learning_rate'"):
         sdxl_train_network.main([*words, "--dry_run", "--learning_rat", "1"])
-    (images / "2_shapes" / "picture0.png").write_bytes(b"no picture")
+    (images / "2_shapes" / "picture0.png").write_bytes(b"no image")
     words = arguments(tmp_path / "gone.safetensors", images, tmp_path / "out")
     with pytest.raises(OptionError) as error:
         sdxl_train_network.main([*words, "--dry_run"])

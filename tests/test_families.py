@@ -183,7 +183,7 @@ def seen(monkeypatch):
 
 
 def masks_of(images, folder):
-    """A mask for each picture, its left half white: as a picture's own alpha channel too."""
+    """A mask for each image, its left half white: as an image's own alpha channel too."""
     folder.mkdir()
     for path in sorted(images.rglob("*.png")):
         with Image.open(path) as image:
@@ -206,7 +206,7 @@ MEMORY, DISK = ["--cache_latents"], ["--cache_latents", "--cache_latents_to_disk
     *(pytest.param(*one, marks=pytest.mark.long) for one in (([*FOLDER, "--masked_loss"], MEMORY), (["--alpha_mask", "--flip_aug"], DISK))),
 ])  # fmt: skip
 def test_an_inpainting_model_paints_what_a_mask_marks_and_what_it_sees_may_be_cached(extra, cache, twins, images, seen, tmp_path, monkeypatch):  # fmt: skip
-    """From pictures and from a cache: the same losses. But for the posterior's noise, which is left out."""
+    """From images and from a cache: the same losses. But for the posterior's noise, which is left out."""
     monkeypatch.setattr(vae, "_encode", lambda model, images, noise, real=vae._encode: real(model, images, 0 * noise))
     masks_of(images, tmp_path / "masks")
     words = [str(tmp_path / "masks") if word == "MASKS" else word for word in extra]

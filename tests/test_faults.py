@@ -256,7 +256,7 @@ def test_a_missing_optimizer_package_is_told_before_caching(golden_model, images
 
 
 def poison(images: Path, name: str) -> None:
-    """Put latents that aren't finite into a picture's cache file, as a program without a check would."""
+    """Put latents that aren't finite into an image's cache file, as a program without a check would."""
     (path,) = images.rglob(f"{name}_*_sdxl.npz")
     arrays = dict(np.load(path))
     arrays["latents"][0, 0, 0] = np.inf

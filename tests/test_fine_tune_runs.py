@@ -146,7 +146,7 @@ def test_another_vae_is_part_of_the_saved_model_and_nothing_else_changes(model, 
 
 @pytest.mark.long
 def test_two_processes_equal_one_with_twice_the_accumulation(model, images, tmp_path):
-    """Pictures by --dataset_config; losses 1e-5, weights 1e-4."""
+    """Images by --dataset_config; losses 1e-5, weights 1e-4."""
     config = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": str(images / "2_shapes"), "num_repeats": 2}]}]}  # fmt: skip
     (tmp_path / "data.json").write_text(json.dumps(config), encoding="utf-8")
     quick = ["--dataset_config", tmp_path / "data.json", "--max_train_steps", "4"]

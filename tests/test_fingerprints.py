@@ -133,7 +133,7 @@ def test_fault_43_another_geometry_makes_the_latents_again(argv, tokens, images)
 
 
 def test_fault_43_the_same_bucket_by_another_resize_is_made_again(images):
-    """The shape alone doesn't tell: without upscaling a picture may come into a bucket of that size another way."""
+    """The shape alone doesn't tell: without upscaling an image may come into a bucket of that size another way."""
     (sample, *_) = samples_in(images)
     filled([sample])
     other = replace(sample, fit=sample.fit._replace(resized=sample.fit.resized._replace(width=999)))

@@ -1,4 +1,4 @@
-"""Pictures: header sizes, EXIF, odd modes, damage, resizing."""
+"""Images: header sizes, EXIF, odd modes, damage, resizing."""
 
 import io
 import zlib

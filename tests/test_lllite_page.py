@@ -1,4 +1,4 @@
-"""docs/lllite.md's commands, run one after the other on the tiny model: pictures, outlines, training, drawing."""
+"""docs/lllite.md's commands, run one after the other on the tiny model: images, outlines, training, drawing."""
 
 import shlex
 from pathlib import Path

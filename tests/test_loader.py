@@ -128,7 +128,7 @@ def test_skipped_steps_decode_nothing(images, monkeypatch):
 
 
 def test_cached_variants_are_drawn_and_captions_dropped_as_often_as_asked(images):
-    """--text_cache_variants: of each picture's drawn captions one per sample, the empty one by the dropout rate."""
+    """--text_cache_variants: of each image's drawn captions one per sample, the empty one by the dropout rate."""
     words = ["--shuffle_caption", "--caption_dropout_rate", 0.25, "--caption_dropout_every_n_epochs", 4]
     variants = CaptionVariants(3)
     batches, order = set_up(images, *words, latents=LatentsInMemory(), text=TextInMemory(variants))
@@ -192,7 +192,7 @@ def test_conditioning_images_come_with_their_images(images, tmp_path):
     samples = samples_of(datasets)
     batches = Batches(samples, None, None, seed=3, max_train_steps=10)
     for batch in loaded(batches, BatchSampler(group_samples(datasets, samples), seed=3), 8):
-        assert torch.equal(batch.conditioning, batch.images)  # here they are the pictures themselves
+        assert torch.equal(batch.conditioning, batch.images)  # here they are the images themselves
     without = [dataclasses.replace(sample, conditioning=None) if i % 2 else sample for i, sample in enumerate(samples)]
     mixed = Batches(without, None, None, seed=3, max_train_steps=10)
     for i, sample in enumerate(without):

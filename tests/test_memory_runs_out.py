@@ -92,14 +92,14 @@ def test_fault_64_a_validation_without_memory_is_left_out(golden_model, images, 
 
 def test_a_batch_in_parts_has_every_sample_at_its_place(golden_model, images, tmp_path, monkeypatch):
     seen = []
-    parts = Batch.parts
+    parts = Batch.split
 
     def noted(self, count):
         found = parts(self, 3)
         seen.append((self, found))
         return found
 
-    monkeypatch.setattr(Batch, "parts", noted)
+    monkeypatch.setattr(Batch, "split", noted)
     train_network(golden_model, images, tmp_path / "out", "--train_batch_size", "4", "--max_train_steps", "1", quick=QUICK)  # fmt: skip
     whole, found = seen[0]
     assert sum(map(len, found)) == len(whole) and found[0].position.first_sample_index == whole.position.first_sample_index

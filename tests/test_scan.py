@@ -41,7 +41,7 @@ def captions_of(datasets) -> dict[str, str]:
 
 def test_images_are_found_sorted_whatever_the_case_of_their_ending(tmp_path):
     make(tmp_path / "2_x", "b.PNG", "a.png", "c.Jpg")
-    (tmp_path / "2_x" / "notes.md").write_text("no picture")
+    (tmp_path / "2_x" / "notes.md").write_text("no image")
     (dataset,) = scanned(tmp_path)
     assert [sample.path.name for sample in dataset.samples] == ["a.png", "b.PNG", "c.Jpg"]
     assert dataset.num_samples == 6
@@ -84,7 +84,7 @@ def test_fault_34_all_captions_that_are_no_utf8_are_told_at_once(tmp_path):
 def test_fault_25_all_bad_headers_are_told_at_once_or_skipped(tmp_path):
     make(tmp_path / "1_cat", "good.png")
     (tmp_path / "1_cat" / "empty.png").write_bytes(b"")
-    (tmp_path / "1_cat" / "text.jpg").write_text("this is no picture")
+    (tmp_path / "1_cat" / "text.jpg").write_text("this is no image")
     with pytest.raises(OptionError) as error:
         scanned(tmp_path)
     assert all(piece in str(error.value) for piece in ("empty.png", "text.jpg", "not an image", "--skip_bad_images"))
@@ -221,7 +221,7 @@ def test_fault_48_a_folder_that_isnt_there_is_a_mistake(tmp_path):
 @pytest.mark.parametrize("size", [(6400, 64), (64, 6400), (16, 16), (3000, 3)])
 @pytest.mark.parametrize("extra", [[], ["--bucket_no_upscale"]])
 def test_fault_49_extreme_images_have_a_defined_result(size, extra, tmp_path):
-    """A bucket that the resized picture covers, or one sentence that names the picture."""
+    """A bucket that the resized image covers, or one sentence that names the image."""
     make(tmp_path / "1_x", "a.png", size=size)
     words = ["--enable_bucket", "--min_bucket_reso", 32, "--max_bucket_reso", 256, "--bucket_reso_steps", 32, *extra]
     try:
@@ -420,6 +420,8 @@ def test_the_signature_of_a_dataset_is_that_of_earlier_versions(tmp_path):
         arguments += ["--output_name", "x", "--pretrained_model_name_or_path", "model.safetensors"]
         options = read_options("test", sdxl_train.OPTIONS, arguments)
         datasets = scan(read_datasets(options)[0])
-        signature = run_signature(options, datasets, seed=0)
+        signature = run_signature(
+            {}, datasets, base_model="", latents_are_cached=False, text_is_cached=False
+        )
         facts.append(signature["files, sizes and captions"])
     assert facts == ["d64b8408bfc82ede", "ef1ae0c6bca8977a"]

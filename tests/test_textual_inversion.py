@@ -287,7 +287,7 @@ def test_pivotal_tuning_trains_both_and_saves_both(golden_model, images, tmp_pat
 
 
 def test_the_example_of_the_page_runs(golden_model, images, tmp_path, monkeypatch):
-    """As it is there, on small pictures and for a few steps."""
+    """As it is there, on small images and for a few steps."""
     import re
     import tomllib
 
@@ -320,7 +320,7 @@ def test_the_example_of_the_page_runs(golden_model, images, tmp_path, monkeypatc
 
 @pytest.mark.numeric
 def test_it_learns_the_image_better_than_random_words_do(tmp_path):
-    """By the loss of the one picture that it was trained on, at fixed noises."""
+    """By the loss of the one image that it was trained on, at fixed noises."""
     model, folder = tmp_path / "model.safetensors", tmp_path / "images" / "1_shape"
     make_tiny_sdxl.main(["--output", str(model)])
     make_images(folder, 1)

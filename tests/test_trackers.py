@@ -354,7 +354,7 @@ def test_the_real_wandb_keeps_a_run_offline_and_leaves_signals_and_command_line_
         assert [signal.getsignal(which) for which in signal.valid_signals()] == before
         sent.log({{"loss": 0.5}}, 2)
         sent.log({{"loss": 0.25}}, 1)
-        sent.pictures([("dark", np.ones((8, 8, 3), np.uint8)), ("tall", np.ones((16, 8, 3), np.uint8))], 2)
+        sent.images([("dark", np.ones((8, 8, 3), np.uint8)), ("tall", np.ones((16, 8, 3), np.uint8))], 2)
         sent.close()
         print("done")
     """

@@ -30,7 +30,7 @@ def test_scaling_is_its_own_inverse():
 
 
 class _Overflowing:
-    """A stand-in for a VAE whose first picture overflows in half precision."""
+    """A stand-in for a VAE whose first image overflows in half precision."""
 
     def __init__(self, real):
         self.real, self.dtype, self.device = real, torch.float16, torch.device("cpu")

@@ -16,15 +16,15 @@ from library.options import OptionGroup, option, read_options
 
 @dataclass(frozen=True)
 class BeforeAfterOptions(OptionGroup):
-    """The picture"""
+    """The image"""
 
     ckpt: str | None = option(None, "base model: a file, a Diffusers folder, or a hub id")
     network_weights: Path | None = option(None, "LoRA file")
     network_mul: float = option(1.0, "strength of the LoRA")
     prompt: str = option("", "what to draw")
     negative_prompt: str = option("", "what not to draw")
-    output: Path = option(Path("before_after.png"), "picture file to write")
-    width: int = option(1024, "width of each picture in pixels, a multiple of 32", at_least=32)
+    output: Path = option(Path("before_after.png"), "image file to write")
+    width: int = option(1024, "width of each image in pixels, a multiple of 32", at_least=32)
     height: int = option(1024, "height in pixels, a multiple of 32", at_least=32)
     steps: int = option(30, "denoising steps", at_least=1)
     scale: float = option(7.0, "how strongly the prompt counts")

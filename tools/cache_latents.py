@@ -1,4 +1,4 @@
-"""Encode the pictures of a dataset and keep their latents on disk, for training runs that use them.
+"""Encode the images of a dataset and keep their latents on disk, for training runs that use them.
 
 accelerate launch tools/cache_latents.py --config_file run.toml
 """

@@ -1,6 +1,6 @@
-"""Make a few captioned pictures of mixed sizes: coloured shapes on coloured grounds. For tests and a first try.
+"""Make a few captioned images of mixed sizes: coloured shapes on coloured grounds. For tests and a first try.
 
-python tools/make_tiny_dataset.py --output pictures
+python tools/make_tiny_dataset.py --output images
 """
 
 import sys
@@ -22,12 +22,12 @@ SIZES = ((128, 128), (160, 112), (96, 144), (200, 150), (150, 200), (256, 128))
 
 @dataclass(frozen=True)
 class DatasetOptions(OptionGroup):
-    """The pictures"""
+    """The images"""
 
-    output: Path = option(Path("pictures"), "folder to make; the pictures lie in its sub-folder N_shapes")
-    count: int = option(6, "how many pictures", at_least=1)
-    repeats: int = option(10, "N: how often each picture is shown in an epoch", at_least=1)
-    seed: int = option(0, "seed of shapes, colours and places")
+    output: Path = option(Path("pictures"), "folder to make; the images lie in its sub-folder N_shapes")
+    count: int = option(6, "how many images", at_least=1)
+    repeats: int = option(10, "N: how often each image is shown in an epoch", at_least=1)
+    seed: int = option(0, "seed of shapes, colors and places")
     caption_extension: str = option(".txt", "ending of the caption files")
 
 
@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     chosen = read_options(__doc__, [DatasetOptions], argv)[DatasetOptions]
     folder = chosen.output / f"{chosen.repeats}_shapes"
     make_images(folder, chosen.count, chosen.seed, chosen.caption_extension)
-    print(f"{folder}: {chosen.count} pictures with captions")
+    print(f"{folder}: {chosen.count} images with captions")
 
 
 def make_images(folder: Path, count: int, seed: int = 0, caption_extension: str = ".txt") -> list[Path]:
-    """Draw `count` pictures and write their captions beside them; returns the pictures' paths."""
+    """Draw `count` images and write their captions beside them; returns the images' paths."""
     import random
 
     from PIL import Image, ImageDraw

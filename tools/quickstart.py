@@ -1,9 +1,9 @@
-"""From nothing to a LoRA: make a tiny SDXL and pictures, train a LoRA, draw a picture without and with it.
+"""From nothing to a LoRA: make a tiny SDXL and images, train a LoRA, draw an image without and with it.
 
     make quickstart        (or: python tools/quickstart.py)
 
-Everything is made in ./quickstart. The model is random, so the pictures show patterns; what counts is that the loss falls
-and that the LoRA changes the picture.
+Everything is made in ./quickstart. The model is random, so the images show patterns; what counts is that the loss falls
+and that the LoRA changes the image.
 """
 
 import json
@@ -33,8 +33,8 @@ def main() -> None:
     fifth = len(losses) // 5
     first, last = (sum(part) / fifth for part in (losses[:fifth], losses[-fifth:]))
     print(f"\nThe loss fell from {first:.3f} to {last:.3f} (means of the first and last fifth of {len(losses)} steps).")
-    print(f"Your LoRA:   {lora}\nThe picture: {image}")
-    print("Train on your own: give sdxl_train_network.py your model and your pictures; README.md says how.")
+    print(f"Your LoRA:   {lora}\nThe image: {image}")
+    print("Train on your own: give sdxl_train_network.py your model and your images; README.md says how.")
 
 
 def call(script: str, *arguments: object) -> None:

@@ -1,6 +1,6 @@
-"""NoiseSchedule: how much of the picture is left at each timestep, for training and for drawing.
+"""NoiseSchedule: how much of the image is left at each timestep, for training and for drawing.
 
-T = 1000 timesteps; alpha_bar [T] is the share of the picture's variance, 1 - alpha_bar that of the noise's.
+T = 1000 timesteps; alpha_bar [T] is the share of the image's variance, 1 - alpha_bar that of the noise's.
 """
 
 from dataclasses import dataclass

@@ -153,18 +153,18 @@ class SdxlModels:
             change(self.vae)
 
     def _vae_in_float32(self) -> "AutoencoderKL":
-        """The VAE in float32, which takes the other's place: one picture that overflows is seldom alone."""
+        """The VAE in float32, which takes the other's place: one image that overflows is seldom alone."""
         self.__dict__["vae"] = self._load_vae(torch.float32)
         return self.vae
 
     def encode_images(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Raw latents of pictures (library/models/vae.py: encode)."""
+        """Raw latents of images (library/models/vae.py: encode)."""
         from library.models.vae import encode
 
         return encode(self.vae, images, noise, self._vae_in_float32)
 
     def decode_latents(self, raw: Tensor, *, black: float | None = None) -> Tensor:
-        """Pictures of raw latents (library/models/vae.py: decode)."""
+        """Images of raw latents (library/models/vae.py: decode)."""
         from library.models.vae import decode
 
         return decode(self.vae, raw, self._vae_in_float32, black=black)
@@ -176,7 +176,7 @@ class SdxlModels:
         dtype = self.precision.trained if part in self.trained else self.precision.compute
         kind = self.quantized.get(part)
         is_streamed = part == "unet" and self.swapped_blocks > 0
-        # The whole part may be larger than the device: before a layer is quantised, it stays in its file's pages.
+        # The whole part may be larger than the device: before a layer is quantized, it stays in its file's pages.
         device = torch.device("cpu") if kind is not None or is_streamed else self.device
         load_weights(module, tensors, dtype if kind is None else None, device, what=what, name_of=name_of)
         if self.change is not None:
@@ -309,7 +309,7 @@ def load_weights(
 
 
 def _see_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raises RunError where a file is damaged, or float16 can't hold its numbers: losses would tell it late, and blame pictures."""
+    """Raises RunError where a file is damaged, or float16 can't hold its numbers: losses would tell it late, and blame images."""
     names = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize > 1]
     if not names:
         return

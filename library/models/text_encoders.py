@@ -126,7 +126,7 @@ def encode(
 
     Args:
         encoder_1: may be an AbsentEncoder.
-        keep_markers: T = 77 n: each chunk keeps its begin and end marker, as when pictures are drawn from prompts.
+        keep_markers: T = 77 n: each chunk keeps its begin and end marker, as when images are drawn from prompts.
     """
     chunks = ids_1.shape[1]
     states_2, last = _run(clip_body(encoder_2), ids_2.flatten(0, 1))

@@ -53,7 +53,7 @@ def save_single_file(
     if path.suffix == ".safetensors":
         write_safetensors(path, tensors, metadata, dtype_of=_dtype_chooser(dtype))
     else:
-        stored = {  # in RAM: all are cast before the first is written, and a card may have no room for a second model
+        stored = {  # in RAM: all are cast before the first is written, and a GPU may have no room for a second model
             name: tensor.to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype)
             for name, tensor in tensors.items()
         }

@@ -1,8 +1,8 @@
-"""Streaming: some of the U-Net's blocks lie in RAM, and visit the card while something is computed with them (--blocks_to_swap).
+"""Streaming: some of the U-Net's blocks lie in RAM, and visit the GPU while something is computed with them (--blocks_to_swap).
 
 Blocks come ahead of their use: in a forward the next one, in backward the one before. With full checkpointing a block is
 computed again in backward, and its weights stay from then on until the next block's turn, so a step that is taken within
-backward changes them on the card; they go home changed.
+backward changes them on the GPU; they go home changed.
 """
 
 from collections.abc import Sequence
