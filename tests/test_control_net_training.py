@@ -228,7 +228,7 @@ def test_missing_conditions_are_told(golden_model, images, conditions, tmp_path)
     with pytest.raises(OptionError) as error:
         train(golden_model, images, conditions, tmp_path / "out")
     assert mentions(str(error.value), first.stem, conditions, "conditioning")
-    assert mentions(str(error.value), second, "30x300", "shape")
+    assert mentions(str(error.value), second, "30x300", "shape|aspect ratio")
 
 
 def test_a_file_of_other_sizes_or_another_kind_is_told(golden_model, images, conditions, tmp_path):
