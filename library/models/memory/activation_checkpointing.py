@@ -1,13 +1,13 @@
-"""Checkpointing: how the U-Net's activations wait for backward: kept, computed again, or in another memory.
+"""Activation checkpointing: how the U-Net's activations are kept for backward: in VRAM, recomputed, or offloaded to RAM.
 
-    policy      keeps                                       computes again             (--checkpoint_policy)
+    policy      keeps                                       recomputes                 (--checkpoint_policy)
     None        everything                                  nothing
-    selective   what matrix products and attention give     norms, SiLU, GEGLU's product
-    full        the inputs of residual and transformer      everything within them
+    selective   outputs of matrix products and attention    norms, SiLU, GEGLU's product
+    full        the inputs of residual and transformer      everything inside them
                 blocks
 
-With `home`, what is kept leaves the device until backward wants it (--cpu_offload_checkpointing). All of these give the same
-numbers to the bit: the same kernels run again on the same inputs.
+With `home`, kept tensors leave the device until backward needs them (--cpu_offload_checkpointing). The results are
+bit-equal: the same kernels run again on the same inputs.
 
 Source: Chen et al. 2016, arXiv:1604.06174 (full); Korthikanti et al. 2022, arXiv:2205.05198 (selective).
 """
@@ -26,12 +26,17 @@ from torch.utils.checkpoint import checkpoint
 from library.models.memory.block_swap import BlockSwapper
 from library.offload import OffloadStream, PendingCopy
 
-_LEAST_BYTES = 1 << 20  # smaller ones stay: moving them costs more than it frees
+_LEAST_BYTES = 1 << 20  # smaller tensors stay: moving them costs more than it frees
 
 
 @dataclass(frozen=True)
 class ActivationPolicy:
-    """What is done with activations. Args: policy: None, "selective" or "full". home: where they wait; None: on the device."""
+    """What happens to activations between forward and backward.
+
+    Attributes:
+        policy: None, "selective" or "full".
+        home: the device that they are offloaded to; None: they stay.
+    """
 
     policy: str | None = None
     home: torch.device | None = None
@@ -41,27 +46,32 @@ KEPT = ActivationPolicy()
 
 
 class ActivationStore:
-    """What autograd saves during a U-Net's forward goes through here; its blocks run through here.
+    """Runs the U-Net's blocks, and handles what autograd saves during its forward.
 
     Attributes:
-        streamer: of blocks that aren't on the device all the time.
+        streamer: swaps the blocks that aren't always on the device.
     """
 
     def __init__(self, how: ActivationPolicy, cheap: Iterable[nn.Module]):
-        """Args: cheap: modules whose results are rather computed again than kept, with "selective"."""
+        """Prepare the policy.
+
+        Args:
+            how: the policy.
+            cheap: modules whose outputs are recomputed with "selective".
+        """
         self.how = how
         self._again: MutableMapping[Any, _Recomputed] = WeakKeyDictionary()  # by the storage that the result has
         self._away: MutableMapping[Any, tuple[object, _Offloaded]] = (
             WeakKeyDictionary()
         )  # by storage, with the layout in it
         self.streamer: BlockSwapper | None = None
-        self._lane: OffloadStream | None = None
+        self._stream: OffloadStream | None = None
         self._last: ref[_Offloaded] | None = None
         for module in cheap if how.policy == "selective" else ():
             module.register_forward_hook(self._note)
 
     def run(self, block: nn.Module, *arguments: Any) -> Tensor:
-        """block(*arguments), to be computed again in backward with the policy "full"."""
+        """Return block(*arguments); with the policy "full", backward computes it again."""
         if self.how.policy == "full" and torch.is_grad_enabled():
             return checkpoint(self._compute, block, *arguments, use_reentrant=False)
         return self._compute(block, *arguments)
@@ -71,18 +81,18 @@ class ActivationStore:
 
     @contextmanager
     def saved(self, device: torch.device) -> Iterator[None]:
-        """Around a forward on this device."""
+        """Context manager around a forward pass on this device."""
         if not torch.is_grad_enabled() or (self.how.policy != "selective" and self.how.home is None):
             yield
             return
-        if self.how.home is not None and (self._lane is None or self._lane.device != device):
-            self._lane = OffloadStream(self.how.home, device)
+        if self.how.home is not None and (self._stream is None or self._stream.device != device):
+            self._stream = OffloadStream(self.how.home, device)
         self._last = None
         with saved_tensors_hooks(self._pack, _unpack):
             yield
 
     def _note(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """A cheap result has been computed: whoever saves it needn't keep it."""
+        """Note the output of a cheap module, which is recomputed instead of saved."""
         if torch.is_grad_enabled() and output.requires_grad:
             self._again[output.untyped_storage()] = _Recomputed(
                 module.forward, [self._pack(tensor) for tensor in inputs]
@@ -95,11 +105,11 @@ class ActivationStore:
         if (again := self._again.get(storage)) is not None:
             return _Saved(again, layout)
         is_weight = isinstance(tensor._base, nn.Parameter)
-        if self._lane is None or is_weight or tensor.device != self._lane.device or tensor.nbytes < _LEAST_BYTES:
-            return tensor.detach()  # the tensor itself would keep the node alive whose result it is
+        if self._stream is None or is_weight or tensor.device != self._stream.device or tensor.nbytes < _LEAST_BYTES:
+            return tensor.detach()  # the tensor itself would keep its autograd node alive
         known, away = self._away.get(storage, (None, None))
         if away is None or known != layout:
-            away = _Offloaded(self._lane, tensor, self._last)
+            away = _Offloaded(self._stream, tensor, self._last)
             self._away[storage], self._last = (layout, away), ref(away)
         return _Saved(away)
 
@@ -113,7 +123,7 @@ def _unpack(kept: "Tensor | _Saved") -> Tensor:
 
 
 class _Absent:
-    """A tensor that isn't there until backward asks for it, and then until the last one who saved it has asked."""
+    """A saved tensor that doesn't exist until backward needs it, and then until its last use."""
 
     def __init__(self) -> None:
         self.waiting = 0
@@ -130,7 +140,7 @@ class _Absent:
 
 
 class _Recomputed(_Absent):
-    """A result that is computed again."""
+    """An output that is recomputed."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: "Sequence[Tensor | _Saved]"):
         super().__init__()
@@ -142,22 +152,22 @@ class _Recomputed(_Absent):
 
 
 class _Offloaded(_Absent):
-    """A tensor that waits at home. When it is asked for, the one that left before it begins to come back too."""
+    """A tensor in RAM. When it is needed, the copy of the tensor offloaded before it is started too."""
 
-    def __init__(self, lane: OffloadStream, tensor: Tensor, before: "ref[_Offloaded] | None"):
+    def __init__(self, stream: OffloadStream, tensor: Tensor, before: "ref[_Offloaded] | None"):
         super().__init__()
-        self._lane, self._before = lane, before
-        # The stretch of memory that it lies in, so that it comes back in the same layout: kernels go by that.
+        self._stream, self._before = stream, before
+        # The stretch of memory that it occupies, so that it returns with the same layout, which selects kernels.
         self._shape, self._stride = tensor.shape, tensor.stride()
         reach = 1 + sum((size - 1) * step for size, step in zip(self._shape, self._stride, strict=True))
         stretch = tensor.detach().as_strided((reach,), (1,))
-        self._place = lane.empty_on_cpu(stretch)
-        lane.offload(stretch, self._place)
+        self._place = stream.empty_on_cpu(stretch)
+        stream.offload(stretch, self._place)
         self._coming: PendingCopy | None = None
 
     def come(self) -> PendingCopy:
         if self._coming is None:
-            self._coming = self._lane.fetch(self._place)
+            self._coming = self._stream.fetch(self._place)
         return self._coming
 
     def _bring(self) -> Tensor:
@@ -169,7 +179,7 @@ class _Offloaded(_Absent):
 
 
 class _Saved:
-    """A place in which autograd has saved an absent tensor, or a view of it."""
+    """What autograd saves instead of an absent tensor, or of a view of it."""
 
     def __init__(self, absent: _Absent, layout: tuple[Any, ...] | None = None):
         self._absent, self._layout = absent, layout
