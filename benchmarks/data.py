@@ -142,11 +142,11 @@ def caching(top: Path) -> list[Row]:
     def stub(images: Tensor, noise: Tensor) -> Tensor:
         return noise
 
-    seconds = median_seconds(lambda: fill_latents(samples, LatentsOnDiskAnew(top), stub, 4), times=3)
+    seconds = median_seconds(lambda: fill_latents(samples, UncheckedLatentsOnDisk(top), stub, 4), times=3)
     return [("latents of 1024 x 1024 images, VAE stubbed", "40 / s", f"{len(samples) / seconds:.0f} / s")]
 
 
-class LatentsOnDiskAnew(LatentsOnDisk):
+class UncheckedLatentsOnDisk(LatentsOnDisk):
     """A cache that takes nothing for valid, so that everything is made again."""
 
     def __init__(self, top: Path):

@@ -1,4 +1,4 @@
-"""What a step of the five bars takes on a GPU, beside what is estimated; SDXL base, one image of 1024x1024, made-up numbers.
+"""What a step of the five bars takes on a GPU, compared with the estimate; SDXL base, one image of 1024x1024, random values.
 
     python benchmarks/memory.py --model sdxl_random_fp16.safetensors    (benchmarks/make_full_size.py makes it)
 

@@ -3,7 +3,7 @@
     python benchmarks/startup.py                                     without the full-size model
     python benchmarks/startup.py --model sdxl_random_fp16.safetensors (benchmarks/make_full_size.py makes it)
 
-Each row is the median of paired runs: ours and its yardstick in turn, so that a machine whose speed drifts is no matter.
+Each row is the median of paired runs: ours and its yardstick in turn, so that a drift of the machine's speed doesn't matter.
 """
 
 import json

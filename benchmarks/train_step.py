@@ -1,11 +1,11 @@
-"""How long one training step of SDXL's U-Net takes, and how much memory: ours beside Diffusers with peft under autocast.
+"""How long one training step of SDXL's U-Net takes, and how much memory: ours and Diffusers with peft under autocast.
 
     python benchmarks/train_step.py                                     LoRA of rank 16 at batch 1, 4, 8, 16, checkpointing off and on
     python benchmarks/train_step.py --train full                        the U-Net itself
     python benchmarks/train_step.py --resolution 256 --batch_sizes 1 --checkpointing off --steps 3      on a CPU
 
 Weights are random, text and latents ready. Ours and the baseline live in processes of their own and step in turn, so that a
-machine whose speed drifts is no matter; a ratio above 1 means that ours is faster. FLOPs are counted (2 a multiply-add), and the
+drift of the machine's speed doesn't matter; a ratio above 1 means that ours is faster. FLOPs are counted (2 a multiply-add), and the
 machine's limit is what one large matrix product reaches.
 """
 
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw(bars: list[Bar], file: str) -> None:
-    """Seconds per step and memory of each contender, one beside the other."""
+    """Seconds per step and memory of each contender, measured in turn."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -219,7 +219,7 @@ def serve(setup: Setup, pipe: Connection) -> None:
 
 
 def training(setup: Setup, device: Any) -> Iterator[Taken]:
-    """Train for ever, telling what each step took."""
+    """Train forever, and report what each step took."""
     import torch
 
     forward, parameters = build(setup, device)

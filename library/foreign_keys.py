@@ -1,7 +1,7 @@
-"""Keys that real config files carry though the script they are given to has no such option: what each one is.
+"""Keys of config files that the script at hand doesn't have, but that are known: what each one is.
 
-One file often serves several scripts, and GUIs write their own keys beside the options; such a key gets a warning,
-where an unknown key close to an option is a mistake. What the script at hand does know is never looked up here.
+One file often serves several scripts, and GUIs write keys of their own into it. Such a key gives a warning, whereas an unknown
+key that is close to an option is a mistake. Keys of the script at hand are never looked up here.
 """
 
 import importlib

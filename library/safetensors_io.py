@@ -197,13 +197,15 @@ def write_safetensors(
     *,
     dtype_of: Callable[[str, "Tensor"], "str | None"] | None = None,
 ) -> None:
-    """Write `tensors` so that `path` is at any moment either what it was or whole; one tensor in memory beside the model.
+    """Write tensors so that `path` is at any moment the old file or the complete new one, with one further tensor in memory.
 
     Args:
         dtype_of: gives the torch dtype name in which a tensor is stored; None keeps the tensor's own.
 
-    The file is written beside its place under a temporary name, flushed to the disk, read back and compared, then moved.
-    Raises RunError with the path if the disk refuses; what was there before stays.
+    The file is written to the same folder under a temporary name, flushed to the disk, read back and compared, then renamed.
+
+    Raises:
+        RunError: the disk refuses; the old file stays.
     """
     plan = _plan(tensors, dtype_of)
     header = _encode_header(plan, storable_metadata(tensors, metadata))
@@ -300,7 +302,7 @@ def data_hash(path: Path) -> str:
 
 
 def file_hashes(path: Path) -> tuple[str, str]:
-    """sha256 of the whole file, and the first 8 hex digits of the sha256 of 64 KiB at 1 MiB."""
+    """Return the sha256 of the file, and the first 8 hex digits of the sha256 of 64 KiB at 1 MiB."""
     whole = hashlib.sha256()
     with open(path, "rb") as file:
         file.seek(_LEGACY_START)

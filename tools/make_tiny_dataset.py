@@ -24,7 +24,7 @@ SIZES = ((128, 128), (160, 112), (96, 144), (200, 150), (150, 200), (256, 128))
 class DatasetOptions(OptionGroup):
     """The images"""
 
-    output: Path = option(Path("pictures"), "folder to make; the images lie in its sub-folder N_shapes")
+    output: Path = option(Path("pictures"), "folder to make; the images are written to its sub-folder N_shapes")
     count: int = option(6, "how many images", at_least=1)
     repeats: int = option(10, "N: how often each image is shown in an epoch", at_least=1)
     seed: int = option(0, "seed of shapes, colors and places")
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_images(folder: Path, count: int, seed: int = 0, caption_extension: str = ".txt") -> list[Path]:
-    """Draw `count` images and write their captions beside them; returns the images' paths."""
+    """Write `count` images and their captions, and return the images' paths."""
     import random
 
     from PIL import Image, ImageDraw

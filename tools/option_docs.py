@@ -46,12 +46,12 @@ PAGE = ROOT / "docs" / "options.md"
 
 _HEAD = """# Options
 
-Made by `make docs` from what the scripts declare; each script's `--help` tells the same. What they do together is in
+Made by `make docs` from what the scripts declare; each script's `--help` prints the same. What they do together is in
 [training.md](training.md) and [dataset.md](dataset.md).
 
 An option is given on the command line (`--name value`, a switch as `--name`, a list as several words) or, where a script has `--config_file`, as
 `name = value` in that TOML file; section names there only group. The command line wins over the file, the file over the default. In the file
-`""`, `[]` and, for what is no switch, `false` say "not set". A "–" as default means that nothing is set.
+`""`, `[]` and, for options that aren't switches, `false` mean "not set". A "–" as default means that nothing is set.
 
 Where a value counts steps or is a share of them, `30` is 30 steps and `0.1` or `"10%"` a tenth of all.
 """
@@ -146,7 +146,7 @@ def declared_by(script: str) -> Declared:
 
 
 def page() -> str:
-    """The whole page. A group that several scripts have stands once, behind the scripts."""
+    """Return the page. A group of several scripts is described once, after the scripts."""
     scripts = [declared_by(script) for script in SCRIPTS]
     users: dict[type[OptionGroup], list[str]] = {}
     for declared in scripts:
@@ -160,8 +160,8 @@ def page() -> str:
         refused = {other.script: other.refused for other in before}
         lines += _by_reason("Refused: these end the run before it starts.", declared.refused, refused)
         unused = {other.script: other.unused for other in before}
-        told = {name for other in before for name in other.names} | {name for other in after for name in other.specs}
-        lines += _by_reason("Without effect: these change nothing, which is told.", declared.unused, unused, told)
+        listed = {name for other in before for name in other.names} | {name for other in after for name in other.specs}
+        lines += _by_reason("Without effect: these change nothing, and give a notice.", declared.unused, unused, listed)
     lines += ["", "## Groups of several scripts"]
     for group in shared:
         lines += _group(group)
@@ -199,13 +199,13 @@ def _summary(declared: Declared) -> str:
 
 
 def _by_reason(
-    head: str, reasons: Mapping[str, str], before: Mapping[str, Mapping[str, str]], told: Iterable[str] = ()
+    head: str, reasons: Mapping[str, str], before: Mapping[str, Mapping[str, str]], listed: Iterable[str] = ()
 ) -> Iterator[str]:
     """Options with one reason in one line.
 
     Args:
         before: the same of the scripts above; where one is equal, a link to it is enough.
-        told: names that are on the page already, and needn't be listed again.
+        listed: names that are on the page already, and needn't be listed again.
     """
     if not reasons:
         return
@@ -217,7 +217,7 @@ def _by_reason(
         names.setdefault(reason, []).append(name)
     yield from ("", head, "")
     for reason, members in names.items():
-        own = [f"`{name}`" for name in sorted(set(members) - set(told))]
+        own = [f"`{name}`" for name in sorted(set(members) - set(listed))]
         others = ["options of other scripts on this page"] if len(own) < len(members) else []
         yield f"- {', '.join([*own, *others])}: {_marked(reason)}"
 
@@ -243,7 +243,7 @@ _KINDS = {
 
 
 def _value(spec: Spec) -> str:
-    """What the option takes: its type or choices, its range, and what stands for "not set"."""
+    """What the option takes: its type or choices, its range, and what means "not set"."""
     rules = spec.rules
     if rules["choices"] is not None:
         value = " ".join(f"`{choice}`" for choice in rules["choices"])

@@ -1,4 +1,4 @@
-"""From nothing to a LoRA: make a tiny SDXL and images, train a LoRA, draw an image without and with it.
+"""From nothing to a LoRA: make a tiny SDXL and images, train a LoRA, and generate an image without and with it.
 
     make quickstart        (or: python tools/quickstart.py)
 

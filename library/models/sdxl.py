@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from library.models.tokenizer import Tokenizer
 
 
-_TOLD_CUT = 5
+_MAX_CUT_WARNINGS = 5
 _LOADED = ("unet", "vae", "text_encoders", "_outlines", "tokenizers")
 
 
@@ -38,7 +38,7 @@ class WeightPatch(Protocol):
     """What is done to weights when they are loaded."""
 
     def text_identity(self) -> str:
-        """What tells text encoders that are changed so from others; "" if they aren't changed."""
+        """Return what identifies the changed text encoders; "" if they aren't changed."""
         ...
 
     def apply(self, part: str, module: Any) -> None:
@@ -225,7 +225,7 @@ class SdxlModels:
         from library.models import tokenizer as tokens
 
         one, two = (tokens.encode(tokenizer, texts, num_tokens, weighted=weighted) for tokenizer in self.tokenizers)
-        self._tell_cut(one.cut, num_tokens)
+        self._warn_cut(one.cut, num_tokens)
         ids_one, ids_two = (to_device(part.ids, self.device) for part in (one, two))
         encoded = text_encoders.encode(ids_one, ids_two, *self.text_encoders)
         return (
@@ -234,16 +234,16 @@ class SdxlModels:
             else encoded
         )
 
-    def _tell_cut(self, cut: Sequence[tuple[str, str]], num_tokens: int) -> None:
-        """Captions that are longer than the encoders read, each once, and a few only."""
+    def _warn_cut(self, cut: Sequence[tuple[str, str]], num_tokens: int) -> None:
+        """Log captions that exceed the token limit, each once, and only a few."""
         for text, end in cut:
-            if text in self._cut or len(self._cut) > _TOLD_CUT:
+            if text in self._cut or len(self._cut) > _MAX_CUT_WARNINGS:
                 continue
             self._cut.add(text)
-            if len(self._cut) <= _TOLD_CUT:
-                log.warning("a caption has more than %d tokens (--max_token_length); left out: %r", num_tokens, end)
+            if len(self._cut) <= _MAX_CUT_WARNINGS:
+                log.warning("caption exceeds %d tokens (--max_token_length); truncated: %r", num_tokens, end)
             else:
-                log.warning("more captions are too long; --debug_dataset lists them all")
+                log.warning("more captions are too long; --debug_dataset lists all of them")
 
     def release(self, *names: str) -> None:
         """Forget loaded modules ("vae", "text_encoders"): their memory is free, and asking again loads them again."""
@@ -274,7 +274,7 @@ def load_weights(
 ) -> None:
     """Give a module that was built on the meta device its weights, tensor by tensor, and freeze it in eval mode.
 
-    A tensor that needs neither cast nor move is used as it lies in its file's pages; on a device, casts happen there.
+    A tensor that needs neither a cast nor a move uses the memory map of its file. On a GPU, casts happen there.
 
     Args:
         dtype: None: each tensor's own.
@@ -291,12 +291,12 @@ def load_weights(
         ],
     }
     if any(problems.values()):
-        told = "; ".join(
+        details = "; ".join(
             f"{len(names)} {kind} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
             for kind, names in problems.items()
             if names
         )
-        raise RunError(f"{what}: its tensors don't fit an SDXL model: {told}")
+        raise RunError(f"{what}: its tensors don't fit an SDXL model: {details}")
     placed = {own: _placed(tensors[name], dtype or tensors[name].dtype, device) for name, (own, _) in wanted.items()}
     _see_finite(placed, what)
     module.load_state_dict(placed, assign=True)
@@ -309,7 +309,7 @@ def load_weights(
 
 
 def _see_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raises RunError where a file is damaged, or float16 can't hold its numbers: losses would tell it late, and blame images."""
+    """Raise RunError for NaN and Inf, from a damaged file or values beyond float16: the loss would show them late, and blame images."""
     names = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize > 1]
     if not names:
         return

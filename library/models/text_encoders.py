@@ -145,7 +145,7 @@ def clip_body(encoder: Any) -> Any:
 
 
 def _run(body: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The input of the last layer and the output behind the final norm, [B * n, 77, C] each."""
+    """Return the input of the last layer and the output of the final norm, [B * n, 77, C] each."""
     seen: list[Tensor] = []
     hook = body.encoder.layers[-1].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
     try:

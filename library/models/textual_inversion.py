@@ -1,7 +1,7 @@
-"""New tokens: words that the tokenizers don't know, whose embeddings are parameters of their own.
+"""Placeholder tokens: tokens that the tokenizers don't have, whose embeddings are parameters of their own.
 
-The rows stand behind the encoders' frozen tables and are put in their place in the embedding's forward, so nothing else can
-change, whatever the optimizer does. Source: Gal et al. 2022, arXiv:2208.01618.
+The rows are appended to the encoders' frozen tables in the embedding's forward, so nothing else can change, whatever the
+optimizer does. Source: Gal et al. 2022, arXiv:2208.01618.
 
 Shapes: n vectors of one token, C the encoder's width (768 and 1280).
 """
@@ -19,7 +19,7 @@ from library.models.tokenizer import Tokenizer
 
 
 class ExtendedEmbedding(nn.Module):
-    """An embedding table with rows behind it: ids from `first` on are theirs. Of several new words, one table lies on the other."""
+    """An embedding table with appended rows, for ids from `first` on. Several placeholder tokens nest their tables."""
 
     def __init__(self, table: "nn.Embedding | ExtendedEmbedding", rows: Tensor, first: int):
         super().__init__()
@@ -29,11 +29,11 @@ class ExtendedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The rows of the known words."""
+        """The rows of the vocabulary."""
         return self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[...] -> [..., C], in the table's dtype."""
+        """Return the embeddings of ids [...]: [..., C], in the table's dtype."""
         is_new = ids >= self.first
         known: Tensor = self.table(ids.masked_fill(is_new, 0))
         new = F.embedding((ids - self.first).clamp(min=0), self.rows).to(known.dtype)
@@ -45,10 +45,20 @@ class TokenExistsError(OptionError):
 
 
 class PlaceholderToken:
-    """One new word of n vectors, known to both tokenizers and encoders of a model: where it stands in a text, all of them do."""
+    """A placeholder token of n vectors, added to both tokenizers and encoders of a model; in a text it means all of them."""
 
     def __init__(self, tokenizers: Sequence[Tokenizer], encoders: Sequence[Any], word: str, rows: Sequence[Tensor]):
-        """Args: rows: the first values, [n, C] of each encoder. Raises KnownWord."""
+        """Add the token.
+
+        Args:
+            tokenizers: the tokenizers of the model.
+            encoders: its text encoders.
+            word: the token.
+            rows: the initial vectors, [n, C] for each encoder.
+
+        Raises:
+            TokenExistsError: a tokenizer has the token already.
+        """
         count = len(rows[0])
         self.word = word
         words = [word, *(f"{word}{i}" for i in range(1, count))]

@@ -38,7 +38,10 @@ _CACHE_FOLDERS = ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion
 class Tokenizer:
     """Text to ids for one encoder.
 
-    Attributes: expansions: ids that stand for several, as the first vector of a new word does for all of them.
+    Attributes:
+        clip: the tokenizer of transformers.
+        pad: the id of padding.
+        expansions: ids that mean several ids, such as the first vector of a placeholder token.
     """
 
     def __init__(self, clip: "CLIPTokenizer", pad: int):
@@ -47,7 +50,7 @@ class Tokenizer:
         self.expansions: dict[int, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text, without markers, not cut to any length.
+        """Return the ids of a text, without markers, not truncated.
 
         A special or added token within the text becomes its own id; each piece between them is cleaned by ftfy, as the
         original tokenizer did and transformers 5 doesn't.
@@ -61,7 +64,7 @@ class Tokenizer:
         return [own for one in found for own in self.expansions.get(one, [one])]
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of ids, as near as tokens tell it."""
+        """Return the text of ids, as closely as tokens preserve it."""
         return self.clip.decode(list(ids)).strip()
 
 
@@ -99,7 +102,7 @@ def encode(
 
 
 def chunks_of(ids: list[int], pad: int, count: int) -> list[list[int]]:
-    """[count, 77]: every chunk has a begin marker; an end marker stands behind the text, and last in a full chunk."""
+    """Return [count, 77]: every chunk has a begin marker; an end marker follows the text, and ends a full chunk."""
     row = [BEGIN, *ids, END]
     row += [pad] * (count * CHUNK_TOKENS + 2 - len(row))
     chunks = []

@@ -183,7 +183,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each behind a norm and around a skip."""
+    """Self-attention, cross-attention to the text, feed-forward; each after a norm and with a skip connection."""
 
     def __init__(self, channels: int, context_channels: int, attention: AttentionFunction):
         super().__init__()

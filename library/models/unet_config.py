@@ -12,12 +12,12 @@ from typing import NamedTuple
 Shapes = Mapping[str, tuple[int, ...]]
 
 NUM_LR_BLOCKS = 23  # learning rate blocks of the U-Net, as library/models/unet.py: block_of numbers them
-HEAD_CHANNELS = 64  # attention: channels per head; no shape tells it, and no SDXL has another
+HEAD_CHANNELS = 64  # attention: channels per head; no shape shows it, and every SDXL has this number
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = (
     6.0,
     2.5,
-)  # what the refiner is told of prompts and negative prompts (Diffusers)
-SIZE_CHANNELS = 256  # the vector: each of its size numbers has this many channels (models/conditioning.py)
+)  # the refiner's scores for prompts and negative prompts (Diffusers)
+SIZE_CHANNELS = 256  # channels of the embedding of each size (models/size_conditioning.py)
 
 
 class BlockPlan(NamedTuple):

@@ -1,8 +1,8 @@
-"""Checkpoint: an SDXL model on disk, opened, identified, and read part by part.
+"""Checkpoint: an SDXL model on disk, opened, identified, and read component by component.
 
 Single files (.safetensors; .ckpt and other pickles by torch's weights_only loader), Diffusers folders and hub ids.
-Opening reads headers only, and imports torch for pickles alone, so a wrong file is told at once. The files stay open:
-replacing one on disk can't change what a later save takes over from it.
+Opening reads headers only, and imports torch for pickles only, so a wrong file is reported at once. The files stay open:
+replacing one on disk can't change what a later save copies from it.
 """
 
 import json

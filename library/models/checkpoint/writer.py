@@ -1,7 +1,7 @@
 """Saving an SDXL model: as a single file, or as a Diffusers folder.
 
-What was not trained is taken from the checkpoint it came from, byte for byte; what was is taken from the live modules. One
-tensor at a time is in memory beside the model; of a .ckpt all. Contract: formats.md section 5.
+Frozen tensors are copied from their checkpoint byte for byte; trained tensors are those of the live modules. In addition to the
+model, one tensor at a time is in memory; for a .ckpt all of them. Contract: formats.md section 5.
 """
 
 import json
