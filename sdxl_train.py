@@ -7,7 +7,13 @@ from library.data.dataset_config import DatasetDefinition
 from library.errors import run
 from library.log import start_logging
 from library.options import read_options
-from library.training.options.compatibility import COMMON_TRAINING, NO_EFFECT, UNSUPPORTED, check_pairs, check_training
+from library.training.options.compatibility import (
+    COMMON_TRAINING,
+    NO_EFFECT,
+    UNSUPPORTED,
+    check_pairs,
+    check_training,
+)
 from library.training.options.tasks import FineTuneOptions, check_fine_tune
 
 OPTIONS = [FineTuneOptions, *COMMON_TRAINING]

@@ -10,7 +10,13 @@ from library.data.dataset_config import DatasetDefinition
 from library.errors import OptionError, run
 from library.log import start_logging
 from library.options import read_options
-from library.training.options.compatibility import COMMON_TRAINING, NO_EFFECT, UNSUPPORTED, check_pairs, check_training
+from library.training.options.compatibility import (
+    COMMON_TRAINING,
+    NO_EFFECT,
+    UNSUPPORTED,
+    check_pairs,
+    check_training,
+)
 from library.training.options.output import SavingOptions, is_plain_name
 from library.training.options.tasks import EmbeddingOptions, check_embedding
 from library.training.tasks.token_captions import with_token
@@ -38,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from library.training.setup.inputs import inspect_inputs
 
-    templates = partial(with_token, word=word, objects=chosen.use_object_template, styles=chosen.use_style_template)
+    templates = partial(
+        with_token, word=word, objects=chosen.use_object_template, styles=chosen.use_style_template
+    )
     inputs = inspect_inputs(options, datasets, templates)
     from library.training.main import run_training
     from library.training.tasks.embedding import EmbeddingTask

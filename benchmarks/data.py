@@ -55,7 +55,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         top = Path(folder)
         os.environ["XDG_CACHE_HOME"] = str(top / "user")
-        rows = [*scanning(top), *caching(top), *reading(top), *text(), *real_vae(top), a_million_rows(top)]
+        rows = [
+            *scanning(top),
+            *caching(top),
+            *reading(top),
+            *text(),
+            *real_vae(top),
+            a_million_rows(top),
+        ]
     print("| what | limit | measured |\n|---|---|---|")
     for what, limit, measured in rows:
         print(f"| {what} | {limit} | {measured} |")
@@ -73,7 +80,9 @@ def median_seconds(function: Callable[[], object], times: int = 5) -> float:
     return statistics.median(found)
 
 
-def scanned(folder: Path, known: FileIndex, *words: object, resolution: int = 1024) -> list[Dataset]:
+def scanned(
+    folder: Path, known: FileIndex, *words: object, resolution: int = 1024
+) -> list[Dataset]:
     argv = [
         "--train_data_dir",
         folder,
@@ -88,7 +97,9 @@ def scanned(folder: Path, known: FileIndex, *words: object, resolution: int = 10
     return scan(read_datasets(options)[0], known)
 
 
-def make_images(folder: Path, count: int, draw: np.random.Generator, *, side: int | None = None) -> None:
+def make_images(
+    folder: Path, count: int, draw: np.random.Generator, *, side: int | None = None
+) -> None:
     """Photograph-like images: noise, enlarged; half of them JPEG, half PNG."""
     folder.mkdir(parents=True)
 
@@ -97,8 +108,12 @@ def make_images(folder: Path, count: int, draw: np.random.Generator, *, side: in
         size = (side, side) if side else tuple(map(int, own.integers(512, 1600, 2)))
         small = Image.fromarray(own.integers(0, 255, (24, 24, 3), dtype=np.uint8))
         path = folder / f"{i:05d}.{'jpg' if i % 2 else 'png'}"
-        small.resize(size, Image.Resampling.BICUBIC).save(path, **({"quality": 90} if i % 2 else {"compress_level": 1}))
-        path.with_suffix(".txt").write_text(f"an image, number {i}, of noise, soft, in colors", encoding="utf-8")
+        small.resize(size, Image.Resampling.BICUBIC).save(
+            path, **({"quality": 90} if i % 2 else {"compress_level": 1})
+        )
+        path.with_suffix(".txt").write_text(
+            f"an image, number {i}, of noise, soft, in colors", encoding="utf-8"
+        )
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(make, range(count), draw.integers(0, 2**32, count).tolist()))
@@ -114,7 +129,9 @@ def scanning(top: Path) -> list[Row]:
     known.save()
     from_index = median_seconds(lambda: scanned(top / "many", FileIndex()))
     samples = samples_of(scanned(top / "many", FileIndex()))
-    common = [sample for sample in samples if sample.fit.bucket in _most_common_buckets(samples, 25)]
+    common = [
+        sample for sample in samples if sample.fit.bucket in _most_common_buckets(samples, 25)
+    ]
     repeated = (common * (IMAGES // len(common) + 1))[:IMAGES]
     return [
         ("scan of 1,000 images with captions", "0.08 s", f"{fresh * 1000 / IMAGES:.3f} s"),
@@ -128,7 +145,9 @@ def scanning(top: Path) -> list[Row]:
 
 
 def _most_common_buckets(samples: Sequence[Sample], count: int) -> set:
-    return {bucket for bucket, _ in Counter(sample.fit.bucket for sample in samples).most_common(count)}
+    return {
+        bucket for bucket, _ in Counter(sample.fit.bucket for sample in samples).most_common(count)
+    }
 
 
 def samples_of(datasets: Sequence[Dataset]) -> list[Sample]:
@@ -142,8 +161,16 @@ def caching(top: Path) -> list[Row]:
     def stub(images: Tensor, noise: Tensor) -> Tensor:
         return noise
 
-    seconds = median_seconds(lambda: fill_latents(samples, UncheckedLatentsOnDisk(top), stub, 4), times=3)
-    return [("latents of 1024 x 1024 images, VAE stubbed", "40 / s", f"{len(samples) / seconds:.0f} / s")]
+    seconds = median_seconds(
+        lambda: fill_latents(samples, UncheckedLatentsOnDisk(top), stub, 4), times=3
+    )
+    return [
+        (
+            "latents of 1024 x 1024 images, VAE stubbed",
+            "40 / s",
+            f"{len(samples) / seconds:.0f} / s",
+        )
+    ]
 
 
 class UncheckedLatentsOnDisk(LatentsOnDisk):
@@ -163,20 +190,33 @@ def reading(top: Path) -> list[Row]:
     hidden = EncodedText(torch.randn(77, 768), torch.randn(77, 1280), torch.randn(1280))
     for sample in samples:
         shape = (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
-        latents.write(sample, Latents(torch.randn(shape), torch.randn(shape)), SourceStamp("", (0, 0)))
+        latents.write(
+            sample, Latents(torch.randn(shape), torch.randn(shape)), SourceStamp("", (0, 0))
+        )
         texts.write(sample, [hidden])
     batches = Batches(samples, latents, texts, seed=0, max_train_steps=1)
     micro = [
-        one for one, _ in zip(BatchSampler(group_samples(datasets, samples), 0).from_step(0, 0), samples, strict=False)
+        one
+        for one, _ in zip(
+            BatchSampler(group_samples(datasets, samples), 0).from_step(0, 0), samples, strict=False
+        )
     ]
     seconds = median_seconds(lambda: [batches[one] for one in micro])
-    return [("samples read back, latents and text together", "1,000 / s", f"{len(micro) / seconds:,.0f} / s")]
+    return [
+        (
+            "samples read back, latents and text together",
+            "1,000 / s",
+            f"{len(micro) / seconds:,.0f} / s",
+        )
+    ]
 
 
 def text() -> list[Row]:
     """The share of the time inside the encoders, which are stubs; the real ones take several times as long on two cores."""
     inside = [0.0]
-    outputs = EncodedText(torch.randn(64, 77, 768), torch.randn(64, 77, 1280), torch.randn(64, 1280))
+    outputs = EncodedText(
+        torch.randn(64, 77, 768), torch.randn(64, 77, 1280), torch.randn(64, 1280)
+    )
 
     def encode(captions: Sequence[str]) -> EncodedText:
         start = time.perf_counter()
@@ -187,12 +227,20 @@ def text() -> list[Row]:
     subset = Subset(Path(), 1, CaptionSettings(), PixelSettings())
     one = Sample("a.png", "", "", subset, 0, Size(8, 8), Fit(Size(8, 8), Size(8, 8)), "a", 1)
     with tempfile.TemporaryDirectory() as folder:
-        samples = [replace(one, caption=f"caption {i}", cache_stem=f"{folder}/{i}") for i in range(512)]
+        samples = [
+            replace(one, caption=f"caption {i}", cache_stem=f"{folder}/{i}") for i in range(512)
+        ]
         start = time.perf_counter()
         fill_text(samples, TextOnDisk(77, file_index=FileIndex(Path(folder) / "index")), encode)
         share = inside[0] / (time.perf_counter() - start)
         fill_text(samples, TextInMemory(CaptionVariants()), encode)
-    return [("time inside the text encoders while caching their outputs to disk", "95 %", f"{share:.0%}")]
+    return [
+        (
+            "time inside the text encoders while caching their outputs to disk",
+            "95 %",
+            f"{share:.0%}",
+        )
+    ]
 
 
 def real_vae(top: Path) -> list[Row]:
@@ -219,7 +267,13 @@ def real_vae(top: Path) -> list[Row]:
         spent[0], start = 0.0, time.perf_counter()
         fill_latents(samples, LatentsInMemory(), encode, 4)
         ratios.append((time.perf_counter() - start) / spent[0])
-    return [("filling with the real VAE against VAE time alone", "1.05 ×", f"{statistics.median(ratios):.3f} ×")]
+    return [
+        (
+            "filling with the real VAE against VAE time alone",
+            "1.05 ×",
+            f"{statistics.median(ratios):.3f} ×",
+        )
+    ]
 
 
 def a_million_rows(top: Path) -> Row:
@@ -243,9 +297,17 @@ assert len(dataset.samples) == {ROWS}
 print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 2**20)
 """
     start = time.perf_counter()
-    peak = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    peak = float(
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout
+    )
     seconds = time.perf_counter() - start
-    return (f"peak memory with a million rows of metadata ({seconds:.0f} s)", "1 GB", f"{peak * 2**30 / 1e9:.2f} GB")
+    return (
+        f"peak memory with a million rows of metadata ({seconds:.0f} s)",
+        "1 GB",
+        f"{peak * 2**30 / 1e9:.2f} GB",
+    )
 
 
 if __name__ == "__main__":

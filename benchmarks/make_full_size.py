@@ -28,7 +28,11 @@ def main(argv: list[str] | None = None) -> None:
     from library.safetensors_io import write_safetensors
     from tools.tiny_models import FULL, random_checkpoint
 
-    write_safetensors(chosen.output, random_checkpoint(FULL, chosen.seed, DTYPES[chosen.precision]), {"format": "pt"})
+    write_safetensors(
+        chosen.output,
+        random_checkpoint(FULL, chosen.seed, DTYPES[chosen.precision]),
+        {"format": "pt"},
+    )
     print(f"{chosen.output}: {chosen.output.stat().st_size / 1e9:.2f} GB")
 
 

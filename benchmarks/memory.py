@@ -21,7 +21,10 @@ from library.training.options.tasks import FineTuneOptions, PivotalOptions
 from networks.options import NetworkOptions
 
 GIB = 1 << 30
-GROUPS = {"fine_tune.FineTune": (FineTuneOptions,), "network.NetworkTask": (NetworkOptions, PivotalOptions)}
+GROUPS = {
+    "fine_tune.FineTune": (FineTuneOptions,),
+    "network.NetworkTask": (NetworkOptions, PivotalOptions),
+}
 FILES = ["--pretrained_model_name_or_path", "sdxl.safetensors", "--output_dir", "out"]
 EVERYWHERE = [
     "--mixed_precision",
@@ -34,7 +37,14 @@ FULL = [
     *EVERYWHERE, "--full_bf16", "--fused_backward_pass", "--optimizer_type", "Adafactor", "--optimizer_args", "scale_parameter=False",
     "relative_step=False", "warmup_init=False",
 ]  # fmt: skip
-LORA = [*EVERYWHERE, "--network_module", "networks.lora", "--network_dim", "16", "--network_train_unet_only"]
+LORA = [
+    *EVERYWHERE,
+    "--network_module",
+    "networks.lora",
+    "--network_dim",
+    "16",
+    "--network_train_unet_only",
+]
 # name -> (GiB of tensors at most, task, words)
 BARS = {
     "full": (7.0, "fine_tune.FineTune", FULL),
@@ -98,9 +108,13 @@ def main(argv: list[str] | None = None) -> None:
     if chosen.bar is not None:
         measure_bar(chosen.bar, chosen.model)
         return
-    print(f"{'':12}{'bar':>8}{'estimated':>12}{'measured':>12}{'difference':>12}   GiB, {torch.cuda.get_device_name()}")
+    print(
+        f"{'':12}{'bar':>8}{'estimated':>12}{'measured':>12}{'difference':>12}   GiB, {torch.cuda.get_device_name()}"
+    )
     for name in BARS:
-        subprocess.run([sys.executable, __file__, "--model", str(chosen.model), "--bar", name], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--model", str(chosen.model), "--bar", name], check=True
+        )
 
 
 def measure_bar(name: str, model: Path) -> None:
@@ -116,7 +130,8 @@ def measure_bar(name: str, model: Path) -> None:
     estimated = plan.memory().total
     measured = measure(plan, start_processes()).peak
     print(
-        f"{name:12}{most:8.1f}{estimated / GIB:12.2f}{measured / GIB:12.2f}{measured / estimated - 1:12.0%}", flush=True
+        f"{name:12}{most:8.1f}{estimated / GIB:12.2f}{measured / GIB:12.2f}{measured / estimated - 1:12.0%}",
+        flush=True,
     )
 
 

@@ -72,7 +72,11 @@ class BenchmarkOptions(OptionGroup):
 def main(argv: list[str] | None = None) -> None:
     chosen = read_options(__doc__, [BenchmarkOptions], argv)[BenchmarkOptions]
     for script in SCRIPTS:
-        show(f"{script} --help", seconds(lambda script=script: python(ROOT / script, "--help"), chosen.runs), limit=0.5)
+        show(
+            f"{script} --help",
+            seconds(lambda script=script: python(ROOT / script, "--help"), chosen.runs),
+            limit=0.5,
+        )
     mistake = [ROOT / "sdxl_train_network.py", "--learning_rat", "1", "--mixed_precision", "fp8"]
     show("a mistake told", seconds(lambda: python(*mistake, status=2), chosen.runs), limit=0.5)
     first_step(chosen.runs)
@@ -93,9 +97,16 @@ def first_step(runs: int) -> None:
         python(*train)  # fills the caches
         imported = python("-X", "importtime", *train).stderr
         for name in ("transformers", "diffusers"):
-            assert f"| {name}\n" not in imported and f" {name}\n" not in imported, f"{name} was imported"
+            assert f"| {name}\n" not in imported and f" {name}\n" not in imported, (
+                f"{name} was imported"
+            )
         ours, floor = paired(lambda: python(*train), lambda: python("-c", FLOOR), runs)
-        ratio(f"first step, caches complete (imports alone: {statistics.median(floor):.2f} s)", ours, floor, limit=1.6)
+        ratio(
+            f"first step, caches complete (imports alone: {statistics.median(floor):.2f} s)",
+            ours,
+            floor,
+            limit=1.6,
+        )
 
 
 def load(model: Path, runs: int) -> None:
@@ -106,7 +117,9 @@ def load(model: Path, runs: int) -> None:
         took, grown = json.loads(python("-c", LOAD.format(root=str(ROOT), model=str(model))).stdout)
         return took, grown
 
-    pairs = [(loading(), float(python("-c", READ.format(model=str(model))).stdout)) for _ in range(runs)]
+    pairs = [
+        (loading(), float(python("-c", READ.format(model=str(model))).stdout)) for _ in range(runs)
+    ]
     ours, floor = [took for (took, _), _ in pairs], [took for _, took in pairs]
     ratio(
         f"load {model.stat().st_size / 1e9:.1f} GB (reading its bytes: {statistics.median(floor):.2f} s)",
@@ -115,12 +128,16 @@ def load(model: Path, runs: int) -> None:
         limit=1.5,
     )
     memory = max(grown for (_, grown), _ in pairs)
-    print(f"{'  anonymous memory of loading':66} {memory:8.0f} MiB   limit 512: {'ok' if memory < 512 else 'OVER'}")
+    print(
+        f"{'  anonymous memory of loading':66} {memory:8.0f} MiB   limit 512: {'ok' if memory < 512 else 'OVER'}"
+    )
 
 
 def python(*words: object, status: int = 0) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == status, done.stderr[-3000:]
     return done
 
@@ -129,7 +146,9 @@ def seconds(call: Callable[[], object], runs: int) -> list[float]:
     return paired(call, lambda: None, runs)[0]
 
 
-def paired(one: Callable[[], object], two: Callable[[], object], runs: int) -> tuple[list[float], list[float]]:
+def paired(
+    one: Callable[[], object], two: Callable[[], object], runs: int
+) -> tuple[list[float], list[float]]:
     times: tuple[list[float], list[float]] = ([], [])
     one(), two()  # warm the page cache
     for _ in range(runs):

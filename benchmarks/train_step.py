@@ -33,21 +33,31 @@ class StepOptions(OptionGroup):
     """What is measured"""
 
     train: str = option(
-        "lora", "what learns: a LoRA of the transformers' 722 layers, or the whole U-Net", choices=("lora", "full")
+        "lora",
+        "what learns: a LoRA of the transformers' 722 layers, or the whole U-Net",
+        choices=("lora", "full"),
     )
     rank: int = option(16, "of the LoRA", at_least=1)
     resolution: int = option(1024, "of the square images, in pixels", at_least=64)
     batch_sizes: tuple[int, ...] = option((1, 4, 8, 16), "images a step", metavar="N")
-    checkpointing: tuple[str, ...] = option(("off", "on"), "gradient checkpointing, in both", choices=("off", "on"))
+    checkpointing: tuple[str, ...] = option(
+        ("off", "on"), "gradient checkpointing, in both", choices=("off", "on")
+    )
     precision: str = option("bf16", "dtype to compute in", choices=("no", "bf16"))
     model: str = option("base", "sizes of the U-Net", choices=("base", "tiny"))
     steps: int = option(10, "paired steps of each measurement, after one to warm up", at_least=1)
     compile: bool = option(False, "ours with --torch_compile")
     contenders: tuple[str, ...] = option(
-        ("ours", "diffusers"), "who is measured; one alone where memory is short", choices=("ours", "diffusers")
+        ("ours", "diffusers"),
+        "who is measured; one alone where memory is short",
+        choices=("ours", "diffusers"),
     )
-    threads: int | None = option(None, "threads of a CPU; 1 on a machine that does other things too", at_least=1)
-    image: str | None = option(None, "a PNG or SVG to draw the figures into (needs matplotlib)", metavar="FILE")
+    threads: int | None = option(
+        None, "threads of a CPU; 1 on a machine that does other things too", at_least=1
+    )
+    image: str | None = option(
+        None, "a PNG or SVG to draw the figures into (needs matplotlib)", metavar="FILE"
+    )
 
 
 class Setup(NamedTuple):
@@ -106,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
             for setup, worker, kept in zip(setups, workers, taken, strict=True):
                 memory = worker.ask("memory")
                 show(setup, kept, worker.ask("flops"), memory, limit)
-                bars.append(Bar(setup, statistics.median(step.wall for step in kept), memory / 2**30))
+                bars.append(
+                    Bar(setup, statistics.median(step.wall for step in kept), memory / 2**30)
+                )
             if len(taken) == 2:
                 show_ratios(*taken, *(worker.ask("memory") for worker in workers))
         finally:
@@ -123,7 +135,9 @@ def draw(bars: list[Bar], file: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (times, sizes) = pyplot.subplots(1, 2, figsize=(10, 1.2 + 0.35 * len(bars)), layout="constrained")
+    figure, (times, sizes) = pyplot.subplots(
+        1, 2, figsize=(10, 1.2 + 0.35 * len(bars)), layout="constrained"
+    )
     names = [
         f"{setup.contender}, batch {setup.batch}{', checkpointing' if setup.checkpointing else ''}"
         for setup, _, _ in bars
@@ -134,7 +148,9 @@ def draw(bars: list[Bar], file: str) -> None:
         (sizes, [bar.gibibytes for bar in bars], "peak memory, GiB"),
     ):
         axes.bar_label(axes.barh(range(len(bars)), values, color=colors), fmt="%.3g", padding=3)
-        axes.set(xlabel=what, yticks=range(len(bars)), yticklabels=names, xlim=(0, 1.15 * max(values)))
+        axes.set(
+            xlabel=what, yticks=range(len(bars)), yticklabels=names, xlim=(0, 1.15 * max(values))
+        )
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
     sizes.set_yticklabels([])
@@ -166,7 +182,9 @@ def show(setup: Setup, taken: list[Taken], flops: float, memory: float, limit: f
 
 def show_ratios(ours: list[Taken], theirs: list[Taken], memory: float, their_memory: float) -> None:
     def ratio(of: Callable[[Taken], float]) -> float:
-        return statistics.median(of(their) / of(our) for our, their in zip(ours, theirs, strict=True))
+        return statistics.median(
+            of(their) / of(our) for our, their in zip(ours, theirs, strict=True)
+        )
 
     print(
         f"{'':26}ours is {ratio(lambda step: step.wall):.2f} × as fast, host {ratio(lambda step: step.host):.2f} ×, "
@@ -228,7 +246,9 @@ def training(setup: Setup, device: Any) -> Iterator[Taken]:
     else:
         from library.training.optim.optimizers import find_optimizer
 
-        optimizer = find_optimizer("Adafactor")[0](parameters, lr=1e-5, relative_step=False, scale_parameter=False)
+        optimizer = find_optimizer("Adafactor")[0](
+            parameters, lr=1e-5, relative_step=False, scale_parameter=False
+        )
     while True:
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -280,12 +300,21 @@ def build(setup: Setup, device: Any) -> tuple[Callable[[], Any], list[Any]]:
         def predict() -> Any:
             return unet(latents.to(compute), timesteps, context, vector)
     else:
-        sizes = {"text_embeds": vector[:, : -6 * 256], "time_ids": torch.ones(setup.batch, 6, device=device)}
+        sizes = {
+            "text_embeds": vector[:, : -6 * 256],
+            "time_ids": torch.ones(setup.batch, 6, device=device),
+        }
 
         def predict() -> Any:
             on = setup.precision == "bf16"
-            with torch.autocast("cpu" if device.type == "meta" else device.type, compute) if on else nullcontext():
-                return unet(latents.to(kept), timesteps, context.to(kept), added_cond_kwargs=sizes).sample
+            with (
+                torch.autocast("cpu" if device.type == "meta" else device.type, compute)
+                if on
+                else nullcontext()
+            ):
+                return unet(
+                    latents.to(kept), timesteps, context.to(kept), added_cond_kwargs=sizes
+                ).sample
 
     def loss() -> Any:
         return torch.nn.functional.mse_loss(predict().float(), noise)
@@ -305,7 +334,9 @@ def ours(config: Any, setup: Setup) -> Any:
     if setup.train == "full":
         return unet
     unet.requires_grad_(False)
-    network = LoraNetwork.from_settings(unet_targets(unet), LoraSettings(dim=setup.rank, alpha=setup.rank))
+    network = LoraNetwork.from_settings(
+        unet_targets(unet), LoraSettings(dim=setup.rank, alpha=setup.rank)
+    )
     network.attach()
     unet.network = network  # so that it goes where the U-Net goes
     return unet
@@ -320,7 +351,16 @@ def theirs(config: Any, setup: Setup) -> Any:
     unet = UNet2DConditionModel.from_config(unet_folder_config(config))
     if setup.train == "lora":
         unet.requires_grad_(False)
-        layers = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+        layers = [
+            "to_q",
+            "to_k",
+            "to_v",
+            "to_out.0",
+            "ff.net.0.proj",
+            "ff.net.2",
+            "proj_in",
+            "proj_out",
+        ]
         unet.add_adapter(LoraConfig(r=setup.rank, lora_alpha=setup.rank, target_modules=layers))
     if setup.checkpointing:
         unet.enable_gradient_checkpointing()
@@ -337,7 +377,9 @@ def fill(module: Any) -> None:
             if parameter.ndim < 2:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             else:
-                bound = (3 / parameter[0].numel()) ** 0.5 * (0.1 if "lora_up" in name or "lora_B" in name else 1.0)
+                bound = (3 / parameter[0].numel()) ** 0.5 * (
+                    0.1 if "lora_up" in name or "lora_B" in name else 1.0
+                )
                 parameter.uniform_(-bound, bound)
 
 
@@ -346,11 +388,15 @@ def counted_flops(setup: Setup) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    def of_addmm(into: Any, a: Any, b: Any, **_: Any) -> int:  # the counter knows it only where it isn't in place
+    def of_addmm(
+        into: Any, a: Any, b: Any, **_: Any
+    ) -> int:  # the counter knows it only where it isn't in place
         return 2 * a[0] * a[1] * b[1]
 
     forward, _ = build(setup._replace(compile=False), torch.device("meta"))
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: of_addmm}) as counter:
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.addmm_: of_addmm}
+    ) as counter:
         forward().backward()
     return float(counter.get_total_flops())
 
@@ -360,7 +406,9 @@ def measured_limit(device: Any, precision: str) -> float:
     import torch
 
     side = 8192 if device.type == "cuda" else 1024
-    one = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    one = torch.randn(
+        side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+    )
     best = float("inf")
     for _ in range(5):
         if device.type == "cuda":
@@ -385,7 +433,9 @@ def peak_memory(device: Any) -> float:
         import psutil
 
         return float(psutil.Process().memory_info().peak_wset)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1.0 if sys.platform == "darwin" else 1024.0
+    )
 
 
 if __name__ == "__main__":

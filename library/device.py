@@ -57,7 +57,12 @@ class PendingScalars:
         return self._values.tolist()
 
 
-DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {
+    "no": torch.float32,
+    "float": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,12 @@ class Precision:
 
     @classmethod
     def decide(
-        cls, mixed_precision: str, save_precision: str | None, *, no_half_vae: bool, full: bool = False
+        cls,
+        mixed_precision: str,
+        save_precision: str | None,
+        *,
+        no_half_vae: bool,
+        full: bool = False,
     ) -> "Precision":
         """Return the dtypes for --mixed_precision, --save_precision and --no_half_vae.
 

@@ -29,7 +29,9 @@ PLUGINS = {".jxl": ("pillow_jxl", "pillow-jxl-plugin"), ".heic": ("pillow_heif",
 # Not in a context manager: those of the warnings module aren't safe in the threads that decode.
 warnings.filterwarnings("ignore", module="PIL")
 
-_LARGE_PIXELS = 89_478_485  # Pillow refuses images with more than twice as many (decompression bombs)
+_LARGE_PIXELS = (
+    89_478_485  # Pillow refuses images with more than twice as many (decompression bombs)
+)
 _ORIENTATION = 0x0112
 # Texts that may hold the orientation: XMP, and EXIF as ImageMagick wrote it before PNG had the chunk eXIf.
 _PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
@@ -42,7 +44,9 @@ class ImageError(RunError):
 
 def readable_extensions() -> tuple[str, ...]:
     """Return the extensions that this installation can read."""
-    installed = [extension for extension, (module, _) in PLUGINS.items() if importlib.util.find_spec(module)]
+    installed = [
+        extension for extension, (module, _) in PLUGINS.items() if importlib.util.find_spec(module)
+    ]
     return (*EXTENSIONS, *installed)
 
 
@@ -102,7 +106,10 @@ def _read_metadata_after_pixels(image: Image.Image, file: BinaryIO) -> None:
         return
     start = tail.rfind(b"eXIf")
     length = int.from_bytes(tail[max(0, start - 4) : max(0, start)], "big")
-    chunk, checksum = tail[start : start + 4 + length], tail[start + 4 + length : start + 8 + length]
+    chunk, checksum = (
+        tail[start : start + 4 + length],
+        tail[start + 4 + length : start + 8 + length],
+    )
     # The four letters may occur in the pixels by chance, but not with the right checksum.
     if start >= 0 and zlib.crc32(chunk).to_bytes(4, "big") == checksum:
         image.info["exif"] = chunk[4:]
@@ -178,7 +185,9 @@ def _has_alpha(image: Image.Image) -> bool:
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Scale a 16-bit image to 8 bits; convert() would clip it to white."""
-    return Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+    )
 
 
 @contextmanager
@@ -196,7 +205,16 @@ def _image_errors() -> Iterator[None]:
         raise ImageError(f"too large; make it smaller: {error}") from None
     except MemoryError:
         raise ImageError("too large for this machine's memory") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        struct.error,
+    ) as error:
         raise ImageError(f"damaged: {str(error) or type(error).__name__}") from None
 
 

@@ -22,7 +22,7 @@ SECONDS_BETWEEN_LINES = 15.0  # of a progress bar that is written to a file
 
 @dataclass(frozen=True)
 class LogOptions(OptionGroup, affects_result=False, stored_in_image=False):
-    """Console"""
+    """Console."""
 
     console_log_level: str | None = option(
         None,

@@ -25,7 +25,9 @@ class OffloadStream:
 
     def empty_on_cpu(self, tensor: Tensor) -> Tensor:
         """Return an uninitialized tensor like this one on the offload device, in pinned memory where copies are asynchronous."""
-        return torch.empty_like(tensor, device=self.cpu, requires_grad=False, pin_memory=self._stream is not None)
+        return torch.empty_like(
+            tensor, device=self.cpu, requires_grad=False, pin_memory=self._stream is not None
+        )
 
     def offload(self, tensor: Tensor, target: Tensor) -> None:
         """Copy a tensor of the compute device into `target` on the offload device, after the kernels that are queued now."""
@@ -40,9 +42,13 @@ class OffloadStream:
     def fetch(self, tensor: Tensor) -> "PendingCopy":
         """Start to copy an offloaded tensor to the compute device, after all earlier copies."""
         if self._stream is None:
-            return PendingCopy(torch.empty_like(tensor, device=self.device, requires_grad=False).copy_(tensor))
+            return PendingCopy(
+                torch.empty_like(tensor, device=self.device, requires_grad=False).copy_(tensor)
+            )
         with torch.cuda.stream(self._stream):
-            copy = torch.empty_like(tensor, device=self.device, requires_grad=False).copy_(tensor, non_blocking=True)
+            copy = torch.empty_like(tensor, device=self.device, requires_grad=False).copy_(
+                tensor, non_blocking=True
+            )
             return PendingCopy(copy, self._stream.record_event())
 
     def wait(self) -> None:

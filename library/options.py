@@ -185,7 +185,7 @@ Check = Callable[[Options], Iterable[Mistake]]
 
 @dataclass(frozen=True)
 class ConfigOptions(OptionGroup, affects_result=False, stored_in_image=False):
-    """Configuration file"""
+    """Configuration file."""
 
     config_file: Path | None = option(
         None,

@@ -17,7 +17,12 @@ from library.device import to_device
 
 def seed_of(*key: object) -> int:
     """Return a 63-bit seed that is a hash of the key, whose parts are converted to text."""
-    return int.from_bytes(hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "big") >> 1
+    return (
+        int.from_bytes(
+            hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "big"
+        )
+        >> 1
+    )
 
 
 def python_rng(*key: object) -> random.Random:
@@ -62,7 +67,10 @@ class SampleRng:
         return to_device(torch.cat(samples), self.device)
 
     def _generators(self, purpose: str) -> list[torch.Generator]:
-        return [generator(self.seed, purpose, self.epoch, self.first_sample_index + i) for i in range(self.count)]
+        return [
+            generator(self.seed, purpose, self.epoch, self.first_sample_index + i)
+            for i in range(self.count)
+        ]
 
 
 def seed_global_rng(seed: int, epoch: int, microbatch_index: int, split_index: int = 0) -> None:

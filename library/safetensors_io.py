@@ -68,20 +68,27 @@ def read_header(path: Path) -> Header:
         # "np" doesn't import torch; "pread" also reads from disks that can't map files into memory.
         with safe_open(path, "np", backend="pread") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            stored = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
+            stored = {
+                name: (entry.get_dtype(), tuple(entry.get_shape()))
+                for name, entry in slices.items()
+            }
             metadata = file.metadata() or {}
     except FileNotFoundError:
         raise RunError(f"{path}: no such file") from None
     except OSError as error:
         raise RunError(f"{path}: can't be read: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise RunError(f"{path}: not a complete safetensors file: {_damage(path, error)}. {_GET_AGAIN}") from None
+        raise RunError(
+            f"{path}: not a complete safetensors file: {_damage(path, error)}. {_GET_AGAIN}"
+        ) from None
     for name, (dtype, _) in stored.items():
         if dtype not in _DTYPES:
             raise RunError(f"{path}: tensor {name[:200]!r} has the unknown dtype {dtype!r}")
     sizes = {name: math.prod(shape) * _DTYPES[dtype][1] for name, (dtype, shape) in stored.items()}
     tensors = {}
-    position = size - sum(sizes.values())  # safe_open has checked that the tensors fill the rest of the file
+    position = size - sum(
+        sizes.values()
+    )  # safe_open has checked that the tensors fill the rest of the file
     for name, (dtype, shape) in stored.items():
         tensors[name] = TensorInfo(dtype, shape, position, position + sizes[name])
         position += sizes[name]
@@ -103,7 +110,11 @@ def _damage(path: Path, error: Exception) -> str:
         try:
             entries = json.loads(file.read(length))
             entries.pop("__metadata__", None)
-            needed = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            needed = (
+                8
+                + length
+                + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            )
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             needed = size
     if needed == size:
@@ -124,7 +135,9 @@ class TensorFile:
         self.header = read_header(path)
         self._file = open(path, "rb")  # noqa: SIM115 - lives as long as the object
         self._map = (
-            mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY) if mapped and self.header.tensors else None
+            mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if mapped and self.header.tensors
+            else None
         )
 
     @property
@@ -145,9 +158,9 @@ class TensorFile:
         if info.start == info.end:
             return torch.empty(info.shape, dtype=dtype)
         if self._map is not None and info.start % item_size == 0:
-            return torch.frombuffer(self._map, dtype=dtype, count=math.prod(info.shape), offset=info.start).view(
-                info.shape
-            )
+            return torch.frombuffer(
+                self._map, dtype=dtype, count=math.prod(info.shape), offset=info.start
+            ).view(info.shape)
         raw = bytearray(info.end - info.start)
         self._file.seek(info.start)
         if self._file.readinto(raw) != len(raw):
@@ -164,7 +177,9 @@ def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def storable_metadata(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, object]) -> dict[str, str]:
+def storable_metadata(
+    tensors: Mapping[str, "Tensor"], metadata: Mapping[str, object]
+) -> dict[str, str]:
     """The metadata as a header can hold them: everything text, without None. What is too large is left out, largest first.
 
     Weights are saved whatever their metadata are.
@@ -175,7 +190,10 @@ def storable_metadata(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, ob
         if value is not None
     }
     left_out = []
-    while len(_encode_header(_plan(tensors, None), texts)) > MAX_HEADER_BYTES - _HEADER_MARGIN and texts:
+    while (
+        len(_encode_header(_plan(tensors, None), texts)) > MAX_HEADER_BYTES - _HEADER_MARGIN
+        and texts
+    ):
         left_out.append(max(texts, key=lambda key: len(texts[key])))
         del texts[left_out[-1]]
     if left_out:
@@ -222,17 +240,26 @@ def write_safetensors(
             written.update(data)
 
     def check(temporary: Path) -> None:
-        if read_header(temporary).shapes.keys() != tensors.keys() or file_hashes(temporary)[0] != written.hexdigest():
-            raise RunError(f"{path}: what the disk gives back isn't what was written; the file before it stays")
+        if (
+            read_header(temporary).shapes.keys() != tensors.keys()
+            or file_hashes(temporary)[0] != written.hexdigest()
+        ):
+            raise RunError(
+                f"{path}: what the disk gives back isn't what was written; the file before it stays"
+            )
 
     write_atomically(path, write, check)
 
 
-def _plan(tensors: Mapping[str, "Tensor"], dtype_of: Callable[[str, "Tensor"], "str | None"] | None) -> list[_Planned]:
+def _plan(
+    tensors: Mapping[str, "Tensor"], dtype_of: Callable[[str, "Tensor"], "str | None"] | None
+) -> list[_Planned]:
     """The tensors in the order of the reference library: wider dtypes first, then by name."""
     plan = []
     for name, tensor in tensors.items():
-        chosen = (dtype_of(name, tensor) if dtype_of else None) or str(tensor.dtype).removeprefix("torch.")
+        chosen = (dtype_of(name, tensor) if dtype_of else None) or str(tensor.dtype).removeprefix(
+            "torch."
+        )
         dtype = _FORMAT_NAMES[chosen]
         plan.append(_Planned(name, dtype, tuple(tensor.shape), tensor.numel() * _DTYPES[dtype][1]))
     return sorted(plan, key=lambda entry: (-_ORDER[entry.dtype], entry.name))
@@ -271,7 +298,9 @@ def network_hashes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str])
     file that would hold only the `ss_` metadata.
     """
     plan = _plan(tensors, None)
-    header = _encode_header(plan, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    header = _encode_header(
+        plan, {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    )
     whole, window = hashlib.sha256(), bytearray()
     position = 0
 
@@ -342,7 +371,10 @@ def save_tensors(
         NotFinite: a value is NaN or Inf; nothing is written.
         RunError: the file can't be written.
     """
-    stored = {name: tensor.to(device="cpu", dtype=dtype or tensor.dtype) for name, tensor in tensors.items()}
+    stored = {
+        name: tensor.to(device="cpu", dtype=dtype or tensor.dtype)
+        for name, tensor in tensors.items()
+    }
     check_finite(path, stored)
     if path.suffix != ".safetensors":
         import torch

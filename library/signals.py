@@ -133,9 +133,9 @@ class Signals:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Block the signals of processes that are started in this context:
+    """Block the signals of the DataLoader workers that are started in this context.
 
-    DataLoader's workers, until leave_to_parent.
+    They are blocked until leave_to_parent.
 
     Spawned processes are covered only where Python has gh-127586 (December 2024); before it,
     multiprocessing unblocks signals when it starts the first of them.

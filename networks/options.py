@@ -14,7 +14,7 @@ from networks.kinds import KINDS, NetworkKind, kind_of
 
 @dataclass(frozen=True)
 class NetworkOptions(OptionGroup):
-    """Network"""
+    """Network."""
 
     network_module: str | None = option(
         None,

@@ -71,7 +71,9 @@ def twins(tmp_path_factory):
         path = folder / f"{name}.safetensors"
         if not path.exists():
             family, is_v = name.removesuffix("-v"), name.endswith("-v")
-            write_safetensors(path, tiny_checkpoint(3, twin=family, v_prediction=is_v), {"format": "pt"})
+            write_safetensors(
+                path, tiny_checkpoint(3, twin=family, v_prediction=is_v), {"format": "pt"}
+            )
         return path
 
     return twin

@@ -27,7 +27,9 @@ class Script:
         os.close(descriptor)
         self._told = Path(name)
         argv = [str(ROOT / script), *map(str, words)]
-        self._process = _server().Process(target=_enter, args=(argv, {**os.environ, **(env or {})}, name))
+        self._process = _server().Process(
+            target=_enter, args=(argv, {**os.environ, **(env or {})}, name)
+        )
         self._process.start()
         atexit.register(self.kill)  # a test that fails doesn't leave it running
 
@@ -82,7 +84,9 @@ def end_together(scripts: list[Script]) -> str:
     """Wait until all have ended well; returns what the first told."""
     ended = [script.end() for script in scripts]
     statuses = [status for status, _ in ended]
-    assert statuses == [0] * len(scripts), f"{statuses}\n" + "\n".join(told[-3000:] for _, told in ended)
+    assert statuses == [0] * len(scripts), f"{statuses}\n" + "\n".join(
+        told[-3000:] for _, told in ended
+    )
     return ended[0][1]
 
 

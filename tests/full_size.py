@@ -38,20 +38,28 @@ def uncounted(live: LiveBytes, place: Tensor) -> Tensor:
 
 def peak_of(task: str, words: list[str]) -> tuple[int, int]:
     """Bytes of all tensors that are alive at once, at most, in a step of one image of 1024 x 1024; and behind the steps."""
-    seen = patch("library.models.sdxl._see_finite", lambda *all: None)  # there are no numbers to see
+    seen = patch(
+        "library.models.sdxl._see_finite", lambda *all: None
+    )  # there are no numbers to see
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         patch.object(nn.Module, "_apply", converted),
         seen,
     ):
         checkpoint = stand_in(Path("sdxl.safetensors"))
-        files: Any = {id(file): file for part in checkpoint._stored.values() for file, _ in part.values()}.values()
+        files: Any = {
+            id(file): file for part in checkpoint._stored.values() for file, _ in part.values()
+        }.values()
         for file in files:
-            file._tensors = {key: torch.empty(shape, dtype=torch.float16) for key, shape in file.shapes.items()}
+            file._tensors = {
+                key: torch.empty(shape, dtype=torch.float16) for key, shape in file.shapes.items()
+            }
         with (
             LiveBytes() as live,
             patch.object(
-                OffloadStream, "empty_on_cpu", lambda lane, tensor: uncounted(live, empty_on_cpu(lane, tensor))
+                OffloadStream,
+                "empty_on_cpu",
+                lambda lane, tensor: uncounted(live, empty_on_cpu(lane, tensor)),
             ),
         ):
             live.leave_out(*(tensor for file in files for tensor in file._tensors.values()))
@@ -66,6 +74,9 @@ def peak_of(task: str, words: list[str]) -> tuple[int, int]:
                     parameter.grad = torch.zeros_like(parameter)
             update.step()
             live.peak = live.now
-            update.backward(update.loss_module(batch, SampleRng(0, 0, 0, 1, torch.device("cpu"))), batch.position)
+            update.backward(
+                update.loss_module(batch, SampleRng(0, 0, 0, 1, torch.device("cpu"))),
+                batch.position,
+            )
             update.step()
             return live.peak, loaded

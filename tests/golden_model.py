@@ -65,5 +65,7 @@ def live_tensors(models: SdxlModels) -> dict[str, dict[str, torch.Tensor]]:
     tensors = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict()}
     for i, encoder in enumerate(models.text_encoders, 1):
         state = encoder.state_dict()
-        tensors[f"text_encoder_{i}"] = {module_name(encoder, name): tensor for name, tensor in state.items()}
+        tensors[f"text_encoder_{i}"] = {
+            module_name(encoder, name): tensor for name, tensor in state.items()
+        }
     return tensors

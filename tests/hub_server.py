@@ -46,12 +46,16 @@ class FakeHub:
         self.answers = threading.Event()
         self.answers.set()
         self.closing = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_):
@@ -86,7 +90,11 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, endpoint: str, home: Path) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -147,10 +155,22 @@ class _Handler(BaseHTTPRequestHandler):
             case _ if files is None:
                 self._fail(404, "RepoNotFound")
             case ["tree"]:
-                self._json([{"type": "file", "path": n, "size": len(b), "oid": _etag(b)} for n, b in files.items()])
+                self._json(
+                    [
+                        {"type": "file", "path": n, "size": len(b), "oid": _etag(b)}
+                        for n, b in files.items()
+                    ]
+                )
             case ["preupload"]:
                 names = [file["path"] for file in json.loads(body)["files"]]
-                self._json({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+                self._json(
+                    {
+                        "files": [
+                            {"path": n, "uploadMode": "regular", "shouldIgnore": False}
+                            for n in names
+                        ]
+                    }
+                )
             case ["commit"]:
                 self.hub.answers.wait(60)
                 for line in map(json.loads, body.splitlines()):
@@ -159,7 +179,13 @@ class _Handler(BaseHTTPRequestHandler):
                 url = f"{self.hub.endpoint}/{repo_id}/commit/{COMMIT}"
                 self._json({"success": True, "commitUrl": url, "commitOid": COMMIT})
             case _:
-                self._json({"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+                self._json(
+                    {
+                        "id": repo_id,
+                        "sha": COMMIT,
+                        "siblings": [{"rfilename": name} for name in files],
+                    }
+                )
 
     def _send_file(self, repo_id: str, name: str) -> None:
         hub = self.hub
@@ -200,7 +226,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _fail(self, status: int, code: str = "") -> None:
         # As an unkind hub would: the token comes back in the message.
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        self._json({"error": f"sorry {token}".strip()}, status, **({"X_Error_Code": code} if code else {}))
+        self._json(
+            {"error": f"sorry {token}".strip()}, status, **({"X_Error_Code": code} if code else {})
+        )
 
 
 def _etag(content: bytes) -> str:

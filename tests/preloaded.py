@@ -10,5 +10,4 @@ import_diffusers()
 from diffusers import AutoencoderKL  # noqa: E402, F401
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402, F401
 
-import library.training.main  # noqa: E402
 import library.training.tasks.network  # noqa: E402, F401

@@ -51,7 +51,10 @@ class Golden:
         count = len(facts["images"])
         closes = (i + 1) % accumulation == 0
         window = sum(
-            len(b["images"]) for b in self.facts["batches"][i - i % accumulation : i - i % accumulation + accumulation]
+            len(b["images"])
+            for b in self.facts["batches"][
+                i - i % accumulation : i - i % accumulation + accumulation
+            ]
         )
         return Batch(
             position=BatchPosition(0, i // accumulation, i, 0, window, closes, False),
@@ -71,7 +74,10 @@ class Golden:
         """The conditions as the reference feeds them: stretched to the bucket, where we crop them as their image."""
         height, width = facts["target_sizes_hw"][0]
         folder = GOLDEN / "dataset" / "data_cond"
-        found = [images.resize(images.load(folder / name), Size(width, height)) for name in facts["images"]]
+        found = [
+            images.resize(images.load(folder / name), Size(width, height))
+            for name in facts["images"]
+        ]
         return torch.stack([torch.from_numpy(images.normalized(pixels)) for pixels in found])
 
     def rng(self, i: int) -> "Recorded":
@@ -119,9 +125,15 @@ def replay(
     groups = task.trainables[0].groups()
     optimizer = make_optimizer("AdamW", optimizer_args, groups, lr)
     total = len(golden.facts["lr_per_step"])
-    step = DiffusionLoss(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), loss, None).train()
-    gradient_step = StandardStep(MasterWeightOptimizer(optimizer, groups), max_grad_norm=1.0, scales_loss=False)
-    update = OptimizerStep(step, groups, gradient_step, make_scheduler(optimizer, schedule, total, lr))
+    step = DiffusionLoss(
+        task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), loss, None
+    ).train()
+    gradient_step = StandardStep(
+        MasterWeightOptimizer(optimizer, groups), max_grad_norm=1.0, scales_loss=False
+    )
+    update = OptimizerStep(
+        step, groups, gradient_step, make_scheduler(optimizer, schedule, total, lr)
+    )
     seen = _watch(models.unet)
     for i, expected in enumerate(expected_losses or golden.facts["losses"]):
         text = None
@@ -135,7 +147,12 @@ def replay(
         context, vector, prediction = seen
         if i == 0 and "step0.context" in golden.trace:
             assert_network(context, golden.trace["step0.context"], "context")
-        assert_norm(context.norm().item(), golden.facts["context_norm"][i], f"context of step {i}", share=VECTOR)
+        assert_norm(
+            context.norm().item(),
+            golden.facts["context_norm"][i],
+            f"context of step {i}",
+            share=VECTOR,
+        )
         sizes = torch.cat([batch.original_sizes, batch.crop_top_lefts, batch.target_sizes], dim=1)
         assert_conditioning(vector, golden.trace[f"step{i}.y"], sizes)
         recorded = golden.trace[f"step{i}.unet_out"]

@@ -25,7 +25,9 @@ QUICK = [
 ]  # fmt: skip
 
 
-def arguments(model: Path, images: Path, output: Path, *extra: object, quick: Sequence[str] = QUICK) -> list[str]:
+def arguments(
+    model: Path, images: Path, output: Path, *extra: object, quick: Sequence[str] = QUICK
+) -> list[str]:
     """The words behind sdxl_train_network.py; later ones win."""
     files = [
         "--pretrained_model_name_or_path",
@@ -44,7 +46,9 @@ def without(words: Sequence[str], *left_out: str) -> list[str]:
     return [word for word in words if word not in left_out]
 
 
-def train_network(model: Path, images: Path, output: Path, *extra: object, quick: Sequence[str] = QUICK) -> Path:
+def train_network(
+    model: Path, images: Path, output: Path, *extra: object, quick: Sequence[str] = QUICK
+) -> Path:
     """Train in this process; returns the final file."""
     import sdxl_train_network
 
@@ -93,5 +97,10 @@ def script(
     """Run `python WORDS` in a new process."""
     whole = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, env=whole, timeout=timeout, cwd=cwd
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=whole,
+        timeout=timeout,
+        cwd=cwd,
     )

@@ -44,5 +44,7 @@ def stub_text(captions) -> EncodedText:
     """Outputs that tell how long the caption was."""
     lengths = torch.tensor([[float(len(caption))] for caption in captions])
     return EncodedText(
-        lengths[..., None].expand(-1, 77, 8), lengths[..., None].expand(-1, 77, 16), lengths.expand(-1, 16)
+        lengths[..., None].expand(-1, 77, 8),
+        lengths[..., None].expand(-1, 77, 16),
+        lengths.expand(-1, 16),
     )

@@ -16,7 +16,15 @@ from library.data.samples import Face, PixelSettings, Sample
 from library.images import normalized
 from library.size import Size
 
-BUCKET = ["--enable_bucket", "--bucket_reso_steps", 32, "--min_bucket_reso", 64, "--max_bucket_reso", 256]
+BUCKET = [
+    "--enable_bucket",
+    "--bucket_reso_steps",
+    32,
+    "--min_bucket_reso",
+    64,
+    "--max_bucket_reso",
+    256,
+]
 
 
 def image(folder: Path, name: str, size: tuple[int, int], mode: str = "RGB") -> Path:
@@ -57,7 +65,9 @@ def test_random_crop_tells_the_model_the_corner_it_cut(tmp_path):
         m_top, m_left = mirrored.crop_top_left
         assert np.array_equal(mirrored.rgb, whole[:, ::-1][m_top : m_top + bucket.height, m_left : m_left + bucket.width])  # fmt: skip
         corners.add((top, left))
-    assert len(corners) > 5 and {left for _, left in corners} <= set(range(resized.width - bucket.width + 1))
+    assert len(corners) > 5 and {left for _, left in corners} <= set(
+        range(resized.width - bucket.width + 1)
+    )
 
 
 def test_alpha_becomes_a_mask_and_is_mirrored_with_the_image(tmp_path):
@@ -76,12 +86,16 @@ def test_a_conditioning_image_is_resized_cropped_and_mirrored_as_its_image(tmp_p
     image(tmp_path / "1_x", "a.png", (200, 120))
     sample = replace(sample_of(tmp_path), conditioning=str(tmp_path / "1_x" / "a.png"))
     assert np.array_equal(load_conditioning(sample, flipped=False), load_pixels(sample).rgb)
-    assert np.array_equal(load_conditioning(sample, flipped=True), load_pixels(sample, flipped=True).rgb)
+    assert np.array_equal(
+        load_conditioning(sample, flipped=True), load_pixels(sample, flipped=True).rgb
+    )
 
 
 def test_color_aug_changes_a_third_of_the_samples_a_little():
     rgb = np.random.default_rng(0).integers(60, 200, (16, 16, 3), dtype=np.uint8)
-    changed = [not np.array_equal(color_augmented(rgb, random.Random(seed)), rgb) for seed in range(600)]
+    changed = [
+        not np.array_equal(color_augmented(rgb, random.Random(seed)), rgb) for seed in range(600)
+    ]
     assert 0.27 < np.mean(changed) < 0.39
     hues, gammas = 0, 0
     for seed in range(200):
@@ -96,7 +110,10 @@ def test_color_aug_changes_a_third_of_the_samples_a_little():
             expected, hues = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR), hues + 1
         else:
             gamma = draw.uniform(0.95, 1.05)
-            expected, gammas = (rgb.astype(np.float32) ** gamma).clip(0, 255).astype(np.uint8), gammas + 1
+            expected, gammas = (
+                (rgb.astype(np.float32) ** gamma).clip(0, 255).astype(np.uint8),
+                gammas + 1,
+            )
         assert np.array_equal(found, expected)
     assert hues > 10 and gammas > 10
 
@@ -111,13 +128,21 @@ def test_a_face_crop_by_hand():
         assert abs(left - (300 * scale - 50)) <= 5 and 0 <= top <= resized.height - 100
         assert abs(top - max(0, 60 * scale - 50)) <= 5
     fixed, corner = face_crop(Size(400, 300), Size(100, 100), Face(300, 60, 80, 40), (2.0, 2.0), random.Random(0), wide=False)  # fmt: skip
-    assert fixed == Size(250, 188) and corner == (0, 138)  # no shaking where the range is one number
+    assert fixed == Size(250, 188) and corner == (
+        0,
+        138,
+    )  # no shaking where the range is one number
 
 
 def test_face_crops_are_used_without_buckets_and_cache(tmp_path):
     image(tmp_path / "1_x", "a_150_60_80_80.png", (200, 120))
-    (sample,) = samples_of(scanned(tmp_path, "--face_crop_aug_range", "1.0,2.0", "--resolution", 64, buckets=[]))
-    assert sample.face == Face(150, 60, 80, 80) and replace(sample, file="IMG_2020_01_00_00.png").face is None
+    (sample,) = samples_of(
+        scanned(tmp_path, "--face_crop_aug_range", "1.0,2.0", "--resolution", 64, buckets=[])
+    )
+    assert (
+        sample.face == Face(150, 60, 80, 80)
+        and replace(sample, file="IMG_2020_01_00_00.png").face is None
+    )
     shown = {load_pixels(sample, random.Random(seed)).rgb.tobytes() for seed in range(8)}
     assert len(shown) > 4 and load_pixels(sample).rgb.shape == (64, 64, 3)
 

@@ -21,7 +21,9 @@ def make_order(shape, **settings) -> BatchSampler:
 
 
 @given(shape=groups, world_size=st.integers(1, 3), accumulation_steps=st.integers(1, 3))
-def test_an_epoch_holds_every_image_once_and_steps_are_of_one_bucket(shape, world_size, accumulation_steps):
+def test_an_epoch_holds_every_image_once_and_steps_are_of_one_bucket(
+    shape, world_size, accumulation_steps
+):
     order = make_order(shape, world_size=world_size, accumulation_steps=accumulation_steps)
     rounds = order.epoch(0)
     assert len(rounds) == order.steps_per_epoch
@@ -32,7 +34,9 @@ def test_an_epoch_holds_every_image_once_and_steps_are_of_one_bucket(shape, worl
     for members in rounds:
         for batch in members:
             assert len({owner[sample] for sample in batch}) == 1
-        mixed += len({owner[batch[0]] for batch in members}) > 1 or len(members) < order.batches_per_step
+        mixed += (
+            len({owner[batch[0]] for batch in members}) > 1 or len(members) < order.batches_per_step
+        )
     # Only left-over micro-batches are mixed: fewer than a round's worth from each group.
     assert mixed <= -(-len(shape) * (order.batches_per_step - 1) // order.batches_per_step)
 
@@ -56,7 +60,11 @@ def test_processes_see_together_what_one_with_accumulation_sees(shape, world_siz
             assert micro.position.is_last_microbatch
             if not micro.position.is_padding:
                 shares.setdefault(micro.position.step, []).append(
-                    (micro.position.microbatch_index, micro.position.first_sample_index, micro.samples)
+                    (
+                        micro.position.microbatch_index,
+                        micro.position.first_sample_index,
+                        micro.samples,
+                    )
                 )
     assert {step: sorted(parts) for step, parts in shares.items()} == {
         step: sorted(parts) for step, parts in by_step.items()
@@ -64,16 +72,23 @@ def test_processes_see_together_what_one_with_accumulation_sees(shape, world_siz
 
 
 @given(shape=groups, start=st.integers(0, 40), accumulation_steps=st.integers(1, 3))
-def test_starting_at_a_step_gives_the_same_order_as_running_from_the_first(shape, start, accumulation_steps):
+def test_starting_at_a_step_gives_the_same_order_as_running_from_the_first(
+    shape, start, accumulation_steps
+):
     order = make_order(shape, accumulation_steps=accumulation_steps)
     whole = [micro for micro in islice(order.from_step(0, 0), 400) if micro.position.step >= start]
     assert list(islice(order.from_step(start, 0), len(whole))) == whole
 
 
 def test_windows_end_with_the_epoch_and_count_their_images():
-    order = make_order([(5, 2)], accumulation_steps=2)  # batches of 2, 2, 1 -> windows of 2 + 2 and of 1, in some order
+    order = make_order(
+        [(5, 2)], accumulation_steps=2
+    )  # batches of 2, 2, 1 -> windows of 2 + 2 and of 1, in some order
     places = [micro.position for micro in islice(order.from_step(0, 0), 3)]
-    assert sorted({place.step: place.global_batch_size for place in places}.values()) in ([1, 4], [2, 3])
+    assert sorted({place.step: place.global_batch_size for place in places}.values()) in (
+        [1, 4],
+        [2, 3],
+    )
     assert [place.is_last_microbatch for place in places].count(True) == 2
     assert {place.first_sample_index for place in places} == {
         0,

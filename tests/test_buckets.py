@@ -32,7 +32,9 @@ def settings_of(
     )
 
 
-@pytest.mark.parametrize("config", GOLDEN["configs"], ids=lambda c: f"{c['max_reso']} {c['steps']} {c['no_upscale']}")
+@pytest.mark.parametrize(
+    "config", GOLDEN["configs"], ids=lambda c: f"{c['max_reso']} {c['steps']} {c['no_upscale']}"
+)
 def test_golden_01(config):
     settings = settings_of(
         Size(*config["max_reso"]),

@@ -46,7 +46,11 @@ def test_golden_10_caches_of_the_reference_are_valid_and_read(golden_data):
     latents, text = LatentsOnDisk(), TextOnDisk(77)
     for sample in samples:
         assert latents.invalid_reason(sample) is None, latents.invalid_reason(sample)
-        assert latents.read(sample)[0].shape == (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
+        assert latents.read(sample)[0].shape == (
+            4,
+            sample.fit.bucket.height // 8,
+            sample.fit.bucket.width // 8,
+        )
     # Their pooled vector may be wrong, so they are made again unless the user trusts them.
     assert all(text.invalid_reason(sample) is not None for sample in samples[:2])
     trusted = TextOnDisk(77, trusted=True)
@@ -58,11 +62,17 @@ def test_golden_10_our_caches_hold_what_the_references_hold(golden_data, golden_
     """Latents within the posterior (it is one random sample); sizes and crop exact; text by the rule."""
     samples = samples_in(golden_data / "data")
     latents, text = LatentsOnDisk(), TextOnDisk(77)
-    assert fill_latents(samples, latents, lambda *inputs: vae.encode(golden_models.vae, *inputs), 2) == []
+    assert (
+        fill_latents(samples, latents, lambda *inputs: vae.encode(golden_models.vae, *inputs), 2)
+        == []
+    )
     with torch.no_grad():
         fill_text(samples[:2], text, lambda captions: golden_models.encode_texts(captions, 75))
     for sample in samples:
-        ours, golden = np.load(sample.latents_file), np.load(GOLDEN / "caches" / sample.latents_file.name)
+        ours, golden = (
+            np.load(sample.latents_file),
+            np.load(GOLDEN / "caches" / sample.latents_file.name),
+        )
         assert {name: ours[name].dtype for name in ours if name != "fingerprint"} == {
             name: golden[name].dtype for name in golden
         }
@@ -87,8 +97,12 @@ def test_what_was_written_is_read_back(samples):
     latents = torch.randn(4, samples[0].fit.bucket.height // 8, samples[0].fit.bucket.width // 8)
     assert cache.invalid_reason(samples[0]) is not None
     cache.write(samples[0], Latents(latents), source_stamp(samples[0].path)[1])
-    assert cache.invalid_reason(samples[0]) is None and torch.equal(cache.read(samples[0])[0], latents)
-    text = EncodedText(torch.randn(77, 8).bfloat16(), torch.randn(77, 16).bfloat16(), torch.randn(16).bfloat16())
+    assert cache.invalid_reason(samples[0]) is None and torch.equal(
+        cache.read(samples[0])[0], latents
+    )
+    text = EncodedText(
+        torch.randn(77, 8).bfloat16(), torch.randn(77, 16).bfloat16(), torch.randn(16).bfloat16()
+    )
     TextOnDisk(77).write(samples[0], [text])
     back = TextOnDisk(77).read(samples[0], 0)
     assert all(torch.equal(one, two.float()) for one, two in zip(back, text, strict=True))
@@ -104,7 +118,10 @@ def test_what_was_written_is_read_back(samples):
         (lambda path: path.write_bytes(b"\0" * 1000), [BROKEN]),
         (lambda path: np.savez(path, other=np.zeros(3)), ["latents"]),
         (lambda path: np.savez(path, latents=np.array([{}], dtype=object)), ["latents", "object"]),
-        (lambda path: np.savez(path, latents=np.zeros((4, 99, 99), np.float32)), ["latents", "4x99x99"]),
+        (
+            lambda path: np.savez(path, latents=np.zeros((4, 99, 99), np.float32)),
+            ["latents", "4x99x99"],
+        ),
     ],
 )
 def test_fault_45_a_file_that_isnt_valid_is_told_why_and_made_again(damage, tokens, samples):
@@ -127,7 +144,9 @@ def test_arrays_are_read_however_another_program_laid_them_out(tmp_path):
         save(tmp_path / "x.npz", **arrays)
         found = npz.read(tmp_path / "x.npz", list(arrays))
         for name, array in arrays.items():
-            assert np.array_equal(found[name], array) and found[name].dtype == np.asarray(array).dtype
+            assert (
+                np.array_equal(found[name], array) and found[name].dtype == np.asarray(array).dtype
+            )
             assert found[name].flags.writeable
 
 
@@ -195,7 +214,12 @@ def test_the_posterior_sample_depends_on_the_image_alone(samples):
 def test_processes_share_what_goes_to_the_disk(samples):
     cache = LatentsOnDisk()
     fill_latents(samples, cache, stub_vae, 1, rank=0, world_size=2)
-    assert [cache.invalid_reason(sample) is None for sample in samples] == [True, False, True, False]
+    assert [cache.invalid_reason(sample) is None for sample in samples] == [
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_equal_captions_are_encoded_once(samples):
@@ -236,9 +260,9 @@ def test_fault_25_every_image_that_cant_be_decoded_is_told_before_training(sampl
         assert {one.sample.file for one in bad} == {sample.file for sample in samples[:2]}
     with pytest.raises(RunError) as error:
         refuse_or_skip(bad, skip=False)
-    assert all(sample.path.name in str(error.value) for sample in samples[:2]) and "--skip_bad_images" in str(
-        error.value
-    )
+    assert all(
+        sample.path.name in str(error.value) for sample in samples[:2]
+    ) and "--skip_bad_images" in str(error.value)
     refuse_or_skip(bad, skip=True)
     assert all(mentions(caplog.text, sample.path.name) for sample in samples[:2]) and mentions(
         caplog.text, "--skip_bad_images"
@@ -254,7 +278,9 @@ def test_a_picture_replaced_since_the_scan_is_told(samples):
 
 
 @pytest.mark.parametrize("batch_size, expected", [(1, {1}), (4, {4}), (3, {2})])
-def test_mirrored_twins_are_encoded_with_their_images_in_batches_of_the_size_asked_for(batch_size, expected, tmp_path):
+def test_mirrored_twins_are_encoded_with_their_images_in_batches_of_the_size_asked_for(
+    batch_size, expected, tmp_path
+):
     from tools.make_tiny_dataset import make_images
 
     paths = make_images(tmp_path / "1_x", 4)
@@ -270,4 +296,6 @@ def test_mirrored_twins_are_encoded_with_their_images_in_batches_of_the_size_ask
     fill_latents(samples, LatentsInMemory(), encode, batch_size)
     assert {len(images) for images in calls} == expected and sum(map(len, calls)) == 8
     if batch_size == 4:
-        assert torch.equal(calls[0][0], calls[0][2].flip(-1)) and torch.equal(calls[0][1], calls[0][3].flip(-1))
+        assert torch.equal(calls[0][0], calls[0][2].flip(-1)) and torch.equal(
+            calls[0][1], calls[0][3].flip(-1)
+        )

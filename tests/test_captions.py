@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 from messages import mentioning
 
-from library.data.captions import CaptionError, CaptionSettings, caption_variants, process_caption, read_caption
+from library.data.captions import (
+    CaptionError,
+    CaptionSettings,
+    caption_variants,
+    process_caption,
+    read_caption,
+)
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "09_captions.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads(
+    (Path(__file__).parent / "golden" / "09_captions.json").read_text(encoding="utf-8")
+)
 EXACT = [case for case in GOLDEN["cases"] if case["kind"] == "exact"]
 RANDOM = [case for case in GOLDEN["cases"] if case["kind"] == "random"]
 
@@ -23,12 +31,16 @@ def processed(case: dict, seed: int) -> str:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", EXACT, ids=lambda case: f"{case['caption'][:20]!r} {case['options']}")
+@pytest.mark.parametrize(
+    "case", EXACT, ids=lambda case: f"{case['caption'][:20]!r} {case['options']}"
+)
 def test_golden_09_exact(case):
     assert processed(case, 0) == case["result"]
 
 
-@pytest.mark.parametrize("case", RANDOM, ids=lambda case: f"{case['caption'][:20]!r} {case['options']}")
+@pytest.mark.parametrize(
+    "case", RANDOM, ids=lambda case: f"{case['caption'][:20]!r} {case['options']}"
+)
 def test_golden_09_random(case):
     """Only results that the reference gives, as often as it gives them (within 4 standard errors)."""
     n = 4000
@@ -41,7 +53,9 @@ def test_golden_09_random(case):
     assert counts.keys() == case["frequency"].keys()
     for caption, expected in case["frequency"].items():
         error = (expected * (1 - expected) / n) ** 0.5
-        assert counts[caption] / n == pytest.approx(expected, abs=4 * 2**0.5 * error + 1e-9), caption
+        assert counts[caption] / n == pytest.approx(expected, abs=4 * 2**0.5 * error + 1e-9), (
+            caption
+        )
 
 
 @pytest.mark.parametrize(
@@ -113,10 +127,14 @@ def test_golden_09_cached_variants_come_as_often_as_the_uncached_pipeline_draws_
     total = sum(counts.values())
     for caption, expected in case["frequency"].items():
         error = (expected * (1 - expected) / total) ** 0.5
-        assert counts[caption] / total == pytest.approx(expected, abs=4 * 2**0.5 * error + 1e-9), caption
+        assert counts[caption] / total == pytest.approx(expected, abs=4 * 2**0.5 * error + 1e-9), (
+            caption
+        )
 
 
 def test_variants_leave_caption_dropout_to_the_step():
-    settings = CaptionSettings(shuffle_caption=True, caption_dropout_rate=0.9, caption_dropout_every_n_epochs=1)
+    settings = CaptionSettings(
+        shuffle_caption=True, caption_dropout_rate=0.9, caption_dropout_every_n_epochs=1
+    )
     variants = caption_variants("a, b, c", settings, 20, map(random.Random, range(20)))
     assert "" not in variants and len(set(variants)) == 6

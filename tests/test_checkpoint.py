@@ -43,7 +43,8 @@ def small_file(path: Path, *names: str) -> str:
 def test_the_model_is_named_in_one_line(golden_models):
     found = golden_models.checkpoint.describe()
     assert (
-        mentions(found, "tiny_sdxl.safetensors", "tiny SDXL", "single file", "noise prediction") and "\n" not in found
+        mentions(found, "tiny_sdxl.safetensors", "tiny SDXL", "single file", "noise prediction")
+        and "\n" not in found
     )
     assert golden_models.checkpoint.parts == list(PARTS)
 
@@ -52,11 +53,17 @@ def test_the_model_is_named_in_one_line(golden_models):
     "keys, name",
     [
         (
-            ["cond_stage_model.transformer.text_model.x", "model.diffusion_model.input_blocks.0.0.weight"],
+            [
+                "cond_stage_model.transformer.text_model.x",
+                "model.diffusion_model.input_blocks.0.0.weight",
+            ],
             "SD 1",
         ),
         (
-            ["cond_stage_model.model.transformer.x", "model.diffusion_model.input_blocks.0.0.weight"],
+            [
+                "cond_stage_model.model.transformer.x",
+                "model.diffusion_model.input_blocks.0.0.weight",
+            ],
             "SD 2",
         ),
         (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "Flux"),
@@ -76,12 +83,16 @@ def test_the_model_is_named_in_one_line(golden_models):
 def test_fault_20_a_wrong_family_is_refused_by_name_in_one_line(keys, name, tmp_path):
     with pytest.raises(OptionError) as error:
         open_checkpoint(small_file(tmp_path / "wrong.safetensors", *keys))
-    assert mentions(str(error.value), "wrong.safetensors", name, "SDXL") and "\n" not in str(error.value)
+    assert mentions(str(error.value), "wrong.safetensors", name, "SDXL") and "\n" not in str(
+        error.value
+    )
 
 
 def test_fault_20_a_diffusers_folder_of_another_family_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(OptionError, match=mentioning(tmp_path, "StableDiffusionPipeline", "StableDiffusionXL")):
+    with pytest.raises(
+        OptionError, match=mentioning(tmp_path, "StableDiffusionPipeline", "StableDiffusionXL")
+    ):
         open_checkpoint(str(tmp_path))
 
 
@@ -95,7 +106,9 @@ def test_a_missing_file_is_not_looked_for_on_the_hub():
 def test_the_keys_v_pred_and_ztsnr_are_read_and_told(golden_model, tmp_path):
     tensors, metadata = load_tensors(golden_model)
     write_safetensors(
-        tmp_path / "v.safetensors", {**tensors, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, metadata
+        tmp_path / "v.safetensors",
+        {**tensors, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)},
+        metadata,
     )
     found = open_checkpoint(str(tmp_path / "v.safetensors"))
     assert found.v_prediction and found.zero_terminal_snr
@@ -113,12 +126,16 @@ def test_saving_what_was_not_trained_gives_the_same_bytes(golden_model, tmp_path
 
 def test_saving_the_live_modules_gives_the_same_bytes(golden_model, golden_models, tmp_path):
     changed = live_tensors(golden_models)
-    save_single_file(tmp_path / "live.safetensors", golden_models.checkpoint, changed, {"format": "pt"})
+    save_single_file(
+        tmp_path / "live.safetensors", golden_models.checkpoint, changed, {"format": "pt"}
+    )
     assert (tmp_path / "live.safetensors").read_bytes() == golden_model.read_bytes()
 
 
 def test_a_diffusers_folder_and_back_gives_the_same_tensors(golden_model, folder, tmp_path):
-    save_single_file(tmp_path / "back.safetensors", open_checkpoint(str(folder)), {}, {"format": "pt"})
+    save_single_file(
+        tmp_path / "back.safetensors", open_checkpoint(str(folder)), {}, {"format": "pt"}
+    )
     back, original = load_tensors(tmp_path / "back.safetensors")[0], load_tensors(golden_model)[0]
     assert original.keys() - back.keys() == {
         "conditioner.embedders.1.model.logit_scale"
@@ -136,24 +153,38 @@ def test_position_ids_are_dropped(golden_model, tmp_path):
     assert key not in read_header(tmp_path / "new.safetensors").tensors
 
 
-def test_only_what_was_trained_changes_and_precision_is_of_all(golden_model, golden_models, tmp_path):
+def test_only_what_was_trained_changes_and_precision_is_of_all(
+    golden_model, golden_models, tmp_path
+):
     changed = golden_models.unet.state_dict()
     changed["out.2.bias"] = changed["out.2.bias"] + 1
-    save_single_file(tmp_path / "x.safetensors", golden_models.checkpoint, {"unet": changed}, {}, v_prediction=True)
+    save_single_file(
+        tmp_path / "x.safetensors",
+        golden_models.checkpoint,
+        {"unet": changed},
+        {},
+        v_prediction=True,
+    )
     saved, original = load_tensors(tmp_path / "x.safetensors")[0], load_tensors(golden_model)[0]
     assert [name for name in original if not torch.equal(saved[name], original[name])] == [
         "model.diffusion_model.out.2.bias"
     ]
     assert "v_pred" in saved and "ztsnr" not in saved
-    save_single_file(tmp_path / "half.safetensors", golden_models.checkpoint, {}, {}, dtype=torch.float16)
-    assert {info.dtype for info in read_header(tmp_path / "half.safetensors").tensors.values()} == {"F16"}
+    save_single_file(
+        tmp_path / "half.safetensors", golden_models.checkpoint, {}, {}, dtype=torch.float16
+    )
+    assert {info.dtype for info in read_header(tmp_path / "half.safetensors").tensors.values()} == {
+        "F16"
+    }
 
 
 def test_replacing_the_source_on_disk_cant_spoil_a_save(golden_model, tmp_path):
     source = tmp_path / "source.safetensors"
     shutil.copy(golden_model, source)
     checkpoint = open_checkpoint(str(source))
-    save_single_file(tmp_path / "other.safetensors", checkpoint, {}, {"format": "pt"}, dtype=torch.bfloat16)
+    save_single_file(
+        tmp_path / "other.safetensors", checkpoint, {}, {"format": "pt"}, dtype=torch.bfloat16
+    )
     os.replace(tmp_path / "other.safetensors", source)
     save_single_file(source, checkpoint, {}, {"format": "pt"})  # over itself, too
     assert source.read_bytes() == golden_model.read_bytes()
@@ -168,19 +199,27 @@ def test_ckpt_files_are_read_and_written(golden_model, tmp_path):
         one, two = again.tensors(part), checkpoint.tensors(part)
         assert all(torch.equal(one[name], two[name]) for name in two)
     torch.save(
-        {"state_dict": load_tensors(golden_model)[0]}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False
+        {"state_dict": load_tensors(golden_model)[0]},
+        tmp_path / "old.ckpt",
+        _use_new_zipfile_serialization=False,
     )
     assert open_checkpoint(str(tmp_path / "old.ckpt")).unet == checkpoint.unet
 
 
 def test_a_ckpt_is_cast_in_ram_not_on_the_card(golden_model, tmp_path, monkeypatch):
     devices, to = set(), torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args: devices.add(args[0]) or to(tensor, *args))
-    save_single_file(tmp_path / "x.ckpt", open_checkpoint(str(golden_model)), {}, {}, dtype=torch.bfloat16)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, *args: devices.add(args[0]) or to(tensor, *args)
+    )
+    save_single_file(
+        tmp_path / "x.ckpt", open_checkpoint(str(golden_model)), {}, {}, dtype=torch.bfloat16
+    )
     assert devices == {"cpu"}
     monkeypatch.undo()
     stored = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
-    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {
+        torch.bfloat16
+    }
 
 
 class _Evil:
@@ -191,13 +230,17 @@ class _Evil:
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_fault_17_a_pickle_that_runs_code_is_refused_and_doesnt_run(is_zip, tmp_path, monkeypatch):
     monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "evil"))
-    torch.save({"state_dict": _Evil()}, tmp_path / "model.ckpt", _use_new_zipfile_serialization=is_zip)
+    torch.save(
+        {"state_dict": _Evil()}, tmp_path / "model.ckpt", _use_new_zipfile_serialization=is_zip
+    )
     with pytest.raises(RunError, match=mentioning("model.ckpt", "code")):
         open_checkpoint(str(tmp_path / "model.ckpt"))
     assert not (tmp_path / "evil").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a model at all", b"PK\x03\x04 torn zip", b"\x80\x02 torn pickle"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a model at all", b"PK\x03\x04 torn zip", b"\x80\x02 torn pickle"]
+)
 def test_fault_15_a_damaged_ckpt_is_one_line(content, tmp_path):
     path = tmp_path / "model.ckpt"
     path.write_bytes(content)
@@ -209,11 +252,15 @@ def test_fault_15_a_damaged_ckpt_is_one_line(content, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_fault_21_checkpoints_of_every_dtype_load(dtype, golden_model, tmp_path):
     tensors, _ = load_tensors(golden_model)
-    write_safetensors(tmp_path / "x.safetensors", {name: tensor.to(dtype) for name, tensor in tensors.items()}, {})
+    write_safetensors(
+        tmp_path / "x.safetensors", {name: tensor.to(dtype) for name, tensor in tensors.items()}, {}
+    )
     models = open_models(tmp_path / "x.safetensors")
-    assert {p.dtype for module in (models.unet, models.vae, *models.text_encoders) for p in module.parameters()} == {
-        torch.float32
-    }
+    assert {
+        p.dtype
+        for module in (models.unet, models.vae, *models.text_encoders)
+        for p in module.parameters()
+    } == {torch.float32}
     key = "model.diffusion_model.middle_block.1.proj_in.weight"
     assert torch.equal(models.unet.middle_block[1].proj_in.weight, tensors[key].to(dtype).float())
 
@@ -225,16 +272,23 @@ def test_missing_unexpected_and_misshapen_tensors_are_counted_and_named(golden_m
     tensors[prefix + "out.9.bias"] = torch.zeros(1)
     tensors[prefix + "middle_block.0.in_layers.0.bias"] = torch.zeros(7)
     write_safetensors(tmp_path / "x.safetensors", tensors, {})
-    with pytest.raises(RunError, match=mentioning("1", "out.0.bias", "out.9.bias", "middle_block.0.in_layers.0.bias")):
+    with pytest.raises(
+        RunError,
+        match=mentioning("1", "out.0.bias", "out.9.bias", "middle_block.0.in_layers.0.bias"),
+    ):
         _ = open_models(tmp_path / "x.safetensors").unet
 
 
 def most_bytes(work) -> int:
     """The most bytes of tensors that were there at once, of those that were made while it worked."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         work()
     events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
     return max(itertools.accumulate((size for _, size in changes), initial=0))
 
 
@@ -247,16 +301,22 @@ def test_a_save_holds_one_tensor_beside_the_model(kind, tmp_path):
     )
     write_safetensors(tmp_path / "model.safetensors", random_checkpoint(sizes, 0), {"format": "pt"})
     checkpoint = open_checkpoint(str(tmp_path / "model.safetensors"))
-    trained = {part: {name: t.clone() for name, t in checkpoint.tensors(part).items()} for part in PARTS}
+    trained = {
+        part: {name: t.clone() for name, t in checkpoint.tensors(part).items()} for part in PARTS
+    }
     largest = max(tensor.nbytes for own in trained.values() for tensor in own.values())
     assert sum(t.nbytes for t in trained["text_encoder_2"].values() if t.ndim == 2) > 4 * largest
 
     def save():
         if kind == "folder":
             tokenizers = load_tokenizers(None, None)
-            save_diffusers(tmp_path / "folder", checkpoint, trained, tokenizers, dtype=torch.bfloat16)
+            save_diffusers(
+                tmp_path / "folder", checkpoint, trained, tokenizers, dtype=torch.bfloat16
+            )
         else:
-            save_single_file(tmp_path / "out.safetensors", checkpoint, trained, {}, dtype=torch.bfloat16)
+            save_single_file(
+                tmp_path / "out.safetensors", checkpoint, trained, {}, dtype=torch.bfloat16
+            )
 
     assert 0 < most_bytes(save) < 1.6 * largest
 
@@ -269,24 +329,35 @@ def test_the_folder_loads_in_diffusers_and_gives_the_same_numbers(folder, golden
 
     pipeline = import_diffusers().StableDiffusionXLPipeline.from_pretrained(folder)
     torch.manual_seed(0)
-    latents, context, pooled = torch.randn(2, 4, 16, 24), torch.randn(2, 77, 192), torch.randn(2, 128)
+    latents, context, pooled = (
+        torch.randn(2, 4, 16, 24),
+        torch.randn(2, 77, 192),
+        torch.randn(2, 128),
+    )
     timesteps, sizes = torch.tensor([3, 700]), torch.tensor([[200.0, 300, 0, 16, 128, 192]] * 2)
     with torch.no_grad():
         theirs = pipeline.unet(
-            latents, timesteps, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
+            latents,
+            timesteps,
+            context,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
         ).sample
         vector = conditioning_vector(pooled, sizes[:, :2], sizes[:, 2:4], sizes[:, 4:])
         ours = golden_models.unet(latents, timesteps, context, vector)
         assert_network(ours, theirs)
         # Without "!", which Diffusers' second tokenizer takes for a pad token.
         prompt = "a cat, don't (look), " + "very long " * 60
-        context, _, pooled, _ = pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+        context, _, pooled, _ = pipeline.encode_prompt(
+            prompt, device="cpu", do_classifier_free_guidance=False
+        )
         text = golden_models.encode_texts([prompt], 75)
         assert_network(torch.cat([text.hidden_1, text.hidden_2], -1), context)
         assert_network(text.pooled, pooled)
 
 
-def test_a_trained_single_file_loads_in_diffusers_and_gives_the_same_numbers(golden_models, folder, tmp_path):
+def test_a_trained_single_file_loads_in_diffusers_and_gives_the_same_numbers(
+    golden_models, folder, tmp_path
+):
     """from_single_file with a local configuration: U-Net, both text encoders and VAE, all of them changed."""
     from library.imports import import_diffusers
 
@@ -296,14 +367,18 @@ def test_a_trained_single_file_loads_in_diffusers_and_gives_the_same_numbers(gol
         for part in PARTS
     }  # fmt: skip
     path = tmp_path / "trained.safetensors"
-    save_single_file(path, golden_models.checkpoint, trained, {"modelspec.title": "trained"}, v_prediction=True)
+    save_single_file(
+        path, golden_models.checkpoint, trained, {"modelspec.title": "trained"}, v_prediction=True
+    )
     pipeline = import_diffusers().StableDiffusionXLPipeline.from_single_file(
         str(path), config=str(folder), local_files_only=True
     )
     models = open_models(path)
     latents, timesteps = torch.randn(1, 4, 8, 8, generator=rng), torch.tensor([500])
     with torch.no_grad():
-        context, _, pooled, _ = pipeline.encode_prompt("a cat", device="cpu", do_classifier_free_guidance=False)
+        context, _, pooled, _ = pipeline.encode_prompt(
+            "a cat", device="cpu", do_classifier_free_guidance=False
+        )
         text = models.encode_texts(["a cat"], 75)
         assert_network(torch.cat([text.hidden_1, text.hidden_2], -1), context)
         assert_network(text.pooled, pooled)
@@ -315,14 +390,25 @@ def test_a_trained_single_file_loads_in_diffusers_and_gives_the_same_numbers(gol
 
 
 def test_shards_variants_and_pickles_are_found():
-    names = ["config.json", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"]
+    names = [
+        "config.json",
+        "diffusion_pytorch_model.bin",
+        "diffusion_pytorch_model.fp16.safetensors",
+    ]
     shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert (
-        choose_weights([*names, *shards, "diffusion_pytorch_model.safetensors.index.json"], prefer_fp16=False) == shards
+        choose_weights(
+            [*names, *shards, "diffusion_pytorch_model.safetensors.index.json"], prefer_fp16=False
+        )
+        == shards
     )
-    assert choose_weights([*names, *shards], prefer_fp16=True) == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert choose_weights([*names, *shards], prefer_fp16=True) == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
     assert choose_weights(names, prefer_fp16=False) == ["diffusion_pytorch_model.bin"]
-    assert choose_weights(["model.fp16.safetensors"], prefer_fp16=False) == ["model.fp16.safetensors"]
+    assert choose_weights(["model.fp16.safetensors"], prefer_fp16=False) == [
+        "model.fp16.safetensors"
+    ]
     assert choose_weights(["config.json"], prefer_fp16=False) == []
 
 
@@ -332,16 +418,26 @@ def test_a_folder_of_shards_is_read_whole(folder, golden_models, tmp_path):
     names = sorted(whole)
     for i, part in enumerate((names[:300], names[300:]), 1):
         write_safetensors(
-            tmp_path / "unet" / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors", {n: whole[n] for n in part}, {}
+            tmp_path / "unet" / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors",
+            {n: whole[n] for n in part},
+            {},
         )
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     tensors = open_checkpoint(str(tmp_path)).tensors("unet")
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in golden_models.checkpoint.tensors("unet").items())
+    assert all(
+        torch.equal(tensors[name], tensor)
+        for name, tensor in golden_models.checkpoint.tensors("unet").items()
+    )
 
 
 def test_a_folders_scheduler_says_what_the_model_predicts(golden_models, tmp_path):
     save_diffusers(
-        tmp_path, golden_models.checkpoint, {}, golden_models.tokenizers, v_prediction=True, zero_terminal_snr=True
+        tmp_path,
+        golden_models.checkpoint,
+        {},
+        golden_models.tokenizers,
+        v_prediction=True,
+        zero_terminal_snr=True,
     )
     found = open_checkpoint(str(tmp_path))
     assert found.v_prediction and found.zero_terminal_snr
@@ -349,7 +445,9 @@ def test_a_folders_scheduler_says_what_the_model_predicts(golden_models, tmp_pat
 
 def test_a_hub_that_cant_be_reached_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OptionError, match=mentioning("nobody/nothing", "hub", "HF_HUB_OFFLINE|offline")):
+    with pytest.raises(
+        OptionError, match=mentioning("nobody/nothing", "hub", "HF_HUB_OFFLINE|offline")
+    ):
         open_checkpoint("nobody/nothing")
 
 
@@ -365,9 +463,17 @@ def test_another_vae_is_taken_from_every_layout(golden_model, golden_models, fol
     }
     write_safetensors(tmp_path / "vae.safetensors", alone, {})
     torch.save({"state_dict": alone}, tmp_path / "vae.pt")
-    for source in (golden_model, tmp_path / "vae.safetensors", tmp_path / "vae.pt", folder, folder / "vae"):
+    for source in (
+        golden_model,
+        tmp_path / "vae.safetensors",
+        tmp_path / "vae.pt",
+        folder,
+        folder / "vae",
+    ):
         found = vae_tensors(str(source))
-        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+        assert found.keys() == expected.keys() and all(
+            torch.equal(found[name], expected[name]) for name in expected
+        )
     with pytest.raises(OptionError, match=mentioning("--vae", "none.safetensors")):
         locate_vae("none.safetensors")
 
@@ -386,12 +492,16 @@ def test_old_attention_names_of_diffusers_vaes_are_known(golden_models, folder, 
 
 
 def test_mapping_can_be_turned_off(golden_model):
-    mapped, read = (open_checkpoint(str(golden_model), mapped=flag).tensors("unet") for flag in (True, False))
+    mapped, read = (
+        open_checkpoint(str(golden_model), mapped=flag).tensors("unet") for flag in (True, False)
+    )
     assert all(torch.equal(mapped[name], read[name]) for name in mapped)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_fault_16_numbers_that_arent_finite_in_a_model_are_told_when_it_is_loaded(value, golden_model, tmp_path):
+def test_fault_16_numbers_that_arent_finite_in_a_model_are_told_when_it_is_loaded(
+    value, golden_model, tmp_path
+):
     tensors = load_tensors(golden_model)[0]
     name = "model.diffusion_model.out.2.bias"
     tensors[name] = tensors[name].clone().fill_(value)
@@ -401,7 +511,9 @@ def test_fault_16_numbers_that_arent_finite_in_a_model_are_told_when_it_is_loade
 
 
 @pytest.mark.parametrize("key, prefix", [("modelspec.hash_sha256", "0x"), ("sshs_model_hash", "")])
-def test_fault_16_a_flipped_bit_in_a_model_is_told_by_verify_model(key, prefix, golden_model, tmp_path):
+def test_fault_16_a_flipped_bit_in_a_model_is_told_by_verify_model(
+    key, prefix, golden_model, tmp_path
+):
     import hashlib
 
     from library.errors import OptionError
@@ -411,7 +523,9 @@ def test_fault_16_a_flipped_bit_in_a_model_is_told_by_verify_model(key, prefix, 
 
     path = tmp_path / "x.safetensors"
     tensors = load_tensors(golden_model)[0]
-    data = golden_model.read_bytes()[min(info.start for info in read_header(golden_model).tensors.values()) :]
+    data = golden_model.read_bytes()[
+        min(info.start for info in read_header(golden_model).tensors.values()) :
+    ]
     write_safetensors(path, tensors, {key: prefix + hashlib.sha256(data).hexdigest()})
     chosen = ModelOptions(pretrained_model_name_or_path=str(path), verify_model=True)
     assert open_model(chosen, prefer_fp16=False).path == path
@@ -428,4 +542,7 @@ def test_verify_model_needs_something_to_compare_with(golden_model):
     from library.training.setup.inputs import open_model
 
     with pytest.raises(OptionError, match=mentioning("--verify_model", "sha256", "metadata")):
-        open_model(ModelOptions(pretrained_model_name_or_path=str(golden_model), verify_model=True), prefer_fp16=False)
+        open_model(
+            ModelOptions(pretrained_model_name_or_path=str(golden_model), verify_model=True),
+            prefer_fp16=False,
+        )

@@ -27,7 +27,10 @@ def output_and_gradients(unet, network, height, width):
     generator = torch.Generator().manual_seed(height)
     sizes = unet.config.context_channels, unet.config.vector_channels
     latents = torch.randn(1, 4, height, width, generator=generator)
-    context, vector = torch.randn(1, 7, sizes[0], generator=generator), torch.randn(1, sizes[1], generator=generator)
+    context, vector = (
+        torch.randn(1, 7, sizes[0], generator=generator),
+        torch.randn(1, sizes[1], generator=generator),
+    )
     network.zero_grad()
     output = unet(latents, torch.tensor([500]), context, vector)
     output.square().mean().backward()
@@ -56,10 +59,14 @@ def test_a_run_with_inductor_has_the_losses_of_one_without(golden_model, images,
     few = ["--max_train_steps", "3"]
     train_network(golden_model, images, tmp_path / "plain", *few)
     train_network(golden_model, images, tmp_path / "compiled", *few, "--torch_compile")
-    assert losses_of(tmp_path / "compiled") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-4)
+    assert losses_of(tmp_path / "compiled") == pytest.approx(
+        losses_of(tmp_path / "plain"), rel=1e-4
+    )
 
 
-def test_a_compiler_that_doesnt_work_is_told_with_its_reason_and_nothing_is_compiled(own_models, monkeypatch, caplog):
+def test_a_compiler_that_doesnt_work_is_told_with_its_reason_and_nothing_is_compiled(
+    own_models, monkeypatch, caplog
+):
     def fail(*_, **__):
         raise RuntimeError("no C++ compiler")
 

@@ -36,7 +36,9 @@ def conditions(images) -> Path:
     folder.mkdir()
     for file in (images / "2_shapes").glob("*.png"):
         with Image.open(file) as image:
-            edges = np.abs(np.diff(np.asarray(image.convert("L")).astype(int), axis=1, prepend=0)) > 8
+            edges = (
+                np.abs(np.diff(np.asarray(image.convert("L")).astype(int), axis=1, prepend=0)) > 8
+            )
             Image.fromarray((edges * 255).astype(np.uint8)).convert("RGB").save(folder / file.name)
     return folder
 
@@ -56,23 +58,33 @@ def train(model: Path, images: Path, conditions: Path | None, output: Path, *ext
 def test_golden_10_lllite(own_models):
     golden = Golden("lllite")
     options = LLLiteOptions(cond_emb_dim=8, network_dim=8)
-    task = LLLiteTask(own_models, TaskSettings(lr=1e-3, num_tokens=75, text_is_cached=True), (options,))
+    task = LLLiteTask(
+        own_models, TaskSettings(lr=1e-3, num_tokens=75, text_is_cached=True), (options,)
+    )
     steps = replay(
         golden, own_models, task, optimizer_args={}, schedule=ScheduleOptions(), loss=LossOptions(), lr=1e-3, accumulation=1, cached_text=True,
     )  # fmt: skip
     for number, rates in steps:
         assert rates == golden.facts["lr_per_step"][number]
     tensors = task.trainables[0].tensors()
-    assert list(tensors) == [name for name in tensors if name in golden.output] and len(tensors) == len(golden.output)
+    assert list(tensors) == [name for name in tensors if name in golden.output] and len(
+        tensors
+    ) == len(golden.output)
     for name, tensor in golden.output.items():
-        if not name.endswith("attn1_to_k.up.0.bias"):  # a softmax doesn't see it, so its gradient is rounding error
-            torch.testing.assert_close(tensors[name].detach(), tensor, rtol=0, atol=REPLAYED_LLLITE, msg=name)
+        if not name.endswith(
+            "attn1_to_k.up.0.bias"
+        ):  # a softmax doesn't see it, so its gradient is rounding error
+            torch.testing.assert_close(
+                tensors[name].detach(), tensor, rtol=0, atol=REPLAYED_LLLITE, msg=name
+            )
 
 
 # --------------------------------------------------------------------------------------------------- through the script
 
 
-def test_a_run_trains_every_module_and_saves_what_the_node_reads(golden_model, images, conditions, tmp_path):
+def test_a_run_trains_every_module_and_saves_what_the_node_reads(
+    golden_model, images, conditions, tmp_path
+):
     """Names, shapes and metadata by the contract; the base model isn't touched; the file goes on being trained."""
     path = train(golden_model, images, conditions, tmp_path / "out", "--max_train_steps", 3)
     tensors, metadata = tensors_of(path), read_header(path).metadata
@@ -92,7 +104,9 @@ def test_a_run_trains_every_module_and_saves_what_the_node_reads(golden_model, i
 def test_a_resumed_run_equals_one_that_went_on_and_ema_validation_and_previews_run(golden_model, images, conditions, tmp_path):  # fmt: skip
     prompts = tmp_path / "prompts.txt"
     condition = next(conditions.iterdir())
-    prompts.write_text(f"a red square --cn {condition} --s 2 --w 64 --h 64 --d 1\n", encoding="utf-8")
+    prompts.write_text(
+        f"a red square --cn {condition} --s 2 --w 64 --h 64 --d 1\n", encoding="utf-8"
+    )
     common = [
         "--network_dropout",
         "0.1",
@@ -105,14 +119,17 @@ def test_a_resumed_run_equals_one_that_went_on_and_ema_validation_and_previews_r
         "--flip_aug",
     ]
     common += ["--sample_prompts", prompts, "--sample_every_n_steps", "2"]
-    whole = train(golden_model, images, conditions, tmp_path / "whole", *common, "--max_train_steps", 4)
+    whole = train(
+        golden_model, images, conditions, tmp_path / "whole", *common, "--max_train_steps", 4
+    )
     train(golden_model, images, conditions, tmp_path / "part", *common, "--max_train_steps", 4, "--save_every_n_steps", 2, "--save_state")  # fmt: skip
     state = tmp_path / "part" / "lora-step00000002-state"
     resumed = train(golden_model, images, conditions, tmp_path / "rest", *common, "--max_train_steps", 4, "--resume", state)  # fmt: skip
     assert_bit_equal(tensors_of(resumed), tensors_of(whole))
     assert (tmp_path / "whole" / "lora-ema.safetensors").is_file()
     log = [
-        json.loads(line) for line in (tmp_path / "whole" / "lora-log.jsonl").read_text(encoding="utf-8").splitlines()
+        json.loads(line)
+        for line in (tmp_path / "whole" / "lora-log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert any("validation" in key for row in log for key in row)
     drawn = {path.name.split("_")[1]: np.asarray(Image.open(path)) for path in (tmp_path / "whole" / "sample").glob("lora_0*_1.png")}  # fmt: skip
@@ -125,16 +142,33 @@ def test_what_is_drawn_uncached_in_bf16_with_checkpointing_only_in_chosen_blocks
 
     quick = [word for word in QUICK if not word.startswith("--cache")]
     files = ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", images, "--conditioning_data_dir", conditions]  # fmt: skip
-    script.main([str(w) for w in (*quick, *files, "--output_dir", tmp_path / "out", "--output_name", "lora", *words)])
+    script.main(
+        [
+            str(w)
+            for w in (
+                *quick,
+                *files,
+                "--output_dir",
+                tmp_path / "out",
+                "--output_name",
+                "lora",
+                *words,
+            )
+        ]
+    )
     modules = {name.partition(".")[0] for name in tensors_of(tmp_path / "out" / "lora.safetensors")}
     assert {"_".join(name.split("_")[2:5]) for name in modules} == {"input_blocks_4", *(f"output_blocks_{i}" for i in range(6))}  # fmt: skip
     assert all(np.isfinite(losses_of(tmp_path / "out")))
 
 
 @pytest.mark.long
-def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, images, conditions, tmp_path):
+def test_two_processes_equal_one_with_twice_the_accumulation(
+    golden_model, images, conditions, tmp_path
+):
     """Losses 1e-5, weights 1e-4; what moves all keys alike has a gradient that is noise, and is left out."""
-    one = train(golden_model, images, conditions, tmp_path / "one", "--gradient_accumulation_steps", 2)
+    one = train(
+        golden_model, images, conditions, tmp_path / "one", "--gradient_accumulation_steps", 2
+    )
     words = [
         *QUICK,
         "--pretrained_model_name_or_path",
@@ -166,7 +200,9 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
     # The image of the condition shows the noise that the U-Net should find.
     shown = torch.nn.functional.interpolate(noise[:, :3], scale_factor=8).clamp(-1, 1)
     timesteps = torch.full((count,), 999)
-    noisy = NoisedLatents(latents=torch.randn_like(noise), noise=noise, clean=clean, timesteps=timesteps)
+    noisy = NoisedLatents(
+        latents=torch.randn_like(noise), noise=noise, clean=clean, timesteps=timesteps
+    )
     with torch.no_grad():
         text = own_models.encode_texts(["a square"] * count, 75)
     batch = Batch(
@@ -186,7 +222,10 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
         loss(shown).backward()
         optimizer.step()
     with torch.no_grad():
-        right, wrong = loss(shown), torch.stack([loss(shown.roll(i, dims=0)) for i in range(1, count)])
+        right, wrong = (
+            loss(shown),
+            torch.stack([loss(shown.roll(i, dims=0)) for i in range(1, count)]),
+        )
     assert right < 0.95 * wrong.min(), (right, wrong)
 
 
@@ -205,16 +244,29 @@ def test_the_right_condition_makes_the_loss_smaller_than_a_shuffled_one(own_mode
         (["--learning_rate", "0"], ("--learning_rate", "0")),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_before_anything_is_trained(words, tokens, golden_model, images, conditions, tmp_path):
+def test_mistakes_are_told_before_anything_is_trained(
+    words, tokens, golden_model, images, conditions, tmp_path
+):
     with pytest.raises(OptionError) as error:
         train(golden_model, images, conditions, tmp_path / "out", *words)
     assert mentions(str(error.value), *tokens)
 
 
-def test_without_buckets_the_condition_must_follow(golden_model, images, conditions, tmp_path, monkeypatch):
+def test_without_buckets_the_condition_must_follow(
+    golden_model, images, conditions, tmp_path, monkeypatch
+):
     monkeypatch.setitem(globals(), "QUICK", without(QUICK, "--enable_bucket", "--cache_latents"))
     with pytest.raises(OptionError) as error:
-        train(golden_model, images, conditions, tmp_path / "out", "--resolution", 72, "--face_crop_aug_range", "1,3")
+        train(
+            golden_model,
+            images,
+            conditions,
+            tmp_path / "out",
+            "--resolution",
+            72,
+            "--face_crop_aug_range",
+            "1,3",
+        )
     assert mentions(str(error.value), "face_crop_aug_range", "conditioning_data_dir")
     assert mentions(str(error.value), "resolution", "72x72", "32")
 
@@ -234,13 +286,27 @@ def test_missing_conditions_are_told(golden_model, images, conditions, tmp_path)
 def test_a_file_of_other_sizes_or_another_kind_is_told(golden_model, images, conditions, tmp_path):
     path = train(golden_model, images, conditions, tmp_path / "out", "--max_train_steps", 1)
     with pytest.raises(
-        OptionError, match=mentioning("--network_weights", path, "shape", "[4]", "[6]", "--allow_partial")
+        OptionError,
+        match=mentioning("--network_weights", path, "shape", "[4]", "[6]", "--allow_partial"),
     ):
-        train(golden_model, images, conditions, tmp_path / "again", "--network_weights", path, "--network_dim", "6")
-    write_safetensors(tmp_path / "lora.safetensors", {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, {})
+        train(
+            golden_model,
+            images,
+            conditions,
+            tmp_path / "again",
+            "--network_weights",
+            path,
+            "--network_dim",
+            "6",
+        )
+    write_safetensors(
+        tmp_path / "lora.safetensors", {"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, {}
+    )
     with pytest.raises(
         OptionError,
-        match=mentioning("--network_weights", "lora.safetensors", "LoRA", "ControlNet-LLLite", "lllite_unet"),
+        match=mentioning(
+            "--network_weights", "lora.safetensors", "LoRA", "ControlNet-LLLite", "lllite_unet"
+        ),
     ):
         train(golden_model, images, conditions, tmp_path / "again", "--network_weights", tmp_path / "lora.safetensors")  # fmt: skip
 
@@ -250,7 +316,9 @@ def test_dry_run_tells_and_writes_nothing(golden_model, images, conditions, tmp_
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-def test_debug_dataset_shows_each_image_with_its_condition(golden_model, images, conditions, tmp_path):
+def test_debug_dataset_shows_each_image_with_its_condition(
+    golden_model, images, conditions, tmp_path
+):
     train(golden_model, images, conditions, tmp_path / "out", "--debug_dataset")
     html = (tmp_path / "out" / "lora-dataset.html").read_text(encoding="utf-8")
     count = len(list((images / "2_shapes").glob("*.png")))
@@ -260,18 +328,24 @@ def test_debug_dataset_shows_each_image_with_its_condition(golden_model, images,
     )
 
 
-def test_the_final_file_draws_as_the_network_that_was_trained(golden_model, images, conditions, own_models, tmp_path):
+def test_the_final_file_draws_as_the_network_that_was_trained(
+    golden_model, images, conditions, own_models, tmp_path
+):
     """What training's predict gives and what the loaded file gives are the same."""
     from networks.lllite import attention_projections, to_control_inputs
     from networks.lllite_file import lllite_from_file
 
     path = train(golden_model, images, conditions, tmp_path / "out")
-    net = lllite_from_file(path, attention_projections(own_models.unet), flag="--control_net_lllite_models")
+    net = lllite_from_file(
+        path, attention_projections(own_models.unet), flag="--control_net_lllite_models"
+    )
     golden, _ = load_tensors(Path(__file__).parent / "golden" / "02_unet.safetensors")
     inputs = [golden[f"a.{name}"][:1] for name in ("latents", "timesteps", "context", "y")]
     condition = torch.rand(1, 3, inputs[0].shape[2] * 8, inputs[0].shape[3] * 8) * 2 - 1
     task = LLLiteTask(
-        own_models, TaskSettings(lr=1e-3, num_tokens=75, text_is_cached=True), (LLLiteOptions(network_weights=path),)
+        own_models,
+        TaskSettings(lr=1e-3, num_tokens=75, text_is_cached=True),
+        (LLLiteOptions(network_weights=path),),
     )
     task._net.eval()
     with torch.no_grad():

@@ -68,8 +68,14 @@ def test_values_come_from_subset_then_dataset_then_general_then_command_line_the
         tmp_path, WHOLE, "--train_batch_size", 7, "--caption_dropout_rate", 0.5, "--keep_tokens", 9
     )
     assert first.batch_size == 4 and second.batch_size == 7
-    assert first.buckets.resolution == Size(512, 768) and second.buckets.resolution == Size(640, 640)
-    assert [subset.captions.keep_tokens for subset in (*first.subsets, *second.subsets)] == [2, 5, 1]
+    assert first.buckets.resolution == Size(512, 768) and second.buckets.resolution == Size(
+        640, 640
+    )
+    assert [subset.captions.keep_tokens for subset in (*first.subsets, *second.subsets)] == [
+        2,
+        5,
+        1,
+    ]
     assert [subset.captions.shuffle_caption for subset in first.subsets] == [True, False]
     assert [subset.pixels.flip_aug for subset in first.subsets] == [False, True]
     assert first.subsets[0].num_repeats == 3 and first.subsets[0].class_tokens == "a cat"
@@ -108,7 +114,9 @@ def test_json_says_the_same(tmp_path):
 )  # fmt: skip
 def test_a_mistake_is_told_with_its_table(text, tokens, tmp_path):
     found = mistakes_of(tmp_path, text)
-    assert mentions(found, "data.toml", *(token.replace("DIR", tmp_path.as_posix()) for token in tokens)), found
+    assert mentions(
+        found, "data.toml", *(token.replace("DIR", tmp_path.as_posix()) for token in tokens)
+    ), found
 
 
 def test_all_mistakes_of_a_file_are_told_at_once(tmp_path):
@@ -131,8 +139,13 @@ def test_a_missing_file_and_an_unknown_ending_are_told(tmp_path):
 def test_folders_named_n_class_give_repeats_and_class_tokens(tmp_path):
     for name in ("10_a cat_with hat", "2", "3_", "0_none", "notes"):
         (tmp_path / name).mkdir()
-    plans, notices = read_datasets(options_of("--train_data_dir", tmp_path, "--resolution", "64,96"))
-    found = {subset.image_dir.name: (subset.num_repeats, subset.class_tokens) for subset in plans[0].subsets}
+    plans, notices = read_datasets(
+        options_of("--train_data_dir", tmp_path, "--resolution", "64,96")
+    )
+    found = {
+        subset.image_dir.name: (subset.num_repeats, subset.class_tokens)
+        for subset in plans[0].subsets
+    }
     assert found == {"10_a cat_with hat": (10, "a cat_with hat"), "2": (2, ""), "3_": (3, "")}
     assert mentions(notices, "0_none", "num_repeats") and mentions(notices, "N_class", "notes")
     assert plans[0].buckets.resolution == Size(64, 96)
@@ -165,18 +178,32 @@ def test_a_folder_named_twice_in_a_dataset_is_used_once_and_told(tmp_path):
     path = tmp_path / "data.toml"
     path.write_text(twice.replace("DIR", tmp_path.as_posix()), encoding="utf-8")
     plans, notices = read_datasets(options_of("--dataset_config", path))
-    assert len(plans[0].subsets) == 1 and mentions(notices[0], tmp_path / "a", "twice|duplicate|more than once")
+    assert len(plans[0].subsets) == 1 and mentions(
+        notices[0], tmp_path / "a", "twice|duplicate|more than once"
+    )
 
 
 @pytest.mark.parametrize(
     "name",
-    ["shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step", "enable_wildcard"],
+    [
+        "shuffle_caption",
+        "caption_dropout_rate",
+        "caption_tag_dropout_rate",
+        "token_warmup_step",
+        "enable_wildcard",
+    ],
 )
 def test_fault_59_cached_text_and_captions_that_change_exclude_each_other(name, tmp_path):
     (tmp_path / "1_x").mkdir()
     value = () if name in ("shuffle_caption", "enable_wildcard") else (0.5,)
     options = options_of(
-        "--train_data_dir", tmp_path, "--resolution", 64, "--cache_text_encoder_outputs", f"--{name}", *value
+        "--train_data_dir",
+        tmp_path,
+        "--resolution",
+        64,
+        "--cache_text_encoder_outputs",
+        f"--{name}",
+        *value,
     )
     (mistake,) = DatasetDefinition().check(options)
     assert mentions(mistake.text, name, "--cache_text_encoder_outputs")
@@ -185,7 +212,15 @@ def test_fault_59_cached_text_and_captions_that_change_exclude_each_other(name, 
 @pytest.mark.parametrize("name, value", [("shuffle_caption", ()), ("caption_dropout_rate", (0.5,)), ("caption_tag_dropout_rate", (0.5,)), ("enable_wildcard", ()), ("caption_dropout_every_n_epochs", (2,))])  # fmt: skip
 def test_cached_variants_lift_the_refusal_of_captions_that_change(name, value, tmp_path):
     (tmp_path / "1_x").mkdir()
-    words = ["--train_data_dir", tmp_path, "--resolution", 64, "--cache_text_encoder_outputs", f"--{name}", *value]
+    words = [
+        "--train_data_dir",
+        tmp_path,
+        "--resolution",
+        64,
+        "--cache_text_encoder_outputs",
+        f"--{name}",
+        *value,
+    ]
     (mistake,) = DatasetDefinition().check(options_of(*words))
     assert mentions(mistake.text, name, "--text_cache_variants")
     assert list(DatasetDefinition().check(options_of(*words, "--text_cache_variants", 4))) == []
@@ -231,7 +266,9 @@ def test_empty_text_is_unset_but_where_it_says_something(tmp_path):
     (tmp_path / "a").mkdir()
     text = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{(tmp_path / 'a').as_posix()}'\n"
     empty = ("resize_interpolation", "caption_separator", "caption_extension", "class_tokens")
-    (tmp_path / "data.toml").write_text(text + "".join(f'{key} = ""\n' for key in empty), encoding="utf-8")
+    (tmp_path / "data.toml").write_text(
+        text + "".join(f'{key} = ""\n' for key in empty), encoding="utf-8"
+    )
     (subset,) = read_datasets(options_of("--dataset_config", tmp_path / "data.toml"))[0][0].subsets
     assert subset.pixels.resize_interpolation is None and subset.captions.caption_separator == ","
     assert subset.caption_extension == ".caption" and subset.class_tokens == ""
@@ -240,4 +277,6 @@ def test_empty_text_is_unset_but_where_it_says_something(tmp_path):
 def test_metadata_and_folders_cant_share_a_dataset(tmp_path):
     (tmp_path / "m.json").write_text("{}")
     text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'DIR/a'\n[[datasets.subsets]]\nmetadata_file = 'DIR/m.json'\n"  # fmt: skip
-    assert mentions(mistakes_of(tmp_path, text), "metadata_file", "[[datasets]] 1", "two|separate|own")
+    assert mentions(
+        mistakes_of(tmp_path, text), "metadata_file", "[[datasets]] 1", "two|separate|own"
+    )

@@ -114,7 +114,11 @@ def blocks_of(path: Path) -> list[Block]:
         elif start is not None and line == "```":
             comment = re.fullmatch(r"<!-- (.*) -->", lines[start - 1]) if start else None
             text = "\n".join(lines[start + 1 : number]) + "\n"
-            found.append(Block(path, start + 1, lines[start][3:].strip(), comment[1] if comment else "", text))
+            found.append(
+                Block(
+                    path, start + 1, lines[start][3:].strip(), comment[1] if comment else "", text
+                )
+            )
             start = None
     assert start is None, f"{path}:{start}: the block isn't closed"
     return found
@@ -132,7 +136,9 @@ def block_of_config(path: Path) -> Block:
 BLOCKS = [block for path in PAGES for block in blocks_of(path)]
 
 
-@pytest.mark.parametrize("block", [*BLOCKS, *map(block_of_config, CONFIGS)], ids=lambda block: block.name)
+@pytest.mark.parametrize(
+    "block", [*BLOCKS, *map(block_of_config, CONFIGS)], ids=lambda block: block.name
+)
 def test_a_block_of_code_holds(block, tmp_path, monkeypatch):
     if block.language in ("sh", "bash"):
         for line in filter(str.strip, block.text.splitlines()):
@@ -177,7 +183,9 @@ def check_part(block: Block, script: str) -> None:
     own = tomllib.loads(block.text)
     known = declared_by(script).names
     rest = "".join(
-        f"{name} = {json.dumps(value)}\n" for name, value in WHOLE.items() if name in known and name not in own
+        f"{name} = {json.dumps(value)}\n"
+        for name, value in WHOLE.items()
+        if name in known and name not in own
     )
     check_config(block._replace(text=rest + block.text), script)
 
@@ -187,7 +195,9 @@ def check_dataset(block: Block, _: str) -> None:
     make_stand_ins(tomllib.loads(block.text))
     Path("data.toml").write_text(block.text, encoding="utf-8")
     groups = [*DATA_OPTIONS, LossOptions]
-    plans, notices = read_datasets(read_options("", groups, ["--dataset_config", "data.toml", "--masked_loss"]))
+    plans, notices = read_datasets(
+        read_options("", groups, ["--dataset_config", "data.toml", "--masked_loss"])
+    )
     assert plans and not notices, f"{block.name}: {notices}"
 
 
@@ -233,9 +243,14 @@ def make_stand_ins(table: dict) -> None:
             elif key in FILES:
                 write_file(Path(one), b"")
             elif key == "dataset_config":
-                write_file(Path(one), b"[[datasets]]\nresolution = 1024\n[[datasets.subsets]]\nimage_dir = '.'\n")
+                write_file(
+                    Path(one),
+                    b"[[datasets]]\nresolution = 1024\n[[datasets.subsets]]\nimage_dir = '.'\n",
+                )
             elif key == "network_module" and not one.startswith("networks."):
-                write_file(Path(one.partition(".")[0], "__init__.py"), b"")  # it need not be installed
+                write_file(
+                    Path(one.partition(".")[0], "__init__.py"), b""
+                )  # it need not be installed
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -245,7 +260,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 def a_lora() -> bytes:
     """The least that is taken for a LoRA by its header."""
-    header = json.dumps({"lora_unet_x.lora_down.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+    header = json.dumps(
+        {"lora_unet_x.lora_down.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    )
     return struct.pack("<Q", len(header)) + header.encode() + b"\0" * 4
 
 
@@ -254,7 +271,11 @@ def a_lora() -> bytes:
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a page outside of its blocks, with their numbers."""
-    inside = {n for block in blocks_of(path) for n in range(block.line, block.line + block.text.count("\n") + 2)}
+    inside = {
+        n
+        for block in blocks_of(path)
+        for n in range(block.line, block.line + block.text.count("\n") + 2)
+    }
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if number not in inside:
             yield number, line
@@ -304,7 +325,9 @@ def check_command(command: str) -> None:
     elif program == "accelerate":
         words = after_launcher(words)
     else:
-        assert program in ("python", "python3", "py"), f"{command}: {program} is none of the programs known here"
+        assert program in ("python", "python3", "py"), (
+            f"{command}: {program} is none of the programs known here"
+        )
         words = [word for word in words if not re.fullmatch(r"-3\.\d+", word)]
         if words[0] == "-m":
             assert words[1] in MODULES, command
@@ -345,7 +368,9 @@ def check_options(declared: Declared, words: list[str]) -> None:
     for name, values in given:
         assert name in declared.specs, f"{declared.script} has no --{name}"
         spec = declared.specs[name]
-        assert (len(values) == 0) == spec.is_switch and (len(values) <= 1 or spec.is_list), f"--{name} {values}"
+        assert (len(values) == 0) == spec.is_switch and (len(values) <= 1 or spec.is_list), (
+            f"--{name} {values}"
+        )
         for value in values:
             read_value(value, spec)
 
@@ -382,7 +407,9 @@ def test_every_option_that_a_page_names_exists(name):
         for option in re.findall(r"--(\w+)", line)
     }
     assert named
-    unknown = [f"{name}:{number}: --{option}" for number, option in sorted(named) if option not in known]
+    unknown = [
+        f"{name}:{number}: --{option}" for number, option in sorted(named) if option not in known
+    ]
     assert not unknown, unknown
 
 
@@ -401,7 +428,9 @@ def test_relative_links_lead_somewhere(path):
 
 
 def anchors_of(path: Path) -> set[str]:
-    headings = [line.lstrip("#").strip() for _, line in text_lines(path) if re.match(r"#{1,6} ", line)]
+    headings = [
+        line.lstrip("#").strip() for _, line in text_lines(path) if re.match(r"#{1,6} ", line)
+    ]
     slugs = [slug(heading) for heading in headings]
     assert len(slugs) == len(set(slugs)), f"{path}: two headings have one anchor"
     return set(slugs)

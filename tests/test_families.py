@@ -19,13 +19,22 @@ from library.rng import SampleRng
 from library.safetensors_io import read_header, write_safetensors
 from library.training.tasks.base import Task
 
-TRAIN = without(QUICK, "--network_module", "networks.lora", "--network_dim", "2", "--network_train_unet_only")
+TRAIN = without(
+    QUICK, "--network_module", "networks.lora", "--network_dim", "2", "--network_train_unet_only"
+)
 
 
 def fine_tune(model, images, output, *extra, quick=TRAIN):
     import sdxl_train
 
-    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", images, "--output_dir", output]
+    files = [
+        "--pretrained_model_name_or_path",
+        model,
+        "--train_data_dir",
+        images,
+        "--output_dir",
+        output,
+    ]
     sdxl_train.main([str(word) for word in [*quick, *files, "--output_name", "tuned", "--max_train_steps", "2", *extra]])  # fmt: skip
     return output / "tuned.safetensors"
 
@@ -45,10 +54,14 @@ def test_a_twin_of_each_is_trained_saved_loaded_again_and_drawn_with(name, twins
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed and all(key.startswith("model.diffusion_model.") for key in changed)
     assert len(list((tmp_path / "out" / "sample").glob("tuned_000002_00_*.png"))) == 1
-    assert {"v_pred", "ztsnr"} & after.keys() == ({"v_pred", "ztsnr"} if name == "base-v" else set())
+    assert {"v_pred", "ztsnr"} & after.keys() == (
+        {"v_pred", "ztsnr"} if name == "base-v" else set()
+    )
     one, two = open_checkpoint(str(twins(name))), open_checkpoint(str(tuned))
     assert one.unet == two.unet and one.parts == two.parts
-    assert torch.equal(open_models(tuned).unet.out[2].weight, after["model.diffusion_model.out.2.weight"])
+    assert torch.equal(
+        open_models(tuned).unet.out[2].weight, after["model.diffusion_model.out.2.weight"]
+    )
 
 
 @pytest.mark.long
@@ -58,10 +71,14 @@ def test_a_lora_on_a_twin_of_each_is_trained_and_drawn_with(name, twins, images,
     prompts.write_text("a red circle --w 64 --h 64 --s 2 --l 5\n", encoding="utf-8")
     drawing = ["--sample_prompts", prompts, "--sample_every_n_steps", "2", "--max_train_steps", "2"]
     lora = train_network(twins(name), images, tmp_path / "out", *drawing)
-    ups = {key: tensor for key, tensor in tensors_of(lora).items() if key.endswith("lora_up.weight")}
+    ups = {
+        key: tensor for key, tensor in tensors_of(lora).items() if key.endswith("lora_up.weight")
+    }
     assert len(list((tmp_path / "out" / "sample").glob("lora_000002_00_*.png"))) == 1
     assert ups and all(tensor.any() for tensor in ups.values())
-    assert ("lora_unet_middle_block_1_proj_in.lora_up.weight" in ups) == (name in ("base-v", "inpainting"))
+    assert ("lora_unet_middle_block_1_proj_in.lora_up.weight" in ups) == (
+        name in ("base-v", "inpainting")
+    )
 
 
 @pytest.mark.numeric
@@ -74,7 +91,10 @@ def test_a_folder_of_a_smaller_twin_is_diffusers_too(name, twins, tmp_path):
     models = folder_of(twins(name), tmp_path)
     theirs = import_diffusers().UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     rng = torch.Generator().manual_seed(2)
-    latents, context = torch.randn(1, 4, 8, 8, generator=rng), torch.randn(1, 77, 192, generator=rng)
+    latents, context = (
+        torch.randn(1, 4, 8, 8, generator=rng),
+        torch.randn(1, 77, 192, generator=rng),
+    )
     added = {"text_embeds": torch.zeros(1, 128), "time_ids": torch.zeros(1, 6)}
     with torch.no_grad():
         expected = theirs(latents, torch.tensor([400]), context, added_cond_kwargs=added).sample
@@ -100,19 +120,27 @@ def test_the_refiner_is_diffusers_refiner(twins, tmp_path):
     models = folder_of(twins("refiner"), tmp_path)
     pipeline = import_diffusers().StableDiffusionXLImg2ImgPipeline.from_pretrained(tmp_path)
     assert pipeline.text_encoder is None and pipeline.config.requires_aesthetics_score
-    latents, timesteps = torch.randn(2, 4, 16, 24, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 700])
+    latents, timesteps = (
+        torch.randn(2, 4, 16, 24, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([3, 700]),
+    )
     with torch.no_grad():
         context, _, pooled, _ = pipeline.encode_prompt(
             ["a cat", "dogs"], device="cpu", do_classifier_free_guidance=False
         )
         sizes = [[200.0, 300, 0, 16, 7.5]] * 2
         theirs = pipeline.unet(
-            latents, timesteps, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": torch.tensor(sizes)}
+            latents,
+            timesteps,
+            context,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": torch.tensor(sizes)},
         ).sample
         text = models.encode_texts(["a cat", "dogs"], 75)
         numbers = torch.tensor(sizes)
         vector = conditioning_vector(text.pooled, numbers[:, :2], numbers[:, 2:4], numbers[:, 4:])
-        ours = models.unet(latents, timesteps, torch.cat([text.hidden_1, text.hidden_2], -1), vector)
+        ours = models.unet(
+            latents, timesteps, torch.cat([text.hidden_1, text.hidden_2], -1), vector
+        )
     assert text.hidden_1.shape == (2, 77, 0)
     assert_network(text.pooled, pooled)
     assert_network(ours, theirs)
@@ -144,7 +172,9 @@ def test_an_inpainting_model_sees_what_diffusers_pipeline_shows_it(twins, tmp_pa
             do_classifier_free_guidance=False,
         )
         noise = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(5))
-        ours = inpainting_channels(image, mask[:, 0], lambda masked: models.encode_images(masked, noise))
+        ours = inpainting_channels(
+            image, mask[:, 0], lambda masked: models.encode_images(masked, noise)
+        )
         assert_network(ours, torch.cat(theirs, 1))
         seen = torch.cat([torch.randn(1, 4, 8, 12), ours], 1)
         context, vector = torch.randn(1, 77, 192), torch.zeros(1, 1664)
@@ -207,14 +237,25 @@ MEMORY, DISK = ["--cache_latents"], ["--cache_latents", "--cache_latents_to_disk
 ])  # fmt: skip
 def test_an_inpainting_model_paints_what_a_mask_marks_and_what_it_sees_may_be_cached(extra, cache, twins, images, seen, tmp_path, monkeypatch):  # fmt: skip
     """From images and from a cache: the same losses. But for the posterior's noise, which is left out."""
-    monkeypatch.setattr(vae, "_encode", lambda model, images, noise, real=vae._encode: real(model, images, 0 * noise))
+    monkeypatch.setattr(
+        vae,
+        "_encode",
+        lambda model, images, noise, real=vae._encode: real(model, images, 0 * noise),
+    )
     masks_of(images, tmp_path / "masks")
     words = [str(tmp_path / "masks") if word == "MASKS" else word for word in extra]
     losses, inputs = [], []
     for number, cached in enumerate(([], cache)):
         seen.clear()
         output = tmp_path / f"out{number}"
-        fine_tune(twins("inpainting"), images, output, *words, *cached, quick=without(TRAIN, "--cache_latents"))
+        fine_tune(
+            twins("inpainting"),
+            images,
+            output,
+            *words,
+            *cached,
+            quick=without(TRAIN, "--cache_latents"),
+        )
         losses.append(logged_losses(output))
         inputs.append([x for x, _, _ in seen])
         assert all((batch.images is None) == bool(cached) for _, _, batch in seen)
@@ -223,7 +264,9 @@ def test_an_inpainting_model_paints_what_a_mask_marks_and_what_it_sees_may_be_ca
         assert_network(x, first)
         width = x.shape[3] // 2
         halves = x[:, 4, :, : width - 1], x[:, 4, :, width + 1 :]
-        assert {half.unique().item() for half in halves} == {0.0, 1.0} and ("--flip_aug" in extra or halves[0].all())
+        assert {half.unique().item() for half in halves} == {0.0, 1.0} and (
+            "--flip_aug" in extra or halves[0].all()
+        )
 
 
 def logged_losses(output):
@@ -243,7 +286,8 @@ def test_masks_of_a_folder_weigh_the_loss_with_masked_loss_alone(twins, images, 
     fine_tune(twins("inpainting"), images, tmp_path / "none", *few, "--masked_loss")
     assert logged_losses(tmp_path / "all")[0] > 0.1 and logged_losses(tmp_path / "none") == [0.0]
     with pytest.raises(
-        OptionError, match=mentioning(images, "conditioning_data_dir", "inpainting", "--masked_loss")
+        OptionError,
+        match=mentioning(images, "conditioning_data_dir", "inpainting", "--masked_loss"),
     ):
         fine_tune(twins("base"), images, tmp_path / "base", *few)
 
@@ -254,7 +298,10 @@ def test_masks_are_drawn_by_place_where_there_are_none(twins, images, seen, tmp_
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask.any() for mask in masks)
     shares = [random_masks(SampleRng(5, 0, place, 1), 64, 96).mean().item() for place in range(200)]
     assert 0.15 < sum(share == 1 for share in shares) / 200 < 0.35 and min(shares) > 0
-    together, apart = random_masks(SampleRng(5, 0, 3, 2), 64, 96), random_masks(SampleRng(5, 0, 4, 1), 64, 96)
+    together, apart = (
+        random_masks(SampleRng(5, 0, 3, 2), 64, 96),
+        random_masks(SampleRng(5, 0, 4, 1), 64, 96),
+    )
     assert torch.equal(together[1:], apart)
 
 
@@ -279,17 +326,24 @@ def test_the_refiner_is_told_each_images_score(twins, images, seen, tmp_path):
     expected = {str(files[0]): 7.5, str(files[1]): 4.0}
     assert {path for _, _, batch in seen for path in batch.paths} == set(expected)
     for _, vector, batch in seen:
-        told = torch.stack([sinusoidal_embedding(torch.tensor([expected[path]]), 256)[0] for path in batch.paths])
+        told = torch.stack(
+            [sinusoidal_embedding(torch.tensor([expected[path]]), 256)[0] for path in batch.paths]
+        )
         torch.testing.assert_close(vector[:, -256:], told)
         assert vector.shape[1] == 128 + 5 * 256
 
 
 def test_a_lora_on_the_refiner_has_its_second_text_encoder_alone(twins, images, tmp_path):
     words = without(QUICK, "--network_train_unet_only", "--cache_text_encoder_outputs")
-    lora = train_network(twins("refiner"), images, tmp_path / "out", "--max_train_steps", "2", quick=words)
+    lora = train_network(
+        twins("refiner"), images, tmp_path / "out", "--max_train_steps", "2", quick=words
+    )
     parts = {name.split("_")[1] for name in tensors_of(lora)}
     assert parts == {"unet", "te2"}
-    assert read_header(lora).metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-refiner/lora"
+    assert (
+        read_header(lora).metadata["modelspec.architecture"]
+        == "stable-diffusion-xl-v1-refiner/lora"
+    )
 
 
 def test_what_cant_be_trained_is_refused_by_name(twins, images, tmp_path):
@@ -305,14 +359,30 @@ def test_what_cant_be_trained_is_refused_by_name(twins, images, tmp_path):
     ]
     with pytest.raises(OptionError, match=mentioning(twins("refiner"), "text encoders", "refiner")):
         sdxl_train_textual_inversion.main(
-            [str(word) for word in [*files, "--token_string", "zyx", "--use_object_template", "--resolution", "64"]]
+            [
+                str(word)
+                for word in [
+                    *files,
+                    "--token_string",
+                    "zyx",
+                    "--use_object_template",
+                    "--resolution",
+                    "64",
+                ]
+            ]
         )
     tensors = tensors_of(twins("base"))
-    one = {name: tensor for name, tensor in tensors.items() if not name.startswith("conditioner.embedders.0")}
+    one = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("conditioner.embedders.0")
+    }
     write_safetensors(tmp_path / "one.safetensors", one, {})
     with pytest.raises(OptionError, match=mentioning("one.safetensors", "text encoder 1")):
         fine_tune(tmp_path / "one.safetensors", images, tmp_path / "out")
     name = "model.diffusion_model.input_blocks.0.0.weight"
-    write_safetensors(tmp_path / "five.safetensors", {**tensors, name: torch.zeros(32, 5, 3, 3)}, {})
+    write_safetensors(
+        tmp_path / "five.safetensors", {**tensors, name: torch.zeros(32, 5, 3, 3)}, {}
+    )
     with pytest.raises(OptionError, match=mentioning("five.safetensors", "U-Net", "5", "channels")):
         fine_tune(tmp_path / "five.safetensors", images, tmp_path / "out")

@@ -10,7 +10,17 @@ import torch
 from accelerate.state import AcceleratorState
 from messages import mentions, shows_caching
 from PIL import Image
-from running import QUICK, Ended, arguments, losses_of, run_here, script, tensors_of, train_network, without
+from running import (
+    QUICK,
+    Ended,
+    arguments,
+    losses_of,
+    run_here,
+    script,
+    tensors_of,
+    train_network,
+    without,
+)
 
 import sdxl_train_network
 from library.safetensors_io import write_safetensors
@@ -101,15 +111,23 @@ def test_fault_20_a_model_of_another_family_is_refused(images, output, tmp_path)
 def test_fault_21_a_float8_checkpoint_trains(golden_model, images, output, tmp_path):
     model = tmp_path / "fp8.safetensors"
     write_safetensors(
-        model, {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors_of(golden_model).items()}, {}
+        model,
+        {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors_of(golden_model).items()},
+        {},
     )
     train_network(model, images, output, "--max_train_steps", "1")
     assert losses_of(output)[0] > 0
 
 
-def test_fault_23_hostile_metadata_in_the_model_does_no_harm(golden_model, images, output, tmp_path):
+def test_fault_23_hostile_metadata_in_the_model_does_no_harm(
+    golden_model, images, output, tmp_path
+):
     model = tmp_path / "hostile.safetensors"
-    hostile = {"modelspec.title": "../" * 1000, "ss_output_name": "x" * 10_000_000, "ss_tag_frequency": "[" * 100_000}
+    hostile = {
+        "modelspec.title": "../" * 1000,
+        "ss_output_name": "x" * 10_000_000,
+        "ss_tag_frequency": "[" * 100_000,
+    }
     write_safetensors(model, tensors_of(golden_model), hostile)
     train_network(model, images, output, "--max_train_steps", "1")
     assert (output / "lora.safetensors").exists()
@@ -130,7 +148,9 @@ def test_fault_25_damaged_images_stop_the_run_before_the_first_step(golden_model
             status=1,
         )
     (folder / "picture2.png").write_bytes(b"")
-    refused(run(golden_model, images, output), output, ["picture2.png"])  # by its header, before torch
+    refused(
+        run(golden_model, images, output), output, ["picture2.png"]
+    )  # by its header, before torch
     train_network(golden_model, images, output, "--skip_bad_images", "--max_train_steps", "1")
 
 
@@ -138,7 +158,12 @@ def test_fault_34_captions_that_are_no_text_are_refused(golden_model, images, ou
     folder = next(images.iterdir())
     (folder / "picture0.txt").write_bytes("Käse".encode("latin-1"))
     (folder / "picture3.txt").write_bytes("cat".encode("utf-16"))
-    refused(run(golden_model, images, output), output, ["picture0.txt", "UTF-8"], ["picture3.txt", "UTF-16"])
+    refused(
+        run(golden_model, images, output),
+        output,
+        ["picture0.txt", "UTF-8"],
+        ["picture3.txt", "UTF-16"],
+    )
 
 
 def test_fault_47_no_images_is_no_success(golden_model, output, tmp_path):
@@ -151,14 +176,19 @@ def test_fault_47_no_images_is_no_success(golden_model, output, tmp_path):
     [
         (["--learning_rat", "1"], ["did you mean 'learning_rate'?"]),
         (["--optimizer", "Lion"], ["--optimizer is not an option"]),
-        (["--block_lr", "1"], ["--block_lr is not an option of this script; it is an option of sdxl_train.py"]),
+        (
+            ["--block_lr", "1"],
+            ["--block_lr is not an option of this script; it is an option of sdxl_train.py"],
+        ),
     ],
 )
 def test_fault_57_a_misspelt_option_is_refused(extra, tokens, golden_model, images, output):
     refused(run(golden_model, images, output, *extra), output, tokens)
 
 
-def test_fault_57_a_misspelt_key_in_the_config_file_is_refused_with_its_line(golden_model, images, output, tmp_path):
+def test_fault_57_a_misspelt_key_in_the_config_file_is_refused_with_its_line(
+    golden_model, images, output, tmp_path
+):
     config = tmp_path / "run.toml"
     config.write_text("[a]\nmin_snr_gama = 5\n[b]\nlearning_rat = 1\n", encoding="utf-8")
     told = refused(
@@ -182,7 +212,9 @@ def test_fault_57_a_misspelt_key_in_the_config_file_is_refused_with_its_line(gol
         ("gradient_accumulation_steps = 0", ["gradient_accumulation_steps", "1", "0"]),
     ],
 )
-def test_fault_58_a_wrong_value_is_refused_with_its_line(line, tokens, golden_model, images, output, tmp_path):
+def test_fault_58_a_wrong_value_is_refused_with_its_line(
+    line, tokens, golden_model, images, output, tmp_path
+):
     config = tmp_path / "run.toml"
     config.write_text(f"# a comment\n{line}\n", encoding="utf-8")
     quick = without(QUICK, "--learning_rate", "1e-3")
@@ -196,26 +228,51 @@ def test_fault_58_a_wrong_value_is_refused_with_its_line(line, tokens, golden_mo
 @pytest.mark.parametrize(
     "extra, tokens",
     [
-        (["--shuffle_caption"], ["shuffle_caption", "--cache_text_encoder_outputs", "--text_cache_variants"]),
-        (["--caption_dropout_rate", "0.1"], ["caption_dropout_rate", "--cache_text_encoder_outputs"]),
+        (
+            ["--shuffle_caption"],
+            ["shuffle_caption", "--cache_text_encoder_outputs", "--text_cache_variants"],
+        ),
+        (
+            ["--caption_dropout_rate", "0.1"],
+            ["caption_dropout_rate", "--cache_text_encoder_outputs"],
+        ),
         (["--adaptive_noise_scale", "0.1"], ["--adaptive_noise_scale", "--noise_offset"]),
-        (["--v_parameterization", "--v_pred_like_loss", "1"], ["--v_pred_like_loss", "--v_parameterization"]),
-        (["--scale_v_pred_loss_like_noise_pred"], ["--scale_v_pred_loss_like_noise_pred", "--v_parameterization"]),
-        (["--zero_terminal_snr", "--min_snr_gamma", "5"], ["--zero_terminal_snr", "--min_snr_gamma"]),
-        (["--lr_warmup_steps", "10"], ["--lr_warmup_steps", "10", "constant", "constant_with_warmup"]),
+        (
+            ["--v_parameterization", "--v_pred_like_loss", "1"],
+            ["--v_pred_like_loss", "--v_parameterization"],
+        ),
+        (
+            ["--scale_v_pred_loss_like_noise_pred"],
+            ["--scale_v_pred_loss_like_noise_pred", "--v_parameterization"],
+        ),
+        (
+            ["--zero_terminal_snr", "--min_snr_gamma", "5"],
+            ["--zero_terminal_snr", "--min_snr_gamma"],
+        ),
+        (
+            ["--lr_warmup_steps", "10"],
+            ["--lr_warmup_steps", "10", "constant", "constant_with_warmup"],
+        ),
         (["--use_8bit_adam", "--optimizer_type", "Lion"], ["--use_8bit_adam", "--optimizer_type"]),
-        (["--network_train_text_encoder_only"], ["--network_train_unet_only", "--network_train_text_encoder_only"]),
+        (
+            ["--network_train_text_encoder_only"],
+            ["--network_train_unet_only", "--network_train_text_encoder_only"],
+        ),
         (["--v2"], ["--v2", "SD 2", "SDXL"]),
         (["--min_bucket_reso", "512"], ["min_bucket_reso", "512", "max_bucket_reso", "128"]),
         (["--full_bf16"], ["--full_bf16", "--mixed_precision", "bf16", "no"]),
         (["--log_with", "tensorboard"], ["--log_with", "tensorboard", "--logging_dir"]),
     ],
 )
-def test_fault_59_contradictions_are_refused_before_the_model_loads(extra, tokens, golden_model, images, output):
+def test_fault_59_contradictions_are_refused_before_the_model_loads(
+    extra, tokens, golden_model, images, output
+):
     refused(run(golden_model, images, output, *extra), output, tokens)
 
 
-def test_fault_59_cached_text_and_trained_text_encoders_exclude_each_other(golden_model, images, output):
+def test_fault_59_cached_text_and_trained_text_encoders_exclude_each_other(
+    golden_model, images, output
+):
     quick = without(QUICK, "--network_train_unet_only")
     refused(
         run(golden_model, images, output, quick=quick),
@@ -233,7 +290,11 @@ def test_an_option_against_the_checkpoint_is_refused(golden_model, images, outpu
         output,
         [config, "line 1", "v_parameterization", "false", "v.safetensors", "v_pred"],
     )
-    refused(run(model, images, output, "--v_pred_like_loss", "1"), output, ["--v_pred_like_loss", "v.safetensors"])
+    refused(
+        run(model, images, output, "--v_pred_like_loss", "1"),
+        output,
+        ["--v_pred_like_loss", "v.safetensors"],
+    )
 
 
 def test_bad_network_args_are_refused(golden_model, images, output):
@@ -263,8 +324,17 @@ def poison(images: Path, name: str) -> None:
     np.savez(path, **arrays)
 
 
-def test_fault_60_a_loss_that_isnt_finite_stops_the_run_naming_step_and_image(golden_model, images, output, tmp_path):
-    train_network(golden_model, images, tmp_path / "first", "--cache_latents_to_disk", "--max_train_steps", "1")
+def test_fault_60_a_loss_that_isnt_finite_stops_the_run_naming_step_and_image(
+    golden_model, images, output, tmp_path
+):
+    train_network(
+        golden_model,
+        images,
+        tmp_path / "first",
+        "--cache_latents_to_disk",
+        "--max_train_steps",
+        "1",
+    )
     poison(images, "picture2")
     done = run(
         golden_model,
@@ -279,19 +349,27 @@ def test_fault_60_a_loss_that_isnt_finite_stops_the_run_naming_step_and_image(go
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
     step = len(losses_of(output)) + 1
-    assert mentions(done.stderr, f"step {step}", images / "2_shapes" / "picture2.png", "loss", "finite|NaN|Inf")
+    assert mentions(
+        done.stderr, f"step {step}", images / "2_shapes" / "picture2.png", "loss", "finite|NaN|Inf"
+    )
     saved = sorted(path.name for path in output.glob("*.safetensors"))
-    assert saved == [f"lora-step{n:08d}.safetensors" for n in range(1, step)]  # no final file, none of the bad step
+    assert saved == [
+        f"lora-step{n:08d}.safetensors" for n in range(1, step)
+    ]  # no final file, none of the bad step
     for name in saved:
         assert all(tensor.isfinite().all() for tensor in tensors_of(output / name).values())
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions bind")
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() == 0, reason="needs a user whom permissions bind"
+)
 def test_an_output_folder_that_cant_be_made_is_told(golden_model, images, tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     done = run(golden_model, images, locked / "output")
-    assert done.returncode == 2 and mentions(done.stderr, "error", "--output_dir", locked / "output", "permission")
+    assert done.returncode == 2 and mentions(
+        done.stderr, "error", "--output_dir", locked / "output", "permission"
+    )
 
 
 def test_an_output_folder_that_is_a_file_is_told_before_caching(golden_model, images, tmp_path):
@@ -299,11 +377,15 @@ def test_an_output_folder_that_is_a_file_is_told_before_caching(golden_model, im
     done = run(golden_model, images, tmp_path / "file" / "output")
     assert not shows_caching(done.stderr)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert mentions(done.stderr, "error", "--output_dir", tmp_path / "file" / "output", "Not a directory")
+    assert mentions(
+        done.stderr, "error", "--output_dir", tmp_path / "file" / "output", "Not a directory"
+    )
 
 
 def test_an_interrupt_ends_with_its_status(golden_model, images, output):
-    program = "import sys\nfrom library.errors import run\ndef main(): raise KeyboardInterrupt\nrun(main)"
+    program = (
+        "import sys\nfrom library.errors import run\ndef main(): raise KeyboardInterrupt\nrun(main)"
+    )
     assert script("-c", program).returncode == 130
 
 
@@ -330,7 +412,9 @@ def test_an_interrupt_ends_with_its_status(golden_model, images, output):
         (["--seed", "99999999999999999999"], ["--seed", "9.22337e+18", "99999999999999999999"]),
     ],
 )  # fmt: skip
-def test_what_cant_work_is_told_before_caching(extra, tokens, golden_model, images, output, tmp_path):
+def test_what_cant_work_is_told_before_caching(
+    extra, tokens, golden_model, images, output, tmp_path
+):
     told = refused(run(golden_model, images, output, *extra), output, ["error", *tokens])
     assert not shows_caching(told) and told.count("error:") == 1
 
@@ -349,7 +433,10 @@ def junk(path: Path, content: object) -> Path:
         (b"junk text", ["safetensors", "header", "9"]),
         ([1, 2], ["without tensors|no tensors", ".lora_down.weight"]),
         ({"a": torch.zeros(2)}, ["unknown|known|recognised|recognized", ".lora_down.weight"]),
-        ({"lora_unet_x.lora_down.weight": torch.tensor(1.0)}, ["lora_unet_x", "lora_down.weight", "[]", "alpha"]),
+        (
+            {"lora_unet_x.lora_down.weight": torch.tensor(1.0)},
+            ["lora_unet_x", "lora_down.weight", "[]", "alpha"],
+        ),
         (
             {"lora_unet_x.lora_down.weight": torch.ones(2, 2, dtype=torch.int64)},
             ["finite|NaN|Inf", "lora_unet_x.lora_down.weight"],
@@ -364,7 +451,9 @@ def junk(path: Path, content: object) -> Path:
 def test_faults_15_and_17_pickles_as_network_weights_are_told_in_a_sentence(content, tokens, golden_model, images, output, tmp_path):  # fmt: skip
     path = junk(tmp_path / "x.pt", content)
     told = refused(
-        run(golden_model, images, output, "--network_weights", path, "--dim_from_weights"), output, ["error", *tokens]
+        run(golden_model, images, output, "--network_weights", path, "--dim_from_weights"),
+        output,
+        ["error", *tokens],
     )
     assert "weights_only" not in told and not shows_caching(told)
 
@@ -380,9 +469,19 @@ def test_dim_from_weights_keeps_learning_rate_factors(golden_model, images, outp
 
 def test_weights_that_arent_finite_are_never_saved(golden_model, images, output):
     done = run(
-        golden_model, images, output, "--learning_rate", "1e6", "--max_train_steps", "1", "--save_precision", "fp16"
+        golden_model,
+        images,
+        output,
+        "--learning_rate",
+        "1e6",
+        "--max_train_steps",
+        "1",
+        "--save_precision",
+        "fp16",
     )
-    assert done.returncode == 1 and mentions(done.stderr, "error", "lora.safetensors", "192", "finite|NaN|Inf")
+    assert done.returncode == 1 and mentions(
+        done.stderr, "error", "lora.safetensors", "192", "finite|NaN|Inf"
+    )
     assert not list(output.glob("*.safetensors"))
 
 
@@ -404,21 +503,27 @@ def test_a_config_file_that_cant_be_read_is_the_only_mistake_told(content, token
 
 def test_a_vae_that_is_none_is_told_by_its_header(golden_model, images, output, tmp_path):
     lora = train_network(golden_model, images, tmp_path / "first", "--max_train_steps", "1")
-    refused(run(golden_model, images, output, "--vae", lora), output, ["--vae", lora, "LoRA", "VAE"])
+    refused(
+        run(golden_model, images, output, "--vae", lora), output, ["--vae", lora, "LoRA", "VAE"]
+    )
 
 
 def test_a_hub_id_without_a_network_is_one_sentence(images, output):
     refused(run("some-one/no-such-model", images, output), output, ["some-one/no-such-model", "hub", "HF_HUB_OFFLINE"])  # fmt: skip
 
 
-def test_a_broken_xformers_is_told_and_done_without(golden_model, images, output, tmp_path, monkeypatch):
+def test_a_broken_xformers_is_told_and_done_without(
+    golden_model, images, output, tmp_path, monkeypatch
+):
     (tmp_path / "site" / "xformers").mkdir(parents=True)
-    (tmp_path / "site" / "xformers" / "__init__.py").write_text("raise ImportError('made for another torch')")
+    (tmp_path / "site" / "xformers" / "__init__.py").write_text(
+        "raise ImportError('made for another torch')"
+    )
     monkeypatch.syspath_prepend(tmp_path / "site")
     done = run(golden_model, images, output, "--xformers", "--max_train_steps", "1")
-    assert done.returncode == 0 and mentions(done.stderr, "--xformers", "made for another torch", "--sdpa"), (
-        done.stderr[-2000:]
-    )
+    assert done.returncode == 0 and mentions(
+        done.stderr, "--xformers", "made for another torch", "--sdpa"
+    ), done.stderr[-2000:]
 
 
 def test_a_caption_that_is_too_long_is_told(golden_model, images, output):
@@ -428,7 +533,9 @@ def test_a_caption_that_is_too_long_is_told(golden_model, images, output):
     assert shows_caching(done.stderr)  # so the tests that look for none would see it
 
 
-def test_accelerates_own_settings_change_nothing(golden_model, images, output, tmp_path, monkeypatch):
+def test_accelerates_own_settings_change_nothing(
+    golden_model, images, output, tmp_path, monkeypatch
+):
     plain = train_network(golden_model, images, tmp_path / "plain", "--max_train_steps", "2")
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
@@ -437,12 +544,16 @@ def test_accelerates_own_settings_change_nothing(golden_model, images, output, t
     assert losses_of(output) == losses_of(plain.parent)
 
 
-def test_fault_70_a_tracker_that_fails_doesnt_end_the_run(golden_model, images, output, tmp_path, monkeypatch):
+def test_fault_70_a_tracker_that_fails_doesnt_end_the_run(
+    golden_model, images, output, tmp_path, monkeypatch
+):
     from torch.utils.tensorboard import SummaryWriter
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
-    final = train_network(golden_model, images, output, "--max_train_steps", "3", "--logging_dir", tmp_path / "log")
+    final = train_network(
+        golden_model, images, output, "--max_train_steps", "3", "--logging_dir", tmp_path / "log"
+    )
     assert final.exists() and len(losses_of(output)) == 3

@@ -31,7 +31,14 @@ TEXT_TOO = [word for word in QUICK if word != "--cache_text_encoder_outputs"]
 def train(model, images, output, *extra, quick=QUICK):
     import sdxl_train
 
-    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", images, "--output_dir", output]
+    files = [
+        "--pretrained_model_name_or_path",
+        model,
+        "--train_data_dir",
+        images,
+        "--output_dir",
+        output,
+    ]
     sdxl_train.main([str(word) for word in [*quick, *files, *extra]])
     return output / "lora.safetensors"
 
@@ -49,7 +56,9 @@ def test_golden_10_full_blocklr(golden_model):
     start = {name: tensor.clone() for name, tensor in models.checkpoint.tensors("unet").items()}
     rates = golden.facts["args"][golden.facts["args"].index("--block_lr") + 1]
     task = FineTune(
-        models, TaskSettings(lr=1e-4, num_tokens=75, text_is_cached=True), (FineTuneOptions(block_lr=rates),)
+        models,
+        TaskSettings(lr=1e-4, num_tokens=75, text_is_cached=True),
+        (FineTuneOptions(block_lr=rates),),
     )
     golden.facts["grad_norm_before_clip"] = [2.058352, 2.458236, 2.070022, 1.537648]
     one, two, three, four = golden.facts["losses"]
@@ -74,11 +83,15 @@ def test_golden_10_full_blocklr(golden_model):
 
 def test_what_isnt_trained_is_saved_byte_for_byte(golden_model, images, tmp_path):
     rates = ",".join("1e-4" if block in (3, 12) else "0" for block in range(23))
-    path = train(golden_model, images, tmp_path / "out", "--max_train_steps", "2", "--block_lr", rates)
+    path = train(
+        golden_model, images, tmp_path / "out", "--max_train_steps", "2", "--block_lr", rates
+    )
     before, after = tensors_of(golden_model), tensors_of(path)
     assert before.keys() == after.keys()
     changed = {
-        name for name in after if before[name].dtype != after[name].dtype or not torch.equal(before[name], after[name])
+        name
+        for name in after
+        if before[name].dtype != after[name].dtype or not torch.equal(before[name], after[name])
     }
     blocks = {block_of(name.removeprefix("model.diffusion_model.")) for name in changed}
     assert blocks == {3, 12} and all(name.startswith("model.diffusion_model.") for name in changed)
@@ -93,14 +106,26 @@ def test_what_isnt_trained_is_saved_byte_for_byte(golden_model, images, tmp_path
     (["--train_text_encoder", "--learning_rate", "0", "--learning_rate_te1", "1e-4", "--learning_rate_te2", "0"], {"te1"}),
 ])  # fmt: skip
 def test_the_parts_that_have_a_rate_are_trained(extra, parts, golden_model, images, tmp_path):
-    path = train(golden_model, images, tmp_path / "out", "--max_train_steps", "2", *extra, quick=TEXT_TOO)
+    path = train(
+        golden_model, images, tmp_path / "out", "--max_train_steps", "2", *extra, quick=TEXT_TOO
+    )
     before, after = tensors_of(golden_model), tensors_of(path)
-    prefixes = {"unet": "model.diffusion_model.", "te1": "conditioner.embedders.0.", "te2": "conditioner.embedders.1."}
+    prefixes = {
+        "unet": "model.diffusion_model.",
+        "te1": "conditioner.embedders.0.",
+        "te2": "conditioner.embedders.1.",
+    }
     changed = [name for name in after if not torch.equal(before[name], after[name])]
-    assert {part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in changed)} == parts
+    assert {
+        part
+        for part, prefix in prefixes.items()
+        if any(name.startswith(prefix) for name in changed)
+    } == parts
     assert all(name.startswith(tuple(prefixes[part] for part in parts)) for name in changed)
     unused = [
-        name for name in changed if "embedders.0" in name and (".layers.11." in name or "final_layer_norm" in name)
+        name
+        for name in changed
+        if "embedders.0" in name and (".layers.11." in name or "final_layer_norm" in name)
     ]
     assert not unused
 
@@ -109,11 +134,14 @@ def test_a_diffusers_folder_is_saved_and_trains_on(golden_model, images, tmp_pat
     train(golden_model, images, tmp_path / "out", "--max_train_steps", "1", "--save_model_as", "diffusers", "--save_precision", "fp16")  # fmt: skip
     folder = tmp_path / "out" / "lora"
     assert (folder / "model_index.json").exists()
-    assert {t.dtype for t in tensors_of(folder / "unet" / "diffusion_pytorch_model.safetensors").values()} == {
-        torch.float16
-    }
+    assert {
+        t.dtype
+        for t in tensors_of(folder / "unet" / "diffusion_pytorch_model.safetensors").values()
+    } == {torch.float16}
     train(folder, images, tmp_path / "again", "--max_train_steps", "1")
-    assert (tmp_path / "again" / "lora" / "unet" / "config.json").exists(), "a folder gives a folder"
+    assert (tmp_path / "again" / "lora" / "unet" / "config.json").exists(), (
+        "a folder gives a folder"
+    )
 
 
 def test_resuming_is_bit_equal(golden_model, images, tmp_path):
@@ -128,10 +156,15 @@ def test_resuming_is_bit_equal(golden_model, images, tmp_path):
         "0.9",
     ]
     whole = train(golden_model, images, tmp_path / "whole", *words, quick=TEXT_TOO)
-    shutil.copytree(tmp_path / "whole" / "lora-step00000002-state", tmp_path / "parts" / "lora-step00000002-state")
+    shutil.copytree(
+        tmp_path / "whole" / "lora-step00000002-state",
+        tmp_path / "parts" / "lora-step00000002-state",
+    )
     parts = train(golden_model, images, tmp_path / "parts", *words, "--auto_resume", quick=TEXT_TOO)
     assert_bit_equal(tensors_of(whole), tensors_of(parts))
-    assert_bit_equal(*(tensors_of(path.with_name("lora-ema.safetensors")) for path in (whole, parts)))
+    assert_bit_equal(
+        *(tensors_of(path.with_name("lora-ema.safetensors")) for path in (whole, parts))
+    )
     assert losses_of(tmp_path / "whole")[2:] == losses_of(tmp_path / "parts")
 
 
@@ -139,7 +172,10 @@ def test_bf16_arithmetic_keeps_float32_weights(golden_model, images, tmp_path):
     path = train(golden_model, images, tmp_path / "out", "--max_train_steps", "2", "--mixed_precision", "bf16", "--learning_rate", "1e-6")  # fmt: skip
     before, after = tensors_of(golden_model), tensors_of(path)
     name = "model.diffusion_model.input_blocks.4.1.proj_in.weight"
-    assert after[name].dtype is torch.float32 and 0 < (after[name] - before[name].float()).abs().max() < 1e-5
+    assert (
+        after[name].dtype is torch.float32
+        and 0 < (after[name] - before[name].float()).abs().max() < 1e-5
+    )
 
 
 @pytest.mark.parametrize("extra, tokens", [
@@ -162,9 +198,17 @@ def test_text_encoders_that_are_trained_alone_may_not_stop_before_the_run_ends(d
     assert "caching" not in capsys.readouterr().err
     check_trains_to_the_end([ParamGroup("text_encoder1", {}, 1e-5, "text_encoder_1", 4)], 4)
     check_trains_to_the_end(
-        [ParamGroup("text_encoder1", {}, 1e-5, "text_encoder_1", 2), ParamGroup("unet", {}, 1e-5)], 4
+        [ParamGroup("text_encoder1", {}, 1e-5, "text_encoder_1", 2), ParamGroup("unet", {}, 1e-5)],
+        4,
     )
-    with pytest.raises(OptionError, match=r"^--stop_text_encoder_training and --ti_stop_ratio: .* after step 3 of 4"):
+    with pytest.raises(
+        OptionError,
+        match=r"^--stop_text_encoder_training and --ti_stop_ratio: .* after step 3 of 4",
+    ):
         check_trains_to_the_end(
-            [ParamGroup("textencoder", {}, 1e-5, "text_encoders", 2), ParamGroup("token", {}, 1e-5, "token", 3)], 4
+            [
+                ParamGroup("textencoder", {}, 1e-5, "text_encoders", 2),
+                ParamGroup("token", {}, 1e-5, "token", 3),
+            ],
+            4,
         )

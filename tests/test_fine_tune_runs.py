@@ -34,7 +34,14 @@ def model(tmp_path_factory):
 
 
 def words_of(model, images, output, *extra):
-    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", images, "--output_dir", output]
+    files = [
+        "--pretrained_model_name_or_path",
+        model,
+        "--train_data_dir",
+        images,
+        "--output_dir",
+        output,
+    ]
     return [str(word) for word in [*QUICK, *files, *extra]]
 
 
@@ -60,8 +67,23 @@ def test_the_loss_of_three_images_falls_under_a_third_of_its_start(extra, model,
 
 def test_validation_best_saves_and_weights_of_regularisation_images(model, images, tmp_path):
     make_images(tmp_path / "reg" / "1_shape", 2, seed=9)
-    words = ["--validation_split", "0.5", "--validation_seed", "3", "--validate_every_n_steps", "4", "--save_best"]
-    words += ["--reg_data_dir", tmp_path / "reg", "--prior_loss_weight", "0", "--max_train_steps", "8"]
+    words = [
+        "--validation_split",
+        "0.5",
+        "--validation_seed",
+        "3",
+        "--validate_every_n_steps",
+        "4",
+        "--save_best",
+    ]
+    words += [
+        "--reg_data_dir",
+        tmp_path / "reg",
+        "--prior_loss_weight",
+        "0",
+        "--max_train_steps",
+        "8",
+    ]
     final = train(model, images, tmp_path / "out", *words)
     validated = losses_of(tmp_path / "out", "loss/validation/step_average")
     assert len(validated) == 2 and all(loss > 0 for loss in validated)
@@ -76,13 +98,31 @@ def test_pixels_that_a_mask_hides_dont_count(model, images, tmp_path):
             image = image.convert("RGB")
         image.putalpha(0)
         image.save(path)
-    train(model, images, tmp_path / "out", "--alpha_mask", "--max_train_steps", "2", "--learning_rate", "1e-12")
+    train(
+        model,
+        images,
+        tmp_path / "out",
+        "--alpha_mask",
+        "--max_train_steps",
+        "2",
+        "--learning_rate",
+        "1e-12",
+    )
     assert losses_of(tmp_path / "out") == [0.0, 0.0]
 
 
 def test_a_dry_run_tells_what_would_be_trained_and_writes_nothing(model, images, tmp_path, capsys):
     rates = ",".join("1e-6" if block in (5, 11) else "0" for block in range(23))
-    train(model, images, tmp_path / "out", "--dry_run", "--block_lr", rates, "--save_every_n_steps", "400")
+    train(
+        model,
+        images,
+        tmp_path / "out",
+        "--dry_run",
+        "--block_lr",
+        rates,
+        "--save_every_n_steps",
+        "400",
+    )
     page = " ".join(capsys.readouterr().out.split())
     assert "block5 " in page and "block11 " in page and "block6 " not in page
     assert "lora-step00000400" in page
@@ -93,7 +133,9 @@ def tuned(path, **options):
     models = open_models(path)
     models.trained = frozenset({"unet"})
     return FineTune(
-        models, TaskSettings(lr=1e-4, num_tokens=75, text_is_cached=True), (FineTuneOptions(**options),)
+        models,
+        TaskSettings(lr=1e-4, num_tokens=75, text_is_cached=True),
+        (FineTuneOptions(**options),),
     ).trainables[0]
 
 
@@ -104,7 +146,10 @@ def test_weights_that_arent_finite_are_never_saved(model, tmp_path):
     with torch.no_grad():
         part.tensors()["model.diffusion_model.out.2.bias"][1] = torch.nan
     with pytest.raises(
-        NotFinite, match=mentioning(tmp_path / "lora", "1", "finite|NaN|Inf", "model.diffusion_model.out.2.bias")
+        NotFinite,
+        match=mentioning(
+            tmp_path / "lora", "1", "finite|NaN|Inf", "model.diffusion_model.out.2.bias"
+        ),
     ):
         part.save(tmp_path / "lora", None, {})
     assert (tmp_path / "lora.safetensors").read_bytes() == before
@@ -138,8 +183,13 @@ def test_another_vae_is_part_of_the_saved_model_and_nothing_else_changes(model, 
     write_safetensors(tmp_path / "vae.safetensors", vae, {})
     models = open_models(model, vae=str(tmp_path / "vae.safetensors"))
     models.trained = frozenset({"unet"})
-    task = FineTune(models, TaskSettings(lr=1e-4, num_tokens=75, text_is_cached=True), (FineTuneOptions(),))
-    saved, before = tensors_of(task.trainables[0].save(tmp_path / "lora", None, {})), tensors_of(model)
+    task = FineTune(
+        models, TaskSettings(lr=1e-4, num_tokens=75, text_is_cached=True), (FineTuneOptions(),)
+    )
+    saved, before = (
+        tensors_of(task.trainables[0].save(tmp_path / "lora", None, {})),
+        tensors_of(model),
+    )
     assert saved.keys() == before.keys()
     assert all(torch.equal(saved[name], vae.get(name, before[name])) for name in before)
 

@@ -30,7 +30,9 @@ def samples_in(folder: Path, *argv: object):
 
 def assert_only(found: list[str | None], at: int, *tokens: str) -> None:
     """Check that one of the samples has a problem, which names the tokens."""
-    assert [i for i, problem in enumerate(found) if problem is not None] == [at] and mentions(found[at], *tokens), found
+    assert [i for i, problem in enumerate(found) if problem is not None] == [at] and mentions(
+        found[at], *tokens
+    ), found
 
 
 def filled(samples, vae: str = "vae", known: FileIndex | None = None) -> LatentsOnDisk:
@@ -73,11 +75,18 @@ def test_what_an_inpainting_model_sees_is_made_of_a_image_and_its_mask(images, t
     )
     assert fill_latents(samples, cache, stub_vae, 3) == []
     assert (
-        problems(cache, samples) == problems(LatentsOnDisk("vae"), samples) == problems(trusted, samples) == [None] * 4
+        problems(cache, samples)
+        == problems(LatentsOnDisk("vae"), samples)
+        == problems(trusted, samples)
+        == [None] * 4
     )
     seen = cache.read(samples[0]).inpainting
     latents = LatentsOnDisk("vae").read(samples[0])
-    assert seen.shape == (5, *latents.latents.shape[1:]) and (seen[0] == 1).all() and latents.inpainting is None
+    assert (
+        seen.shape == (5, *latents.latents.shape[1:])
+        and (seen[0] == 1).all()
+        and latents.inpainting is None
+    )
     assert seen[1:].abs().max() < 0.1, "everything is hidden: grey, and the posterior's noise"
     mask = Path(samples[2].conditioning)
     with Image.open(mask) as image:
@@ -85,7 +94,10 @@ def test_what_an_inpainting_model_sees_is_made_of_a_image_and_its_mask(images, t
     Image.new("L", size, 0).save(mask)
     again = LatentsOnDisk("vae", for_inpainting=True)
     assert_only(problems(again, samples), 2, "mask", "chang|differ")
-    assert fill_latents(samples, again, stub_vae, 3) == [] and (again.read(samples[2]).inpainting[0] == 0).all()
+    assert (
+        fill_latents(samples, again, stub_vae, 3) == []
+        and (again.read(samples[2]).inpainting[0] == 0).all()
+    )
     filled_alone = LatentsOnDisk(
         "other"
     )  # a run with another model and VAE makes the files anew, without what it doesn't know
@@ -102,7 +114,10 @@ def test_fault_42_a_image_replaced_by_one_of_its_size_is_encoded_again_and_no_ot
     assert_only(problems(LatentsOnDisk("vae"), again), 1, "picture|image", "chang|differ")
     before = samples[1].latents_file.read_bytes()
     filled(again)
-    assert samples[1].latents_file.read_bytes() != before and problems(LatentsOnDisk("vae"), again) == [None] * 4
+    assert (
+        samples[1].latents_file.read_bytes() != before
+        and problems(LatentsOnDisk("vae"), again) == [None] * 4
+    )
 
 
 def test_fault_42_a_image_that_was_only_touched_or_moved_is_not_encoded_again(images, tmp_path):
@@ -127,7 +142,9 @@ def test_fault_42_a_image_that_was_only_touched_or_moved_is_not_encoded_again(im
 def test_fault_43_another_geometry_makes_the_latents_again(argv, tokens, images):
     filled(samples_in(images))
     changed = samples_in(images, *argv)
-    assert any(mentions(problem or "", *tokens) for problem in problems(LatentsOnDisk("vae"), changed))
+    assert any(
+        mentions(problem or "", *tokens) for problem in problems(LatentsOnDisk("vae"), changed)
+    )
     filled(changed)
     assert problems(LatentsOnDisk("vae"), changed) == [None] * 4
 
@@ -143,7 +160,10 @@ def test_fault_43_the_same_bucket_by_another_resize_is_made_again(images):
 def test_fault_44_another_vae_or_dtype_makes_the_latents_again(images):
     samples = samples_in(images)
     filled(samples, "one in float32")
-    assert all(mentions(problem, "VAE", "dtype") for problem in problems(LatentsOnDisk("one in float16"), samples))
+    assert all(
+        mentions(problem, "VAE", "dtype")
+        for problem in problems(LatentsOnDisk("one in float16"), samples)
+    )
 
 
 def test_arrays_that_another_program_changed_are_seen_though_it_kept_our_fingerprint(images):
@@ -159,13 +179,18 @@ def test_arrays_that_another_program_changed_are_seen_though_it_kept_our_fingerp
 def test_latents_of_sd_scripts_are_accepted_when_newer_than_the_image_and_of_its_size(images):
     (sample, *_) = samples_in(images)
     shape = (4, sample.fit.bucket.height // 8, sample.fit.bucket.width // 8)
-    plain = {"latents": np.zeros(shape, np.float32), "crop_ltrb": np.zeros(4), "original_size": np.array(sample.size)}
+    plain = {
+        "latents": np.zeros(shape, np.float32),
+        "crop_ltrb": np.zeros(4),
+        "original_size": np.array(sample.size),
+    }
     for name in (sample.latents_file, sample.old_latents_file):
         np.savez(name, **plain)
         assert LatentsOnDisk("vae").invalid_reason(sample) is None
         np.savez(name, **{**plain, "original_size": np.array([1, 2])})
         assert (
-            mentions(LatentsOnDisk("vae").invalid_reason(sample), "picture|image", "size") or name == sample.old_latents_file
+            mentions(LatentsOnDisk("vae").invalid_reason(sample), "picture|image", "size")
+            or name == sample.old_latents_file
         )
         name.unlink()
 
@@ -326,7 +351,8 @@ def litter(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "after", [0.03, pytest.param(0.1, marks=pytest.mark.long), pytest.param(0.2, marks=pytest.mark.long)]
+    "after",
+    [0.03, pytest.param(0.1, marks=pytest.mark.long), pytest.param(0.2, marks=pytest.mark.long)],
 )
 @pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_fault_3_kill_9_while_caching_then_rerun_equals_a_clean_run(after, batch, tmp_path):
@@ -364,7 +390,9 @@ def test_fault_5_a_full_disk_stops_with_the_path_and_leaves_nothing_torn(images)
         .replace("{tests!r}", repr(str(Path(__file__).parent)))
         .replace("{batch}", "1")
     )
-    done = subprocess.run([sys.executable, "-c", code, str(images)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(images)], capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0 and mentions(done.stderr, "RunError", "_sdxl.npz", "File too large")
     assert not list(images.rglob("*.npz")) and litter(images) == []
 
@@ -403,7 +431,13 @@ def test_latents_made_anew_are_kept_until_the_new_ones_are_whole(images):
         np.array_equal(before[n]["latents"], after[n]["latents"]) for n in before
     )
     seen = []
-    fill_latents(samples, LatentsOnDisk("vae"), lambda *given: seen.append(1) or stub_vae(*given), 1, overwrite=True)
+    fill_latents(
+        samples,
+        LatentsOnDisk("vae"),
+        lambda *given: seen.append(1) or stub_vae(*given),
+        1,
+        overwrite=True,
+    )
     assert len(seen) == 4
 
 
@@ -434,7 +468,9 @@ def test_the_index_is_json_that_names_its_folder(images, tmp_path):
         assert json.loads(file.read_text())["folder"] == str(images / "2_shapes")
 
 
-def test_text_plan_keeps_one_text_where_nothing_is_drawn_and_the_empty_one_where_captions_are_dropped(images):
+def test_text_plan_keeps_one_text_where_nothing_is_drawn_and_the_empty_one_where_captions_are_dropped(
+    images,
+):
     (sample, *_) = samples_in(images)
     assert CaptionVariants(5).texts(sample) == (sample.caption,)
     (dropped, *_) = samples_in(images, "--caption_dropout_rate", 0.5)

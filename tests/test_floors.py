@@ -68,7 +68,9 @@ def test_imports_go_down_the_floors():
             for name in imports(path):
                 other = floor(name)
                 if other is not None and other[0] != own[0] and other[1] >= own[1]:
-                    wrong.append(f"{path.relative_to(ROOT)} (floor {own[1]}) imports {name} (floor {other[1]})")
+                    wrong.append(
+                        f"{path.relative_to(ROOT)} (floor {own[1]}) imports {name} (floor {other[1]})"
+                    )
     assert not wrong, "\n".join(wrong)
 
 
@@ -88,7 +90,9 @@ def test_imports_within_training_go_down_its_floors():
 def test_no_module_imports_itself_through_others():
     """Depth-first search over all imports of our own modules, inside functions and for type checkers too."""
     paths = [path for folder in ("library", "networks") for path in (ROOT / folder).rglob("*.py")]
-    modules = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in paths}
+    modules = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in paths
+    }
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
@@ -131,9 +135,24 @@ def test_accelerate_is_known_only_to_the_start_and_the_caches_before_it():
 
 
 def test_scripts_import_nothing_heavy_before_their_options_are_read():
-    heavy = {"torch", "numpy", "transformers", "diffusers", "accelerate", "cv2", "PIL", "safetensors"}
-    for path in [*SCRIPTS, *(ROOT / "library").rglob("options.py"), ROOT / "networks" / "options.py"]:
+    heavy = {
+        "torch",
+        "numpy",
+        "transformers",
+        "diffusers",
+        "accelerate",
+        "cv2",
+        "PIL",
+        "safetensors",
+    }
+    for path in [
+        *SCRIPTS,
+        *(ROOT / "library").rglob("options.py"),
+        ROOT / "networks" / "options.py",
+    ]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        top = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+        top = [
+            alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
+        ]
         top += [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
         assert not heavy & {name.split(".")[0] for name in top}, path

@@ -32,7 +32,9 @@ def test_every_format_gives_its_size_and_pixels(noise, ending, tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", [".jpg", ".png"])
-def test_fault_29_exif_orientation_is_applied_to_size_and_pixels(noise, orientation, ending, tmp_path):
+def test_fault_29_exif_orientation_is_applied_to_size_and_pixels(
+    noise, orientation, ending, tmp_path
+):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(noise).save(tmp_path / f"x{ending}", exif=exif)
@@ -41,7 +43,9 @@ def test_fault_29_exif_orientation_is_applied_to_size_and_pixels(noise, orientat
     assert load(tmp_path / f"x{ending}").shape == (size.height, size.width, 3)
     if ending == ".png":
         with Image.open(tmp_path / "x.png") as image:
-            assert np.array_equal(load(tmp_path / "x.png"), np.asarray(ImageOps.exif_transpose(image)))
+            assert np.array_equal(
+                load(tmp_path / "x.png"), np.asarray(ImageOps.exif_transpose(image))
+            )
 
 
 def test_exif_behind_the_pixels_of_a_png_is_found_without_decoding_it(noise, tmp_path, monkeypatch):
@@ -76,7 +80,9 @@ def test_fault_27_sixteen_bit_images_are_scaled_not_clipped(tmp_path):
         ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
     ],
 )
-def test_fault_28_other_modes_become_rgb_and_what_is_transparent_white(mode, color, expected, tmp_path):
+def test_fault_28_other_modes_become_rgb_and_what_is_transparent_white(
+    mode, color, expected, tmp_path
+):
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     Image.new(mode, (8, 8), color).save(path)
     assert np.abs(load(path).reshape(-1, 3).astype(int) - expected).max() <= 2
@@ -84,7 +90,9 @@ def test_fault_28_other_modes_become_rgb_and_what_is_transparent_white(mode, col
 
 def damaged() -> dict[str, bytes]:
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        buffer, "png"
+    )
     png = buffer.getvalue()
     return {
         "empty": b"",
@@ -103,9 +111,12 @@ def test_fault_25_a_damaged_image_is_told_with_a_reason(kind, tmp_path):
 
 
 def test_resizing_is_opencvs_area_when_both_sides_shrink_else_pillows_lanczos(noise):
-    assert np.array_equal(resize(noise, Size(30, 20)), cv2.resize(noise, (30, 20), interpolation=cv2.INTER_AREA))
     assert np.array_equal(
-        resize(noise, Size(90, 20)), np.asarray(Image.fromarray(noise).resize((90, 20), Image.Resampling.LANCZOS))
+        resize(noise, Size(30, 20)), cv2.resize(noise, (30, 20), interpolation=cv2.INTER_AREA)
+    )
+    assert np.array_equal(
+        resize(noise, Size(90, 20)),
+        np.asarray(Image.fromarray(noise).resize((90, 20), Image.Resampling.LANCZOS)),
     )
     assert resize(noise, Size(80, 40)) is noise
 
@@ -121,10 +132,15 @@ def test_area_resizing_is_the_mean_of_the_covered_area(noise):
 
     expected = np.einsum("ah,hwc,bw->abc", shares(40, 17), noise.astype(float), shares(80, 33))
     found = resize(noise, Size(33, 17))
-    assert np.abs(found - expected).max() <= 1.01 and (np.abs(found - expected.round()) > 0).mean() <= 0.02
+    assert (
+        np.abs(found - expected).max() <= 1.01
+        and (np.abs(found - expected.round()) > 0).mean() <= 0.02
+    )
 
 
-@pytest.mark.parametrize("name", ["nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box", "lanczos"])
+@pytest.mark.parametrize(
+    "name", ["nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box", "lanczos"]
+)
 def test_every_interpolation_keeps_a_flat_image_flat(name):
     flat = np.full((20, 30, 3), 77, dtype=np.uint8)
     assert np.array_equal(resize(flat, Size(41, 13), name), np.full((13, 41, 3), 77))
@@ -150,7 +166,12 @@ XMP = b'<x tiff:Orientation="6"/>'
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+    return (
+        len(content).to_bytes(4, "big")
+        + kind
+        + content
+        + zlib.crc32(kind + content).to_bytes(4, "big")
+    )
 
 
 XMP_CHUNK = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)
@@ -169,9 +190,15 @@ def test_headers_are_read_without_the_pixels(orientation, ending, tmp_path, monk
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"x.{ending}"
-    Image.fromarray(NOISE).save(path, exif=exif, icc_profile=b"x" * 9000)  # a profile before the size
+    Image.fromarray(NOISE).save(
+        path, exif=exif, icc_profile=b"x" * 9000
+    )  # a profile before the size
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    assert read_image_info(path) == (Size(40, 80) if orientation >= 5 else Size(80, 40), orientation > 1, False)
+    assert read_image_info(path) == (
+        Size(40, 80) if orientation >= 5 else Size(80, 40),
+        orientation > 1,
+        False,
+    )
 
 
 def test_a_png_without_exif_is_not_decoded_for_its_size(tmp_path, monkeypatch):
@@ -182,7 +209,9 @@ def test_a_png_without_exif_is_not_decoded_for_its_size(tmp_path, monkeypatch):
 
 def test_the_previews_in_a_cameras_file_are_no_animation(tmp_path):
     preview = Image.fromarray(NOISE[::2, ::2])
-    Image.fromarray(NOISE).save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[preview])
+    Image.fromarray(NOISE).save(
+        tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[preview]
+    )
     assert read_image_info(tmp_path / "x.jpg") == (Size(80, 40), False, False)
 
 
@@ -231,19 +260,24 @@ def test_broken_exif_counts_as_none(broken, ending, xmp, size, tmp_path):
 def test_letters_in_the_pixels_are_no_exif(tmp_path):
     raw = png()
     at = raw.rindex(b"IEND") - 4
-    fake = chunk(b"zzZz", b"....eXIf" + b"MM\0*" * 4)  # a private chunk; its content's checksum isn't one of an eXIf
+    fake = chunk(
+        b"zzZz", b"....eXIf" + b"MM\0*" * 4
+    )  # a private chunk; its content's checksum isn't one of an eXIf
     (tmp_path / "x.png").write_bytes(raw[:at] + fake + raw[at:])
     assert read_image_info(tmp_path / "x.png") == (Size(80, 40), False, False)
 
 
-@pytest.mark.parametrize("settings", [{"progressive": True}, {"quality": 30}, {"comment": b"y" * 6000}])
+@pytest.mark.parametrize(
+    "settings", [{"progressive": True}, {"quality": 30}, {"comment": b"y" * 6000}]
+)
 def test_kinds_of_jpeg(settings, tmp_path):
     Image.fromarray(NOISE).save(tmp_path / "x.jpg", **settings)
     assert read_image_info(tmp_path / "x.jpg").size == Size(80, 40)
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\xff\xd8\xff\xe1\0\x04ab", b"text", png()[:30]]
+    "raw",
+    [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\xff\xd8\xff\xe1\0\x04ab", b"text", png()[:30]],
 )
 def test_fault_25_a_cut_header_is_reported(raw, tmp_path):
     (tmp_path / "x.png").write_bytes(raw)

@@ -20,7 +20,10 @@ def test_the_page_from_prompts_to_controlled_images(golden_model, tmp_path, monk
     import sdxl_gen_img
     import sdxl_train_control_net_lllite
 
-    scripts = {"sdxl_gen_img.py": sdxl_gen_img, "sdxl_train_control_net_lllite.py": sdxl_train_control_net_lllite}
+    scripts = {
+        "sdxl_gen_img.py": sdxl_gen_img,
+        "sdxl_train_control_net_lllite.py": sdxl_train_control_net_lllite,
+    }
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sd_xl_base_1.0.safetensors").symlink_to(golden_model)
     names = {"txt": "prompts.txt", "toml": "run.toml"}
@@ -33,8 +36,13 @@ def test_the_page_from_prompts_to_controlled_images(golden_model, tmp_path, monk
             words = [word for word in shlex.split(block.text) if word != "--bf16"]
             start = next(i for i, word in enumerate(words) if word in scripts)
             scripts[words[start]].main([*words[start + 1 :], *SMALL[words[start]].split()])
-    assert sorted(path.name for path in Path("conditions").iterdir()) == ["im_000001.png", "im_000002.png"]
-    captions = [Path(f"pictures/1_drawn/im_00000{i}.txt").read_text(encoding="utf-8") for i in (1, 2)]
+    assert sorted(path.name for path in Path("conditions").iterdir()) == [
+        "im_000001.png",
+        "im_000002.png",
+    ]
+    captions = [
+        Path(f"pictures/1_drawn/im_00000{i}.txt").read_text(encoding="utf-8") for i in (1, 2)
+    ]
     assert captions == ["a red house by a lake", "a cat on a sofa"]
     assert Path("output/outlines.safetensors").is_file()
     drawn = list(Path("drawn").glob("*.png"))

@@ -30,13 +30,25 @@ def set_up(folder, *argv: object, latents=None, text=None):
 
 def loaded(batches, order, count=12, **settings):
     return list(
-        islice(load_batches(batches, order.from_step(0, 0), pin_memory=False, **{"num_workers": 0, **settings}), count)
+        islice(
+            load_batches(
+                batches, order.from_step(0, 0), pin_memory=False, **{"num_workers": 0, **settings}
+            ),
+            count,
+        )
     )
 
 
 def assert_same(one, two):
     assert one.position == two.position and one.paths == two.paths and one.captions == two.captions
-    for name in ("images", "latents", "original_sizes", "crop_top_lefts", "target_sizes", "weights"):
+    for name in (
+        "images",
+        "latents",
+        "original_sizes",
+        "crop_top_lefts",
+        "target_sizes",
+        "weights",
+    ):
         a, b = getattr(one, name), getattr(two, name)
         assert (a is None and b is None) or torch.equal(a, b), name
 
@@ -55,12 +67,18 @@ RANDOM = [
 
 @pytest.mark.parametrize(
     "method",
-    ["fork", pytest.param("spawn", marks=pytest.mark.long), pytest.param("forkserver", marks=pytest.mark.long)],
+    [
+        "fork",
+        pytest.param("spawn", marks=pytest.mark.long),
+        pytest.param("forkserver", marks=pytest.mark.long),
+    ],
 )
 def test_workers_give_the_same_batches_bit_for_bit(images, method):
     batches, order = set_up(images, *RANDOM)
     alone = loaded(batches, order)
-    for one, two in zip(alone, loaded(batches, order, num_workers=2, start_method=method), strict=True):
+    for one, two in zip(
+        alone, loaded(batches, order, num_workers=2, start_method=method), strict=True
+    ):
         assert_same(one, two)
     assert len({caption for batch in alone for caption in batch.captions}) > 4
 
@@ -68,7 +86,9 @@ def test_workers_give_the_same_batches_bit_for_bit(images, method):
 def test_spawned_workers_read_what_a_windows_user_reads(images):
     batches, order = set_up(images, "--train_batch_size", 2, latents=LatentsOnDisk())
     for one, two in zip(
-        loaded(batches, order, 2), loaded(batches, order, 2, num_workers=1, start_method="spawn"), strict=True
+        loaded(batches, order, 2),
+        loaded(batches, order, 2, num_workers=1, start_method="spawn"),
+        strict=True,
     ):
         assert_same(one, two)
 
@@ -95,8 +115,12 @@ def test_cached_latents_are_mirrored_when_the_image_would_be(images, cache):
     fresh, order = set_up(images, "--flip_aug")
     cached, _ = set_up(images, "--flip_aug", latents=cache())
     for one, two in zip(loaded(fresh, order, 16), loaded(cached, order, 16), strict=True):
-        expected = torch.nn.functional.avg_pool2d(one.images.mean(1, keepdim=True), 8).expand(-1, 4, -1, -1)
-        assert (two.latents - expected).abs().max() < 0.1 and torch.equal(one.crop_top_lefts, two.crop_top_lefts)
+        expected = torch.nn.functional.avg_pool2d(one.images.mean(1, keepdim=True), 8).expand(
+            -1, 4, -1, -1
+        )
+        assert (two.latents - expected).abs().max() < 0.1 and torch.equal(
+            one.crop_top_lefts, two.crop_top_lefts
+        )
 
 
 def test_cached_text_comes_with_its_image(images):
@@ -121,7 +145,9 @@ def test_skipped_steps_decode_nothing(images, monkeypatch):
         "library.data.loader.load_pixels",
         lambda sample, *draw, **how: read.append(sample) or load_pixels(sample, *draw, **how),
     )
-    rest = list(islice(load_batches(batches, order.from_step(5, 0), num_workers=0, pin_memory=False), 3))
+    rest = list(
+        islice(load_batches(batches, order.from_step(5, 0), num_workers=0, pin_memory=False), 3)
+    )
     for one, two in zip(whole[5:], rest, strict=True):
         assert_same(one, two)
     assert len(read) == 3
@@ -129,14 +155,24 @@ def test_skipped_steps_decode_nothing(images, monkeypatch):
 
 def test_cached_variants_are_drawn_and_captions_dropped_as_often_as_asked(images):
     """--text_cache_variants: of each image's drawn captions one per sample, the empty one by the dropout rate."""
-    words = ["--shuffle_caption", "--caption_dropout_rate", 0.25, "--caption_dropout_every_n_epochs", 4]
+    words = [
+        "--shuffle_caption",
+        "--caption_dropout_rate",
+        0.25,
+        "--caption_dropout_every_n_epochs",
+        4,
+    ]
     variants = CaptionVariants(3)
     batches, order = set_up(images, *words, latents=LatentsInMemory(), text=TextInMemory(variants))
     per_epoch = len(order.epoch(0))
     seen = loaded(batches, order, 100 * per_epoch)
     for sample in batches.samples:
         texts = variants.texts(sample)
-        own = [batch.captions[0] for batch in seen if batch.paths == (sample.file,) and batch.position.epoch % 4 != 3]
+        own = [
+            batch.captions[0]
+            for batch in seen
+            if batch.paths == (sample.file,) and batch.position.epoch % 4 != 3
+        ]
         assert len(texts) == 4 and set(own) == set(texts) and texts[-1] == ""
         assert abs(own.count("") / len(own) - 0.25) < 4 * (0.25 * 0.75 / len(own)) ** 0.5
     assert {batch.captions for batch in seen if batch.position.epoch % 4 == 3} == {("",)}
@@ -151,9 +187,13 @@ def test_text_kept_in_memory_stays_in_this_process_while_workers_decode(images):
 
 
 def test_augmented_images_are_the_same_from_workers(images):
-    batches, order = set_up(images, "--flip_aug", "--color_aug", "--random_crop", "--train_batch_size", 2)
+    batches, order = set_up(
+        images, "--flip_aug", "--color_aug", "--random_crop", "--train_batch_size", 2
+    )
     alone = loaded(batches, order)
-    for one, two in zip(alone, loaded(batches, order, num_workers=4, start_method="fork"), strict=True):
+    for one, two in zip(
+        alone, loaded(batches, order, num_workers=4, start_method="fork"), strict=True
+    ):
         assert_same(one, two)
     again = [batch for batch in alone if batch.paths == alone[0].paths]
     assert len({batch.images.numpy().tobytes() for batch in again}) == len(again)
@@ -193,19 +233,28 @@ def test_conditioning_images_come_with_their_images(images, tmp_path):
     batches = Batches(samples, None, None, seed=3, max_train_steps=10)
     for batch in loaded(batches, BatchSampler(group_samples(datasets, samples), seed=3), 8):
         assert torch.equal(batch.conditioning, batch.images)  # here they are the images themselves
-    without = [dataclasses.replace(sample, conditioning=None) if i % 2 else sample for i, sample in enumerate(samples)]
+    without = [
+        dataclasses.replace(sample, conditioning=None) if i % 2 else sample
+        for i, sample in enumerate(samples)
+    ]
     mixed = Batches(without, None, None, seed=3, max_train_steps=10)
     for i, sample in enumerate(without):
         batch = mixed[MicroBatch(BatchPosition(0, 0, 0, 0, 2, True, False), (i, i))]
         assert (batch.conditioning is None) == (sample.conditioning is None)
     whites = Batches(
-        [without[0], dataclasses.replace(without[0], conditioning=None)], None, None, seed=3, max_train_steps=1
+        [without[0], dataclasses.replace(without[0], conditioning=None)],
+        None,
+        None,
+        seed=3,
+        max_train_steps=1,
     )
     batch = whites[MicroBatch(BatchPosition(0, 0, 0, 0, 2, True, False), (0, 1))]
     assert (batch.conditioning[1] == 1.0).all() and not (batch.conditioning[0] == 1.0).all()
 
 
-def test_each_image_for_inpainting_has_its_own_mask_or_a_drawn_one_whatever_its_batch(images, tmp_path):
+def test_each_image_for_inpainting_has_its_own_mask_or_a_drawn_one_whatever_its_batch(
+    images, tmp_path
+):
     import shutil
 
     shutil.copytree(images / "2_shapes", tmp_path / "masks")
@@ -215,15 +264,30 @@ def test_each_image_for_inpainting_has_its_own_mask_or_a_drawn_one_whatever_its_
     cache = LatentsInMemory(for_inpainting=True)
     fill_latents([masked], cache, stub_vae, 2)
     batches = Batches(
-        [masked, alone], cache, None, seed=3, max_train_steps=1, for_inpainting=True, reads_conditioning=False
+        [masked, alone],
+        cache,
+        None,
+        seed=3,
+        max_train_steps=1,
+        for_inpainting=True,
+        reads_conditioning=False,
     )
     fixed, drawn, mixed = (
         batches[MicroBatch(BatchPosition(0, 0, 0, first, 2, True, False), numbers)]
         for first, numbers in ((0, (0,)), (1, (1,)), (0, (0, 1)))
     )
-    assert fixed.images is None and fixed.conditioning is None and fixed.cached_inpaint_channels.shape[:2] == (1, 5)
-    assert drawn.cached_inpaint_channels is None and torch.equal(drawn.inpaint_masks[0], mixed.inpaint_masks[1])
-    assert torch.equal(mixed.inpaint_masks[0], mixed.conditioning[0, 0] / 2 + 0.5) and mixed.images.shape[0] == 2
+    assert (
+        fixed.images is None
+        and fixed.conditioning is None
+        and fixed.cached_inpaint_channels.shape[:2] == (1, 5)
+    )
+    assert drawn.cached_inpaint_channels is None and torch.equal(
+        drawn.inpaint_masks[0], mixed.inpaint_masks[1]
+    )
+    assert (
+        torch.equal(mixed.inpaint_masks[0], mixed.conditioning[0, 0] / 2 + 0.5)
+        and mixed.images.shape[0] == 2
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -233,7 +297,9 @@ def test_a_image_that_vanishes_during_the_run_is_one_sentence(workers, images):
         sample.path.unlink()
     with pytest.raises(RunError) as error:
         loaded(batches, order, 1, num_workers=workers, start_method="fork" if workers else None)
-    assert any(mentions(str(error.value), sample.path.name, "No such file") for sample in batches.samples)
+    assert any(
+        mentions(str(error.value), sample.path.name, "No such file") for sample in batches.samples
+    )
     assert "\n" not in str(error.value)
 
 

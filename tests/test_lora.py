@@ -8,7 +8,13 @@ import pytest
 import torch
 from messages import mentioning, mentions
 from running import assert_bit_equal
-from tolerance import ADAPTER_GRADIENT_NORM, assert_formula, assert_network, assert_norm, assert_zero_in_theory
+from tolerance import (
+    ADAPTER_GRADIENT_NORM,
+    assert_formula,
+    assert_network,
+    assert_norm,
+    assert_zero_in_theory,
+)
 
 from library.errors import OptionError
 from library.models import text_encoders
@@ -45,7 +51,9 @@ def full_size_targets():
     from tools.tiny_models import FULL, _text_encoder
 
     import_transformers()
-    shapes = json.loads(gzip.decompress((GOLDEN / "06_block_lr_index.json.gz").read_bytes()))["shapes"]
+    shapes = json.loads(gzip.decompress((GOLDEN / "06_block_lr_index.json.gz").read_bytes()))[
+        "shapes"
+    ]
     with torch.device("meta"):
         unet = UNet(UNetConfig.from_shapes({name: tuple(shape) for name, shape in shapes.items()}))
         encoders = [_text_encoder(n, getattr(FULL, f"text_encoder_{n}")) for n in (1, 2)]
@@ -62,7 +70,9 @@ def test_golden_07_names_shapes_alphas_and_learning_rates_at_full_size(case, ful
         return
     text, unet = full_size_targets
     with torch.device("meta"):
-        network = LoraNetwork.from_settings([*(text if case["train_text_encoder"] else []), *unet], settings)
+        network = LoraNetwork.from_settings(
+            [*(text if case["train_text_encoder"] else []), *unet], settings
+        )
     assert [target.name for target in network.targets] == list(result["modules"])
     if result["block_lr_weight"] is not None:
         assert list(settings.block_lr_weights) == result["block_lr_weight"]
@@ -73,8 +83,13 @@ def test_golden_07_names_shapes_alphas_and_learning_rates_at_full_size(case, ful
         lora = network.lora(target.name)
         assert (lora.rank, lora.alpha) == (dim, alpha), target.name
         if down is not None:
-            assert [list(lora.lora_down.weight.shape), list(lora.lora_up.weight.shape)] == [down, up]
-        if target.name in network.untrainable():  # left out of the optimizer here (docs/differences.md)
+            assert [list(lora.lora_down.weight.shape), list(lora.lora_up.weight.shape)] == [
+                down,
+                up,
+            ]
+        if (
+            target.name in network.untrainable()
+        ):  # left out of the optimizer here (docs/differences.md)
             assert target.name.startswith("lora_te1_text_model_encoder_layers_11_")
             continue
         assert rates[f"{target.name}.lora_down.weight"][0] == pytest.approx(down_lr, abs=1e-12)
@@ -84,7 +99,11 @@ def test_golden_07_names_shapes_alphas_and_learning_rates_at_full_size(case, ful
 def test_golden_07_outputs_and_gradients(own_models):
     golden, _ = load_tensors(GOLDEN / "07_lora_tiny.safetensors")
     expected = json.loads((GOLDEN / "07_lora_tiny.json").read_text())
-    tensors = {name.removeprefix("lora."): tensor for name, tensor in golden.items() if name.startswith("lora.")}
+    tensors = {
+        name.removeprefix("lora."): tensor
+        for name, tensor in golden.items()
+        if name.startswith("lora.")
+    }
     network = LoraNetwork.from_tensors(targets_of(own_models), tensors, LoraSettings())
     network.load(tensors, source=Path("golden"), allow_partial=False)
     network.attach()
@@ -97,7 +116,9 @@ def test_golden_07_outputs_and_gradients(own_models):
     with torch.no_grad():
         ids = [golden[f"input_ids{n}"].view(-1, 1, 77) for n in (1, 2)]
         text = text_encoders.encode(*ids, *own_models.text_encoders)
-    names = [next(name for name in golden if part in name) for part in ("hidden1", "hidden2", "pool")]
+    names = [
+        next(name for name in golden if part in name) for part in ("hidden1", "hidden2", "pool")
+    ]
     for found, name in zip(text, names, strict=True):
         assert_network(found, golden[name], name)
     loss = torch.nn.functional.mse_loss(own_models.unet(*inputs), golden["target"])
@@ -117,7 +138,12 @@ def test_golden_07_outputs_and_gradients(own_models):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize(
-    "layer", [torch.nn.Linear(6, 5), torch.nn.Conv2d(6, 5, 3, stride=2, padding=1), torch.nn.Conv2d(6, 5, 1)]
+    "layer",
+    [
+        torch.nn.Linear(6, 5),
+        torch.nn.Conv2d(6, 5, 3, stride=2, padding=1),
+        torch.nn.Conv2d(6, 5, 1),
+    ],
 )
 def test_the_module_adds_what_the_formula_says_and_starts_at_nothing(layer):
     torch.manual_seed(0)
@@ -125,7 +151,9 @@ def test_the_module_adds_what_the_formula_says_and_starts_at_nothing(layer):
     x = torch.randn(2, 6, 8, 8) if isinstance(layer, torch.nn.Conv2d) else torch.randn(2, 7, 6)
     assert torch.equal(add_lora(layer, lora)(x), layer(x))
     torch.nn.init.normal_(lora.lora_up.weight)
-    delta = (lora.lora_up.weight.flatten(1) @ lora.lora_down.weight.flatten(1)).view(layer.weight.shape)
+    delta = (lora.lora_up.weight.flatten(1) @ lora.lora_down.weight.flatten(1)).view(
+        layer.weight.shape
+    )
     lora.multiplier = -0.5
     merged = layer.weight + -0.5 * (1.5 / 3) * delta
     expected = torch.func.functional_call(layer, {"weight": merged, "bias": layer.bias}, (x,))
@@ -176,7 +204,9 @@ def test_a_base_layer_that_is_trained_gets_its_gradient_too():
 
 def test_a_quantized_layer_with_a_lora_is_the_sum_of_both():
     torch.manual_seed(0)
-    quantized = QuantizedLinear(torch.nn.Linear(8, 6).requires_grad_(False), torch.randn(6, 8), "int8")
+    quantized = QuantizedLinear(
+        torch.nn.Linear(8, 6).requires_grad_(False), torch.randn(6, 8), "int8"
+    )
     lora = LoraModule(quantized, rank=2, alpha=2)
     torch.nn.init.normal_(lora.lora_up.weight)
     x = torch.randn(3, 4, 8)
@@ -211,7 +241,10 @@ def test_dropouts_keep_the_mean_and_act_in_training_only(name):
         return
     change = add_lora(layer, lora)(x) - base
     torch.testing.assert_close(
-        (change * (full - base)).sum() / (full - base).square().sum(), torch.tensor(1.0), atol=0.03, rtol=0
+        (change * (full - base)).sum() / (full - base).square().sum(),
+        torch.tensor(1.0),
+        atol=0.03,
+        rtol=0,
     )
     assert not torch.allclose(change, full - base)
 
@@ -258,7 +291,9 @@ def test_bad_network_args_are_named_with_what_is_expected(pair, tokens):
 
 
 def test_weights_lists_are_cut_filled_and_thresholded():
-    settings = settings_of("down_lr_weight=0.5,,0.1", "mid_lr_weight=2,2,2,9", "block_lr_zero_threshold=0.1")
+    settings = settings_of(
+        "down_lr_weight=0.5,,0.1", "mid_lr_weight=2,2,2,9", "block_lr_zero_threshold=0.1"
+    )
     assert settings.block_lr_weights == (1.0, 0.5, 0, 0, *[1.0] * 6, 2, 2, 2, *[1.0] * 9, 1.0)
 
 
@@ -268,9 +303,12 @@ def test_block_options_without_dims_take_the_networks_dim(own_models):
     ranks = {target.name: network.lora(target.name).rank for target in network.targets}
     assert "lora_unet_input_blocks_1_0_in_layers_2" not in ranks
     assert (
-        ranks["lora_unet_output_blocks_4_0_in_layers_2"] == 2 and ranks["lora_unet_input_blocks_4_0_emb_layers_1"] == 3
+        ranks["lora_unet_output_blocks_4_0_in_layers_2"] == 2
+        and ranks["lora_unet_input_blocks_4_0_emb_layers_1"] == 3
     )
-    assert network.lora("lora_unet_input_blocks_4_0_emb_layers_1").alpha == 3  # alpha 0 means the rank
+    assert (
+        network.lora("lora_unet_input_blocks_4_0_emb_layers_1").alpha == 3
+    )  # alpha 0 means the rank
 
 
 # ----------------------------------------------------------------------------------------------------------------- files
@@ -279,7 +317,9 @@ def test_block_options_without_dims_take_the_networks_dim(own_models):
 @pytest.fixture
 def network(own_models):
     torch.manual_seed(1)
-    network = LoraNetwork.from_settings(targets_of(own_models), settings_of("conv_dim=2", dim=3, alpha=2))
+    network = LoraNetwork.from_settings(
+        targets_of(own_models), settings_of("conv_dim=2", dim=3, alpha=2)
+    )
     for lora in network.loras():
         torch.nn.init.normal_(lora.lora_up.weight)
     return network
@@ -339,19 +379,29 @@ def changed(tensors: dict, kind: str) -> dict:
         ("a key resized", ["1", "shape", "[2, 128]", "[3, 128]"]),
     ],
 )
-def test_fault_19_a_file_that_doesnt_fit_is_told_with_counts_and_names(kind, tokens, network, own_models):
+def test_fault_19_a_file_that_doesnt_fit_is_told_with_counts_and_names(
+    kind, tokens, network, own_models
+):
     tensors = changed(network.file_tensors(), kind)
     with pytest.raises(OptionError) as error:
         network.load(tensors, source=Path("x"), allow_partial=False)
     assert mentions(
-        str(error.value), "--network_weights", "lora_unet_middle_block_1_proj_in", "--allow_partial", *tokens
+        str(error.value),
+        "--network_weights",
+        "lora_unet_middle_block_1_proj_in",
+        "--allow_partial",
+        *tokens,
     )
     network.load(tensors, source=Path("x"), allow_partial=True)
 
 
 def test_fault_19_a_file_of_which_nothing_fits_is_always_refused(network):
     with pytest.raises(OptionError, match=mentioning("--network_weights", "1", "696")):
-        network.load({"lora_unet_else.lora_down.weight": torch.zeros(2, 2)}, source=Path("x"), allow_partial=True)
+        network.load(
+            {"lora_unet_else.lora_down.weight": torch.zeros(2, 2)},
+            source=Path("x"),
+            allow_partial=True,
+        )
 
 
 def test_a_files_alpha_is_used_and_saved(network):

@@ -20,7 +20,11 @@ from library.training.setup import training_state
 from library.training.setup.memory_plan import GIB
 from library.training.setup.plan import RunPlan
 
-PRESETS = [path for kind in ("sdxl_finetune", "lora") for path in sorted((ROOT / "configs").glob(f"{kind}_*gb.toml"))]
+PRESETS = [
+    path
+    for kind in ("sdxl_finetune", "lora")
+    for path in sorted((ROOT / "configs").glob(f"{kind}_*gb.toml"))
+]
 OFTEN = ("sdxl_finetune_8gb", "lora_4gb")
 
 
@@ -51,11 +55,16 @@ def test_the_bars_are_held_by_the_full_size_model(name):
 
 @pytest.mark.parametrize(
     "preset",
-    [pytest.param(path, id=path.stem, marks=[] if path.stem in OFTEN else pytest.mark.long) for path in PRESETS],
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem in OFTEN else pytest.mark.long)
+        for path in PRESETS
+    ],
 )
 def test_each_preset_fits_its_card_by_a_dry_run(preset, images, tmp_path, capsys, monkeypatch):
     """With SDXL base's sizes in place of the model, which isn't there: that is the one error, on a disk that is large enough."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 40, used=0, free=1 << 40))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 40, used=0, free=1 << 40)
+    )
     script = "sdxl_train" if "finetune" in preset.stem else "sdxl_train_network"
     card = int(re.search(r"_(\d+)gb", preset.stem)[1])
     words = [
@@ -93,31 +102,51 @@ def test_the_plan_is_the_fastest_that_fits(name, card, words):
     policy = found.gradient_checkpointing and found.checkpoint_policy
     assert policy == words[0] and (found.blocks_to_swap is None) == (words[1] is None)
     if words[1] is not None:
-        leaner = plan(name, card, "--blocks_to_swap", str(found.blocks_to_swap + 1), "--gradient_checkpointing")
+        leaner = plan(
+            name,
+            card,
+            "--blocks_to_swap",
+            str(found.blocks_to_swap + 1),
+            "--gradient_checkpointing",
+        )
         assert leaner.blocks_to_swap == found.blocks_to_swap + 1, "what was given stays"
 
 
 @pytest.mark.long
 def test_a_plan_that_cant_be_kept_says_what_would_help():
-    with pytest.raises(OptionError, match=mentioning("--memory_plan", "1.2", "--fp8_base", "--base_quant")):
+    with pytest.raises(
+        OptionError, match=mentioning("--memory_plan", "1.2", "--fp8_base", "--base_quant")
+    ):
         plan("lora", "1.2")
-    with pytest.raises(OptionError, match=mentioning("--memory_plan", "fast", "auto", "GB", "'small'")):
+    with pytest.raises(
+        OptionError, match=mentioning("--memory_plan", "fast", "auto", "GB", "'small'")
+    ):
         plan("lora", "small")
 
 
 def test_encoders_and_vae_leave_once_caches_are_filled_and_are_never_loaded_when_they_are_there(
     golden_model, images, tmp_path, monkeypatch
 ):
-    words = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", "1"]
+    words = [
+        "--cache_latents_to_disk",
+        "--cache_text_encoder_outputs_to_disk",
+        "--max_train_steps",
+        "1",
+    ]
     loaded: list[set[str]] = []
     build = training_state.build_loss_module
     monkeypatch.setattr(
         training_state,
         "build_loss_module",
-        lambda task, models, *rest, **more: loaded.append(set(vars(models))) or build(task, models, *rest, **more),
+        lambda task, models, *rest, **more: (
+            loaded.append(set(vars(models))) or build(task, models, *rest, **more)
+        ),
     )
     train_network(golden_model, images, tmp_path / "filling", *words)
     monkeypatch.setattr(SdxlModels, "_text_encoder", None)
     monkeypatch.setattr(SdxlModels, "_load_vae", None)
     train_network(golden_model, images, tmp_path / "there", *words)
-    assert all("unet" in names and not names & {"vae", "text_encoders"} for names in loaded) and len(loaded) == 2
+    assert (
+        all("unet" in names and not names & {"vae", "text_encoders"} for names in loaded)
+        and len(loaded) == 2
+    )

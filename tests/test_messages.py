@@ -43,4 +43,6 @@ def test_all_tokens_are_in_one_line_in_any_order():
 def test_caching_is_seen_in_the_console_and_isnt_in_an_error():
     assert shows_caching("12:00:00 INFO    latents: 0 of 4 are cached\n")
     assert shows_caching("caching text-encoder outputs: 100%\n")
-    assert not shows_caching("12:00:00 WARNING --cache_latents is set\nerror: latents of another size\n")
+    assert not shows_caching(
+        "12:00:00 WARNING --cache_latents is set\nerror: latents of another size\n"
+    )

@@ -29,7 +29,13 @@ def write(path: Path, content) -> Path:
 
 
 def scanned(json_file: Path, folder: Path | None, *argv: object, **settings):
-    words = ["--in_json", json_file, *BUCKETS, *([] if folder is None else ["--train_data_dir", folder]), *argv]
+    words = [
+        "--in_json",
+        json_file,
+        *BUCKETS,
+        *([] if folder is None else ["--train_data_dir", folder]),
+        *argv,
+    ]
     options = read_options("", DATA_OPTIONS, [str(word) for word in words])
     return scan(read_datasets(options)[0], **settings)
 
@@ -38,7 +44,9 @@ def scanned(json_file: Path, folder: Path | None, *argv: object, **settings):
 def folder(tmp_path) -> Path:
     (tmp_path / "pics").mkdir()
     for name, size in (("a.png", (128, 96)), ("b.JPG", (96, 128))):
-        Image.new("RGB", size).save(tmp_path / "pics" / name, format="png" if name.endswith("png") else "jpeg")
+        Image.new("RGB", size).save(
+            tmp_path / "pics" / name, format="png" if name.endswith("png") else "jpeg"
+        )
     return tmp_path / "pics"
 
 
@@ -59,7 +67,10 @@ def test_caption_and_tags_become_one_caption(values, settings, expected, tmp_pat
 
 
 def test_json_lines_say_the_same(tmp_path):
-    rows = [{"image_path": "a.png", "caption": "one"}, {"image_path": "b.png", "tags": "two", "image_size": [8, 9]}]
+    rows = [
+        {"image_path": "a.png", "caption": "one"},
+        {"image_path": "b.png", "tags": "two", "image_size": [8, 9]},
+    ]
     path = write(tmp_path / "m.jsonl", "\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n")
     assert [(entry.key, entry.caption, entry.size) for entry in entries(path)] == [("a.png", "one", None), ("b.png", "two", Size(8, 9))]  # fmt: skip
 
@@ -93,7 +104,9 @@ def test_fault_56_all_bad_entries_are_told_at_once(folder, tmp_path):
 
 
 def test_keys_are_absolute_or_inside_the_folder_with_their_ending_or_without(folder, tmp_path):
-    path = write(tmp_path / "m.json", {str(folder / "a.png"): {"caption": "one"}, "b": {"caption": "two"}})
+    path = write(
+        tmp_path / "m.json", {str(folder / "a.png"): {"caption": "one"}, "b": {"caption": "two"}}
+    )
     (dataset,) = scanned(path, folder)
     assert [(Path(s.file).name, s.caption, s.size) for s in dataset.samples] == [("a.png", "one", Size(128, 96)), ("b.JPG", "two", Size(96, 128))]  # fmt: skip
     assert dataset.samples[1].text_file == folder / "b_te_outputs.npz"
@@ -102,7 +115,9 @@ def test_keys_are_absolute_or_inside_the_folder_with_their_ending_or_without(fol
 
 
 def test_a_size_in_the_metadata_spares_looking_at_the_image(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("library.data.scan.read_image_info", lambda file: pytest.fail(f"looked at {file}"))
+    monkeypatch.setattr(
+        "library.data.scan.read_image_info", lambda file: pytest.fail(f"looked at {file}")
+    )
     path = write(tmp_path / "m.json", {"a.png": {"caption": "one", "image_size": [128, 96]}})
     (sample,) = samples_of(scanned(path, folder))
     assert sample.size == Size(128, 96)
@@ -113,9 +128,13 @@ def test_images_that_arent_there_are_listed_or_left_out(folder, tmp_path, caplog
     path = write(tmp_path / "m.json", {"a.png": {}, "c.png": {}, "d": {}})
     with pytest.raises(OptionError) as error:
         scanned(path, folder)
-    assert mentions(str(error.value), "c.png", folder, path) and mentions(str(error.value), "d", folder, path)
+    assert mentions(str(error.value), "c.png", folder, path) and mentions(
+        str(error.value), "d", folder, path
+    )
     assert len(samples_of(scanned(path, folder, skip_bad_images=True))) == 1
-    assert mentions(caplog.text, "WARNING", "2", "--skip_bad_images") and mentions(caplog.text, "c.png", folder)
+    assert mentions(caplog.text, "WARNING", "2", "--skip_bad_images") and mentions(
+        caplog.text, "c.png", folder
+    )
 
 
 def test_repeats_come_from_dataset_repeats(folder, tmp_path):
@@ -132,5 +151,6 @@ def test_keys_for_folders_are_refused_in_metadata_datasets(folder, tmp_path):
     with pytest.raises(OptionError) as error:
         read_datasets(options)
     assert all(
-        mentions(str(error.value), "d.toml", key, "metadata_file") for key in ("'caption_extension'", "'class_tokens'")
+        mentions(str(error.value), "d.toml", key, "metadata_file")
+        for key in ("'caption_extension'", "'class_tokens'")
     )

@@ -49,12 +49,19 @@ def entries(path: Path) -> dict:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    return lay(tmp_path / "my pictures", {"b.png": "", "a.jpg": "", "a.caption": " a cat \n", "b.caption": "a dog"})
+    return lay(
+        tmp_path / "my pictures",
+        {"b.png": "", "a.jpg": "", "a.caption": " a cat \n", "b.caption": "a dog"},
+    )
 
 
 @pytest.fixture
@@ -75,11 +82,17 @@ def test_tags_come_from_txt_files_and_keep_the_other_fields(folder, out):
     lay(folder, {"a.txt": "1cat, solo", "b.txt": "1dog"})
     captions(folder, out)
     tags(folder, out)
-    assert entries(out) == {"a": {"caption": "a cat", "tags": "1cat, solo"}, "b": {"caption": "a dog", "tags": "1dog"}}
+    assert entries(out) == {
+        "a": {"caption": "a cat", "tags": "1cat, solo"},
+        "b": {"caption": "a dog", "tags": "1dog"},
+    }
 
 
 def test_a_second_merge_replaces_its_own_field_and_keeps_entries_of_other_images(folder, out):
-    lay(out.parent, {"out.json": '{"a": {"caption": "old", "image_size": [8, 8]}, "elsewhere": {"tags": "x"}}'})
+    lay(
+        out.parent,
+        {"out.json": '{"a": {"caption": "old", "image_size": [8, 8]}, "elsewhere": {"tags": "x"}}'},
+    )
     captions(folder, out)
     assert entries(out) == {
         "a": {"caption": "a cat", "image_size": [8, 8]},
@@ -97,7 +110,10 @@ def test_in_json_wins_over_an_existing_out_json_and_is_left_alone(folder, out, t
 
 def test_full_path_keys_are_the_paths_of_the_images(folder, out):
     captions("--full_path", folder, out)
-    assert entries(out) == {str(folder / "a.jpg"): {"caption": "a cat"}, str(folder / "b.png"): {"caption": "a dog"}}
+    assert entries(out) == {
+        str(folder / "a.jpg"): {"caption": "a cat"},
+        str(folder / "b.png"): {"caption": "a dog"},
+    }
 
 
 def test_keys_are_absolute_paths_wherever_the_tool_runs(folder, out, monkeypatch):
@@ -112,13 +128,20 @@ def test_sub_folders_are_searched_with_recursive_only(folder, out):
     assert list(entries(out)) == ["a", "b"]
     out.unlink()
     captions(folder, out, "--full_path", "--recursive")
-    assert [Path(key).relative_to(folder).as_posix() for key in entries(out)] == ["a.jpg", "b.png", "deep/er/a.webp"]
+    assert [Path(key).relative_to(folder).as_posix() for key in entries(out)] == [
+        "a.jpg",
+        "b.png",
+        "deep/er/a.webp",
+    ]
 
 
 def test_every_ending_is_taken_in_any_case_and_nothing_else(tmp_path, out):
     endings = ["png", "jpg", "JPEG", "WebP", "bmp", "avif", "jxl", "HEIC", "heif"]
     lay(tmp_path / "p", {f"{i}.{ending}": "" for i, ending in enumerate(endings)})
-    lay(tmp_path / "p", {f"{i}.caption": str(i) for i in range(9)} | {"x.gif": "", "y.npz": "", "png": ""})
+    lay(
+        tmp_path / "p",
+        {f"{i}.caption": str(i) for i in range(9)} | {"x.gif": "", "y.npz": "", "png": ""},
+    )
     (tmp_path / "p" / "folder.png").mkdir()
     captions(tmp_path / "p", out)
     assert entries(out) == {str(i): {"caption": str(i)} for i in range(9)}
@@ -128,7 +151,9 @@ def test_every_ending_is_taken_in_any_case_and_nothing_else(tmp_path, out):
     "words", [["--caption_extension", ".note"], ["--caption_extension", "note"], ["--caption_extention", "note"],
               ["--caption_extention", ".note", "--caption_extension", ".other"]],
 )  # fmt: skip
-def test_the_ending_of_the_text_files_has_its_dot_or_not_and_the_misspelt_option_wins(folder, out, words):
+def test_the_ending_of_the_text_files_has_its_dot_or_not_and_the_misspelt_option_wins(
+    folder, out, words
+):
     lay(folder, {"a.note": "A", "b.note": "B", "a.other": "", "b.other": ""})
     captions(folder, out, *words)
     assert entries(out) == {"a": {"caption": "A"}, "b": {"caption": "B"}}
@@ -150,7 +175,10 @@ def test_the_whole_file_is_the_caption_stripped(tmp_path, out, raw, expected):
 
 def test_names_with_spaces_dots_brackets_and_other_scripts(tmp_path, out):
     names = ["猫 [1]", "a.b.c", "ü — x"]
-    lay(tmp_path / "π [0-9]", {f"{name}.png": "" for name in names} | {f"{name}.caption": name for name in names})
+    lay(
+        tmp_path / "π [0-9]",
+        {f"{name}.png": "" for name in names} | {f"{name}.caption": name for name in names},
+    )
     captions(tmp_path / "π [0-9]", out)
     assert entries(out) == {name: {"caption": name} for name in sorted(names)}
 
@@ -168,7 +196,14 @@ def test_debug_logs_each_entry(folder, out, capsys):
 
 def test_all_texts_that_cant_be_read_are_told_at_once_and_nothing_is_written(folder, out):
     lay(
-        folder, {"a.caption": b"caf\xe9", "c.png": "", "d.png": "", "e.png": "", "d.caption": "un été".encode("utf-16")}
+        folder,
+        {
+            "a.caption": b"caf\xe9",
+            "c.png": "",
+            "d.png": "",
+            "e.png": "",
+            "d.caption": "un été".encode("utf-16"),
+        },
     )
     (folder / "e.caption").mkdir()
     before = snapshot(folder.parent)
@@ -176,7 +211,9 @@ def test_all_texts_that_cant_be_read_are_told_at_once_and_nothing_is_written(fol
         captions(folder, out)
     head, *lines = str(error.value).splitlines()
     assert mentions(head, "4", "5")
-    assert [line.strip().removeprefix(str(folder))[1:10] for line in lines] == [f"{stem}.caption" for stem in "acde"]
+    assert [line.strip().removeprefix(str(folder))[1:10] for line in lines] == [
+        f"{stem}.caption" for stem in "acde"
+    ]
     claims = [("UTF-8", "byte 3"), ("c.png",), ("UTF-8", "byte 0")]
     assert all(mentions(line, *claim) for line, claim in zip(lines, claims, strict=False))
     assert snapshot(folder.parent) == before
@@ -184,7 +221,9 @@ def test_all_texts_that_cant_be_read_are_told_at_once_and_nothing_is_written(fol
 
 def test_two_images_of_one_stem_are_refused_by_name(folder, out):
     lay(folder, {"b.webp": ""})
-    with pytest.raises(OptionError, match=mentioning(folder / "b.png", folder / "b.webp", "'b'", "--full_path")):
+    with pytest.raises(
+        OptionError, match=mentioning(folder / "b.png", folder / "b.webp", "'b'", "--full_path")
+    ):
         captions(folder, out)
     assert not out.exists()
     captions(folder, out, "--full_path")
@@ -242,10 +281,16 @@ def test_an_output_that_cant_be_written_is_told(folder, tmp_path):
 def test_mistakes_are_told_by_exit_status_and_in_one_line(folder, out, tmp_path):
     tool = "tools/merge_captions_to_metadata.py"
     wrong = script(tool, folder, out, "--recursive")
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and mentions(wrong.stderr, "error", "--recursive")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1) and mentions(
+        wrong.stderr, "error", "--recursive"
+    )
     (folder / "a.caption").unlink()
     failed = script(tool, folder, out)
-    assert failed.returncode == 1 and mentions(failed.stderr, folder / "a.caption") and "Traceback" not in failed.stderr
+    assert (
+        failed.returncode == 1
+        and mentions(failed.stderr, folder / "a.caption")
+        and "Traceback" not in failed.stderr
+    )
     listed = script("tools/clean_captions_and_tags.py", lay(tmp_path, {"x": "[]"}) / "x", out)
     assert (listed.returncode, listed.stderr.count("\n")) == (1, 1)
 
@@ -335,7 +380,11 @@ def test_replacements_that_go_in_circles_end():
 
 def test_a_metadata_file_is_cleaned_and_other_fields_stay(tmp_path, out):
     before = {
-        "ü": {"tags": "2girls, red_hair, blue_hair", "caption": "two women", "image_size": [64, 64]},
+        "ü": {
+            "tags": "2girls, red_hair, blue_hair",
+            "caption": "two women",
+            "image_size": [64, 64],
+        },
         "b": {"tags": "long_hair", "caption": None},
         "c": {},
     }
@@ -349,7 +398,14 @@ def test_a_metadata_file_is_cleaned_and_other_fields_stay(tmp_path, out):
 
 
 def test_entries_without_tags_or_caption_are_told(tmp_path, out, capsys):
-    path = lay(tmp_path, {"in.json": json.dumps({str(i): {"tags": "a"} for i in range(7)} | {"x": {"caption": "b"}})})
+    path = lay(
+        tmp_path,
+        {
+            "in.json": json.dumps(
+                {str(i): {"tags": "a"} for i in range(7)} | {"x": {"caption": "b"}}
+            )
+        },
+    )
     clean(path / "in.json", out)
     err = capsys.readouterr().err
     assert mentions(err, "WARNING", "1", "8", "tags", "x") and mentions(
@@ -381,7 +437,12 @@ def test_wrong_usage_of_the_cleaner_is_an_option_error(words, tokens):
 
 
 def test_tags_that_are_no_text_are_refused_by_entry(tmp_path, out):
-    lay(tmp_path, {"in.json": '{"a": {"tags": ["x"]}, "b": {"tags": "y", "caption": 5}, "c": {"caption": null}}'})
+    lay(
+        tmp_path,
+        {
+            "in.json": '{"a": {"tags": ["x"]}, "b": {"tags": "y", "caption": 5}, "c": {"caption": null}}'
+        },
+    )
     with pytest.raises(RunError, match=mentioning("in.json", "tags of 'a'", "caption of 'b'")):
         clean(tmp_path / "in.json", out)
     assert not out.exists()

@@ -479,9 +479,7 @@ def test_embedding_files_that_do_not_fit_are_refused(own_models, tmp_path):
             )
 
     refused({"clip_l": torch.zeros(1, 768)}, r"clip_l .*\[1, 768\].*clip_l \[n, 64\]")
-    refused(
-        {"clip_l": torch.zeros(1, 64), "clip_g": torch.zeros(2, 128)}, r"vectors.*'clip_g': 2"
-    )
+    refused({"clip_l": torch.zeros(1, 64), "clip_g": torch.zeros(2, 128)}, r"vectors.*'clip_g': 2")
     refused({"clip_l": torch.full((1, 64), torch.nan)}, "clip_l .*NaN")
     refused(
         {"clip_l": torch.zeros(1, 64)},

@@ -6,7 +6,16 @@ import sys
 import pytest
 import torch
 from messages import mentioning, mentions, shows_caching
-from running import QUICK, arguments, assert_bit_equal, losses_of, run_here, tensors_of, train_network, without
+from running import (
+    QUICK,
+    arguments,
+    assert_bit_equal,
+    losses_of,
+    run_here,
+    tensors_of,
+    train_network,
+    without,
+)
 from tolerance import assert_network
 
 import sdxl_train_network
@@ -32,7 +41,14 @@ TEXT_TOO = without(QUICK, "--cache_text_encoder_outputs", "--network_train_unet_
 def test_lycoris_trains_for_real(algo, parts, golden_model, images, tmp_path):
     """U-Net and both encoders, in bfloat16 beside float32 weights of theirs; the file goes on being trained."""
     pytest.importorskip("lycoris")
-    words = ["--network_module", "lycoris.kohya", "--network_args", f"algo={algo}", "conv_dim=2", "preset=full"]
+    words = [
+        "--network_module",
+        "lycoris.kohya",
+        "--network_args",
+        f"algo={algo}",
+        "conv_dim=2",
+        "preset=full",
+    ]
     words += ["--max_train_steps", "2", "--mixed_precision", "bf16"]
     first = train_network(golden_model, images, tmp_path / "first", *words, quick=TEXT_TOO)
     tensors, metadata = tensors_of(first), read_header(first).metadata
@@ -43,12 +59,21 @@ def test_lycoris_trains_for_real(algo, parts, golden_model, images, tmp_path):
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "lora_unet_output_blocks_2_2_conv", "lora_unet_middle_block_0_in_layers_2",
     ):  # fmt: skip
         assert name in modules
-    assert metadata["ss_network_module"] == "lycoris.kohya" and json.loads(metadata["ss_network_args"])["algo"] == algo
-    assert metadata["sshs_model_hash"] and all(tensor.isfinite().all() for tensor in tensors.values())
+    assert (
+        metadata["ss_network_module"] == "lycoris.kohya"
+        and json.loads(metadata["ss_network_args"])["algo"] == algo
+    )
+    assert metadata["sshs_model_hash"] and all(
+        tensor.isfinite().all() for tensor in tensors.values()
+    )
     again = train_network(golden_model, images, tmp_path / "again", *words, "--network_weights", first, "--dim_from_weights", quick=TEXT_TOO)  # fmt: skip
     start = "hada_w1_b" if algo == "loha" else "lokr_w2_b"
     later = tensors_of(again)
-    moved = [name for name in tensors if name.endswith(start) and not torch.equal(tensors[name], later[name])]
+    moved = [
+        name
+        for name in tensors
+        if name.endswith(start) and not torch.equal(tensors[name], later[name])
+    ]
     assert len(moved) > 100
 
 
@@ -85,17 +110,34 @@ def own_module(tmp_path, monkeypatch):
 
 
 def test_any_module_with_create_network_will_do(golden_model, images, tmp_path, own_module):
-    words = ["--network_module", "own_network", "--network_args", "wanted=yes", "--max_train_steps", "2"]
+    words = [
+        "--network_module",
+        "own_network",
+        "--network_args",
+        "wanted=yes",
+        "--max_train_steps",
+        "2",
+    ]
     tensors = tensors_of(train_network(golden_model, images, tmp_path / "out", *words))
-    assert tensors and all(name.startswith("own_unet_") and tensor.item() != 0 for name, tensor in tensors.items())
+    assert tensors and all(
+        name.startswith("own_unet_") and tensor.item() != 0 for name, tensor in tensors.items()
+    )
 
 
-def test_arguments_that_the_module_refuses_are_told_before_caching(golden_model, images, tmp_path, own_module):
+def test_arguments_that_the_module_refuses_are_told_before_caching(
+    golden_model, images, tmp_path, own_module
+):
     words = arguments(golden_model, images, tmp_path / "out", "--network_module", "own_network", "--network_args", "other=1")  # fmt: skip
     done = run_here(sdxl_train_network.main, *words)
     assert done.returncode == 2 and not shows_caching(done.stderr)
     assert mentions(
-        done.stderr, "error", "--network_module", "own_network", "--network_args", "other=1", "AssertionError"
+        done.stderr,
+        "error",
+        "--network_module",
+        "own_network",
+        "--network_args",
+        "other=1",
+        "AssertionError",
     )
 
 
@@ -117,7 +159,10 @@ def predicted(models) -> torch.Tensor:
         text = TextConditioning.of(models.encode_texts(["a red square"], 75))
         x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
         return models.unet(
-            x, torch.tensor([500]), text.context, torch.cat([text.pooled, torch.zeros(1, 6 * 256)], dim=1)
+            x,
+            torch.tensor([500]),
+            text.context,
+            torch.cat([text.pooled, torch.zeros(1, 6 * 256)], dim=1),
         )
 
 
@@ -151,7 +196,9 @@ def test_the_change_of_a_convolution_by_hand():
     assert_network(torch.nn.functional.conv2d(x, change), expected)
 
 
-def test_base_weights_count_in_the_text_cache_and_change_what_is_trained(golden_model, images, trained_lora, tmp_path):
+def test_base_weights_count_in_the_text_cache_and_change_what_is_trained(
+    golden_model, images, trained_lora, tmp_path
+):
     disk = ["--cache_text_encoder_outputs_to_disk", "--max_train_steps", "2"]
     plain = train_network(golden_model, images, tmp_path / "plain", *disk)
     caches = {path: path.read_bytes() for path in images.rglob("*_te_outputs.npz")}
@@ -184,16 +231,33 @@ def dataset_file(path, images, attributes: str):
     return path
 
 
-@pytest.mark.parametrize("quick", [pytest.param(QUICK, marks=pytest.mark.long), TEXT_TOO], ids=["cached", "text"])
-def test_preserved_images_are_told_what_the_base_model_makes_of_them(quick, golden_model, images, tmp_path):
+@pytest.mark.parametrize(
+    "quick", [pytest.param(QUICK, marks=pytest.mark.long), TEXT_TOO], ids=["cached", "text"]
+)
+def test_preserved_images_are_told_what_the_base_model_makes_of_them(
+    quick, golden_model, images, tmp_path
+):
     """A new network changes nothing, so its loss there is 0; a trained one is drawn back to it."""
     config = dataset_file(tmp_path / "data.toml", images, "{ diff_output_preservation = true }")
-    words = [*without(quick, "--enable_bucket"), "--dataset_config", config, "--max_train_steps", "3"]
+    words = [
+        *without(quick, "--enable_bucket"),
+        "--dataset_config",
+        config,
+        "--max_train_steps",
+        "3",
+    ]
     words = [word for i, word in enumerate(words) if "--train_data_dir" not in (word, words[i - 1])]
     import sdxl_train_network
 
     def train(output, *extra):
-        files = ["--pretrained_model_name_or_path", golden_model, "--output_dir", output, "--output_name", "lora"]
+        files = [
+            "--pretrained_model_name_or_path",
+            golden_model,
+            "--output_dir",
+            output,
+            "--output_name",
+            "lora",
+        ]
         sdxl_train_network.main([str(word) for word in [*words, *files, *extra]])
         return losses_of(output)
 
@@ -204,10 +268,14 @@ def test_preserved_images_are_told_what_the_base_model_makes_of_them(quick, gold
 
 
 def test_text_encoders_stop_after_their_steps_and_the_unet_goes_on(golden_model, images, tmp_path):
-    two = train_network(golden_model, images, tmp_path / "two", "--max_train_steps", "2", quick=TEXT_TOO)
+    two = train_network(
+        golden_model, images, tmp_path / "two", "--max_train_steps", "2", quick=TEXT_TOO
+    )
     three = train_network(golden_model, images, tmp_path / "three", "--max_train_steps", "3", "--stop_text_encoder_training", "2", quick=TEXT_TOO)  # fmt: skip
     early, late = tensors_of(two), tensors_of(three)
     text = {name for name in early if name.startswith("lora_te")}
     assert_bit_equal({n: early[n] for n in text}, {n: late[n] for n in text})
-    ups = [name for name in early if name.startswith("lora_unet") and name.endswith("lora_up.weight")]
+    ups = [
+        name for name in early if name.startswith("lora_unet") and name.endswith("lora_up.weight")
+    ]
     assert ups and not any(torch.equal(early[name], late[name]) for name in ups)

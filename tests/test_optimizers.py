@@ -164,17 +164,26 @@ def test_arguments_are_python_literals():
 
 
 def test_wrong_names_and_arguments_are_mistakes_that_say_what_to_do():
-    with pytest.raises(OptionError, match=mentioning("--optimizer_type", "torch.optim", "AdamWW", "'AdamW'")):
+    with pytest.raises(
+        OptionError, match=mentioning("--optimizer_type", "torch.optim", "AdamWW", "'AdamW'")
+    ):
         find_optimizer("AdamWW")
     with pytest.raises(
-        OptionError, match=mentioning("--optimizer_type", "nosuchpackage.optim.Best", "pip install nosuchpackage")
+        OptionError,
+        match=mentioning(
+            "--optimizer_type", "nosuchpackage.optim.Best", "pip install nosuchpackage"
+        ),
     ):
         find_optimizer("nosuchpackage.optim.Best")
     with pytest.raises(
-        OptionError, match=mentioning("--optimizer_type", "Prodigy", "learning rate", "a 0.01", "b 0.02")
+        OptionError,
+        match=mentioning("--optimizer_type", "Prodigy", "learning rate", "a 0.01", "b 0.02"),
     ):
         make_optimizer("Prodigy", {}, groups(), 1.0)
-    with pytest.raises(OptionError, match=mentioning("--optimizer_args", "AdamW", "'beta'", "'betas'", "weight_decay")):
+    with pytest.raises(
+        OptionError,
+        match=mentioning("--optimizer_args", "AdamW", "'beta'", "'betas'", "weight_decay"),
+    ):
         make_optimizer("AdamW", {"beta": 1}, groups(), 0.01)
 
 
@@ -184,7 +193,9 @@ def test_a_package_that_isnt_there_is_one_sentence_with_the_pip_command(monkeypa
     for name in [name for name in sys.modules if name.split(".")[0] == "prodigyopt"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
-    with pytest.raises(OptionError, match=mentioning("--optimizer_type", "Prodigy", "pip install prodigyopt")):
+    with pytest.raises(
+        OptionError, match=mentioning("--optimizer_type", "Prodigy", "pip install prodigyopt")
+    ):
         find_optimizer("Prodigy")
 
 

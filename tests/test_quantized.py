@@ -68,7 +68,9 @@ def test_golden_02_stays_within_the_stated_bound(kind, golden_model):
     golden, _ = load_tensors(GOLDEN / "02_unet.safetensors")
     unet = quantized(golden_model, kind).unet
     for case in "ab":
-        latents, *others = (golden[f"{case}.{name}"] for name in ("latents", "timesteps", "context", "y"))
+        latents, *others = (
+            golden[f"{case}.{name}"] for name in ("latents", "timesteps", "context", "y")
+        )
         expected = golden[f"{case}.output"]
         for given in (latents, latents.bfloat16()):
             with torch.no_grad():
@@ -80,7 +82,9 @@ def test_golden_02_stays_within_the_stated_bound(kind, golden_model):
                 < BOUNDS[kind] + (0.03 if given is not latents else 0)
             )
     linears = [layer for layer in unet.modules() if isinstance(layer, nn.Linear)]
-    assert sum(isinstance(layer, QuantizedLinear) for layer in linears) == len(linears) - 4  # time and label embeddings
+    assert (
+        sum(isinstance(layer, QuantizedLinear) for layer in linears) == len(linears) - 4
+    )  # time and label embeddings
 
 
 def test_the_inputs_gradient_is_that_of_the_packed_weight():
@@ -91,7 +95,9 @@ def test_the_inputs_gradient_is_that_of_the_packed_weight():
     expected, found = plain(one), packed(two)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     grad = torch.randn_like(expected)
-    assert_network(*torch.autograd.grad(found, two, grad), *torch.autograd.grad(expected, one, grad))
+    assert_network(
+        *torch.autograd.grad(found, two, grad), *torch.autograd.grad(expected, one, grad)
+    )
 
 
 def test_the_encoders_embeddings_stay_as_they_are(golden_model):
@@ -101,7 +107,10 @@ def test_the_encoders_embeddings_stay_as_they_are(golden_model):
         layer = clip_body(one).encoder.layers[0]
         assert isinstance(layer.mlp.fc1, QuantizedLinear)
         name = "token_embedding.weight"
-        assert torch.equal(clip_body(one).embeddings.get_parameter(name), clip_body(two).embeddings.get_parameter(name))
+        assert torch.equal(
+            clip_body(one).embeddings.get_parameter(name),
+            clip_body(two).embeddings.get_parameter(name),
+        )
     found, expected = (m.encode_texts(["a red cat"], 75) for m in (models, plain))
     for one, two in zip(found, expected, strict=True):
         assert 0 < (one - two).norm() / two.norm() < 0.1
@@ -116,11 +125,19 @@ def test_the_encoders_embeddings_stay_as_they_are(golden_model):
 def test_a_network_learns_on_a_quantized_base_nearly_what_it_learns_on_the_whole_one(
     words, unet_only, golden_model, images, tmp_path
 ):
-    quick = QUICK if unet_only else without(QUICK, "--network_train_unet_only", "--cache_text_encoder_outputs")
+    quick = (
+        QUICK
+        if unet_only
+        else without(QUICK, "--network_train_unet_only", "--cache_text_encoder_outputs")
+    )
     common = [*(words[2:] if "--network_args" in words else []), "--max_train_steps", "2"]
     plain = train_network(golden_model, images, tmp_path / "plain", *common, quick=quick)
-    found = train_network(golden_model, images, tmp_path / "found", *words, "--max_train_steps", "2", quick=quick)
-    assert losses_of(tmp_path / "found")[0] == pytest.approx(losses_of(tmp_path / "plain")[0], rel=0.05)
+    found = train_network(
+        golden_model, images, tmp_path / "found", *words, "--max_train_steps", "2", quick=quick
+    )
+    assert losses_of(tmp_path / "found")[0] == pytest.approx(
+        losses_of(tmp_path / "plain")[0], rel=0.05
+    )
     assert losses_of(tmp_path / "found")[0] != losses_of(tmp_path / "plain")[0]
     assert tensors_of(found).keys() == tensors_of(plain).keys()
     metadata = read_header(found).metadata
@@ -143,19 +160,42 @@ def test_base_weights_are_merged_into_the_unquantized_file(golden_model, images,
     change = after.dequantized(torch.float32) - before.dequantized(torch.float32)
     assert change.norm() > 0
     torch.testing.assert_close(
-        after.dequantized(torch.float32), expected.weight, rtol=0, atol=0.01 * expected.weight.abs().max().item()
+        after.dequantized(torch.float32),
+        expected.weight,
+        rtol=0,
+        atol=0.01 * expected.weight.abs().max().item(),
     )
 
 
-def test_quantized_bases_are_refused_where_the_base_is_trained_or_read_by_others(golden_model, images, tmp_path):
+def test_quantized_bases_are_refused_where_the_base_is_trained_or_read_by_others(
+    golden_model, images, tmp_path
+):
     import sdxl_train
 
-    files = ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", images, "--output_dir", tmp_path]
-    with pytest.raises(OptionError, match=mentioning("--fp8_base", "--fp8_base_unet", "--base_quant")):
+    files = [
+        "--pretrained_model_name_or_path",
+        golden_model,
+        "--train_data_dir",
+        images,
+        "--output_dir",
+        tmp_path,
+    ]
+    with pytest.raises(
+        OptionError, match=mentioning("--fp8_base", "--fp8_base_unet", "--base_quant")
+    ):
         sdxl_train.main([str(word) for word in [*files, "--fp8_base"]])
     with pytest.raises(
-        OptionError, match=mentioning("--network_module", "lycoris.kohya", "--fp8_base", "--base_quant")
+        OptionError,
+        match=mentioning("--network_module", "lycoris.kohya", "--fp8_base", "--base_quant"),
     ):
-        train_network(golden_model, images, tmp_path, "--network_module", "lycoris.kohya", "--base_quant", "nf4")
+        train_network(
+            golden_model,
+            images,
+            tmp_path,
+            "--network_module",
+            "lycoris.kohya",
+            "--base_quant",
+            "nf4",
+        )
     with pytest.raises(OptionError, match=mentioning("--base_quant", "--fp8_base")):
         train_network(golden_model, images, tmp_path, "--fp8_base", "--base_quant", "nf4")

@@ -18,7 +18,13 @@ pytestmark = pytest.mark.numeric
 # AdamW makes steps of the full learning rate of it.
 NOISE = [
     f"lora_unet_{block}_0_emb_layers_1.lora_up.weight"
-    for block in ("input_blocks_1", "input_blocks_2", "output_blocks_6", "output_blocks_7", "output_blocks_8")
+    for block in (
+        "input_blocks_1",
+        "input_blocks_2",
+        "output_blocks_6",
+        "output_blocks_7",
+        "output_blocks_8",
+    )
 ]
 
 
@@ -27,18 +33,29 @@ def compare(task, golden):
     assert tensors.keys() == golden.output.keys()
     for name, tensor in golden.output.items():
         if name not in NOISE:
-            torch.testing.assert_close(tensors[name].view_as(tensor), tensor, rtol=0, atol=REPLAYED_LORA, msg=name)
-    changed = [name for name in tensors if name.endswith("lora_up.weight") and tensors[name].abs().max() > 0]
+            torch.testing.assert_close(
+                tensors[name].view_as(tensor), tensor, rtol=0, atol=REPLAYED_LORA, msg=name
+            )
+    changed = [
+        name
+        for name in tensors
+        if name.endswith("lora_up.weight") and tensors[name].abs().max() > 0
+    ]
     return changed
 
 
 def test_golden_10_lora_unet(own_models):
     golden = Golden("lora_unet")
     options = NetworkOptions(
-        network_module="networks.lora", network_dim=2, network_alpha=1.0, network_train_unet_only=True
+        network_module="networks.lora",
+        network_dim=2,
+        network_alpha=1.0,
+        network_train_unet_only=True,
     )
     task = NetworkTask(
-        own_models, TaskSettings(lr=1e-3, num_tokens=75, text_is_cached=True), (options, PivotalOptions())
+        own_models,
+        TaskSettings(lr=1e-3, num_tokens=75, text_is_cached=True),
+        (options, PivotalOptions()),
     )
     steps = replay(
         golden, own_models, task, optimizer_args={}, schedule=ScheduleOptions(), loss=LossOptions(min_snr_gamma=5.0), lr=1e-3,
@@ -57,7 +74,9 @@ def test_golden_10_lora_te_with_one_rate_for_both_encoders(own_models):
         text_encoder_lr=(5e-4, 5e-4), unet_lr=1e-3,
     )  # fmt: skip
     task = NetworkTask(
-        own_models, TaskSettings(lr=1e-3, num_tokens=150, text_is_cached=False), (options, PivotalOptions())
+        own_models,
+        TaskSettings(lr=1e-3, num_tokens=150, text_is_cached=False),
+        (options, PivotalOptions()),
     )
     steps = replay(
         golden, own_models, task, optimizer_args={"weight_decay": 0.05, "betas": (0.9, 0.99)},
@@ -81,20 +100,30 @@ def test_bf16_gradients_point_where_float32s_do(golden_model):
     from library.training.options.objective import NoiseOptions
 
     golden, results = Golden("lora_te"), {}
-    options = NetworkOptions(network_module="networks.lora", network_dim=4, network_args=("conv_dim=2",))
+    options = NetworkOptions(
+        network_module="networks.lora", network_dim=4, network_args=("conv_dim=2",)
+    )
     for precision in ("no", "bf16"):
         checkpoint = open_models(golden_model).checkpoint
-        models = SdxlModels(checkpoint, Precision.decide(precision, None, no_half_vae=True), torch.device("cpu"))
+        models = SdxlModels(
+            checkpoint, Precision.decide(precision, None, no_half_vae=True), torch.device("cpu")
+        )
         torch.manual_seed(0)
         task = NetworkTask(
-            models, TaskSettings(lr=1e-3, num_tokens=150, text_is_cached=False), (options, PivotalOptions())
+            models,
+            TaskSettings(lr=1e-3, num_tokens=150, text_is_cached=False),
+            (options, PivotalOptions()),
         )
         for lora in task._network.loras():
             torch.nn.init.normal_(lora.lora_up.weight, std=0.02)
-        step = DiffusionLoss(task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), LossOptions(), None).train()
+        step = DiffusionLoss(
+            task, Objective(NoiseSchedule.sdxl(), False), NoiseOptions(), LossOptions(), None
+        ).train()
         loss = step(golden.batch(0, accumulation=1, text=None), golden.rng(0)).mean()
         loss.backward()
-        gradients = [p.grad.flatten() for p in task.trainables[0].tensors().values() if p.grad is not None]
+        gradients = [
+            p.grad.flatten() for p in task.trainables[0].tensors().values() if p.grad is not None
+        ]
         assert {gradient.dtype for gradient in gradients} == {torch.float32}
         results[precision] = loss.item(), torch.cat(gradients)
     (plain, gradient), (mixed, approximate) = results["no"], results["bf16"]

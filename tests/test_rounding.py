@@ -142,7 +142,11 @@ def loss_falls(model: Path, rounding: str, *, full: bool) -> float:
     models = SdxlModels(open_checkpoint(str(model)), precision, torch.device("cpu"))
     models.trained = frozenset(["unet"])
     rates = ",".join(["0"] * 12 + [str(lr)] * 11)
-    task = FineTune(models, TaskSettings(lr=lr, num_tokens=75, text_is_cached=True), (FineTuneOptions(block_lr=rates),))
+    task = FineTune(
+        models,
+        TaskSettings(lr=lr, num_tokens=75, text_is_cached=True),
+        (FineTuneOptions(block_lr=rates),),
+    )
     groups = task.trainables[0].groups()
     with torch.no_grad():
         text = models.encode_texts(golden.facts["batches"][0]["captions"], 75)
@@ -284,7 +288,10 @@ def test_a_resumed_state_is_bit_equal(rounding, fused, tmp_path):
     train(whole, 6)
     train(part, 3)
     names = {id(p): name for name, p in part.loss_module.named_parameters()}
-    write_state(tmp_path / "s", State(state_metadata(3), dict(part.loss_module.named_parameters()), part.state(names)))
+    write_state(
+        tmp_path / "s",
+        State(state_metadata(3), dict(part.loss_module.named_parameters()), part.state(names)),
+    )
     saved = read_state(tmp_path / "s")
     rest.loss_module.load_state_dict(saved.weights)
     rest.restore(

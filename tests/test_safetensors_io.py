@@ -47,7 +47,9 @@ def test_the_file_is_byte_equal_to_the_reference_librarys(tensors, tmp_path):
     metadata = {"key": 'ü "quoted"\n'}
     write_safetensors(tmp_path / "ours", tensors, metadata)
     safetensors.torch.save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", metadata
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        tmp_path / "theirs",
+        metadata,
     )
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
@@ -80,7 +82,10 @@ def test_replacing_the_file_doesnt_change_what_was_opened(tensors, tmp_path):
 
 def test_dtypes_can_be_chosen_for_each_tensor(tensors, tmp_path):
     write_safetensors(
-        tmp_path / "x", tensors, {}, dtype_of=lambda name, tensor: "float16" if tensor.is_floating_point() else None
+        tmp_path / "x",
+        tensors,
+        {},
+        dtype_of=lambda name, tensor: "float16" if tensor.is_floating_point() else None,
     )
     stored = read_header(tmp_path / "x").tensors
     assert stored["b"].dtype == "F16" and stored["whole"].dtype == "I64"
@@ -121,7 +126,11 @@ def test_fault_15_a_damaged_file_is_one_line_with_its_path(kind, tmp_path):
 
 def test_headers_are_read_without_torch_and_without_mapping_the_file(tmp_path):
     path = tmp_path / "model.safetensors"
-    tensors = {"a": torch.zeros(2).bfloat16(), "b": torch.zeros(3, dtype=torch.float8_e5m2), "c": torch.zeros(0, 4)}
+    tensors = {
+        "a": torch.zeros(2).bfloat16(),
+        "b": torch.zeros(3, dtype=torch.float8_e5m2),
+        "c": torch.zeros(0, 4),
+    }
     write_safetensors(path, tensors, {"k": "v"})
     program = """
         import sys
@@ -144,8 +153,13 @@ def test_headers_are_read_without_torch_and_without_mapping_the_file(tmp_path):
 def test_tensors_at_odd_positions_are_read(spaces, tmp_path):
     """Other programs don't pad their headers."""
     path = tmp_path / "x"
-    header = json.dumps({"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode() + b" " * spaces
-    path.write_bytes(len(header).to_bytes(8, "little") + header + torch.tensor([1.0, 2.0]).numpy().tobytes())
+    header = (
+        json.dumps({"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+        + b" " * spaces
+    )
+    path.write_bytes(
+        len(header).to_bytes(8, "little") + header + torch.tensor([1.0, 2.0]).numpy().tobytes()
+    )
     tensor = TensorFile(path)["t"]
     assert tensor.tolist() == [1.0, 2.0] and tensor.data_ptr() % 4 == 0
 
@@ -159,7 +173,13 @@ def test_fault_15_a_cut_file_is_told_with_both_sizes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", ["x" * 90_000_000, json.dumps([[[[]]]] * 1000), "../../etc/passwd", "<script>alert(1)</script>"]
+    "value",
+    [
+        "x" * 90_000_000,
+        json.dumps([[[[]]]] * 1000),
+        "../../etc/passwd",
+        "<script>alert(1)</script>",
+    ],
 )
 def test_fault_23_hostile_metadata_is_only_text(value, tmp_path):
     path = tmp_path / "model.safetensors"
@@ -201,14 +221,20 @@ def test_the_umask_decides_who_may_read_a_file(tensors, tmp_path):
 @pytest.mark.parametrize("name", ["lora_unet", "lora_te"])
 def test_network_hashes_are_the_references(name):
     tensors, metadata = load_tensors(GOLDEN / "10_training" / f"{name}.out.safetensors")
-    assert network_hashes(tensors, metadata) == (metadata["sshs_model_hash"], metadata["sshs_legacy_hash"])
+    assert network_hashes(tensors, metadata) == (
+        metadata["sshs_model_hash"],
+        metadata["sshs_legacy_hash"],
+    )
 
 
 def test_the_legacy_hash_is_of_64_kib_at_1_mib_of_the_file_without_other_metadata(tmp_path):
     torch.manual_seed(0)
     tensors = {"a": torch.randn(300_000), "b": torch.randn(7)}
     safetensors.torch.save_file(tensors, tmp_path / "x", {"ss_a": "1"})
-    assert network_hashes(tensors, {"ss_a": "1", "modelspec.title": "left out"})[1] == file_hashes(tmp_path / "x")[1]
+    assert (
+        network_hashes(tensors, {"ss_a": "1", "modelspec.title": "left out"})[1]
+        == file_hashes(tmp_path / "x")[1]
+    )
 
 
 def test_the_golden_model_has_the_golden_hashes(golden_model):

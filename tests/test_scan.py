@@ -60,7 +60,9 @@ def test_txt_captions_are_used_and_told_where_no_caption_lies(tmp_path, caplog):
     (tmp_path / "1_cat" / "a.txt").write_text("from txt")
     assert captions_of(scanned(tmp_path)) == {"a.png": "from txt"}
     assert mentions(caplog.text, tmp_path / "1_cat", "*.caption", "1 *.txt")
-    assert captions_of(scanned(tmp_path, "--caption_extension", ".caption")) == {"a.png": "cat"}  # class tokens
+    assert captions_of(scanned(tmp_path, "--caption_extension", ".caption")) == {
+        "a.png": "cat"
+    }  # class tokens
     assert captions_of(scanned(tmp_path, "--caption_extention", "txt")) == {"a.png": "from txt"}
 
 
@@ -78,7 +80,11 @@ def test_fault_34_all_captions_that_are_no_utf8_are_told_at_once(tmp_path):
     (tmp_path / "1_cat" / "c.caption").write_bytes(b"fine")
     with pytest.raises(OptionError) as error:
         scanned(tmp_path)
-    assert len(error.value.mistakes) == 2 and "a.caption" in str(error.value) and "b.caption" in str(error.value)
+    assert (
+        len(error.value.mistakes) == 2
+        and "a.caption" in str(error.value)
+        and "b.caption" in str(error.value)
+    )
 
 
 def test_fault_25_all_bad_headers_are_told_at_once_or_skipped(tmp_path):
@@ -87,8 +93,13 @@ def test_fault_25_all_bad_headers_are_told_at_once_or_skipped(tmp_path):
     (tmp_path / "1_cat" / "text.jpg").write_text("this is no image")
     with pytest.raises(OptionError) as error:
         scanned(tmp_path)
-    assert all(piece in str(error.value) for piece in ("empty.png", "text.jpg", "not an image", "--skip_bad_images"))
-    assert [sample.path.name for sample in scanned(tmp_path, skip_bad_images=True)[0].samples] == ["good.png"]
+    assert all(
+        piece in str(error.value)
+        for piece in ("empty.png", "text.jpg", "not an image", "--skip_bad_images")
+    )
+    assert [sample.path.name for sample in scanned(tmp_path, skip_bad_images=True)[0].samples] == [
+        "good.png"
+    ]
 
 
 @pytest.mark.parametrize("case", ["empty folder", "repeats 0", "only bad images"])
@@ -118,7 +129,10 @@ def test_cache_files_have_the_contracts_names(tmp_path):
 def test_fault_40_two_images_of_one_stem_dont_share_cache_files(tmp_path):
     make(tmp_path / "1_cat", "a.png", "a.webp")
     one, two = scanned(tmp_path)[0].samples
-    assert one.latents_file.name == "a_0064x0064_sdxl.npz" and two.latents_file.name == "a.webp_0064x0064_sdxl.npz"
+    assert (
+        one.latents_file.name == "a_0064x0064_sdxl.npz"
+        and two.latents_file.name == "a.webp_0064x0064_sdxl.npz"
+    )
     assert one.text_file != two.text_file
 
 
@@ -129,10 +143,10 @@ def test_a_second_resolution_of_one_image_has_cache_files_of_its_own(tmp_path):
         for side in (64, 128)
     )
     (tmp_path / "data.toml").write_text(text)
-    options = read_options(
-        "test", DATA_OPTIONS, ["--dataset_config", str(tmp_path / "data.toml")]
+    options = read_options("test", DATA_OPTIONS, ["--dataset_config", str(tmp_path / "data.toml")])
+    one, two = (
+        dataset.samples[0] for dataset in scan(read_datasets(options)[0], skip_bad_images=False)
     )
-    one, two = (dataset.samples[0] for dataset in scan(read_datasets(options)[0], skip_bad_images=False))
     assert Path(one.cache_stem).name == "a" and Path(two.cache_stem).name == "a_128x128"
 
 
@@ -146,10 +160,10 @@ def test_one_folder_in_two_spellings_shares_no_cache_files(tmp_path, monkeypatch
         for side, folder in zip((64, 96, 128, 160), folders, strict=True)
     )
     (tmp_path / "data.toml").write_text(text)
-    options = read_options(
-        "test", DATA_OPTIONS, ["--dataset_config", str(tmp_path / "data.toml")]
-    )
-    samples = [dataset.samples[0] for dataset in scan(read_datasets(options)[0], skip_bad_images=False)]
+    options = read_options("test", DATA_OPTIONS, ["--dataset_config", str(tmp_path / "data.toml")])
+    samples = [
+        dataset.samples[0] for dataset in scan(read_datasets(options)[0], skip_bad_images=False)
+    ]
     assert len({Path(sample.cache_stem).resolve() for sample in samples}) == 4
 
 
@@ -163,19 +177,30 @@ def test_fault_52_odd_names_work(name, tmp_path):
 def test_mirrored_images_were_cropped_from_the_other_side(tmp_path):
     make(tmp_path / "1_cat", "a.png", size=(100, 60))
     (sample,) = scanned(
-        tmp_path, "--enable_bucket", "--min_bucket_reso", 32, "--max_bucket_reso", 128, "--bucket_reso_steps", 32
+        tmp_path,
+        "--enable_bucket",
+        "--min_bucket_reso",
+        32,
+        "--max_bucket_reso",
+        128,
+        "--bucket_reso_steps",
+        32,
     )[0].samples
     crop, bucket = sample.crop, sample.fit.bucket
     assert sample.crop_top_left(flipped=False) == (int(crop.top), int(crop.left))
     assert sample.crop_top_left(flipped=True) == (int(crop.top), int(bucket.width - crop.right))
 
 
-def test_fault_38_no_file_of_the_ending_that_was_given_is_a_mistake_naming_what_lies_there(tmp_path):
+def test_fault_38_no_file_of_the_ending_that_was_given_is_a_mistake_naming_what_lies_there(
+    tmp_path,
+):
     make(tmp_path, "a.png", "b.png")
     (tmp_path / "a.txt").write_text("a cat")
     with pytest.raises(
         OptionError,
-        match=mentioning(tmp_path, "*.tags", "2", "1 *.txt", "--caption_extension", "--allow_missing_captions"),
+        match=mentioning(
+            tmp_path, "*.tags", "2", "1 *.txt", "--caption_extension", "--allow_missing_captions"
+        ),
     ):
         scanned(tmp_path, "--caption_extension", "tags")
     assert captions_of(scanned(tmp_path, "--caption_extension", "tags", allow_missing_captions=True)) == {"a.png": "", "b.png": ""}  # fmt: skip
@@ -197,7 +222,11 @@ def test_fault_41_stems_that_start_alike_are_kept_apart(tmp_path):
     make(tmp_path / "1_x", "img1.png", "img10.png", "img1_2.png")
     for stem in ("img1", "img10"):
         (tmp_path / "1_x" / f"{stem}.caption").write_text(stem)
-    assert captions_of(scanned(tmp_path)) == {"img1.png": "img1", "img10.png": "img10", "img1_2.png": "x"}
+    assert captions_of(scanned(tmp_path)) == {
+        "img1.png": "img1",
+        "img10.png": "img10",
+        "img1_2.png": "x",
+    }
     stems = [sample.latents_file.name for sample in scanned(tmp_path)[0].samples]
     assert len(set(stems)) == 3
 
@@ -211,9 +240,7 @@ def test_a_face_in_the_name_isnt_part_of_the_captions_name(tmp_path):
 def test_fault_48_a_folder_that_isnt_there_is_a_mistake(tmp_path):
     text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'none'\n"
     (tmp_path / "d.toml").write_text(text)
-    options = read_options(
-        "", DATA_OPTIONS, ["--dataset_config", str(tmp_path / "d.toml")]
-    )
+    options = read_options("", DATA_OPTIONS, ["--dataset_config", str(tmp_path / "d.toml")])
     with pytest.raises(OptionError, match=mentioning("d.toml", "subset 1", "image_dir", "none")):
         read_datasets(options)
 
@@ -223,7 +250,16 @@ def test_fault_48_a_folder_that_isnt_there_is_a_mistake(tmp_path):
 def test_fault_49_extreme_images_have_a_defined_result(size, extra, tmp_path):
     """A bucket that the resized image covers, or one sentence that names the image."""
     make(tmp_path / "1_x", "a.png", size=size)
-    words = ["--enable_bucket", "--min_bucket_reso", 32, "--max_bucket_reso", 256, "--bucket_reso_steps", 32, *extra]
+    words = [
+        "--enable_bucket",
+        "--min_bucket_reso",
+        32,
+        "--max_bucket_reso",
+        256,
+        "--bucket_reso_steps",
+        32,
+        *extra,
+    ]
     try:
         (sample,) = scanned(tmp_path, *words)[0].samples
     except OptionError as error:
@@ -237,9 +273,13 @@ def test_fault_50_caches_lie_in_cache_dir_when_it_is_given(tmp_path):
     make(tmp_path / "data" / "1_x", "a.png")
     make(tmp_path / "other" / "1_x", "a.png")
     files = [
-        scanned(tmp_path / name, cache_dir=tmp_path / "caches")[0].samples[0].latents_file for name in ("data", "other")
+        scanned(tmp_path / name, cache_dir=tmp_path / "caches")[0].samples[0].latents_file
+        for name in ("data", "other")
     ]
-    assert all(file.is_relative_to(tmp_path / "caches") and file.name == "a_0064x0064_sdxl.npz" for file in files)
+    assert all(
+        file.is_relative_to(tmp_path / "caches") and file.name == "a_0064x0064_sdxl.npz"
+        for file in files
+    )
     assert files[0] != files[1]
 
 
@@ -254,11 +294,13 @@ def test_fault_51_links_are_followed_loops_end_and_dead_links_are_told(tmp_path)
     (tmp_path / "d.toml").write_text(
         f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{folder}'\nrecursive = true\n"
     )
-    options = read_options(
-        "", DATA_OPTIONS, ["--dataset_config", str(tmp_path / "d.toml")]
-    )
+    options = read_options("", DATA_OPTIONS, ["--dataset_config", str(tmp_path / "d.toml")])
     samples = scan(read_datasets(options)[0])[0].samples
-    assert [str(sample.path.relative_to(folder)) for sample in samples] == ["deep/b.png", "deep/c.png", "linked/a.png"]
+    assert [str(sample.path.relative_to(folder)) for sample in samples] == [
+        "deep/b.png",
+        "deep/c.png",
+        "linked/a.png",
+    ]
     assert samples[1].latents_file.parent == folder / "deep"  # beside the link
     (folder / "dead.png").symlink_to(tmp_path / "nothing")
     with pytest.raises(OptionError, match=mentioning("dead.png", "link")):
@@ -286,9 +328,7 @@ def test_fault_40_three_datasets_and_two_endings_share_no_cache_files(tmp_path):
     make(tmp_path / "x", "a.png", "a.webp", "a_64x64.png")
     text = "".join(f"[[datasets]]\nresolution = {side}\n[[datasets.subsets]]\nimage_dir = '{(tmp_path / 'x').as_posix()}'\n" for side in (64, 128, 64))  # fmt: skip
     (tmp_path / "d.toml").write_text(text)
-    options = read_options(
-        "", DATA_OPTIONS, ["--dataset_config", str(tmp_path / "d.toml")]
-    )
+    options = read_options("", DATA_OPTIONS, ["--dataset_config", str(tmp_path / "d.toml")])
     samples = [sample for dataset in scan(read_datasets(options)[0]) for sample in dataset.samples]
     assert len(samples) == 9 and len({sample.cache_stem for sample in samples}) == 9
 
@@ -315,8 +355,12 @@ def test_a_validation_split_takes_its_share_once_and_without_overlap(tmp_path):
     found = {}
     for seed in (1, 1, 2):
         (dataset,) = scanned(tmp_path, "--validation_split", 0.25, "--validation_seed", seed)
-        kept, held_out = ({sample.path.name for sample in part} for part in (dataset.samples, dataset.validation))
-        assert len(kept) == 8 and len(held_out) == 2 and not kept & held_out  # ceil(10 * 0.75) are trained
+        kept, held_out = (
+            {sample.path.name for sample in part} for part in (dataset.samples, dataset.validation)
+        )
+        assert (
+            len(kept) == 8 and len(held_out) == 2 and not kept & held_out
+        )  # ceil(10 * 0.75) are trained
         assert {sample.repeats for sample in dataset.validation} == {1}
         found.setdefault(seed, set()).add(frozenset(held_out))
     assert len(found[1]) == 1 and found[1] != found[2]
@@ -332,7 +376,10 @@ def test_cache_info_is_written_and_read_and_the_files_themselves_win(tmp_path):
     info[str(folder / "b.png")]["caption"] = "by hand"
     info[str(folder / "a.png")]["caption"] = "by hand too"
     (folder / "metadata_cache.json").write_text(json.dumps(info))
-    assert captions_of(scanned(tmp_path, "--cache_info")) == {"a.png": "from file", "b.png": "by hand"}
+    assert captions_of(scanned(tmp_path, "--cache_info")) == {
+        "a.png": "from file",
+        "b.png": "by hand",
+    }
 
 
 def test_cache_info_keeps_no_class_tokens_which_may_be_others_next_time(tmp_path):
@@ -371,20 +418,30 @@ def test_conditioning_images_go_by_stem_and_shape(tmp_path):
     text = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'pics'}'\nconditioning_data_dir = '{tmp_path / 'cond'}'\n"
     (tmp_path / "d.toml").write_text(text)
     groups = [*DATA_OPTIONS, LossOptions]
-    configs, _ = read_datasets(read_options("", groups, ["--dataset_config", str(tmp_path / "d.toml")]))
-    with pytest.raises(OptionError, match=mentioning(tmp_path / "pics", "conditioning_data_dir", "--masked_loss")):
+    configs, _ = read_datasets(
+        read_options("", groups, ["--dataset_config", str(tmp_path / "d.toml")])
+    )
+    with pytest.raises(
+        OptionError, match=mentioning(tmp_path / "pics", "conditioning_data_dir", "--masked_loss")
+    ):
         check_masks_are_used(configs)
-    options = read_options("", groups, ["--dataset_config", str(tmp_path / "d.toml"), "--masked_loss"])
+    options = read_options(
+        "", groups, ["--dataset_config", str(tmp_path / "d.toml"), "--masked_loss"]
+    )
     with pytest.raises(OptionError) as error:
         scan(read_datasets(options)[0])
     told = str(error.value)
-    assert mentions(told, "pics", "b.png", "2", "b.jpg") and mentions(told, "d.png", tmp_path / "cond")
+    assert mentions(told, "pics", "b.png", "2", "b.jpg") and mentions(
+        told, "d.png", tmp_path / "cond"
+    )
     assert mentions(told, tmp_path / "cond" / "c.png", "64x64", "64x32")
     (sample,) = scan(read_datasets(options)[0], skip_bad_images=True)[0].samples
     assert sample.conditioning == str(tmp_path / "cond" / "a.webp")
 
 
-def test_the_scan_takes_sizes_and_captions_from_the_index_while_files_are_as_they_were(tmp_path, monkeypatch):
+def test_the_scan_takes_sizes_and_captions_from_the_index_while_files_are_as_they_were(
+    tmp_path, monkeypatch
+):
     folder = tmp_path / "1_x"
     make(folder, "a.png")
     (folder / "a.caption").write_text("first")
@@ -392,8 +449,12 @@ def test_the_scan_takes_sizes_and_captions_from_the_index_while_files_are_as_the
         os.utime(file, (1_000_000_000, 1_000_000_000))
     known = FileIndex(tmp_path / "index")
     first = scanned(tmp_path, file_index=known)
-    monkeypatch.setattr("library.data.scan.read_image_info", lambda file: pytest.fail(f"looked at {file}"))
-    monkeypatch.setattr("library.data.scan.read_caption", lambda file, **how: pytest.fail(f"read {file}"))
+    monkeypatch.setattr(
+        "library.data.scan.read_image_info", lambda file: pytest.fail(f"looked at {file}")
+    )
+    monkeypatch.setattr(
+        "library.data.scan.read_caption", lambda file, **how: pytest.fail(f"read {file}")
+    )
     assert captions_of(scanned(tmp_path, file_index=known)) == captions_of(first)
     monkeypatch.undo()
     (folder / "a.caption").write_text("edited")
@@ -416,7 +477,14 @@ def test_the_signature_of_a_dataset_is_that_of_earlier_versions(tmp_path):
     words = ["--keep_tokens_separator", "|||", "--shuffle_caption", "--token_warmup_step", "5"]
     facts = []
     for more in ([], words):
-        arguments = ["--train_data_dir", str(tmp_path), *scanning.BUCKETS, *more, "--output_dir", "out"]
+        arguments = [
+            "--train_data_dir",
+            str(tmp_path),
+            *scanning.BUCKETS,
+            *more,
+            "--output_dir",
+            "out",
+        ]
         arguments += ["--output_name", "x", "--pretrained_model_name_or_path", "model.safetensors"]
         options = read_options("test", sdxl_train.OPTIONS, arguments)
         datasets = scan(read_datasets(options)[0])

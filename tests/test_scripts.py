@@ -34,11 +34,25 @@ def comfyui_keys(model: Path) -> set[str]:
     """The names under which ComfyUI looks for a LoRA of this checkpoint (trust.md section 4)."""
     names = {f"lora_unet_{name.removeprefix('model.diffusion_model.').removesuffix('.weight').replace('.', '_')}"
              for name in read_header(model).tensors if name.startswith("model.diffusion_model.") and name.endswith(".weight")}  # fmt: skip
-    layers = ("mlp_fc1", "mlp_fc2", "self_attn_q_proj", "self_attn_k_proj", "self_attn_v_proj", "self_attn_out_proj")
-    return names | {f"lora_te{n}_text_model_encoder_layers_{b}_{c}" for n in (1, 2) for b in range(32) for c in layers}
+    layers = (
+        "mlp_fc1",
+        "mlp_fc2",
+        "self_attn_q_proj",
+        "self_attn_k_proj",
+        "self_attn_v_proj",
+        "self_attn_out_proj",
+    )
+    return names | {
+        f"lora_te{n}_text_model_encoder_layers_{b}_{c}"
+        for n in (1, 2)
+        for b in range(32)
+        for c in layers
+    }
 
 
-def test_two_steps_change_every_module_that_can_train_and_nothing_else(golden_model, images, tmp_path):
+def test_two_steps_change_every_module_that_can_train_and_nothing_else(
+    golden_model, images, tmp_path
+):
     """Text encoders and convolutions too; the base model's file stays what it was."""
     before = golden_model.read_bytes()
     extra = ["--network_args", "conv_dim=2", "--max_train_steps", "2", "--text_encoder_lr", "1e-3"]
@@ -46,9 +60,9 @@ def test_two_steps_change_every_module_that_can_train_and_nothing_else(golden_mo
     tensors = tensors_of(path)
     modules = {name.split(".")[0] for name in tensors}
     still = {name for name in modules if tensors[f"{name}.lora_up.weight"].abs().max() == 0}
-    assert len(modules) == 348 and {name.rsplit("_self_attn", 1)[0].rsplit("_mlp", 1)[0] for name in still} == {
-        "lora_te1_text_model_encoder_layers_11"
-    }
+    assert len(modules) == 348 and {
+        name.rsplit("_self_attn", 1)[0].rsplit("_mlp", 1)[0] for name in still
+    } == {"lora_te1_text_model_encoder_layers_11"}
     assert modules <= comfyui_keys(golden_model)
     assert golden_model.read_bytes() == before
     assert len(losses_of(tmp_path / "out")) == 2
@@ -58,7 +72,9 @@ def test_two_steps_change_every_module_that_can_train_and_nothing_else(golden_mo
 @pytest.mark.parametrize("unet_only", [pytest.param(True, marks=pytest.mark.long), False])
 def test_the_file_loads_in_diffusers_completely(unet_only, golden_model, images, tmp_path):
     extra = ["--max_train_steps", "2", "--network_args", "conv_dim=2", "--save_precision", "fp16"]
-    path = train_network(golden_model, images, tmp_path / "out", *extra, quick=QUICK if unet_only else WITH_TEXT)
+    path = train_network(
+        golden_model, images, tmp_path / "out", *extra, quick=QUICK if unet_only else WITH_TEXT
+    )
     status, told = Script(SHARED / "checks" / "check_lora_diffusers.py", path, golden_model).end()
     assert status == 0, told[-2000:]
     assert "metadata missing (A1111/ComfyUI/Civitai read these): none" in told
@@ -77,7 +93,9 @@ RANDOM = [
 ]
 
 
-def test_two_runs_with_one_seed_are_bit_equal_and_another_seed_is_not(golden_model, images, tmp_path):
+def test_two_runs_with_one_seed_are_bit_equal_and_another_seed_is_not(
+    golden_model, images, tmp_path
+):
     paths = [
         train_network(golden_model, images, tmp_path / str(i), *RANDOM, "--seed", seed)
         for i, seed in enumerate((7, 7, 8))
@@ -99,7 +117,9 @@ def test_workers_caches_and_checkpointing_dont_change_a_run(golden_model, images
     assert_bit_equal(runs[0], runs[2])
     memory = train_network(golden_model, images, tmp_path / "memory", *RANDOM)
     disk = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", *RANDOM]
-    made = train_network(golden_model, images, tmp_path / "made", *disk, "--max_data_loader_n_workers", 2)
+    made = train_network(
+        golden_model, images, tmp_path / "made", *disk, "--max_data_loader_n_workers", 2
+    )
     read = train_network(golden_model, images, tmp_path / "read", *disk)
     for other in (made, read):
         assert_bit_equal(tensors_of(memory), tensors_of(other))
@@ -135,7 +155,10 @@ def test_network_weights_go_on_where_they_ended(golden_model, images, tmp_path):
         "--network_args",
         "conv_dim=4",
     ]
-    assert tensors_of(train_network(golden_model, images, tmp_path / "c", *extra)).keys() == before.keys()
+    assert (
+        tensors_of(train_network(golden_model, images, tmp_path / "c", *extra)).keys()
+        == before.keys()
+    )
 
 
 @pytest.mark.numeric
@@ -143,9 +166,17 @@ def test_network_weights_go_on_where_they_ended(golden_model, images, tmp_path):
 def test_mixed_precision_trains_near_float32(precision, golden_model, images, tmp_path):
     plain = train_network(golden_model, images, tmp_path / "no", "--max_train_steps", "1")
     mixed = train_network(
-        golden_model, images, tmp_path / precision, "--max_train_steps", "1", "--mixed_precision", precision
+        golden_model,
+        images,
+        tmp_path / precision,
+        "--max_train_steps",
+        "1",
+        "--mixed_precision",
+        precision,
     )
-    assert losses_of(tmp_path / precision)[0] == pytest.approx(losses_of(tmp_path / "no")[0], rel=0.01)
+    assert losses_of(tmp_path / precision)[0] == pytest.approx(
+        losses_of(tmp_path / "no")[0], rel=0.01
+    )
     assert (
         {tensor.dtype for tensor in tensors_of(mixed).values()}
         == {tensor.dtype for tensor in tensors_of(plain).values()}
@@ -189,11 +220,22 @@ def test_tensorboard_gets_the_contracts_scalars(golden_model, images, tmp_path):
 
     events = EventAccumulator(str(run / "network_train"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"loss/current", "loss/average", "loss/epoch_average", "lr/unet"}
+    assert set(events.Tags()["scalars"]) == {
+        "loss/current",
+        "loss/average",
+        "loss/epoch_average",
+        "lr/unet",
+    }
     losses = losses_of(tmp_path / "out")
-    assert [event.value for event in events.Scalars("loss/current")] == pytest.approx(losses, rel=1e-6)
-    assert [event.step for event in events.Scalars("loss/current")] == list(range(1, len(losses) + 1))
-    assert events.Scalars("loss/epoch_average")[0].value == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert [event.value for event in events.Scalars("loss/current")] == pytest.approx(
+        losses, rel=1e-6
+    )
+    assert [event.step for event in events.Scalars("loss/current")] == list(
+        range(1, len(losses) + 1)
+    )
+    assert events.Scalars("loss/epoch_average")[0].value == pytest.approx(
+        sum(losses) / len(losses), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,12 +263,16 @@ def test_v_pred_models_are_trained_as_such_by_themselves(golden_model, images, t
     from library.safetensors_io import write_safetensors
 
     model = tmp_path / "v.safetensors"
-    write_safetensors(model, {**tensors_of(golden_model), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, {})
+    write_safetensors(
+        model, {**tensors_of(golden_model), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, {}
+    )
     path = train_network(model, images, tmp_path / "v", "--max_train_steps", "1")
     told = capsys.readouterr().err
     assert mentions(told, "--v_parameterization", "v_pred", "ztsnr")
     metadata = read_header(path).metadata
-    assert metadata["modelspec.prediction_type"] == "v" and metadata["ss_zero_terminal_snr"] == "True"
+    assert (
+        metadata["modelspec.prediction_type"] == "v" and metadata["ss_zero_terminal_snr"] == "True"
+    )
     forced = train_network(
         golden_model,
         images,
@@ -251,22 +297,50 @@ def test_plain_python_and_accelerate_launch_give_the_same_file(golden_model, ima
     plain = run_here(sdxl_train_network.main, *words)
     assert plain.returncode == 0, plain.stderr[-2000:]
     assert plain.stdout == ""  # everything that is told goes to stderr
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", "1"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_cpu_threads_per_process",
+        "1",
+    ]
     launched = script(
-        *launch, *command(golden_model, images, tmp_path / "launched", "--max_train_steps", "2"), cwd=tmp_path
+        *launch,
+        *command(golden_model, images, tmp_path / "launched", "--max_train_steps", "2"),
+        cwd=tmp_path,
     )
     assert launched.returncode == 0, launched.stderr[-2000:]
     assert_bit_equal(
-        tensors_of(tmp_path / "plain" / "lora.safetensors"), tensors_of(tmp_path / "launched" / "lora.safetensors")
+        tensors_of(tmp_path / "plain" / "lora.safetensors"),
+        tensors_of(tmp_path / "launched" / "lora.safetensors"),
     )
 
 
 @pytest.mark.numeric
 def test_two_processes_equal_one_with_twice_the_accumulation(golden_model, images, tmp_path):
     """Losses 1e-5, of validation too, weights by the rule; nothing but the number of processes differs, and they are really two."""
-    quick = ["--max_train_steps", "5", "--train_batch_size", "1", "--flip_aug", "--noise_offset", "0.05"]
-    quick += ["--validation_split", "0.5", "--validation_seed", "3", "--validate_every_n_steps", "1"]
-    train_network(golden_model, images, tmp_path / "one", *quick, "--gradient_accumulation_steps", "2")
+    quick = [
+        "--max_train_steps",
+        "5",
+        "--train_batch_size",
+        "1",
+        "--flip_aug",
+        "--noise_offset",
+        "0.05",
+    ]
+    quick += [
+        "--validation_split",
+        "0.5",
+        "--validation_seed",
+        "3",
+        "--validate_every_n_steps",
+        "1",
+    ]
+    train_network(
+        golden_model, images, tmp_path / "one", *quick, "--gradient_accumulation_steps", "2"
+    )
     words = arguments(golden_model, images, tmp_path / "two", *quick)
     told = end_together(processes("sdxl_train_network.py", *words, count=2))
     assert re.search(r"\d+ [^\n\d]+ / \(2 [^\n\d]+ 1 [^\n\d]+\) = \d+ steps", told)
@@ -317,7 +391,9 @@ def test_quickstarts_pieces_make_a_image(tmp_path, golden_model, images):
 
 def test_make_tiny_sdxl_makes_the_same_model_from_the_same_seed(tmp_path):
     for name in ("a", "b"):
-        done = run_here(make_tiny_sdxl.main, "--output", tmp_path / f"{name}.safetensors", "--precision", "fp16")
+        done = run_here(
+            make_tiny_sdxl.main, "--output", tmp_path / f"{name}.safetensors", "--precision", "fp16"
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     from library.models.checkpoint.reader import open_checkpoint
@@ -358,11 +434,21 @@ def test_the_step_log_is_json_lines(golden_model, images, tmp_path):
 def test_what_a_gui_writes_is_taken_with_a_few_lines(golden_model, images, tmp_path, caplog):
     """Foreign keys get one line together, and so do options that mean nothing in this version; nothing is refused."""
     from library.options import read_options
-    from library.training.options.compatibility import COMMON_TRAINING, NO_EFFECT, UNSUPPORTED, check_training
+    from library.training.options.compatibility import (
+        COMMON_TRAINING,
+        NO_EFFECT,
+        UNSUPPORTED,
+        check_training,
+    )
     from library.training.options.optimizer import OptimizerOptions
     from networks.options import NetworkOptions
 
-    argv = ["--config_file", ROOT / "tests" / "gui_lora.toml", "--pretrained_model_name_or_path", golden_model]
+    argv = [
+        "--config_file",
+        ROOT / "tests" / "gui_lora.toml",
+        "--pretrained_model_name_or_path",
+        golden_model,
+    ]
     argv += ["--train_data_dir", images, "--output_dir", tmp_path]
     options = read_options(
         sdxl_train_network.__doc__, [NetworkOptions, *COMMON_TRAINING], [str(word) for word in argv],
@@ -380,8 +466,15 @@ def test_what_a_gui_writes_is_taken_with_a_few_lines(golden_model, images, tmp_p
     assert options[OptimizerOptions].optimizer_args == ("weight_decay=0.01", "betas=0.9,0.99")
 
 
-def test_with_complete_caches_neither_transformers_nor_diffusers_is_imported(golden_model, images, tmp_path):
-    disk = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--max_train_steps", "1"]
+def test_with_complete_caches_neither_transformers_nor_diffusers_is_imported(
+    golden_model, images, tmp_path
+):
+    disk = [
+        "--cache_latents_to_disk",
+        "--cache_text_encoder_outputs_to_disk",
+        "--max_train_steps",
+        "1",
+    ]
     train_network(golden_model, images, tmp_path / "a", *disk)
     words = [str(word) for word in command(golden_model, images, tmp_path / "b", *disk)[1:]]
     program = f"import sys, sdxl_train_network as s\ns.main({words!r})\nprint({{'transformers', 'diffusers'}} & set(sys.modules))"
@@ -404,8 +497,12 @@ def test_the_output_may_not_overwrite_the_base_model(golden_model, images, tmp_p
 @pytest.mark.parametrize("ending", ["ckpt", pytest.param("pt", marks=pytest.mark.long)])
 def test_other_formats_of_the_network_hold_the_same_tensors(ending, golden_model, images, tmp_path):
     path = train_network(golden_model, images, tmp_path / "a", "--max_train_steps", "1")
-    train_network(golden_model, images, tmp_path / "b", "--max_train_steps", "1", "--save_model_as", ending)
-    assert_bit_equal(tensors_of(path), torch.load(tmp_path / "b" / f"lora.{ending}", weights_only=True))
+    train_network(
+        golden_model, images, tmp_path / "b", "--max_train_steps", "1", "--save_model_as", ending
+    )
+    assert_bit_equal(
+        tensors_of(path), torch.load(tmp_path / "b" / f"lora.{ending}", weights_only=True)
+    )
 
 
 def test_weighted_captions_change_what_is_learnt_cached_or_not(golden_model, images, tmp_path):
@@ -420,18 +517,26 @@ def test_weighted_captions_change_what_is_learnt_cached_or_not(golden_model, ima
         "cached plain": ["--cache_text_encoder_outputs_to_disk"],
     }.items():
         words = without(QUICK, "--cache_text_encoder_outputs") if "cached" not in name else QUICK
-        train_network(golden_model, images, tmp_path / name, "--max_train_steps", "1", *extra, quick=words)
+        train_network(
+            golden_model, images, tmp_path / name, "--max_train_steps", "1", *extra, quick=words
+        )
         losses[name] = losses_of(tmp_path / name)
     assert losses["weighted"] == pytest.approx(losses["cached"], abs=1e-5)
     assert losses["plain"] == pytest.approx(losses["cached plain"], abs=1e-5)
     assert losses["plain"] != pytest.approx(losses["weighted"], abs=1e-5)
 
 
-def test_scale_weight_norms_holds_every_module_of_a_run_below_its_limit(golden_model, images, tmp_path):
+def test_scale_weight_norms_holds_every_module_of_a_run_below_its_limit(
+    golden_model, images, tmp_path
+):
     limit = 1e-3
     words = ["--max_train_steps", "3", "--learning_rate", "1e-2"]
     free = tensors_of(train_network(golden_model, images, tmp_path / "free", *words))
-    held = tensors_of(train_network(golden_model, images, tmp_path / "held", *words, "--scale_weight_norms", limit))
+    held = tensors_of(
+        train_network(
+            golden_model, images, tmp_path / "held", *words, "--scale_weight_norms", limit
+        )
+    )
 
     def norms(tensors):
         names = {name.partition(".")[0] for name in tensors}

@@ -46,7 +46,9 @@ def tiny_unet(count, *, trained=True):
     if not trained:
         unet.input_blocks[0][0].weight.requires_grad_(True)
     if count:
-        unet.activations.streamer = BlockSwapper(largest_blocks(unet.blocks, count), Traced(CPU, CPU))
+        unet.activations.streamer = BlockSwapper(
+            largest_blocks(unet.blocks, count), Traced(CPU, CPU)
+        )
     return unet
 
 
@@ -119,7 +121,9 @@ ALL_AWAY = ["--blocks_to_swap", "20", "--optimizer_offload", "--cpu_offload_chec
 
 
 @pytest.mark.long
-def test_full_fine_tuning_with_streamed_blocks_and_state_at_home_is_bit_equal(golden_model, images, tmp_path):
+def test_full_fine_tuning_with_streamed_blocks_and_state_at_home_is_bit_equal(
+    golden_model, images, tmp_path
+):
     words = [*FUSED, *ADAFACTOR, "--mixed_precision", "bf16", "--full_bf16"]
     plain = train(golden_model, images, tmp_path / "plain", *words)
     streamed = train(golden_model, images, tmp_path / "streamed", *words, *ALL_AWAY)
@@ -131,7 +135,10 @@ def test_full_fine_tuning_with_streamed_blocks_and_state_at_home_is_bit_equal(go
 def test_a_run_with_streamed_blocks_resumes_to_the_bit(optimizer, golden_model, images, tmp_path):
     words = [*FUSED, *ALL_AWAY, *optimizer, "--save_state", "--save_every_n_steps", "1"]
     whole = train(golden_model, images, tmp_path / "whole", *words)
-    shutil.copytree(tmp_path / "whole" / "lora-step00000001-state", tmp_path / "again" / "lora-step00000001-state")
+    shutil.copytree(
+        tmp_path / "whole" / "lora-step00000001-state",
+        tmp_path / "again" / "lora-step00000001-state",
+    )
     resumed = train(golden_model, images, tmp_path / "again", *words, "--auto_resume")
     assert_bit_equal(tensors_of(whole), tensors_of(resumed))
 
@@ -144,7 +151,9 @@ def test_a_run_with_streamed_blocks_resumes_to_the_bit(optimizer, golden_model, 
 ])  # fmt: skip
 def test_networks_beside_streamed_blocks_are_bit_equal(words, golden_model, images, tmp_path):
     quantized = (
-        words[words.index("--base_quant") :] if "--base_quant" in words else [w for w in words if w == "--fp8_base"]
+        words[words.index("--base_quant") :]
+        if "--base_quant" in words
+        else [w for w in words if w == "--fp8_base"]
     )
     # In float32, weights would lie in the file's pages, where kernels may round otherwise than in aligned memory.
     common = ["--max_train_steps", "2", "--network_args", "conv_dim=2", "--mixed_precision", "bf16"]
@@ -164,12 +173,15 @@ def test_optimizer_state_at_home_is_bit_equal(optimizer, golden_model, images, t
 
 
 def test_what_cant_stream_is_refused(golden_model, images, tmp_path):
-    with pytest.raises(OptionError, match=mentioning("--blocks_to_swap", "--gradient_checkpointing")):
+    with pytest.raises(
+        OptionError, match=mentioning("--blocks_to_swap", "--gradient_checkpointing")
+    ):
         train_network(golden_model, images, tmp_path, "--blocks_to_swap", "5")
     with pytest.raises(OptionError, match=mentioning("--blocks_to_swap", "--fused_backward_pass")):
         train(golden_model, images, tmp_path, "--blocks_to_swap", "5", "--gradient_checkpointing")
     with pytest.raises(
-        OptionError, match=mentioning("--optimizer_offload", "--optimizer_type", "Prodigy", "gradients")
+        OptionError,
+        match=mentioning("--optimizer_offload", "--optimizer_type", "Prodigy", "gradients"),
     ):
         train_network(
             golden_model,

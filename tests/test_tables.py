@@ -61,6 +61,8 @@ def test_the_tables_have_the_same_bytes_whatever_kernels_compute_them():
 
 
 def test_make_test_long_runs_the_numeric_tests_under_the_same_kernels():
-    (found,) = re.findall(r"^CPU_SETTINGS := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    (found,) = re.findall(
+        r"^CPU_SETTINGS := ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M
+    )
     words = found.replace("\\\n", " ").split()
     assert words == [f"{name}={value}" for setting in KERNELS for name, value in setting.items()]

@@ -81,8 +81,12 @@ def test_golden_03_ids_states_and_pool(name, golden, golden_models):
     case = CASES[name]
     texts = [TEXT["prompts"][i] for i in case["prompt_index"]]
     length = case["max_token_length"] or 75
-    one, two = (tokens.encode(t, texts, length, weighted=case["weighted"]) for t in golden_models.tokenizers)
-    assert torch.equal(one.ids, golden[f"{name}.input_ids1"]) and torch.equal(two.ids, golden[f"{name}.input_ids2"])
+    one, two = (
+        tokens.encode(t, texts, length, weighted=case["weighted"]) for t in golden_models.tokenizers
+    )
+    assert torch.equal(one.ids, golden[f"{name}.input_ids1"]) and torch.equal(
+        two.ids, golden[f"{name}.input_ids2"]
+    )
     with torch.no_grad():
         found = golden_models.encode_texts(texts, length, weighted=case["weighted"])
     for part, expected in zip(found, ("hidden1", "hidden2", "pool"), strict=True):
@@ -109,7 +113,8 @@ def test_golden_03_single_files_store_the_projection_for_x_at_p(golden, golden_m
     assert_network(pooled, golden["projection.sgm_pool"])
     assert (pooled - golden["projection.peer_pool"]).abs().max() > 1
     assert torch.equal(
-        file_from_module("text_encoder_2", loaded)["text_projection"], golden["projection.checkpoint_tensor"]
+        file_from_module("text_encoder_2", loaded)["text_projection"],
+        golden["projection.checkpoint_tensor"],
     )
 
 
@@ -118,10 +123,16 @@ def test_gradients_pass_through_long_and_checkpointed_prompts(golden_model):
 
     gradients = []
     for checkpointing in (False, True):
-        models = open_models(golden_model, checkpointing=ActivationPolicy("full" if checkpointing else None))
+        models = open_models(
+            golden_model, checkpointing=ActivationPolicy("full" if checkpointing else None)
+        )
         for encoder in models.text_encoders:
             encoder.train()
-        weight = text_encoders.clip_body(models.text_encoders[0]).encoder.layers[0].mlp.fc1.weight.requires_grad_()
+        weight = (
+            text_encoders.clip_body(models.text_encoders[0])
+            .encoder.layers[0]
+            .mlp.fc1.weight.requires_grad_()
+        )
         encoded = models.encode_texts([TEXT["prompts"][5]], 150)
         sum(part.square().sum() for part in encoded).backward()
         gradients.append(weight.grad)
@@ -133,16 +144,24 @@ def test_fault_22_encoder_names_keep_text_model_whatever_transformers_calls_them
     for part in ("text_encoder_1", "text_encoder_2"):
         names = set(live_tensors(golden_models)[part])
         assert names == set(golden_models.checkpoint.tensors(part))
-        assert all(name.startswith("text_model.") or name == "text_projection.weight" for name in names)
+        assert all(
+            name.startswith("text_model.") or name == "text_projection.weight" for name in names
+        )
 
 
 def test_an_outline_has_the_names_shapes_and_layers_of_its_encoder(golden_models):
     """So what is counted, rehearsed and refused by it is what a run does."""
     for number, encoder in enumerate(golden_models.text_encoders, 1):
-        drawn = text_encoders.text_encoder_skeleton(golden_models.checkpoint.tensors(f"text_encoder_{number}"))
-        whole = {text_encoders.module_name(encoder, name): tensor for name, tensor in encoder.named_parameters()}
+        drawn = text_encoders.text_encoder_skeleton(
+            golden_models.checkpoint.tensors(f"text_encoder_{number}")
+        )
+        whole = {
+            text_encoders.module_name(encoder, name): tensor
+            for name, tensor in encoder.named_parameters()
+        }
         shapes = [
-            {name: tensor.shape for name, tensor in one.items()} for one in (dict(drawn.named_parameters()), whole)
+            {name: tensor.shape for name, tensor in one.items()}
+            for one in (dict(drawn.named_parameters()), whole)
         ]
         assert shapes[0] == shapes[1]
         one, two = (list(text_encoder_targets(module, number - 1)) for module in (drawn, encoder))
@@ -162,10 +181,15 @@ def test_the_tokenizer_cache_folder_is_filled_once_and_read_back(tmp_path):
 
 def test_a_diffusers_folders_tokenizers_are_honoured(tmp_path, tokenizers):
     """Here with a token of their own, and "!" named as pad token, as SDXL's second tokenizer has it."""
-    for tokenizer, name in zip(load_tokenizers(None, None), ("tokenizer", "tokenizer_2"), strict=True):
+    for tokenizer, name in zip(
+        load_tokenizers(None, None), ("tokenizer", "tokenizer_2"), strict=True
+    ):
         tokenizer.clip.add_tokens(["<mine>"])
         save_tokenizer(tokenizer, tmp_path / name)
-    assert json.loads((tmp_path / "tokenizer_2" / "tokenizer_config.json").read_text())["pad_token"] == "!"
+    assert (
+        json.loads((tmp_path / "tokenizer_2" / "tokenizer_config.json").read_text())["pad_token"]
+        == "!"
+    )
     for tokenizer in load_tokenizers(None, tmp_path):
         assert tokenizer.ids("a <mine> cat!") == [320, 49408, 2368, 256]
 

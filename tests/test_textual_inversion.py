@@ -41,7 +41,14 @@ QUICK = [
 def train(model, images, output, *extra, quick=QUICK):
     import sdxl_train_textual_inversion
 
-    files = ["--pretrained_model_name_or_path", model, "--train_data_dir", images, "--output_dir", output]
+    files = [
+        "--pretrained_model_name_or_path",
+        model,
+        "--train_data_dir",
+        images,
+        "--output_dir",
+        output,
+    ]
     sdxl_train_textual_inversion.main([str(word) for word in [*quick, *files, *extra]])
     return output / "lora.safetensors"
 
@@ -65,12 +72,15 @@ def test_golden_10_ti(own_models):
 
 def test_rows_lie_behind_frozen_tables_and_only_they_get_gradients(own_models):
     tables = [
-        clip_body(encoder).embeddings.token_embedding.weight.detach().clone() for encoder in own_models.text_encoders
+        clip_body(encoder).embeddings.token_embedding.weight.detach().clone()
+        for encoder in own_models.text_encoders
     ]
     token = add_placeholder_token(own_models, "zyx", "red", 2)
     encoded = own_models.encode_texts(["a zyx here", "nothing"], 75)
     (encoded.hidden_1[0].sum() + encoded.pooled.sum()).backward()
-    for table, encoder, rows in zip(tables, own_models.text_encoders, token.rows.values(), strict=True):
+    for table, encoder, rows in zip(
+        tables, own_models.text_encoders, token.rows.values(), strict=True
+    ):
         embedding = clip_body(encoder).embeddings.token_embedding
         assert torch.equal(embedding.weight, table) and embedding.weight.grad is None
         assert rows.grad.abs().sum() > 0 and rows.dtype is torch.float32
@@ -82,7 +92,9 @@ def test_captions_have_weights_where_they_are_asked_for(weighted, own_models):
     task = EmbeddingTask(own_models, TaskSettings(lr=1.0, num_tokens=75, weighted_captions=weighted), (EmbeddingOptions(token_string="zyx"),))  # fmt: skip
     with torch.no_grad():
         found = task.encode_text(SimpleNamespace(captions=["a (zyx:1.5) cat"], text=None))
-        wanted = TextConditioning.of(own_models.encode_texts(["a (zyx:1.5) cat"], 75, weighted=weighted))
+        wanted = TextConditioning.of(
+            own_models.encode_texts(["a (zyx:1.5) cat"], 75, weighted=weighted)
+        )
     assert torch.equal(found.context, wanted.context)
 
 
@@ -110,7 +122,8 @@ def test_first_values_are_the_init_words_in_turn_or_the_mean(own_models):
     red, cat = own_models.tokenizers[0].ids("red cat")
     assert torch.equal(one, table[[red, cat, red]])
     torch.testing.assert_close(
-        first_rows(own_models.tokenizers, own_models.text_layers, None, 2)[0], table.mean(0).expand(2, -1)
+        first_rows(own_models.tokenizers, own_models.text_layers, None, 2)[0],
+        table.mean(0).expand(2, -1),
     )
 
 
@@ -130,22 +143,41 @@ def test_a_word_of_the_vocabulary_that_ends_there_is_new_and_a_bare_token_is_not
     known = tokenizer.clip.get_vocab()
     whole_words = [token.removesuffix("</w>") for token in known if token.endswith("</w>")]
     assert len(whole_words) == 34_483 and sum(word not in known for word in whole_words) == 26_063
-    for word in ("sks", "ohwx", *random.Random(0).sample([word for word in whole_words if word not in known], 20)):
+    for word in (
+        "sks",
+        "ohwx",
+        *random.Random(0).sample([word for word in whole_words if word not in known], 20),
+    ):
         assert first_known(tokenizer, [word]) is None, word
     for word in ("cat", "Cat", "CAT", "!", "<|endoftext|>"):
         assert first_known(tokenizer, ["zyx", word]) == word.lower(), word
     assert len(tokenizer.ids("sks")) == 1
     token = add_placeholder_token(own_models, "sks", "cat", 2)
     first = token.tables[0].first
-    assert tokenizer.ids("a sks cat") == [*tokenizer.ids("a"), first, first + 1, *tokenizer.ids("cat")]
+    assert tokenizer.ids("a sks cat") == [
+        *tokenizer.ids("a"),
+        first,
+        first + 1,
+        *tokenizer.ids("cat"),
+    ]
     encoded = own_models.encode_texts(["sks"], 75)
     encoded.hidden_1.sum().backward()
     assert token.rows["clip_l"].grad.abs().sum(dim=1).all()
     assert first_known(tokenizer, ["SKS"]) == "sks"
 
 
-def test_the_file_has_the_contracts_tensors_and_metadata_and_goes_on(golden_model, images, tmp_path):
-    path = train(golden_model, images, tmp_path / "out", "--max_train_steps", "2", "--save_every_n_steps", "1")
+def test_the_file_has_the_contracts_tensors_and_metadata_and_goes_on(
+    golden_model, images, tmp_path
+):
+    path = train(
+        golden_model,
+        images,
+        tmp_path / "out",
+        "--max_train_steps",
+        "2",
+        "--save_every_n_steps",
+        "1",
+    )
     tensors = tensors_of(path)
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {"clip_l": ((3, 64), torch.float32), "clip_g": ((3, 128), torch.float32)}  # fmt: skip
     metadata = read_header(path).metadata
@@ -155,9 +187,14 @@ def test_the_file_has_the_contracts_tensors_and_metadata_and_goes_on(golden_mode
     for name, tensor in tensors_of(again).items():
         torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=1e-7)
     with pytest.raises(
-        OptionError, match=mentioning("--weights", path, "clip_l", "[3, 64]", "[2, 64]", "--num_vectors_per_token", "2")
+        OptionError,
+        match=mentioning(
+            "--weights", path, "clip_l", "[3, 64]", "[2, 64]", "--num_vectors_per_token", "2"
+        ),
     ):
-        train(golden_model, images, tmp_path / "no", "--weights", path, "--num_vectors_per_token", "2")
+        train(
+            golden_model, images, tmp_path / "no", "--weights", path, "--num_vectors_per_token", "2"
+        )
 
 
 def test_pickles_hold_the_bare_tensors(golden_model, images, tmp_path):
@@ -182,7 +219,9 @@ def test_diffusers_loads_it_for_both_encoders(golden_model, golden_models, image
     from conftest import open_models
 
     models = open_models(golden_model)
-    for name, tokenizer, encoder in zip(("clip_l", "clip_g"), models.tokenizers, models.text_encoders, strict=True):
+    for name, tokenizer, encoder in zip(
+        ("clip_l", "clip_g"), models.tokenizers, models.text_encoders, strict=True
+    ):
         Pipeline().load_textual_inversion(
             tensors[name], token="mytoken", text_encoder=encoder, tokenizer=tokenizer.clip
         )
@@ -195,11 +234,23 @@ def test_diffusers_loads_it_for_both_encoders(golden_model, golden_models, image
     pytest.param(["--optimizer_type", "Adafactor"], marks=pytest.mark.long),
 ])  # fmt: skip
 def test_resuming_is_bit_equal(extra, golden_model, images, tmp_path):
-    words = [*extra, "--max_train_steps", "4", "--save_state", "--save_every_n_steps", "2", "--ema_decay", "0.9"]
+    words = [
+        *extra,
+        "--max_train_steps",
+        "4",
+        "--save_state",
+        "--save_every_n_steps",
+        "2",
+        "--ema_decay",
+        "0.9",
+    ]
     whole = train(golden_model, images, tmp_path / "whole", *words)
     import shutil
 
-    shutil.copytree(tmp_path / "whole" / "lora-step00000002-state", tmp_path / "parts" / "lora-step00000002-state")
+    shutil.copytree(
+        tmp_path / "whole" / "lora-step00000002-state",
+        tmp_path / "parts" / "lora-step00000002-state",
+    )
     parts = train(golden_model, images, tmp_path / "parts", *words, "--auto_resume")
     assert_bit_equal(tensors_of(whole), tensors_of(parts))
     assert losses_of(tmp_path / "whole")[2:] == losses_of(tmp_path / "parts")
@@ -208,7 +259,8 @@ def test_resuming_is_bit_equal(extra, golden_model, images, tmp_path):
 def test_captions_are_looked_through_for_the_word(golden_model, images, tmp_path, capsys):
     words = without(QUICK, "--use_object_template")
     with pytest.raises(
-        OptionError, match=mentioning("caption", "'mytoken'", "--class_tokens", "--use_object_template")
+        OptionError,
+        match=mentioning("caption", "'mytoken'", "--class_tokens", "--use_object_template"),
     ):
         train(golden_model, images, tmp_path / "none", "--max_train_steps", "1", quick=words)
     texts = sorted((images / "2_shapes").glob("*.txt"))
@@ -231,18 +283,44 @@ def test_what_cant_work_is_refused(extra, tokens, golden_model, images, tmp_path
     assert "torch" in sys.modules and not (tmp_path / "out").exists()
 
 
-def test_samples_show_the_word_and_validation_and_the_average_see_it(golden_model, images, tmp_path):
+def test_samples_show_the_word_and_validation_and_the_average_see_it(
+    golden_model, images, tmp_path
+):
     """What is drawn without the word stays as it was, bit by bit."""
     out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
     prompts.write_text("a mytoken --s 1 --d 1\na red square --s 1 --d 1\n", encoding="utf-8")
-    words = ["--sample_prompts", prompts, "--sample_every_n_steps", "2", "--sample_at_first", "--max_train_steps", "2"]
-    words += ["--validation_split", "0.5", "--validate_every_n_steps", "1", "--save_best", "--ema_decay", "0.9"]
+    words = [
+        "--sample_prompts",
+        prompts,
+        "--sample_every_n_steps",
+        "2",
+        "--sample_at_first",
+        "--max_train_steps",
+        "2",
+    ]
+    words += [
+        "--validation_split",
+        "0.5",
+        "--validate_every_n_steps",
+        "1",
+        "--save_best",
+        "--ema_decay",
+        "0.9",
+    ]
     path = train(golden_model, images, out, *words)
-    drawn = {tuple(file.name.split("_")[1:3]): file.read_bytes() for file in (out / "sample").glob("lora_[0e]*.png")}
-    assert drawn["e000000", "01"] == drawn["000002", "01"] and drawn["e000000", "00"] != drawn["000002", "00"]
+    drawn = {
+        tuple(file.name.split("_")[1:3]): file.read_bytes()
+        for file in (out / "sample").glob("lora_[0e]*.png")
+    }
+    assert (
+        drawn["e000000", "01"] == drawn["000002", "01"]
+        and drawn["e000000", "00"] != drawn["000002", "00"]
+    )
     assert len(set(losses_of(out, "loss/validation/step_average"))) == 2
     assert tensors_of(out / "lora-best.safetensors").keys() == {"clip_l", "clip_g"}
-    assert not torch.equal(tensors_of(out / "lora-ema.safetensors")["clip_l"], tensors_of(path)["clip_l"])
+    assert not torch.equal(
+        tensors_of(out / "lora-ema.safetensors")["clip_l"], tensors_of(path)["clip_l"]
+    )
 
 
 # ----------------------------------------------------------------------------------------------- a token beside a LoRA
@@ -270,14 +348,22 @@ def test_pivotal_tuning_trains_both_and_saves_both(golden_model, images, tmp_pat
     words += ["--save_every_n_steps", "2", "--ti_stop_ratio", "0.5", "--save_state"]
     path = train_network(golden_model, images, tmp_path / "out", *words, quick=quick)
     lora, token = tensors_of(path), tensors_of(path.with_name("lora-zyx.safetensors"))
-    assert token["clip_l"].shape == (2, 64) and not [name for name in lora if not name.startswith("lora_unet")]
+    assert token["clip_l"].shape == (2, 64) and not [
+        name for name in lora if not name.startswith("lora_unet")
+    ]
     half = tensors_of(path.with_name("lora-step00000002-zyx.safetensors"))
     assert_bit_equal(token, half)  # stopped after half of the steps
     ups = [name for name in lora if name.endswith("lora_up.weight")]
     early = tensors_of(path.with_name("lora-step00000002.safetensors"))
     assert any(not torch.equal(lora[name], early[name]) for name in ups)
-    bundled = train_network(golden_model, images, tmp_path / "bundled", *words, "--bundle_token", quick=quick)
-    found = {name: tensor for name, tensor in tensors_of(bundled).items() if name.startswith("bundle_emb")}
+    bundled = train_network(
+        golden_model, images, tmp_path / "bundled", *words, "--bundle_token", quick=quick
+    )
+    found = {
+        name: tensor
+        for name, tensor in tensors_of(bundled).items()
+        if name.startswith("bundle_emb")
+    }
     assert_bit_equal(found, {f"bundle_emb.zyx.{name}": tensor for name, tensor in token.items()})
     with pytest.raises(OptionError, match=r"--train_token: .*--cache_text_encoder_outputs"):
         train_network(golden_model, images, tmp_path / "no", *words)
@@ -313,7 +399,9 @@ def test_the_example_of_the_page_runs(golden_model, images, tmp_path, monkeypatc
         "--save_every_n_steps",
         "2",
     ]
-    sdxl_train_textual_inversion.main(["--config_file", "run.toml", *small, "--max_data_loader_n_workers", "0"])
+    sdxl_train_textual_inversion.main(
+        ["--config_file", "run.toml", *small, "--max_data_loader_n_workers", "0"]
+    )
     assert tensors_of(tmp_path / "output" / "mycat.safetensors")["clip_g"].shape == (4, 128)
     assert (tmp_path / "output" / "mycat-step00000002-state" / "state.json").exists()
 
@@ -347,7 +435,9 @@ def test_it_learns_the_image_better_than_random_words_do(tmp_path):
         rows = {}
         for name, table in tables.items():
             noise = torch.randn(1, table.weight.shape[1], generator=generator("word", i, name))
-            rows[name] = table.weight.mean(0) + table.weight.std(0) * noise  # of the spread that the table's rows have
+            rows[name] = (
+                table.weight.mean(0) + table.weight.std(0) * noise
+            )  # of the spread that the table's rows have
         others.append(loss_with(rows))
     assert loss_with(trained) < min(before, *others)
 
@@ -361,7 +451,9 @@ def loss_of_zyx(models, pixels) -> float:
     size = torch.tensor([[64, 64]])
     vector = conditioning_vector(text.pooled, size, torch.zeros_like(size), size)
     noisy = add_noise(latents, noise, NoiseSchedule.sdxl().at(timesteps))
-    predicted = models.unet(noisy, timesteps, text.context.expand(32, -1, -1), vector.expand(32, -1))
+    predicted = models.unet(
+        noisy, timesteps, text.context.expand(32, -1, -1), vector.expand(32, -1)
+    )
     return (predicted - noise).square().mean().item()
 
 
@@ -369,9 +461,25 @@ def loss_of_zyx(models, pixels) -> float:
 def test_two_processes_train_the_word_of_one(golden_model, images, tmp_path):
     def run(count):
         out = tmp_path / str(count)
-        files = ["--pretrained_model_name_or_path", golden_model, "--train_data_dir", images, "--output_dir", out]
-        words = ["--max_train_steps", "3", "--gradient_accumulation_steps", 2 // count, "--optimizer_type", "SGD"]
-        end_together(processes("sdxl_train_textual_inversion.py", *QUICK, *files, *words, count=count))
+        files = [
+            "--pretrained_model_name_or_path",
+            golden_model,
+            "--train_data_dir",
+            images,
+            "--output_dir",
+            out,
+        ]
+        words = [
+            "--max_train_steps",
+            "3",
+            "--gradient_accumulation_steps",
+            2 // count,
+            "--optimizer_type",
+            "SGD",
+        ]
+        end_together(
+            processes("sdxl_train_textual_inversion.py", *QUICK, *files, *words, count=count)
+        )
         return tensors_of(out / "lora.safetensors")
 
     one, two = run(1), run(2)

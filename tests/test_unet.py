@@ -30,12 +30,20 @@ NOISE += ["output_blocks.8.0.out_layers.3.bias", "output_blocks.8.0.skip_connect
 @pytest.mark.parametrize("case", ["a", "b"])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("attention", [sdpa, chunked])
-def test_golden_02_output_and_every_gradient(case, gradient_checkpointing, attention, golden_models):
+def test_golden_02_output_and_every_gradient(
+    case, gradient_checkpointing, attention, golden_models
+):
     golden, _ = load_tensors(GOLDEN / "02_unet.safetensors")
     expected = json.loads((GOLDEN / "02_unet.json").read_text())[case]
-    unet = UNet(golden_models.checkpoint.unet, attention, ActivationPolicy("full" if gradient_checkpointing else None))
+    unet = UNet(
+        golden_models.checkpoint.unet,
+        attention,
+        ActivationPolicy("full" if gradient_checkpointing else None),
+    )
     unet.load_state_dict(golden_models.checkpoint.tensors("unet"))
-    latents, context = (golden[f"{case}.{name}"].requires_grad_() for name in ("latents", "context"))
+    latents, context = (
+        golden[f"{case}.{name}"].requires_grad_() for name in ("latents", "context")
+    )
     output = unet(latents, golden[f"{case}.timesteps"], context, golden[f"{case}.y"])
     assert_network(output, golden[f"{case}.output"])
     loss = torch.nn.functional.mse_loss(output, golden[f"{case}.target"])
@@ -52,7 +60,9 @@ def test_golden_02_output_and_every_gradient(case, gradient_checkpointing, atten
 def test_golden_06_names_order_and_learning_rate_blocks():
     golden = json.loads(gzip.decompress((GOLDEN / "06_block_lr_index.json.gz").read_bytes()))
     with torch.device("meta"):
-        unet = UNet(UNetConfig.from_shapes({name: tuple(shape) for name, shape in golden["shapes"].items()}))
+        unet = UNet(
+            UNetConfig.from_shapes({name: tuple(shape) for name, shape in golden["shapes"].items()})
+        )
     assert [name for name, _ in unet.named_parameters()] == list(golden["names"])
     assert {name: block_of(name) for name in golden["names"]} == golden["names"]
     assert {name: list(p.shape) for name, p in unet.named_parameters()} == golden["shapes"]
@@ -76,7 +86,9 @@ def test_every_family_is_read_off_its_shapes(config, family, millions):
     shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
     assert UNetConfig.from_shapes(shapes) == config
     assert config.family == family
-    assert sum(parameter.numel() for parameter in unet.parameters()) / 1e6 == pytest.approx(millions, rel=0.03)
+    assert sum(parameter.numel() for parameter in unet.parameters()) / 1e6 == pytest.approx(
+        millions, rel=0.03
+    )
 
 
 def test_a_bf16_forward_stays_bf16_and_near_float32(golden_models):
@@ -85,7 +97,9 @@ def test_a_bf16_forward_stays_bf16_and_near_float32(golden_models):
     unet = UNet(golden_models.checkpoint.unet)
     unet.load_state_dict(golden_models.checkpoint.tensors("unet"))
     with torch.no_grad():
-        by_casting = unet(golden["a.latents"].bfloat16(), *inputs)  # float32 weights, cast inside their layers
+        by_casting = unet(
+            golden["a.latents"].bfloat16(), *inputs
+        )  # float32 weights, cast inside their layers
         in_bf16 = unet.bfloat16()(golden["a.latents"].bfloat16(), *inputs)
     assert by_casting.dtype == in_bf16.dtype == torch.bfloat16
     torch.testing.assert_close(by_casting, in_bf16, rtol=0, atol=0)
@@ -99,7 +113,9 @@ def test_chunked_attention_equals_sdpa():
     assert_network(chunked(q, k, v), sdpa(q, k, v))
 
 
-def test_steering_changes_what_projections_see_and_its_tensors_get_equal_gradients_with_checkpointing(golden_models):
+def test_steering_changes_what_projections_see_and_its_tensors_get_equal_gradients_with_checkpointing(
+    golden_models,
+):
     """By hand: the steered U-Net equals one whose projection is called with the changed input; None changes no bit."""
     golden, _ = load_tensors(GOLDEN / "02_unet.safetensors")
     inputs = [golden[f"a.{name}"] for name in ("latents", "timesteps", "context", "y")]
@@ -107,10 +123,15 @@ def test_steering_changes_what_projections_see_and_its_tensors_get_equal_gradien
     positions = inputs[0].shape[2] * inputs[0].shape[3] // 4  # level 1 has half of each side
     shapes = [(1, positions, 4), (4, 64), (4,), (4, 4), (64, 4), (64,)]
     tensors = [torch.randn(shape).requires_grad_() for shape in shapes]
-    extra = {"input_blocks.4": (BlockControl(attn1=AttentionControl(q=(LLLiteModulation(*tensors),))),)}
+    extra = {
+        "input_blocks.4": (BlockControl(attn1=AttentionControl(q=(LLLiteModulation(*tensors),))),)
+    }
     outputs, gradients = [], []
     for checkpointing in (False, True):
-        unet = UNet(golden_models.checkpoint.unet, checkpointing=ActivationPolicy("full" if checkpointing else None))
+        unet = UNet(
+            golden_models.checkpoint.unet,
+            checkpointing=ActivationPolicy("full" if checkpointing else None),
+        )
         unet.load_state_dict(golden_models.checkpoint.tensors("unet"))
         outputs.append(unet(*inputs, extra))
         gradients.append(torch.autograd.grad(outputs[-1].square().mean(), tensors))
@@ -119,7 +140,9 @@ def test_steering_changes_what_projections_see_and_its_tensors_get_equal_gradien
     layer = unet.get_submodule("input_blocks.4.1.transformer_blocks.0.attn1.to_q")
     base = layer.forward
     condition, down, down_bias, mid, up, up_bias = tensors
-    layer.forward = lambda x: base(x + ((condition + (x @ down.T + down_bias).relu() @ mid.T).relu() @ up.T + up_bias))
+    layer.forward = lambda x: base(
+        x + ((condition + (x @ down.T + down_bias).relu() @ mid.T).relu() @ up.T + up_bias)
+    )
     assert_network(unet(*inputs), outputs[0])
     layer.forward = base
     assert torch.equal(unet(*inputs), unet(*inputs, {}))
@@ -134,6 +157,8 @@ def test_a_geglu_keeps_its_projection_alone_and_has_the_gradient_of_its_formula(
     torch.testing.assert_close(geglu(x), value * torch.nn.functional.gelu(gate))
     assert torch.autograd.gradcheck(geglu, (x,))
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape), lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.shape), lambda tensor: tensor
+    ):
         geglu(x)
     assert saved.count(torch.Size([2, 3, 12])) == 1 and torch.Size([2, 3, 6]) not in saved

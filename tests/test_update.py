@@ -126,7 +126,9 @@ def _unscaled_norm() -> torch.Tensor:
 
 def test_float16_that_overflows_at_every_scale_stops_the_run():
     layer, update = make(scales_loss=True)
-    with pytest.raises(RunError, match=mentioning("float16", "20 steps", "--mixed_precision", "bf16")):
+    with pytest.raises(
+        RunError, match=mentioning("float16", "20 steps", "--mixed_precision", "bf16")
+    ):
         for _ in range(25):
             update.backward(losses(layer, X * float("inf")), place(5))
             update.step()

@@ -51,14 +51,17 @@ class _Overflowing:
         return result
 
 
-def test_fault_33_a_image_that_overflows_is_encoded_again_in_float32_and_told(golden_models, caplog):
+def test_fault_33_a_image_that_overflows_is_encoded_again_in_float32_and_told(
+    golden_models, caplog
+):
     logging.getLogger("library").propagate = True
     torch.manual_seed(0)
     images, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 4, 4)
     stand_in = _Overflowing(golden_models.vae)
     latents = vae.encode(stand_in, images, noise, lambda: golden_models.vae)
     assert (
-        torch.equal(latents[1], vae.encode(golden_models.vae, images.half(), noise)[1]) or latents[1].isfinite().all()
+        torch.equal(latents[1], vae.encode(golden_models.vae, images.half(), noise)[1])
+        or latents[1].isfinite().all()
     )
     assert_network(latents[:1], vae.encode(golden_models.vae, images[:1], noise[:1]))
     assert "1 of 2" in caplog.text and "--no_half_vae" in caplog.text

@@ -92,17 +92,25 @@ def distance(found: Tensor, expected: Tensor) -> float:
 def assert_network(found: Tensor, expected: Tensor, name: str = "") -> None:
     """Outputs of networks, and gradients."""
     found, expected = found.detach(), expected.detach()
-    assert found.shape == expected.shape, f"{name}: {list(found.shape)}, expected {list(expected.shape)}"
+    assert found.shape == expected.shape, (
+        f"{name}: {list(found.shape)}, expected {list(expected.shape)}"
+    )
     share = distance(found, expected)
     assert share <= VECTOR, f"{name}: {share:.2e} of the norm, at most {VECTOR:.0e}"
     rms = expected.double().square().mean().sqrt().item()
     largest = (found.double() - expected.double()).abs().max().item()
-    assert largest <= ELEMENT * rms, f"{name}: {largest / rms:.2e} of the rms, at most {ELEMENT:.0e}"
+    assert largest <= ELEMENT * rms, (
+        f"{name}: {largest / rms:.2e} of the rms, at most {ELEMENT:.0e}"
+    )
 
 
-def assert_norm(found: float, expected: float, name: str = "", *, share: float = GRADIENT_NORM) -> None:
+def assert_norm(
+    found: float, expected: float, name: str = "", *, share: float = GRADIENT_NORM
+) -> None:
     """Norms of gradients."""
-    assert math.isclose(found, expected, rel_tol=share), f"{name}: {found:.8g}, expected {expected:.8g}"
+    assert math.isclose(found, expected, rel_tol=share), (
+        f"{name}: {found:.8g}, expected {expected:.8g}"
+    )
 
 
 def assert_zero_in_theory(found: float, name: str = "") -> None:
@@ -117,12 +125,16 @@ def assert_embedding(found: Tensor, expected: Tensor, positions: Tensor, name: s
     assert largest <= 1, f"{name}: {largest:.2f} times 2^-23 max(1, angle)"
 
 
-def assert_conditioning(found: Tensor, expected: Tensor, sizes: Tensor, name: str = "conditioning") -> None:
+def assert_conditioning(
+    found: Tensor, expected: Tensor, sizes: Tensor, name: str = "conditioning"
+) -> None:
     """Vectors of pooled text and of embedded sizes, [B, C]. Args: sizes: [B, 6]."""
     count = sizes.shape[1]
     pooled = found.shape[1] - count * SIZE_CHANNELS
     assert_network(found[:, :pooled], expected[:, :pooled], f"{name}: pooled text")
-    one, two = (vector[:, pooled:].unflatten(1, (count, SIZE_CHANNELS)) for vector in (found, expected))
+    one, two = (
+        vector[:, pooled:].unflatten(1, (count, SIZE_CHANNELS)) for vector in (found, expected)
+    )
     assert_embedding(one, two, sizes, f"{name}: sizes")
 
 
@@ -134,7 +146,9 @@ def assert_trained(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
         for name, tensor in expected.items()
     }
     count = sum(tensor.numel() for tensor in expected.values())
-    assert sum(far.values()) <= count * OUTLIERS, {name: number for name, number in far.items() if number}
+    assert sum(far.values()) <= count * OUTLIERS, {
+        name: number for name, number in far.items() if number
+    }
 
 
 def assert_formula(found: Tensor, expected: Tensor, name: str = "") -> None:

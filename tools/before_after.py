@@ -16,7 +16,7 @@ from library.options import OptionGroup, option, read_options
 
 @dataclass(frozen=True)
 class BeforeAfterOptions(OptionGroup):
-    """The image"""
+    """The image."""
 
     ckpt: str | None = option(None, "base model: a file, a Diffusers folder, or a hub id")
     network_weights: Path | None = option(None, "LoRA file")
@@ -37,7 +37,9 @@ class BeforeAfterOptions(OptionGroup):
         if self.network_weights is None:
             yield Mistake("--network_weights is missing: the LoRA file")
         if self.width % 32 or self.height % 32:
-            yield Mistake(f"--width {self.width} --height {self.height}: both must be multiples of 32")
+            yield Mistake(
+                f"--width {self.width} --height {self.height}: both must be multiples of 32"
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         network.set_multiplier(multiplier)
         with torch.no_grad():
             prompt, negative = (
-                TextConditioning.of(models.encode_texts([t], 75)) for t in (chosen.prompt, chosen.negative_prompt)
+                TextConditioning.of(models.encode_texts([t], 75))
+                for t in (chosen.prompt, chosen.negative_prompt)
             )
             image = generate_image(
                 models.unet, models.decode_latents, prompt, negative, width=chosen.width, height=chosen.height, steps=chosen.steps,

@@ -6,6 +6,7 @@ python tools/make_tiny_dataset.py --output images
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -19,12 +20,17 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "stripe")
 SIZES = ((128, 128), (160, 112), (96, 144), (200, 150), (150, 200), (256, 128))
 
+if TYPE_CHECKING:
+    from PIL import ImageDraw
+
 
 @dataclass(frozen=True)
 class DatasetOptions(OptionGroup):
-    """The images"""
+    """The images."""
 
-    output: Path = option(Path("pictures"), "folder to make; the images are written to its sub-folder N_shapes")
+    output: Path = option(
+        Path("images"), "folder to make; the images are written to its sub-folder N_shapes"
+    )
     count: int = option(6, "how many images", at_least=1)
     repeats: int = option(10, "N: how often each image is shown in an epoch", at_least=1)
     seed: int = option(0, "seed of shapes, colors and places")
@@ -38,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{folder}: {chosen.count} images with captions")
 
 
-def make_images(folder: Path, count: int, seed: int = 0, caption_extension: str = ".txt") -> list[Path]:
+def make_images(
+    folder: Path, count: int, seed: int = 0, caption_extension: str = ".txt"
+) -> list[Path]:
     """Write `count` images and their captions, and return the images' paths."""
     import random
 
@@ -54,7 +62,9 @@ def make_images(folder: Path, count: int, seed: int = 0, caption_extension: str 
         image = Image.new("RGB", (width, height), COLOURS[ground])
         side = min(width, height) // 2
         left, top = draw.randrange(width - side), draw.randrange(height - side)
-        _draw_shape(ImageDraw.Draw(image), shape, (left, top, left + side, top + side), COLOURS[color])
+        _draw_shape(
+            ImageDraw.Draw(image), shape, (left, top, left + side, top + side), COLOURS[color]
+        )
         path = folder / f"picture{i}.png"
         image.save(path)
         path.with_suffix(caption_extension).write_text(
@@ -64,7 +74,12 @@ def make_images(folder: Path, count: int, seed: int = 0, caption_extension: str 
     return paths
 
 
-def _draw_shape(pen, shape: str, box: tuple[int, int, int, int], color: tuple[int, int, int]) -> None:  # noqa: ANN001 - ImageDraw
+def _draw_shape(
+    pen: "ImageDraw.ImageDraw",
+    shape: str,
+    box: tuple[int, int, int, int],
+    color: tuple[int, int, int],
+) -> None:
     left, top, right, bottom = box
     if shape == "circle":
         pen.ellipse(box, fill=color)

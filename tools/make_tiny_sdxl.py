@@ -15,15 +15,19 @@ from library.options import OptionGroup, option, read_options
 
 @dataclass(frozen=True)
 class TinyOptions(OptionGroup):
-    """The model"""
+    """The model."""
 
     output: Path = option(Path("tiny_sdxl.safetensors"), "file to write")
     seed: int = option(0, "seed of the weights")
     twin: str = option(
-        "base", "which SDXL it is a tiny twin of", choices=("base", "ssd-1b", "vega", "refiner", "inpainting")
+        "base",
+        "which SDXL it is a tiny twin of",
+        choices=("base", "ssd-1b", "vega", "refiner", "inpainting"),
     )
     precision: str = option("float", "dtype of the weights", choices=("float", "fp16", "bf16"))
-    v_prediction: bool = option(False, "mark it as a model that predicts velocity, with zero terminal SNR")
+    v_prediction: bool = option(
+        False, "mark it as a model that predicts velocity, with zero terminal SNR"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     tensors = tiny_checkpoint(chosen.seed, twin=chosen.twin, v_prediction=chosen.v_prediction)
     dtype = DTYPES[chosen.precision]
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(chosen.output, {name: tensor.to(dtype) for name, tensor in tensors.items()}, {"format": "pt"})
+    write_safetensors(
+        chosen.output,
+        {name: tensor.to(dtype) for name, tensor in tensors.items()},
+        {"format": "pt"},
+    )
     print(f"{chosen.output}: {sum(tensor.numel() for tensor in tensors.values()):,} random numbers")
 
 

@@ -16,7 +16,9 @@ from tools.metadata_tool import merge_parser, start_tool_logging
 
 def main(argv: list[str] | None = None) -> None:
     parser = merge_parser(__doc__, extension=".caption")
-    parser.add_argument("--caption_extention", help=argparse.SUPPRESS)  # an old misspelling, which wins
+    parser.add_argument(
+        "--caption_extention", help=argparse.SUPPRESS
+    )  # an old misspelling, which wins
     given = parser.parse_args(argv)
     start_tool_logging(debug=given.debug)
     merge_texts(

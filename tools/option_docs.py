@@ -59,9 +59,11 @@ Where a value counts steps or is a share of them, `30` is 30 steps and `0.1` or 
 
 @dataclass(frozen=True)
 class DocsOptions(OptionGroup):
-    """The page"""
+    """The page."""
 
-    check: bool = option(False, "write nothing; exit with status 1 if docs/options.md isn't what the scripts declare")
+    check: bool = option(
+        False, "write nothing; exit with status 1 if docs/options.md isn't what the scripts declare"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,8 +103,17 @@ class Declared:
     @property
     def names(self) -> set[str]:
         """The options that it knows, be they refused."""
-        words = [word for action in _arguments(self.parser) for word in action.option_strings] if self.parser else []
-        return {*self.specs, *self.refused, *self.unused, *(word.removeprefix("--") for word in words)}
+        words = (
+            [word for action in _arguments(self.parser) for word in action.option_strings]
+            if self.parser
+            else []
+        )
+        return {
+            *self.specs,
+            *self.refused,
+            *self.unused,
+            *(word.removeprefix("--") for word in words),
+        }
 
 
 class _Stopped(Exception):
@@ -123,7 +134,11 @@ def declared_by(script: str) -> Declared:
         refused: Mapping[str, str] | None = None,
         unused: Mapping[str, str] | None = None,
     ) -> NoReturn:
-        raise _Stopped(Declared(script, description, [ConfigOptions, *groups], checks, refused or {}, unused or {}))
+        raise _Stopped(
+            Declared(
+                script, description, [ConfigOptions, *groups], checks, refused or {}, unused or {}
+            )
+        )
 
     def stop_parser(parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         raise _Stopped(Declared(script, parser.description or "", parser=parser))
@@ -156,12 +171,26 @@ def page() -> str:
     lines = [_HEAD, *(f"- {_link(declared.script)}: {_summary(declared)}" for declared in scripts)]
     for number, declared in enumerate(scripts):
         before, after = scripts[:number], scripts[number + 1 :]
-        lines += ["", f"## {declared.script}", *_about(declared.description), *_options(declared, shared)]
+        lines += [
+            "",
+            f"## {declared.script}",
+            *_about(declared.description),
+            *_options(declared, shared),
+        ]
         refused = {other.script: other.refused for other in before}
-        lines += _by_reason("Refused: these end the run before it starts.", declared.refused, refused)
+        lines += _by_reason(
+            "Refused: these end the run before it starts.", declared.refused, refused
+        )
         unused = {other.script: other.unused for other in before}
-        listed = {name for other in before for name in other.names} | {name for other in after for name in other.specs}
-        lines += _by_reason("Without effect: these change nothing, and give a notice.", declared.unused, unused, listed)
+        listed = {name for other in before for name in other.names} | {
+            name for other in after for name in other.specs
+        }
+        lines += _by_reason(
+            "Without effect: these change nothing, and give a notice.",
+            declared.unused,
+            unused,
+            listed,
+        )
     lines += ["", "## Groups of several scripts"]
     for group in shared:
         lines += _group(group)
@@ -191,7 +220,9 @@ def _about(description: str) -> Iterator[str]:
     """A script's docstring: its words, and the commands in it as a block."""
     for paragraph in re.split(r"\n\s*\n", description.strip()):
         is_command = re.match(r"\s*(python|accelerate) ", paragraph)
-        yield from ("", "```sh", paragraph.strip(), "```") if is_command else ("", paragraph.strip())
+        yield from (
+            ("", "```sh", paragraph.strip(), "```") if is_command else ("", paragraph.strip())
+        )
 
 
 def _summary(declared: Declared) -> str:
@@ -199,7 +230,10 @@ def _summary(declared: Declared) -> str:
 
 
 def _by_reason(
-    head: str, reasons: Mapping[str, str], before: Mapping[str, Mapping[str, str]], listed: Iterable[str] = ()
+    head: str,
+    reasons: Mapping[str, str],
+    before: Mapping[str, Mapping[str, str]],
+    listed: Iterable[str] = (),
 ) -> Iterator[str]:
     """Options with one reason in one line.
 
@@ -231,8 +265,16 @@ def _table(what: str, rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 def _spec_row(spec: Spec) -> tuple[str, str, str, str]:
     no_effect = spec.rules["no_effect"]
-    meaning = "; ".join(filter(None, (spec.rules["help"], no_effect and f"changes nothing here: {no_effect}")))
-    default = "–" if spec.default is None or spec.default == "" else "off" if spec.is_switch else f"`{spec.default}`"
+    meaning = "; ".join(
+        filter(None, (spec.rules["help"], no_effect and f"changes nothing here: {no_effect}"))
+    )
+    default = (
+        "–"
+        if spec.default is None or spec.default == ""
+        else "off"
+        if spec.is_switch
+        else f"`{spec.default}`"
+    )
     return f"`--{spec.name}`", _value(spec), default, _marked(meaning)
 
 
@@ -256,7 +298,9 @@ def _value(spec: Spec) -> str:
     ]
     ranged = f"{value} {', '.join(limits)}".strip()
     several = f"{ranged}; one or more" if spec.is_list else ranged
-    unset = dict.fromkeys(f"`{one:g}`" if isinstance(one, float) else f"`{one}`" for one in rules["unset"])
+    unset = dict.fromkeys(
+        f"`{one:g}`" if isinstance(one, float) else f"`{one}`" for one in rules["unset"]
+    )
     return f"{several}; {', '.join(unset)}: not set" if unset else several
 
 
@@ -266,12 +310,19 @@ def _arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 def _argument_row(action: argparse.Action) -> tuple[str, str, str, str]:
     name = f"`{action.option_strings[0]}`" if action.option_strings else f"`{action.dest}`"
-    value = " ".join(f"`{choice}`" for choice in action.choices or ()) or _KINDS[(action.type or str,)]
+    value = (
+        " ".join(f"`{choice}`" for choice in action.choices or ()) or _KINDS[(action.type or str,)]
+    )
     is_switch = action.nargs == 0
     default = "required" if action.required else "off" if is_switch else f"`{action.default}`"
     meaning = re.sub(r" \(default: .*\)$", "", action.help or "")
     is_unset = action.default is None or action.default == ""
-    return name, "switch" if is_switch else value, default if action.required or not is_unset else "–", _marked(meaning)
+    return (
+        name,
+        "switch" if is_switch else value,
+        default if action.required or not is_unset else "–",
+        _marked(meaning),
+    )
 
 
 def _marked(text: str) -> str:

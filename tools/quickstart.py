@@ -28,13 +28,19 @@ def main() -> None:
         "tools/before_after.py", "--ckpt", model, "--network_weights", lora, "--prompt", "a red circle on blue", "--output", image,
         "--width", 128, "--height", 128, "--steps", 12, "--scale", 3,
     )  # fmt: skip
-    rows = map(json.loads, lora.with_name("shapes-log.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = map(
+        json.loads, lora.with_name("shapes-log.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     losses = [row["loss/current"] for row in rows if "loss/current" in row]
     fifth = len(losses) // 5
     first, last = (sum(part) / fifth for part in (losses[:fifth], losses[-fifth:]))
-    print(f"\nThe loss fell from {first:.3f} to {last:.3f} (means of the first and last fifth of {len(losses)} steps).")
+    print(
+        f"\nThe loss fell from {first:.3f} to {last:.3f} (means of the first and last fifth of {len(losses)} steps)."
+    )
     print(f"Your LoRA:   {lora}\nThe image: {image}")
-    print("Train on your own: give sdxl_train_network.py your model and your images; README.md says how.")
+    print(
+        "Train on your own: give sdxl_train_network.py your model and your images; README.md says how."
+    )
 
 
 def call(script: str, *arguments: object) -> None:

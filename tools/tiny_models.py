@@ -63,34 +63,69 @@ def unet_config(
     for level, depths in enumerate(up_depths):
         out = widths[-1 - level]
         for i, depth in enumerate(depths):
-            up.append(BlockPlan(width + skips.pop(), out, depth, resample=i == 2 and level < len(widths) - 1))
+            up.append(
+                BlockPlan(
+                    width + skips.pop(), out, depth, resample=i == 2 and level < len(widths) - 1
+                )
+            )
             width = out
     return UNetConfig(
-        in_channels, 4, channels, channels * 4, context_channels, vector_channels, tuple(down), middle_depth, tuple(up)
+        in_channels,
+        4,
+        channels,
+        channels * 4,
+        context_channels,
+        vector_channels,
+        tuple(down),
+        middle_depth,
+        tuple(up),
     )
 
 
 SDXL_BASE = unet_config(320, (1, 2, 4), (0, 2, 10), ((10,) * 3, (2,) * 3, (0,) * 3), 10, 2048, 2816)
 SSD_1B = unet_config(320, (1, 2, 4), (0, 2, 4), ((4, 4, 10), (2, 1, 1), (0,) * 3), None, 2048, 2816)
 VEGA = unet_config(320, (1, 2, 4), (0, 1, 2), ((2, 2, 2), (1, 1, 1), (0,) * 3), None, 2048, 2816)
-REFINER = unet_config(384, (1, 2, 4, 4), (0, 4, 4, 0), ((0,) * 3, (4,) * 3, (4,) * 3, (0,) * 3), 4, 1280, 2560)
-INPAINTING = unet_config(320, (1, 2, 4), (0, 2, 10), ((10,) * 3, (2,) * 3, (0,) * 3), 10, 2048, 2816, in_channels=9)
+REFINER = unet_config(
+    384, (1, 2, 4, 4), (0, 4, 4, 0), ((0,) * 3, (4,) * 3, (4,) * 3, (0,) * 3), 4, 1280, 2560
+)
+INPAINTING = unet_config(
+    320, (1, 2, 4), (0, 2, 10), ((10,) * 3, (2,) * 3, (0,) * 3), 10, 2048, 2816, in_channels=9
+)
 
-FULL = ModelSizes(SDXL_BASE, TextEncoderSizes(768, 12, 768), TextEncoderSizes(1280, 32, 1280), (128, 256, 512, 512))
+FULL = ModelSizes(
+    SDXL_BASE,
+    TextEncoderSizes(768, 12, 768),
+    TextEncoderSizes(1280, 32, 1280),
+    (128, 256, 512, 512),
+)
 
 
 def _tiny(
-    down_depths: Sequence[int], up_depths: Sequence[Sequence[int]], middle_depth: int | None, in_channels: int = 4
+    down_depths: Sequence[int],
+    up_depths: Sequence[Sequence[int]],
+    middle_depth: int | None,
+    in_channels: int = 4,
 ) -> ModelSizes:
     unet = unet_config(
-        32, (1, 2, 4), down_depths, up_depths, middle_depth, 64 + 128, 128 + 6 * SIZE_CHANNELS, in_channels
+        32,
+        (1, 2, 4),
+        down_depths,
+        up_depths,
+        middle_depth,
+        64 + 128,
+        128 + 6 * SIZE_CHANNELS,
+        in_channels,
     )
-    return ModelSizes(unet, TextEncoderSizes(64, 3, 64), TextEncoderSizes(128, 3, 128), (32, 32, 64, 64))
+    return ModelSizes(
+        unet, TextEncoderSizes(64, 3, 64), TextEncoderSizes(128, 3, 128), (32, 32, 64, 64)
+    )
 
 
 # The same topology in four million numbers, for runs of many steps.
 SMALLEST = ModelSizes(
-    unet_config(32, (1, 2, 2), (0, 1, 1), ((1,) * 3, (1,) * 3, (0,) * 3), 1, 64 + 64, 64 + 6 * SIZE_CHANNELS),
+    unet_config(
+        32, (1, 2, 2), (0, 1, 1), ((1,) * 3, (1,) * 3, (0,) * 3), 1, 64 + 64, 64 + 6 * SIZE_CHANNELS
+    ),
     TextEncoderSizes(64, 1, 64),
     TextEncoderSizes(64, 2, 64),
     (32, 32, 32, 32),
@@ -104,31 +139,56 @@ TINY_INPAINTING = _tiny((0, 1, 2), ((2,) * 3, (1,) * 3, (0,) * 3), 2, in_channel
 TINY_REFINER = replace(
     TINY,
     unet=unet_config(
-        32, (1, 2, 4, 4), (0, 1, 1, 0), ((0,) * 3, (1,) * 3, (1,) * 3, (0,) * 3), 1, 128, 128 + 5 * SIZE_CHANNELS
+        32,
+        (1, 2, 4, 4),
+        (0, 1, 1, 0),
+        ((0,) * 3, (1,) * 3, (1,) * 3, (0,) * 3),
+        1,
+        128,
+        128 + 5 * SIZE_CHANNELS,
     ),
     text_encoder_1=None,
 )
-TWINS = {"base": TINY, "ssd-1b": TINY_SSD_1B, "vega": TINY_VEGA, "refiner": TINY_REFINER, "inpainting": TINY_INPAINTING}
+TWINS = {
+    "base": TINY,
+    "ssd-1b": TINY_SSD_1B,
+    "vega": TINY_VEGA,
+    "refiner": TINY_REFINER,
+    "inpainting": TINY_INPAINTING,
+}
 
 
-def random_checkpoint(sizes: ModelSizes, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def random_checkpoint(
+    sizes: ModelSizes, seed: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """A whole single-file checkpoint with random weights in PyTorch's usual ranges, on the CPU."""
     torch.manual_seed(seed)
     with torch.device("meta"):
         modules = {"unet": UNet(sizes.unet), "vae": _vae(sizes.vae_channels)}
         encoders = {1: sizes.text_encoder_1, 2: sizes.text_encoder_2}
-        modules |= {f"text_encoder_{n}": _text_encoder(n, own) for n, own in encoders.items() if own is not None}
+        modules |= {
+            f"text_encoder_{n}": _text_encoder(n, own)
+            for n, own in encoders.items()
+            if own is not None
+        }
     prefixes = REFINER_PREFIXES if sizes.text_encoder_1 is None else FILE_PREFIXES
     tensors: dict[str, Tensor] = {}
     for part, module in modules.items():
-        filled = {name: _filled(name, tensor.shape, dtype) for name, tensor in module.state_dict().items()}
+        filled = {
+            name: _filled(name, tensor.shape, dtype) for name, tensor in module.state_dict().items()
+        }
         named = {_module_name(module, part, name): tensor for name, tensor in filled.items()}
-        tensors |= {prefixes[part] + name: tensor for name, tensor in layouts.file_from_module(part, named).items()}
+        tensors |= {
+            prefixes[part] + name: tensor
+            for name, tensor in layouts.file_from_module(part, named).items()
+        }
     tensors[prefixes["text_encoder_2"] + "logit_scale"] = torch.tensor(4.6052).to(dtype)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def tiny_checkpoint(seed: int, *, twin: str = "base", v_prediction: bool = False) -> dict[str, Tensor]:
+def tiny_checkpoint(
+    seed: int, *, twin: str = "base", v_prediction: bool = False
+) -> dict[str, Tensor]:
     """The tiny twin of an SDXL, float32; with the keys that mark velocity models if asked for."""
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)} if v_prediction else {}
     return random_checkpoint(TWINS[twin], seed) | marks
@@ -163,7 +223,9 @@ def _text_encoder(number: int, sizes: TextEncoderSizes) -> nn.Module:
         max_position_embeddings=sizes.positions,
         projection_dim=sizes.projection,
     )
-    return (transformers.CLIPTextModel if number == 1 else transformers.CLIPTextModelWithProjection)(config)
+    return (
+        transformers.CLIPTextModel if number == 1 else transformers.CLIPTextModelWithProjection
+    )(config)
 
 
 def _vae(channels: tuple[int, ...]) -> nn.Module:

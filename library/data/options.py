@@ -23,7 +23,7 @@ _OWN_KEY = DatasetKey(("subset",))
 
 @dataclass(frozen=True)
 class DatasetOptions(OptionGroup):
-    """Dataset (values in --dataset_config win over these)"""
+    """Dataset (values in --dataset_config win over these)."""
 
     train_data_dir: Path | None = option(
         None,
@@ -131,7 +131,7 @@ class DatasetOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class BucketOptions(OptionGroup):
-    """Buckets (values in --dataset_config win over these)"""
+    """Buckets (values in --dataset_config win over these)."""
 
     enable_bucket: bool = option(
         False,
@@ -193,7 +193,7 @@ class PixelKeys(OptionGroup):
 
 @dataclass(frozen=True)
 class PixelOptions(PixelKeys):
-    """Resizing, augmentation and alpha (values in --dataset_config win over these)"""
+    """Resizing, augmentation and alpha (values in --dataset_config win over these)."""
 
     face_crop_aug_range: str | None = option(
         None,
@@ -278,7 +278,7 @@ class CaptionKeys(OptionGroup):
 
 @dataclass(frozen=True)
 class CaptionOptions(CaptionKeys):
-    """Captions (values in --dataset_config win over these)"""
+    """Captions (values in --dataset_config win over these)."""
 
     caption_extension: str = option(
         DEFAULT_CAPTION_EXTENSION,
@@ -293,7 +293,7 @@ class CaptionOptions(CaptionKeys):
 
 @dataclass(frozen=True)
 class CacheOptions(OptionGroup):
-    """Latent and text caches, and loading"""
+    """Latent and text caches, and loading."""
 
     cache_latents: bool = option(
         False,

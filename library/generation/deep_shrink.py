@@ -11,7 +11,7 @@ from library.options import OptionGroup, option
 
 @dataclass(frozen=True)
 class DeepShrinkOptions(OptionGroup):
-    """Deep Shrink: large images whose composition is generated on a shrunk feature map"""
+    """Deep Shrink: large images whose composition is generated on a shrunk feature map."""
 
     ds_depth_1: int | None = option(
         None,

@@ -21,7 +21,7 @@ _SIDE_MULTIPLE = 8  # sides of grown latents are multiples of this
 
 @dataclass(frozen=True)
 class GradualLatentOptions(OptionGroup):
-    """Gradual Latent: latents grow during denoising (euler_a)"""
+    """Gradual Latent: latents grow during denoising (euler_a)."""
 
     gradual_latent_timesteps: int | None = option(
         None,

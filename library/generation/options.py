@@ -21,7 +21,7 @@ MAX_SEED = 2**63 - 2  # torch's largest seed, less one for the second stage of h
 
 @dataclass(frozen=True)
 class GenerationModelOptions(OptionGroup):
-    """Model to generate with"""
+    """Model to generate with."""
 
     ckpt: str | None = option(
         None,
@@ -105,7 +105,7 @@ class GenerationModelOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class PromptOptions(OptionGroup):
-    """Prompts and seeds"""
+    """Prompts and seeds."""
 
     prompt: str | None = option(
         None,
@@ -181,7 +181,7 @@ class PromptOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class ImageOptions(OptionGroup):
-    """Image size, steps, sampler and guidance"""
+    """Image size, steps, sampler and guidance."""
 
     W: int | None = option(
         None,
@@ -255,7 +255,7 @@ def side_problem(value: int) -> str | None:
 
 @dataclass(frozen=True)
 class InitImageOptions(OptionGroup):
-    """img2img, inpainting and guide images"""
+    """img2img, inpainting and guide images."""
 
     image_path: Path | None = option(
         None,
@@ -305,7 +305,7 @@ class InitImageOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class HighresFixOptions(OptionGroup):
-    """Highres fix: generate a small image first, then enlarge and refine it"""
+    """Highres fix: generate a small image first, then enlarge and refine it."""
 
     highres_fix_scale: float | None = option(
         None,
@@ -360,7 +360,7 @@ class HighresFixOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class OutputOptions(OptionGroup, stored_in_image=False):
-    """Image files"""
+    """Image files."""
 
     outdir: Path = option(
         Path("outputs"), "folder for the images; existing files are never replaced"

@@ -47,9 +47,14 @@ def choose_attention(*, mem_eff_attn: bool, use_xformers: bool) -> AttentionFunc
         try:
             import xformers.ops  # noqa: F401
         except Exception as error:  # a build for another version of torch fails in many ways
-            reason = "is not installed" if isinstance(error, ModuleNotFoundError) else f"can't be imported ({error})"
+            reason = (
+                "is not installed"
+                if isinstance(error, ModuleNotFoundError)
+                else f"can't be imported ({error})"
+            )
             log.warning(
-                "--xformers: xformers %s. PyTorch's attention (--sdpa) is used, with the same speed and memory", reason
+                "--xformers: xformers %s. PyTorch's attention (--sdpa) is used, with the same speed and memory",
+                reason,
             )
         else:
             return _xformers

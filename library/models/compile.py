@@ -14,7 +14,9 @@ from library.models.unet_blocks import BasicTransformerBlock, ResnetBlock2D
 _GRAPHS = 256  # of one function; more would mean that something other than shapes changes
 
 
-def compile_blocks(unet: nn.Module, backend: str, device: torch.device, *, flag: str = "--torch_compile") -> bool:
+def compile_blocks(
+    unet: nn.Module, backend: str, device: torch.device, *, flag: str = "--torch_compile"
+) -> bool:
     """Make each block compile when it is first called.
 
     Args:
@@ -48,6 +50,8 @@ def _problem_of(backend: str, device: torch.device) -> str | None:
     """Return the error that compiling a one-line function gives; None if it works."""
     try:
         torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.zeros(3, device=device))
-    except Exception as error:  # no compiler, no Triton, an unknown backend: each fails in its own way
+    except (
+        Exception
+    ) as error:  # no compiler, no Triton, an unknown backend: each fails in its own way
         return first_line(error)
     return None

@@ -13,7 +13,9 @@ from torch import Tensor
 from library.models.vae import PIXELS_PER_LATENT, scale_latents
 
 
-def inpainting_channels(images: Tensor, masks: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+def inpainting_channels(
+    images: Tensor, masks: Tensor, encode: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Return the five channels that follow the noisy latents: [B, 5, H/8, W/8], float32, on the device of the masks.
 
     Args:

@@ -10,7 +10,7 @@ from library.options import OptionGroup, option
 
 @dataclass(frozen=True)
 class ModelOptions(OptionGroup):
-    """Model"""
+    """Model."""
 
     pretrained_model_name_or_path: str | None = option(
         None,

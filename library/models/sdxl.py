@@ -95,7 +95,9 @@ class SdxlModels:
     def _stream(self, unet: UNet) -> None:
         """Give the largest blocks their places in RAM, and the device what is left."""
         streamed = largest_blocks(unet.blocks, self.swapped_blocks)
-        streamer = unet.activations.streamer = BlockSwapper(streamed, OffloadStream(torch.device("cpu"), self.device))
+        streamer = unet.activations.streamer = BlockSwapper(
+            streamed, OffloadStream(torch.device("cpu"), self.device)
+        )
         away = streamer.tensors
         for tensor in (*unet.parameters(), *unet.buffers()):
             if id(tensor) not in away:
@@ -117,7 +119,9 @@ class SdxlModels:
         from library.models.text_encoders import NullTextEncoder, text_encoder_skeleton
 
         stored = (self.checkpoint.tensors(f"text_encoder_{number}") for number in (1, 2))
-        one, two = (text_encoder_skeleton(tensors) if tensors else NullTextEncoder() for tensors in stored)
+        one, two = (
+            text_encoder_skeleton(tensors) if tensors else NullTextEncoder() for tensors in stored
+        )
         return one, two
 
     def _text_encoder(self, number: int) -> Any:
@@ -129,10 +133,14 @@ class SdxlModels:
         encoder: Any = build_text_encoder(tensors, number)
         what = f"{self.checkpoint.path}: text encoder {number}"
         part = f"text_encoder_{number}"
-        self._load(encoder, part, tensors, what=what, name_of=lambda name: module_name(encoder, name))
+        self._load(
+            encoder, part, tensors, what=what, name_of=lambda name: module_name(encoder, name)
+        )
         if self._checkpointing.policy is not None:
             # transformers renames it; version 6 will know the new name only.
-            enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
+            enable = getattr(
+                encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable
+            )
             enable({"use_reentrant": False})
         return encoder
 
@@ -141,7 +149,9 @@ class SdxlModels:
         return self._load_vae(self.precision.vae)
 
     def _load_vae(self, dtype: torch.dtype) -> "AutoencoderKL":
-        vae = load_vae(self.stored("vae"), dtype, self.device, what=f"{self._vae or self.checkpoint.path}: VAE")
+        vae = load_vae(
+            self.stored("vae"), dtype, self.device, what=f"{self._vae or self.checkpoint.path}: VAE"
+        )
         for change in self._vae_changes:
             change(vae)
         return vae
@@ -178,7 +188,9 @@ class SdxlModels:
         is_streamed = part == "unet" and self.swapped_blocks > 0
         # The whole part may be larger than the device: before a layer is quantized, it stays in its file's pages.
         device = torch.device("cpu") if kind is not None or is_streamed else self.device
-        load_weights(module, tensors, dtype if kind is None else None, device, what=what, name_of=name_of)
+        load_weights(
+            module, tensors, dtype if kind is None else None, device, what=what, name_of=name_of
+        )
         if self.change is not None:
             self.change.apply(part, module)
         if kind is not None:
@@ -189,7 +201,9 @@ class SdxlModels:
     def without_weights(self) -> "SdxlModels":
         """The same modules on the meta device, for building what goes on them without reading a weight."""
         skeleton = copy.copy(self)
-        skeleton.__dict__ = {name: value for name, value in self.__dict__.items() if name not in _LOADED}
+        skeleton.__dict__ = {
+            name: value for name, value in self.__dict__.items() if name not in _LOADED
+        }
         skeleton.device = torch.device("meta")
         return skeleton
 
@@ -200,21 +214,33 @@ class SdxlModels:
 
     def stored(self, part: str) -> dict[str, Tensor]:
         """The part's tensors (module names) as stored, not cast: those that the modules are made of."""
-        return vae_tensors(self._vae) if part == "vae" and self._vae is not None else self.checkpoint.tensors(part)
+        return (
+            vae_tensors(self._vae)
+            if part == "vae" and self._vae is not None
+            else self.checkpoint.tensors(part)
+        )
 
     def source(self, part: str) -> Path:
         """The file or folder that the part is read from."""
         if part == "vae" and self._vae is not None:
             return locate_vae(self._vae)
-        return self.checkpoint.path / FOLDERS[part] if self.checkpoint.is_folder else self.checkpoint.path
+        return (
+            self.checkpoint.path / FOLDERS[part]
+            if self.checkpoint.is_folder
+            else self.checkpoint.path
+        )
 
     @cached_property
     def tokenizers(self) -> tuple["Tokenizer", "Tokenizer"]:
         from library.models.tokenizer import load_tokenizers
 
-        return load_tokenizers(self._tokenizer_folder, self.checkpoint.path if self.checkpoint.is_folder else None)
+        return load_tokenizers(
+            self._tokenizer_folder, self.checkpoint.path if self.checkpoint.is_folder else None
+        )
 
-    def encode_texts(self, texts: Sequence[str], num_tokens: int, *, weighted: bool = False) -> "EncodedText":
+    def encode_texts(
+        self, texts: Sequence[str], num_tokens: int, *, weighted: bool = False
+    ) -> "EncodedText":
         """Encode captions by both encoders, on their device and in their dtype; differentiable.
 
         Args:
@@ -224,12 +250,17 @@ class SdxlModels:
         from library.models import text_encoders
         from library.models import tokenizer as tokens
 
-        one, two = (tokens.encode(tokenizer, texts, num_tokens, weighted=weighted) for tokenizer in self.tokenizers)
+        one, two = (
+            tokens.encode(tokenizer, texts, num_tokens, weighted=weighted)
+            for tokenizer in self.tokenizers
+        )
         self._warn_cut(one.cut, num_tokens)
         ids_one, ids_two = (to_device(part.ids, self.device) for part in (one, two))
         encoded = text_encoders.encode(ids_one, ids_two, *self.text_encoders)
         return (
-            text_encoders.weigh(encoded, *(to_device(part.weights, self.device) for part in (one, two)))
+            text_encoders.weigh(
+                encoded, *(to_device(part.weights, self.device) for part in (one, two))
+            )
             if weighted
             else encoded
         )
@@ -241,7 +272,9 @@ class SdxlModels:
                 continue
             self._cut.add(text)
             if len(self._cut) <= _MAX_CUT_WARNINGS:
-                log.warning("caption exceeds %d tokens (--max_token_length); truncated: %r", num_tokens, end)
+                log.warning(
+                    "caption exceeds %d tokens (--max_token_length); truncated: %r", num_tokens, end
+                )
             else:
                 log.warning("more captions are too long; --debug_dataset lists all of them")
 
@@ -253,7 +286,9 @@ class SdxlModels:
             torch.cuda.empty_cache()
 
 
-def load_vae(tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, *, what: str) -> "AutoencoderKL":
+def load_vae(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, *, what: str
+) -> "AutoencoderKL":
     """The VAE of these tensors (module names), frozen. Raises RunError if they are no VAE's."""
     from library.models.vae import build_vae
 
@@ -282,12 +317,16 @@ def load_weights(
 
     Raises RunError with counts and the first names if anything is missing, left over, of another shape, or not finite.
     """
-    wanted = {name_of(name): (name, tuple(tensor.shape)) for name, tensor in module.state_dict().items()}
+    wanted = {
+        name_of(name): (name, tuple(tensor.shape)) for name, tensor in module.state_dict().items()
+    }
     problems = {
         "missing": [name for name in wanted if name not in tensors],
         "unexpected": [name for name in tensors if name not in wanted],
         "of another shape": [
-            name for name, (_, shape) in wanted.items() if name in tensors and tuple(tensors[name].shape) != shape
+            name
+            for name, (_, shape) in wanted.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
         ],
     }
     if any(problems.values()):
@@ -297,7 +336,10 @@ def load_weights(
             if names
         )
         raise RunError(f"{what}: its tensors don't fit an SDXL model: {details}")
-    placed = {own: _placed(tensors[name], dtype or tensors[name].dtype, device) for name, (own, _) in wanted.items()}
+    placed = {
+        own: _placed(tensors[name], dtype or tensors[name].dtype, device)
+        for name, (own, _) in wanted.items()
+    }
     _see_finite(placed, what)
     module.load_state_dict(placed, assign=True)
     for name, buffer in module.named_buffers():
@@ -310,7 +352,11 @@ def load_weights(
 
 def _see_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raise RunError for NaN and Inf, from a damaged file or values beyond float16: the loss would show them late, and blame images."""
-    names = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize > 1]
+    names = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.itemsize > 1
+    ]
     if not names:
         return
     are_finite = torch.stack([tensors[name].isfinite().all() for name in names]).tolist()
@@ -336,7 +382,15 @@ def vae_tensors(name: str) -> dict[str, Tensor]:
     if path.is_dir():
         return open_checkpoint(name).tensors("vae")
     file = open_tensors(path)
-    prefix = FILE_PREFIXES["vae"] if any(key.startswith(FILE_PREFIXES["vae"]) for key in file.shapes) else ""
+    prefix = (
+        FILE_PREFIXES["vae"]
+        if any(key.startswith(FILE_PREFIXES["vae"]) for key in file.shapes)
+        else ""
+    )
     kept = {key.removeprefix(prefix): file[key] for key in file.shapes if key.startswith(prefix)}
     is_diffusers = any(key.startswith("encoder.down_blocks.") for key in kept)
-    return layouts.module_from_folder("vae", kept) if is_diffusers else layouts.module_from_file("vae", kept)
+    return (
+        layouts.module_from_folder("vae", kept)
+        if is_diffusers
+        else layouts.module_from_file("vae", kept)
+    )

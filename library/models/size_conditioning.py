@@ -22,7 +22,9 @@ def size_vector(original: Tensor, crop: Tensor, target: Tensor) -> Tensor:
     Returns:
         [B, 6 * 256], float32; [B, 5 * 256] for the refiner.
     """
-    return sinusoidal_embedding(torch.cat([original, crop, target], dim=1), SIZE_CHANNELS).flatten(1)
+    return sinusoidal_embedding(torch.cat([original, crop, target], dim=1), SIZE_CHANNELS).flatten(
+        1
+    )
 
 
 def conditioning_vector(pooled: Tensor, original: Tensor, crop: Tensor, target: Tensor) -> Tensor:

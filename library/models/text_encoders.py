@@ -74,7 +74,9 @@ def text_encoder_skeleton(tensors: Mapping[str, Tensor]) -> nn.Module:
                 if step not in module._modules:
                     module.add_module(step, _layer(".".join(path[:depth]), tensors))
                 module = module.get_submodule(step)
-            module.register_parameter(parameter, nn.Parameter(torch.empty(tensor.shape), requires_grad=False))
+            module.register_parameter(
+                parameter, nn.Parameter(torch.empty(tensor.shape), requires_grad=False)
+            )
     return encoder
 
 
@@ -87,16 +89,22 @@ def _layer(path: str, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def text_encoder_config(tensors: Mapping[str, Tensor], number: int) -> dict[str, Any]:
-    """transformers' configuration of text encoder 1 or 2, by the shapes of its tensors (module names)."""
+    """Transformers' configuration of text encoder 1 or 2, by the shapes of its tensors (module names)."""
     vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         "num_hidden_layers": 1
-        + max(int(name.split(".")[3]) for name in tensors if name.startswith("text_model.encoder.layers.")),
+        + max(
+            int(name.split(".")[3])
+            for name in tensors
+            if name.startswith("text_model.encoder.layers.")
+        ),
         "num_attention_heads": width // _CLIP_HEAD_CHANNELS,
-        "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0],
+        "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[
+            0
+        ],
         "projection_dim": tensors["text_projection.weight"].shape[0] if number == 2 else width,
         "hidden_act": "quick_gelu" if number == 1 else "gelu",
         "bos_token_id": END_OF_TEXT - 1,
@@ -131,7 +139,9 @@ def encode(
     chunks = ids_1.shape[1]
     states_2, last = _run(clip_body(encoder_2), ids_2.flatten(0, 1))
     is_absent = isinstance(encoder_1, NullTextEncoder)
-    states_1 = states_2[..., :0] if is_absent else _run(clip_body(encoder_1), ids_1.flatten(0, 1))[0]
+    states_1 = (
+        states_2[..., :0] if is_absent else _run(clip_body(encoder_1), ids_1.flatten(0, 1))[0]
+    )
     last = last.unflatten(0, (-1, chunks))[:, 0]  # [B, 77, 1280]: the first chunk's
     first_end = (ids_2[:, 0] == END_OF_TEXT).int().argmax(dim=-1)  # 0 if there is none
     pooled = encoder_2.text_projection(last[torch.arange(len(last), device=last.device), first_end])
@@ -147,7 +157,9 @@ def clip_body(encoder: Any) -> Any:
 def _run(body: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the input of the last layer and the output of the final norm, [B * n, 77, C] each."""
     seen: list[Tensor] = []
-    hook = body.encoder.layers[-1].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    hook = body.encoder.layers[-1].register_forward_pre_hook(
+        lambda layer, inputs: seen.append(inputs[0])
+    )
     try:
         last = body(ids).last_hidden_state
     finally:

@@ -47,7 +47,13 @@ class TokenExistsError(OptionError):
 class PlaceholderToken:
     """A placeholder token of n vectors, added to both tokenizers and encoders of a model; in a text it means all of them."""
 
-    def __init__(self, tokenizers: Sequence[Tokenizer], encoders: Sequence[Any], word: str, rows: Sequence[Tensor]):
+    def __init__(
+        self,
+        tokenizers: Sequence[Tokenizer],
+        encoders: Sequence[Any],
+        word: str,
+        rows: Sequence[Tensor],
+    ):
         """Add the token.
 
         Args:
@@ -116,6 +122,10 @@ def first_rows(
         if table.is_meta:  # of a dry run, in which a mean would import torch's compiler
             own = table.new_empty(count, table.shape[1])
         else:
-            own = table[[ids[i % len(ids)] for i in range(count)]] if ids else table.float().mean(0).expand(count, -1)
+            own = (
+                table[[ids[i % len(ids)] for i in range(count)]]
+                if ids
+                else table.float().mean(0).expand(count, -1)
+            )
         rows.append(own.to(torch.float32, copy=True).contiguous())
     return rows

@@ -57,7 +57,9 @@ class Tokenizer:
         """
         import ftfy
 
-        special = sorted(self.clip.all_special_tokens + list(self.clip.get_added_vocab()), key=len, reverse=True)
+        special = sorted(
+            self.clip.all_special_tokens + list(self.clip.get_added_vocab()), key=len, reverse=True
+        )
         pieces = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
         cleaned = "".join(piece if piece in special else ftfy.fix_text(piece) for piece in pieces)
         found = self.clip(cleaned, add_special_tokens=False)["input_ids"]
@@ -77,7 +79,11 @@ class Tokens(NamedTuple):
 
 
 def encode(
-    tokenizer: Tokenizer, texts: Sequence[str], max_token_length: int = CHUNK_TOKENS, *, weighted: bool = False
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    max_token_length: int = CHUNK_TOKENS,
+    *,
+    weighted: bool = False,
 ) -> Tokens:
     """The ids of `texts`, cut at `max_token_length` tokens, in chunks of 75.
 
@@ -120,7 +126,9 @@ def chunks_of(ids: list[int], pad: int, count: int) -> list[list[int]]:
 
 # -------------------------------------------------------------------------------------------------------------- weights
 
-_ESCAPED_OR_MARK = re.compile(r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[^\\()\[\]:]+|:|\\")
+_ESCAPED_OR_MARK = re.compile(
+    r"\\[()\[\]\\]|[()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[^\\()\[\]:]+|:|\\"
+)
 _ROUND, _SQUARE = 1.1, 1 / 1.1
 
 
@@ -171,7 +179,9 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-def load_tokenizers(cache_dir: Path | None, diffusers_folder: Path | None) -> tuple[Tokenizer, Tokenizer]:
+def load_tokenizers(
+    cache_dir: Path | None, diffusers_folder: Path | None
+) -> tuple[Tokenizer, Tokenizer]:
     """The tokenizers of both encoders: from --tokenizer_cache_dir, else the model's own folder, else our vocabulary.
 
     A cache folder without tokenizers gets ours, as sd-scripts saves those it has downloaded.
@@ -182,9 +192,15 @@ def load_tokenizers(cache_dir: Path | None, diffusers_folder: Path | None) -> tu
 
 def _load(cache_dir: Path | None, diffusers_folder: Path | None, number: int) -> Tokenizer:
     cached = None if cache_dir is None else cache_dir / _CACHE_FOLDERS[number]
-    own = None if diffusers_folder is None else diffusers_folder / ("tokenizer", "tokenizer_2")[number]
+    own = (
+        None
+        if diffusers_folder is None
+        else diffusers_folder / ("tokenizer", "tokenizer_2")[number]
+    )
     for folder in (cached, own):
-        if folder is not None and any((folder / name).exists() for name in ("vocab.json", "tokenizer.json")):
+        if folder is not None and any(
+            (folder / name).exists() for name in ("vocab.json", "tokenizer.json")
+        ):
             return Tokenizer(_read_folder(folder), _PADS[number])
     clip = _built_in()
     if cached is not None:
@@ -201,11 +217,18 @@ def _read_folder(folder: Path) -> "CLIPTokenizer":
         whole = _read_json(folder / "tokenizer.json")
         if (folder / "vocab.json").exists():
             vocabulary = _read_json(folder / "vocab.json")
-            merges = [line.split() for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]]
+            merges = [
+                line.split()
+                for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+            ]
         else:
             vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
-        pairs = [tuple(merge.split() if isinstance(merge, str) else merge) for merge in merges if merge]
-        clip = import_transformers().CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=CHUNK)
+        pairs = [
+            tuple(merge.split() if isinstance(merge, str) else merge) for merge in merges if merge
+        ]
+        clip = import_transformers().CLIPTokenizer(
+            vocab=vocabulary, merges=pairs, model_max_length=CHUNK
+        )
         # Where the versions of transformers have kept added tokens.
         added = {token["id"]: token["content"] for token in whole.get("added_tokens", [])}
         decoder = _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
@@ -232,7 +255,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def _built_in() -> "CLIPTokenizer":
     vocabulary, merges = _vocabulary()
-    return import_transformers().CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=CHUNK)
+    return import_transformers().CLIPTokenizer(
+        vocab=dict(vocabulary), merges=list(merges), model_max_length=CHUNK
+    )
 
 
 @cache
@@ -254,6 +279,10 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def _byte_letters() -> list[str]:
     """A printable letter for each byte, in the vocabulary's order: the printable bytes first, then the others."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]

@@ -48,7 +48,12 @@ class Shrink(NamedTuple):
 class UNet(nn.Module):
     """The U-Net of any SDXL. Weights are left as PyTorch makes them: checkpoint.py loads over them."""
 
-    def __init__(self, config: UNetConfig, attention: AttentionFunction = sdpa, checkpointing: ActivationPolicy = KEPT):
+    def __init__(
+        self,
+        config: UNetConfig,
+        attention: AttentionFunction = sdpa,
+        checkpointing: ActivationPolicy = KEPT,
+    ):
         super().__init__()
         self.config = config
         emb = config.time_channels
@@ -63,28 +68,49 @@ class UNet(nn.Module):
             return Transformer2DModel(channels, config.context_channels, depth, attention)
 
         # The order is the checkpoint's: it decides the order of learning-rate groups and of network modules.
-        self.time_embed = nn.Sequential(Linear(config.model_channels, emb), nn.SiLU(), Linear(emb, emb))
-        self.label_emb = nn.Sequential(nn.Sequential(Linear(config.vector_channels, emb), nn.SiLU(), Linear(emb, emb)))
-        self.input_blocks = nn.ModuleList([Stage([Conv2d(config.in_channels, config.model_channels, 3, padding=1)])])
+        self.time_embed = nn.Sequential(
+            Linear(config.model_channels, emb), nn.SiLU(), Linear(emb, emb)
+        )
+        self.label_emb = nn.Sequential(
+            nn.Sequential(Linear(config.vector_channels, emb), nn.SiLU(), Linear(emb, emb))
+        )
+        self.input_blocks = nn.ModuleList(
+            [Stage([Conv2d(config.in_channels, config.model_channels, 3, padding=1)])]
+        )
         for plan in config.input_blocks:
-            self.input_blocks.append(Stage([Downsample2D(plan.channels_out)]) if plan.resample else stage(plan))
+            self.input_blocks.append(
+                Stage([Downsample2D(plan.channels_out)]) if plan.resample else stage(plan)
+            )
         middle = config.input_blocks[-1].channels_out
         self.middle_block = Stage([ResnetBlock2D(middle, middle, emb)])
         if config.middle_depth is not None:
-            self.middle_block += [transformer(middle, config.middle_depth), ResnetBlock2D(middle, middle, emb)]
+            self.middle_block += [
+                transformer(middle, config.middle_depth),
+                ResnetBlock2D(middle, middle, emb),
+            ]
         self.output_blocks = nn.ModuleList()
         for plan in config.output_blocks:
-            self.output_blocks.append(stage(plan, *([Upsample2D(plan.channels_out)] if plan.resample else [])))
+            self.output_blocks.append(
+                stage(plan, *([Upsample2D(plan.channels_out)] if plan.resample else []))
+            )
         last = config.output_blocks[-1].channels_out
         self.out = nn.Sequential(
-            GroupNorm(GROUPS, last, eps=1e-5), nn.SiLU(), Conv2d(last, config.out_channels, 3, padding=1)
+            GroupNorm(GROUPS, last, eps=1e-5),
+            nn.SiLU(),
+            Conv2d(last, config.out_channels, 3, padding=1),
         )
-        self.activations = ActivationStore(checkpointing, (m for m in self.modules() if isinstance(m, CHEAP)))
+        self.activations = ActivationStore(
+            checkpointing, (m for m in self.modules() if isinstance(m, CHEAP))
+        )
 
     @property
     def blocks(self) -> list[nn.Module]:
         """Residual and transformer blocks, in the order in which a forward comes to them."""
-        return [module for module in self.modules() if isinstance(module, ResnetBlock2D | BasicTransformerBlock)]
+        return [
+            module
+            for module in self.modules()
+            if isinstance(module, ResnetBlock2D | BasicTransformerBlock)
+        ]
 
     def forward(
         self,
@@ -112,7 +138,13 @@ class UNet(nn.Module):
             return self._forward(x, timesteps, context, vector, extra or {}, shrink)
 
     def _forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, vector: Tensor, extra: ControlInputs, shrink: Shrink | None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        vector: Tensor,
+        extra: ControlInputs,
+        shrink: Shrink | None,
     ) -> Tensor:
         dtype, run = x.dtype, self.activations.run
         time = sinusoidal_embedding(timesteps, self.config.model_channels).to(dtype)
@@ -133,8 +165,12 @@ class UNet(nn.Module):
 
 
 def _as_large_as(other: Tensor, x: Tensor) -> Tensor:
-    """x at the other's height and width, which differ where the map was shrunk, or where halving left a remainder."""
-    return x if x.shape[2:] == other.shape[2:] else F.interpolate(x, size=other.shape[2:], mode="bicubic")
+    """X at the other's height and width, which differ where the map was shrunk, or where halving left a remainder."""
+    return (
+        x
+        if x.shape[2:] == other.shape[2:]
+        else F.interpolate(x, size=other.shape[2:], mode="bicubic")
+    )
 
 
 def block_of(name: str) -> int:

@@ -40,7 +40,9 @@ class Linear(nn.Linear):
 
 class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype), self.stride, self.padding)
+        return F.conv2d(
+            x, self.weight.to(x.dtype), _cast(self.bias, x.dtype), self.stride, self.padding
+        )
 
 
 class GroupNorm(nn.GroupNorm):
@@ -48,12 +50,16 @@ class GroupNorm(nn.GroupNorm):
         if self.weight.requires_grad and torch.is_grad_enabled() and not x.requires_grad:
             # torch 2.13's backward on a CPU dies where a channels_last input wants no gradient but the weight does.
             x = x.detach().requires_grad_()
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.group_norm(
+            x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        )
 
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.layer_norm(
+            x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        )
 
 
 def sinusoidal_embedding(positions: Tensor, channels: int) -> Tensor:
@@ -70,7 +76,9 @@ def sinusoidal_embedding(positions: Tensor, channels: int) -> Tensor:
     # can be off by one unit too, which an angle multiplies: 6e-5 in an element at 1024 pixels.
     half = channels // 2
     known = _frequencies_on.get((half, positions.device))
-    if known is None or type(positions) is not Tensor:  # fake tensors of a rehearsal can't meet one that has values
+    if (
+        known is None or type(positions) is not Tensor
+    ):  # fake tensors of a rehearsal can't meet one that has values
         known = to_device(embedding_frequencies(half), positions.device)
         if type(known) is Tensor:
             _frequencies_on[half, positions.device] = known
@@ -93,7 +101,9 @@ class ResnetBlock2D(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, time_channels: int):
         super().__init__()
         self.in_layers = nn.Sequential(
-            GroupNorm(GROUPS, channels_in, eps=1e-5), nn.SiLU(), Conv2d(channels_in, channels_out, 3, padding=1)
+            GroupNorm(GROUPS, channels_in, eps=1e-5),
+            nn.SiLU(),
+            Conv2d(channels_in, channels_out, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), Linear(time_channels, channels_out))
         self.out_layers = nn.Sequential(
@@ -102,10 +112,12 @@ class ResnetBlock2D(nn.Module):
             nn.Identity(),  # the original's dropout, unused; it keeps the convolution's number
             Conv2d(channels_out, channels_out, 3, padding=1),
         )
-        self.skip_connection = nn.Identity() if channels_in == channels_out else Conv2d(channels_in, channels_out, 1)
+        self.skip_connection = (
+            nn.Identity() if channels_in == channels_out else Conv2d(channels_in, channels_out, 1)
+        )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x [B, C_in, H, W], emb [B, 4 * model channels] -> [B, C_out, H, W]."""
+        """X [B, C_in, H, W], emb [B, 4 * model channels] -> [B, C_out, H, W]."""
         h = self.in_layers(x)
         h = h + self.emb_layers(emb)[..., None, None]  # the same for every pixel
         return self.skip_connection(x) + self.out_layers(h)
@@ -123,10 +135,14 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor, extra: AttentionControl | None = None) -> Tensor:
-        """x [B, N, C], context [B, T, C_context] -> [B, N, C]."""
+        """X [B, N, C], context [B, T, C_context] -> [B, N, C]."""
         for_q, for_k, for_v = x, context, context
         if extra is not None:
-            for_q, for_k, for_v = modulated(x, extra.q), modulated(context, extra.k), modulated(context, extra.v)
+            for_q, for_k, for_v = (
+                modulated(x, extra.q),
+                modulated(context, extra.k),
+                modulated(context, extra.v),
+            )
         q, k, v = (_split_heads(t) for t in (self.to_q(for_q), self.to_k(for_k), self.to_v(for_v)))
         return self.to_out(self.attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -169,14 +185,18 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (projected,) = ctx.saved_tensors
         value, gate = projected.chunk(2, dim=-1)
-        return torch.cat([grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * value, gate)], dim=-1)
+        return torch.cat(
+            [grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * value, gate)], dim=-1
+        )
 
 
 class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         # The identity stands for the original's dropout; it keeps the last layer's number.
-        self.net = nn.Sequential(GEGLU(channels, channels * 4), nn.Identity(), Linear(channels * 4, channels))
+        self.net = nn.Sequential(
+            GEGLU(channels, channels * 4), nn.Identity(), Linear(channels * 4, channels)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -196,7 +216,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
 
     def forward(self, x: Tensor, context: Tensor, extra: BlockControl | None = None) -> Tensor:
-        """x [B, N, C], context [B, T, C_context] -> [B, N, C]."""
+        """X [B, N, C], context [B, T, C_context] -> [B, N, C]."""
         of_self, of_text = (None, None) if extra is None else extra
         h = self.norm1(x)
         x = x + self.attn1(h, h, of_self)
@@ -207,7 +227,9 @@ class BasicTransformerBlock(nn.Module):
 class Transformer2DModel(nn.Module):
     """Transformer blocks over the positions of a feature map, around a skip."""
 
-    def __init__(self, channels: int, context_channels: int, depth: int, attention: AttentionFunction):
+    def __init__(
+        self, channels: int, context_channels: int, depth: int, attention: AttentionFunction
+    ):
         super().__init__()
         self.norm = GroupNorm(GROUPS, channels, eps=1e-6)
         self.proj_in = Linear(channels, channels)
@@ -217,10 +239,16 @@ class Transformer2DModel(nn.Module):
         self.proj_out = Linear(channels, channels)
 
     def forward(
-        self, x: Tensor, context: Tensor, run: Run, extra: Sequence[BlockControl | None] | None = None
+        self,
+        x: Tensor,
+        context: Tensor,
+        run: Run,
+        extra: Sequence[BlockControl | None] | None = None,
     ) -> Tensor:
-        """x [B, C, H, W], context [B, T, C_context], extra: of each transformer block -> [B, C, H, W]."""
-        h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, N, C]: a view of channels_last memory
+        """X [B, C, H, W], context [B, T, C_context], extra: of each transformer block -> [B, C, H, W]."""
+        h = (
+            self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+        )  # [B, N, C]: a view of channels_last memory
         h = self.proj_in(h)
         for block, own in zip(self.transformer_blocks, extra or repeat(None), strict=False):
             h = run(block, h, context, own)
@@ -254,7 +282,12 @@ class Stage(nn.ModuleList):
     """One numbered block of the U-Net: residual block, transformer, resampling; whichever of them it has."""
 
     def forward(
-        self, x: Tensor, emb: Tensor, context: Tensor, run: Run, extra: Sequence[BlockControl | None] | None = None
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Tensor,
+        run: Run,
+        extra: Sequence[BlockControl | None] | None = None,
     ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResnetBlock2D):

@@ -11,8 +11,12 @@ from typing import NamedTuple
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-NUM_LR_BLOCKS = 23  # learning rate blocks of the U-Net, as library/models/unet.py: block_of numbers them
-HEAD_CHANNELS = 64  # attention: channels per head; no shape shows it, and every SDXL has this number
+NUM_LR_BLOCKS = (
+    23  # learning rate blocks of the U-Net, as library/models/unet.py: block_of numbers them
+)
+HEAD_CHANNELS = (
+    64  # attention: channels per head; no shape shows it, and every SDXL has this number
+)
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = (
     6.0,
     2.5,
@@ -71,7 +75,9 @@ class UNetConfig:
     def family(self) -> str:
         """The model's name in words, by its block depths."""
         depths = (tuple(block.depth for block in self.input_blocks), self.middle_depth)
-        name = _FAMILIES.get((self.model_channels, depths), f"SDXL-like, {self.model_channels} channels")
+        name = _FAMILIES.get(
+            (self.model_channels, depths), f"SDXL-like, {self.model_channels} channels"
+        )
         return f"{name}, inpainting (9 channels)" if self.is_inpainting else name
 
     @classmethod
@@ -83,13 +89,19 @@ class UNetConfig:
             out_channels=shapes["out.2.weight"][0],
             model_channels=first[0],
             time_channels=shapes["time_embed.0.weight"][0],
-            context_channels=next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")),
+            context_channels=next(
+                shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")
+            ),
             vector_channels=shapes["label_emb.0.0.weight"][1],
-            input_blocks=tuple(_input_block(shapes, i) for i in range(1, _count(shapes, "input_blocks"))),
+            input_blocks=tuple(
+                _input_block(shapes, i) for i in range(1, _count(shapes, "input_blocks"))
+            ),
             middle_depth=_count(shapes, "middle_block.1.transformer_blocks")
             if "middle_block.1.norm.weight" in shapes
             else None,
-            output_blocks=tuple(_output_block(shapes, i) for i in range(_count(shapes, "output_blocks"))),
+            output_blocks=tuple(
+                _output_block(shapes, i) for i in range(_count(shapes, "output_blocks"))
+            ),
         )
 
 
@@ -123,4 +135,6 @@ def _output_block(shapes: Shapes, i: int) -> BlockPlan:
 
 def _residual(shapes: Shapes, name: str) -> BlockPlan:
     channels_out, channels_in = shapes[f"{name}.0.in_layers.2.weight"][:2]
-    return BlockPlan(channels_in, channels_out, depth=_count(shapes, f"{name}.1.transformer_blocks"))
+    return BlockPlan(
+        channels_in, channels_out, depth=_count(shapes, f"{name}.1.transformer_blocks")
+    )

@@ -44,7 +44,9 @@ def vae_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-        "layers_per_block": sum(name.startswith(first_level) and name.endswith(".conv1.weight") for name in tensors),
+        "layers_per_block": sum(
+            name.startswith(first_level) and name.endswith(".conv1.weight") for name in tensors
+        ),
         "latent_channels": tensors["post_quant_conv.weight"].shape[1],
         "norm_num_groups": 32,
     }
@@ -55,7 +57,9 @@ InFloat32 = Callable[[], "AutoencoderKL"]
 
 
 @torch.inference_mode()
-def encode(vae: "AutoencoderKL", images: Tensor, noise: Tensor, in_float32: InFloat32 | None = None) -> Tensor:
+def encode(
+    vae: "AutoencoderKL", images: Tensor, noise: Tensor, in_float32: InFloat32 | None = None
+) -> Tensor:
     """Encode images to raw latents: a sample of the posterior, mean + std * noise.
 
     Args:
@@ -72,14 +76,18 @@ def encode(vae: "AutoencoderKL", images: Tensor, noise: Tensor, in_float32: InFl
     bad = ~finite_samples(latents)
     if bad.any():
         _warn_overflow(vae, int(bad.sum()), len(bad))
-        latents[bad] = _encode(in_float32(), images[bad.to(images.device)], noise[bad.to(noise.device)])
+        latents[bad] = _encode(
+            in_float32(), images[bad.to(images.device)], noise[bad.to(noise.device)]
+        )
     return latents
 
 
 def _encode(vae: "AutoencoderKL", images: Tensor, noise: Tensor) -> Tensor:
     inputs = images.to(vae.device, vae.dtype, memory_format=torch.channels_last)
     posterior = vae.encode(inputs).latent_dist
-    return posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device, torch.float32)
+    return posterior.mean.float() + posterior.std.float() * noise.to(
+        posterior.mean.device, torch.float32
+    )
 
 
 def _warn_overflow(vae: "AutoencoderKL", count: int, total: int) -> None:
@@ -93,7 +101,11 @@ def _warn_overflow(vae: "AutoencoderKL", count: int, total: int) -> None:
 
 @torch.inference_mode()
 def decode(
-    vae: "AutoencoderKL", raw: Tensor, in_float32: InFloat32 | None = None, *, black: float | None = None
+    vae: "AutoencoderKL",
+    raw: Tensor,
+    in_float32: InFloat32 | None = None,
+    *,
+    black: float | None = None,
 ) -> Tensor:
     """Decode raw latents [B, 4, H/8, W/8] to images: [B, 3, H, W], float32, about -1..1.
 
@@ -135,7 +147,9 @@ def _sliced(conv: torch.nn.Conv2d, slices: int) -> Callable[[Tensor], Tensor]:
         padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
         rows = -(-x.shape[2] // slices)
         parts = [
-            torch.nn.functional.conv2d(padded[:, :, first : first + rows + 2], conv.weight, conv.bias)
+            torch.nn.functional.conv2d(
+                padded[:, :, first : first + rows + 2], conv.weight, conv.bias
+            )
             for first in range(0, x.shape[2], rows)
         ]
         return torch.cat(parts, dim=2)

@@ -32,7 +32,12 @@ class DiffusionLoss(nn.Module):
     """The loss of each sample of a batch."""
 
     def __init__(
-        self, task: Task[Any], objective: Objective, noise: NoiseOptions, loss: LossOptions, encode_images: EncodeImages
+        self,
+        task: Task[Any],
+        objective: Objective,
+        noise: NoiseOptions,
+        loss: LossOptions,
+        encode_images: EncodeImages,
     ):
         """Initialize the module.
 
@@ -44,7 +49,9 @@ class DiffusionLoss(nn.Module):
             encode_images: encodes images whose latents aren't cached.
         """
         super().__init__()
-        self.held = nn.ModuleList(task.modules())  # so that wrappers and optimizers see their parameters
+        self.held = nn.ModuleList(
+            task.modules()
+        )  # so that wrappers and optimizers see their parameters
         self._task, self._objective, self._noise, self._loss = task, objective, noise, loss
         self._encode_images = encode_images
 
@@ -60,7 +67,9 @@ class DiffusionLoss(nn.Module):
         latents = scale_latents(self._raw_latents(batch, rng))
         mask = self._mask(batch)
         if task.unet.config.is_inpainting:
-            batch = dataclasses.replace(batch, inpaint_channels=self._inpainting_channels(batch, rng))
+            batch = dataclasses.replace(
+                batch, inpaint_channels=self._inpainting_channels(batch, rng)
+            )
         text = task.encode_text(batch)
         noisy = add_training_noise(latents, rng, objective.schedule, self._noise, timesteps)
         prediction = task.predict(noisy, text, batch)
@@ -92,7 +101,9 @@ class DiffusionLoss(nn.Module):
             return with_scaled_latents(batch.cached_inpaint_channels)
         assert batch.images is not None and batch.inpaint_masks is not None
         noise = rng.normal("masked posterior", _latent_shape(batch.images))
-        return inpainting_channels(batch.images, batch.inpaint_masks, lambda shown: self._encode_images(shown, noise))
+        return inpainting_channels(
+            batch.images, batch.inpaint_masks, lambda shown: self._encode_images(shown, noise)
+        )
 
     @torch.no_grad()
     def _raw_latents(self, batch: Batch, rng: SampleRng) -> Tensor:
@@ -103,7 +114,11 @@ class DiffusionLoss(nn.Module):
         noise = rng.normal("posterior", _latent_shape(batch.images))
         latents = self._encode_images(batch.images, noise)
         if not latents.isfinite().all():
-            bad = [path for path, own in zip(batch.paths, latents, strict=True) if not own.isfinite().all()]
+            bad = [
+                path
+                for path, own in zip(batch.paths, latents, strict=True)
+                if not own.isfinite().all()
+            ]
             raise RunError(
                 f"the VAE gives latents that aren't finite, in float32 too, for {', '.join(bad)}; "
                 "remove these images or give another --vae"

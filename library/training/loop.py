@@ -77,7 +77,9 @@ def loop(run: Run, progress: Progress, signals: Signals) -> None:
     optimizer_step, metrics = run.optimizer_step, run.metrics
     if progress.step == 0 and run.preview.is_due():
         preview(run, progress)
-    if is_at_end_of_epoch(run, progress):  # of a state saved between an epoch's last step and its end
+    if is_at_end_of_epoch(
+        run, progress
+    ):  # of a state saved between an epoch's last step and its end
         end_epoch(run, progress)
     if is_done(run, progress):
         return
@@ -110,7 +112,11 @@ def is_done(run: Run, progress: Progress) -> bool:
         return True
     if run.best.patience_is_over:
         waited = run.best.waited
-        log.info("the validation loss hasn't improved %d times: the run ends at step %d", waited, progress.step)
+        log.info(
+            "the validation loss hasn't improved %d times: the run ends at step %d",
+            waited,
+            progress.step,
+        )
     return run.best.patience_is_over
 
 
@@ -134,8 +140,12 @@ def gradients(run: Run, progress: Progress, accumulation: Sequence[Batch]) -> li
             if run.optimizer_step.is_partly_taken:
                 outcome = f"some of its weights were stepped already, so it can't begin again, and {_NOT_SAVED}"
                 raise _out_of_memory(progress, error, outcome) from None
-            if run.accelerator.num_processes > 1:  # the others wait for gradients: collective work would wait for ever
-                outcome = f"the other processes can't begin it again with this one, and {_NOT_SAVED}"
+            if (
+                run.accelerator.num_processes > 1
+            ):  # the others wait for gradients: collective work would wait for ever
+                outcome = (
+                    f"the other processes can't begin it again with this one, and {_NOT_SAVED}"
+                )
                 raise _out_of_memory(progress, error, outcome) from None
             run.optimizer_step.discard()
             if progress.splits >= max(len(batch) for batch in accumulation):
@@ -146,7 +156,8 @@ def gradients(run: Run, progress: Progress, accumulation: Sequence[Batch]) -> li
         gc.collect()  # the error's frames hold the tensors of the step
         torch.cuda.empty_cache()
         log.warning(
-            "out of memory: from now on each batch is computed in %d parts, with the same result", progress.splits
+            "out of memory: from now on each batch is computed in %d parts, with the same result",
+            progress.splits,
         )
 
 
@@ -160,7 +171,9 @@ def step(run: Run, progress: Progress, signals: Signals) -> StepResult:
         raise _out_of_memory(progress, error, outcome, advice) from None
 
 
-def _out_of_memory(progress: Progress, error: torch.OutOfMemoryError, outcome: str, advice: str = "") -> RunError:
+def _out_of_memory(
+    progress: Progress, error: torch.OutOfMemoryError, outcome: str, advice: str = ""
+) -> RunError:
     """Return the error that ends the run.
 
     Args:
@@ -177,7 +190,11 @@ def _out_of_memory(progress: Progress, error: torch.OutOfMemoryError, outcome: s
 
 def is_asked_to_end(run: Run, signals: Signals) -> bool:
     """Return whether a signal asked any process to end. Several processes learn it a step later, with the loss."""
-    return signals.asked is not None if run.accelerator.num_processes == 1 else run.metrics.stop_requested
+    return (
+        signals.asked is not None
+        if run.accelerator.num_processes == 1
+        else run.metrics.stop_requested
+    )
 
 
 def after_step(run: Run, progress: Progress) -> None:
@@ -210,12 +227,16 @@ def validate(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None
     rank, world_size = run.rank_and_size
     try:
         with optimizer_step.eval_weights():
-            loss = run.validation.loss(optimizer_step.loss_module, accelerator.device, rank=rank, world_size=world_size)
+            loss = run.validation.loss(
+                optimizer_step.loss_module, accelerator.device, rank=rank, world_size=world_size
+            )
     except torch.OutOfMemoryError:
         if accelerator.num_processes > 1:
             raise
         torch.cuda.empty_cache()
-        log.warning("step %d: no memory to validate; take a smaller batch for the validation", progress.step)
+        log.warning(
+            "step %d: no memory to validate; take a smaller batch for the validation", progress.step
+        )
         return
     run.metrics.log_validation(loss, progress.step, progress.epoch if epoch_ended else None)
     if run.best.is_new(loss, progress.step) and run.keeps_best:
@@ -233,7 +254,11 @@ def preview(run: Run, progress: Progress, *, epoch_ended: bool = False) -> None:
     rank, world_size = run.rank_and_size
     with run.optimizer_step.eval_weights():
         images = run.preview.generate(
-            label, gather_object, rank=rank, world_size=world_size, saves=run.accelerator.is_main_process
+            label,
+            gather_object,
+            rank=rank,
+            world_size=world_size,
+            saves=run.accelerator.is_main_process,
         )
     loss_module.train()
     run.metrics.log_samples(images, progress.step)
@@ -260,7 +285,11 @@ def save(run: Run, progress: Progress, when: When, *, stopped: bool = False) -> 
             run.metrics.log_saved(paths, progress.step, run.session_id)
         at_end = when == "final" or stopped
         wants_state = run.states.save_state or (run.states.save_state_on_train_end and at_end)
-        if wants_state and when != "best" and (run.accelerator.is_main_process or run.shards is not None):
+        if (
+            wants_state
+            and when != "best"
+            and (run.accelerator.is_main_process or run.shards is not None)
+        ):
             state = capture(run, progress, finished=when == "final" and bool(paths))
             if run.accelerator.is_main_process:
                 run.saver.save_state(when, progress, state)
@@ -313,7 +342,9 @@ def verify(run: Run, progress: Progress, steps: int) -> None:
             logged[line["step"]] = line
     last = min(progress.step + steps, max(logged, default=0), run.total_steps)
     if last <= progress.step:
-        raise RunError(f"{log_file}: it has no steps after the state's {progress.step}; resume from an older state")
+        raise RunError(
+            f"{log_file}: it has no steps after the state's {progress.step}; resume from an older state"
+        )
     replayed = _replay(run, progress, last)
     if not run.accelerator.is_main_process:  # which alone has a log
         return
@@ -325,7 +356,9 @@ def verify(run: Run, progress: Progress, steps: int) -> None:
                     "the run doesn't repeat itself"
                 )
     log.info(
-        "verified: %d steps up to step %d give the log's losses and gradient norms, bit by bit", len(replayed), last
+        "verified: %d steps up to step %d give the log's losses and gradient norms, bit by bit",
+        len(replayed),
+        last,
     )
 
 
@@ -333,7 +366,11 @@ def _replay(run: Run, progress: Progress, last: int) -> dict[int, dict]:
     """Train up to a step without validation, samples and saves. Returns the logged lines by step."""
     temporary = run.saver.log_file.with_name(f".{run.saver.log_file.name}.replay")
     metrics = MetricsLogger(
-        last, run.order.steps_per_epoch, is_main=run.accelerator.is_main_process, trackers=None, log_file=temporary
+        last,
+        run.order.steps_per_epoch,
+        is_main=run.accelerator.is_main_process,
+        trackers=None,
+        log_file=temporary,
     )
     replay = dataclasses.replace(
         run,

@@ -38,7 +38,12 @@ def run_training(kind: type[Task[Any]], options: Options, inputs: RunInputs) -> 
         OptionError: the run can't work.
         RunError: the run failed.
     """
-    run, saving, tracking, resume = options[RunOptions], options[SavingOptions], options[TrackerOptions], inputs.resume
+    run, saving, tracking, resume = (
+        options[RunOptions],
+        options[SavingOptions],
+        options[TrackerOptions],
+        inputs.resume,
+    )
     assert saving.output_dir is not None
     if options[DatasetOptions].debug_dataset:
         page_file = saving.output_dir / f"{saving.name}-dataset.html"
@@ -48,7 +53,11 @@ def run_training(kind: type[Task[Any]], options: Options, inputs: RunInputs) -> 
     verifies = options[ResumeOptions].verify_resume is not None
     if resume is not None and resume.is_finished and not (verifies or run.dry_run):
         steps = resume.metadata.step
-        log.info("%s: this run is finished, after %d steps; there is nothing left to do", resume.folder, steps)
+        log.info(
+            "%s: this run is finished, after %d steps; there is nothing left to do",
+            resume.folder,
+            steps,
+        )
         return
     with nullcontext() if run.dry_run else _locked_output(saving.output_dir, saving.name):
         accelerator = start_processes(
@@ -58,7 +67,9 @@ def run_training(kind: type[Task[Any]], options: Options, inputs: RunInputs) -> 
         )
         device, world_size = accelerator.device, accelerator.num_processes
         if run.dry_run:
-            plan = make_plan(kind, options, inputs, device, world_size=world_size, seed=run.seed or 0)
+            plan = make_plan(
+                kind, options, inputs, device, world_size=world_size, seed=run.seed or 0
+            )
             dry_run(plan, accelerator)
             return
         trackers = None

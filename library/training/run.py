@@ -104,7 +104,9 @@ class Run:
         """Yield this process's batches of each optimizer step, from a step on, without end."""
         micro_batches = self.order.from_step(step, self.accelerator.process_index)
         is_cuda = self.accelerator.device.type == "cuda"
-        batches = load_batches(self.batches, micro_batches, num_workers=self.num_workers, pin_memory=is_cuda)
+        batches = load_batches(
+            self.batches, micro_batches, num_workers=self.num_workers, pin_memory=is_cuda
+        )
         accumulation: list[Batch] = []
         for batch in self.slowdown.batches(batches):
             accumulation.append(batch)
@@ -116,7 +118,9 @@ class Run:
 @torch.no_grad()
 def copy_weights(saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     """Copy saved weights into parameters. Raises OptionError if names or shapes differ."""
-    problems = [name for name, p in parameters.items() if name not in saved or saved[name].shape != p.shape]
+    problems = [
+        name for name, p in parameters.items() if name not in saved or saved[name].shape != p.shape
+    ]
     problems += [name for name in saved if name not in parameters]
     if problems:
         raise OptionError(
@@ -184,7 +188,9 @@ def restore(run: Run, resumed: ResumePoint) -> Progress:
         run.best.restore(metadata.best)
         run.saver.remember({**metadata.saved, resumed.folder.name: [str(resumed.folder)]})
     run.preview.restore()
-    log.info("resumed from %s: %d of %d steps are done", resumed.folder, metadata.step, run.total_steps)
+    log.info(
+        "resumed from %s: %d of %d steps are done", resumed.folder, metadata.step, run.total_steps
+    )
     epochs, steps_into_epoch = divmod(metadata.step, run.order.steps_per_epoch)
     if steps_into_epoch == 0 and metadata.epoch == epochs - 1:
         epochs -= 1  # saved between an epoch's last step and its end, which is still to come

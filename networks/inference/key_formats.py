@@ -39,7 +39,9 @@ def every_layer(unet: UNet, encoders: Iterable[nn.Module]) -> list[Target]:
     for path, layer in unet.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             parent, _, attribute = path.rpartition(".")
-            targets.append(Target(UNET, module_key(UNET, path), unet.get_submodule(parent), attribute))
+            targets.append(
+                Target(UNET, module_key(UNET, path), unet.get_submodule(parent), attribute)
+            )
     for model, encoder in zip(TEXT_ENCODERS, encoders, strict=True):
         body = clip_body(encoder)
         for path, layer in body.named_modules():
@@ -48,7 +50,9 @@ def every_layer(unet: UNet, encoders: Iterable[nn.Module]) -> list[Target]:
                 name = module_key(model, f"text_model.{path}")
                 targets.append(Target(model, name, body.get_submodule(parent), attribute))
         if isinstance(getattr(encoder, "text_projection", None), nn.Linear):
-            targets.append(Target(model, module_key(model, "text_projection"), encoder, "text_projection"))
+            targets.append(
+                Target(model, module_key(model, "text_projection"), encoder, "text_projection")
+            )
     return targets
 
 
@@ -113,7 +117,9 @@ def _our_tensor_name(name: str) -> str:
     return f"lora_{projection}.weight"
 
 
-def _add_peft_alphas(modules: Mapping[str, dict[str, Tensor]], path: Path, our_names: Mapping[str, str]) -> None:
+def _add_peft_alphas(
+    modules: Mapping[str, dict[str, Tensor]], path: Path, our_names: Mapping[str, str]
+) -> None:
     """Add the alphas of Diffusers and PEFT, which are stored in PEFT's configuration."""
     config = _peft_config(path)
     for prefix, model in _MODELS.items():

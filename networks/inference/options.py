@@ -17,7 +17,7 @@ _MAX_COLOR_CODES = 7  # three bits, without 0
 
 @dataclass(frozen=True)
 class AppliedNetworkOptions(OptionGroup):
-    """Networks, embeddings and control nets"""
+    """Networks, embeddings and control nets."""
 
     network_weights: tuple[Path, ...] | None = option(
         None,

@@ -21,7 +21,12 @@ FILE_PREFIXES = {
 # The refiner has the second text encoder alone, in the first one's place.
 REFINER_PREFIXES = {**FILE_PREFIXES, "text_encoder_2": "conditioner.embedders.0.model."}
 
-FOLDERS = {"unet": "unet", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2", "vae": "vae"}
+FOLDERS = {
+    "unet": "unet",
+    "text_encoder_1": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "vae": "vae",
+}
 
 # Keys that older versions of the libraries wrote and that carry no weights.
 DROPPED = ("position_ids", "text_projection.weight.weight")
@@ -81,11 +86,15 @@ def unet_pairs(levels: int, layers: int, attended_up: set[int]) -> Pairs:
         first = (layers + 1) * level
         for i in range(layers):
             block(f"input_blocks.{first + i + 1}", f"down_blocks.{level}", i)
-        pairs.append((f"input_blocks.{first + layers + 1}.0.op", f"down_blocks.{level}.downsamplers.0.conv"))
+        pairs.append(
+            (f"input_blocks.{first + layers + 1}.0.op", f"down_blocks.{level}.downsamplers.0.conv")
+        )
         for i in range(layers + 1):
             block(f"output_blocks.{first + i}", f"up_blocks.{level}", i)
         up = 2 if level in attended_up else 1
-        pairs.append((f"output_blocks.{first + layers}.{up}.conv", f"up_blocks.{level}.upsamplers.0.conv"))
+        pairs.append(
+            (f"output_blocks.{first + layers}.{up}.conv", f"up_blocks.{level}.upsamplers.0.conv")
+        )
     block("middle_block", "mid_block", 0)
     pairs.extend((f"middle_block.2.{a}", f"mid_block.resnets.1.{b}") for a, b in _RESIDUAL)
     return pairs
@@ -94,7 +103,11 @@ def unet_pairs(levels: int, layers: int, attended_up: set[int]) -> Pairs:
 def unet_pairs_of_config(config: UNetConfig) -> Pairs:
     layers = next(i for i, block in enumerate(config.input_blocks) if block.resample)
     levels = 1 + sum(block.resample for block in config.input_blocks)
-    attended = {level for level in range(levels) if config.output_blocks[(layers + 1) * level + layers].depth}
+    attended = {
+        level
+        for level in range(levels)
+        if config.output_blocks[(layers + 1) * level + layers].depth
+    }
     return unet_pairs(levels, layers, attended)
 
 
@@ -105,7 +118,11 @@ def unet_pairs_of_diffusers_names(names: Iterable[str]) -> Pairs:
         for name in names
         if (match := re.match(r"down_blocks\.(\d+)\.resnets\.(\d+)\.", name))
     ]
-    attended = {int(match[1]) for name in names if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
+    attended = {
+        int(match[1])
+        for name in names
+        if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name))
+    }
     levels, layers = (1 + max((pair[k] for pair in downs), default=0) for k in (0, 1))
     return unet_pairs(levels, layers, attended)
 
@@ -115,11 +132,18 @@ def unet_pairs_of_diffusers_names(names: Iterable[str]) -> Pairs:
 
 def vae_pairs(levels: int = 4) -> Pairs:
     """(single-file, Diffusers) prefixes of the VAE."""
-    pairs = [("encoder.norm_out", "encoder.conv_norm_out"), ("decoder.norm_out", "decoder.conv_norm_out")]
+    pairs = [
+        ("encoder.norm_out", "encoder.conv_norm_out"),
+        ("decoder.norm_out", "decoder.conv_norm_out"),
+    ]
     for level in range(levels):
-        up = levels - 1 - level  # the single file numbers the decoder's levels by resolution, Diffusers by order
+        up = (
+            levels - 1 - level
+        )  # the single file numbers the decoder's levels by resolution, Diffusers by order
         for i in range(3):
-            pairs.append((f"encoder.down.{level}.block.{i}", f"encoder.down_blocks.{level}.resnets.{i}"))
+            pairs.append(
+                (f"encoder.down.{level}.block.{i}", f"encoder.down_blocks.{level}.resnets.{i}")
+            )
             pairs.append((f"decoder.up.{level}.block.{i}", f"decoder.up_blocks.{up}.resnets.{i}"))
             pairs.append(
                 (
@@ -128,14 +152,33 @@ def vae_pairs(levels: int = 4) -> Pairs:
                 )
             )
             pairs.append(
-                (f"decoder.up.{level}.block.{i}.nin_shortcut", f"decoder.up_blocks.{up}.resnets.{i}.conv_shortcut")
+                (
+                    f"decoder.up.{level}.block.{i}.nin_shortcut",
+                    f"decoder.up_blocks.{up}.resnets.{i}.conv_shortcut",
+                )
             )
-        pairs.append((f"encoder.down.{level}.downsample.conv", f"encoder.down_blocks.{level}.downsamplers.0.conv"))
-        pairs.append((f"decoder.up.{level}.upsample.conv", f"decoder.up_blocks.{up}.upsamplers.0.conv"))
+        pairs.append(
+            (
+                f"encoder.down.{level}.downsample.conv",
+                f"encoder.down_blocks.{level}.downsamplers.0.conv",
+            )
+        )
+        pairs.append(
+            (f"decoder.up.{level}.upsample.conv", f"decoder.up_blocks.{up}.upsamplers.0.conv")
+        )
     for side in ("encoder", "decoder"):
         mid = f"{side}.mid_block"
-        pairs += [(f"{side}.mid.block_1", f"{mid}.resnets.0"), (f"{side}.mid.block_2", f"{mid}.resnets.1")]
-        attention = (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
+        pairs += [
+            (f"{side}.mid.block_1", f"{mid}.resnets.0"),
+            (f"{side}.mid.block_2", f"{mid}.resnets.1"),
+        ]
+        attention = (
+            ("norm", "group_norm"),
+            ("q", "to_q"),
+            ("k", "to_k"),
+            ("v", "to_v"),
+            ("proj_out", "to_out.0"),
+        )
         pairs += [(f"{side}.mid.attn_1.{a}", f"{mid}.attentions.0.{b}") for a, b in attention]
     return pairs
 
@@ -144,11 +187,18 @@ def vae_pairs(levels: int = 4) -> Pairs:
 OLD_VAE_ATTENTION = [
     (f"{side}.mid_block.attentions.0.{old}", f"{side}.mid_block.attentions.0.{new}")
     for side in ("encoder", "decoder")
-    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+    for old, new in (
+        ("query", "to_q"),
+        ("key", "to_k"),
+        ("value", "to_v"),
+        ("proj_attn", "to_out.0"),
+    )
 ]
 
 # Linear layers of the VAE's attention; single files keep them as 1x1 convolutions.
-VAE_ATTENTION_WEIGHT = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.weight")
+VAE_ATTENTION_WEIGHT = re.compile(
+    r"(encoder|decoder)\.mid_block\.attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.weight"
+)
 
 # -------------------------------------------------------------------------------------------------------- text encoder 2
 

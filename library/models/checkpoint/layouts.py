@@ -34,7 +34,9 @@ def module_from_file(part: str, tensors: Tensors) -> dict[str, "torch.Tensor"]:
         return _text_encoder_2_from_file(kept)
     if part == "vae":
         rename = Renaming(key_maps.vae_pairs())
-        return _vae_attention_shaped({rename(name): tensor for name, tensor in kept.items()}, linear=True)
+        return _vae_attention_shaped(
+            {rename(name): tensor for name, tensor in kept.items()}, linear=True
+        )
     return kept
 
 
@@ -60,7 +62,10 @@ def file_from_module(part: str, tensors: Tensors) -> Tensors:
         return _text_encoder_2_to_file(tensors)
     if part == "vae":
         rename = Renaming(inverse(key_maps.vae_pairs()))
-        return {rename(name): tensor for name, tensor in _vae_attention_shaped(tensors, linear=False).items()}
+        return {
+            rename(name): tensor
+            for name, tensor in _vae_attention_shaped(tensors, linear=False).items()
+        }
     return dict(tensors)
 
 
@@ -75,17 +80,23 @@ def module_from_folder(part: str, tensors: Tensors) -> dict[str, "torch.Tensor"]
     return {rename(name): tensor for name, tensor in tensors.items() if not name.endswith(DROPPED)}
 
 
-def folder_from_module(part: str, tensors: Tensors, config: UNetConfig) -> dict[str, "torch.Tensor"]:
+def folder_from_module(
+    part: str, tensors: Tensors, config: UNetConfig
+) -> dict[str, "torch.Tensor"]:
     """What a Diffusers folder keeps; `config` is the U-Net's, which decides its names."""
     rename = Renaming(key_maps.unet_pairs_of_config(config) if part == "unet" else ())
     return {rename(name): tensor for name, tensor in tensors.items()}
 
 
 def _text_encoder_2_from_file(tensors: Tensors) -> dict[str, "torch.Tensor"]:
-    rename = Renaming(key_maps.open_clip_pairs(_layers(tensors, r"transformer\.resblocks\.(\d+)\.")))
+    rename = Renaming(
+        key_maps.open_clip_pairs(_layers(tensors, r"transformer\.resblocks\.(\d+)\."))
+    )
     module = {}
     for name, tensor in tensors.items():
-        if match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", name):
+        if match := re.fullmatch(
+            r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", name
+        ):
             layer, kind = match.groups()
             for projection, piece in zip(STACKED, tensor.chunk(3), strict=True):
                 module[f"text_model.encoder.layers.{layer}.self_attn.{projection}.{kind}"] = piece
@@ -97,15 +108,23 @@ def _text_encoder_2_from_file(tensors: Tensors) -> dict[str, "torch.Tensor"]:
 def _text_encoder_2_to_file(tensors: Tensors) -> LazyTensors:
     import torch
 
-    rename = Renaming(inverse(key_maps.open_clip_pairs(_layers(tensors, r"text_model\.encoder\.layers\.(\d+)\."))))
+    rename = Renaming(
+        inverse(key_maps.open_clip_pairs(_layers(tensors, r"text_model\.encoder\.layers\.(\d+)\.")))
+    )
     file: dict[str, Callable[[], torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        match = re.fullmatch(r"(text_model\.encoder\.layers\.(\d+)\.self_attn)\.([qkv]_proj)\.(weight|bias)", name)
+        match = re.fullmatch(
+            r"(text_model\.encoder\.layers\.(\d+)\.self_attn)\.([qkv]_proj)\.(weight|bias)", name
+        )
         if match is None:
-            file[rename(name)] = partial(torch.t if name == "text_projection.weight" else torch.as_tensor, tensor)
+            file[rename(name)] = partial(
+                torch.t if name == "text_projection.weight" else torch.as_tensor, tensor
+            )
         elif match[3] == STACKED[0]:
             pieces = [tensors[f"{match[1]}.{projection}.{match[4]}"] for projection in STACKED]
-            file[f"transformer.resblocks.{match[2]}.attn.in_proj_{match[4]}"] = partial(torch.cat, pieces)
+            file[f"transformer.resblocks.{match[2]}.attn.in_proj_{match[4]}"] = partial(
+                torch.cat, pieces
+            )
     return LazyTensors(file)
 
 
@@ -120,4 +139,6 @@ def _vae_attention_shaped(tensors: Tensors, *, linear: bool) -> dict[str, "torch
 
 
 def _layers(names: Iterable[str], pattern: str) -> int:
-    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+    return 1 + max(
+        (int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1
+    )

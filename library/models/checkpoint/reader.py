@@ -51,7 +51,9 @@ class Checkpoint:
     v_prediction: bool | None
     zero_terminal_snr: bool | None
     said_by: str
-    _stored: Mapping[str, Mapping[str, tuple[OpenTensors, str]]]  # part -> stored name without prefix -> file, key
+    _stored: Mapping[
+        str, Mapping[str, tuple[OpenTensors, str]]
+    ]  # part -> stored name without prefix -> file, key
 
     @property
     def parts(self) -> list[str]:
@@ -83,7 +85,11 @@ class Checkpoint:
         """What a single file keeps of the part, without prefix; of a single file, its very tensors."""
         if self.is_folder:
             return layouts.file_from_module(part, self.tensors(part))
-        return {name: tensor for name, tensor in self._raw(part).items() if not name.endswith(layouts.DROPPED)}
+        return {
+            name: tensor
+            for name, tensor in self._raw(part).items()
+            if not name.endswith(layouts.DROPPED)
+        }
 
     def _raw(self, part: str) -> dict[str, "torch.Tensor"]:
         return {name: file[key] for name, (file, key) in self._stored[part].items()}
@@ -96,7 +102,9 @@ def open_checkpoint(name: str, *, mapped: bool = True, prefer_fp16: bool = False
         mapped: map safetensors files into memory instead of reading them (--disable_mmap_load_safetensors turns it off).
         prefer_fp16: of a folder with both, take the fp16 variant.
 
-    Raises OptionError for what is no SDXL model, in one line; RunError for a damaged file.
+    Raises:
+        OptionError: it is not an SDXL model; the message is one line.
+        RunError: the file is damaged.
     """
     path = _locate(name, prefer_fp16=prefer_fp16)
     if path.is_dir():
@@ -134,10 +142,16 @@ def _unet_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> UNetConfi
     try:
         return UNetConfig.from_shapes(shapes)
     except (KeyError, StopIteration) as error:
-        raise RunError(f"{path}: the U-Net lacks {error}: the file is damaged or no SDXL checkpoint") from None
+        raise RunError(
+            f"{path}: the U-Net lacks {error}: the file is damaged or no SDXL checkpoint"
+        ) from None
 
 
-_SDXL_SIGNATURE = ("model.diffusion_model.input_blocks.", "model.diffusion_model.label_emb.", "conditioner.embedders.")
+_SDXL_SIGNATURE = (
+    "model.diffusion_model.input_blocks.",
+    "model.diffusion_model.label_emb.",
+    "conditioner.embedders.",
+)
 
 # What else a user may have picked: (a prefix or piece of a key, what the file is); the first that is found counts.
 _SIGNATURES = (
@@ -180,13 +194,18 @@ def _open_folder(path: Path, *, mapped: bool, prefer_fp16: bool) -> Checkpoint:
     index = _read_json(path / "model_index.json")
     pipeline = index.get("_class_name", "no pipeline")
     if not str(pipeline).startswith("StableDiffusionXL"):
-        raise OptionError(f"{path}: this folder holds {pipeline}; a StableDiffusionXL pipeline is needed")
+        raise OptionError(
+            f"{path}: this folder holds {pipeline}; a StableDiffusionXL pipeline is needed"
+        )
     stored: dict[str, dict[str, tuple[OpenTensors, str]]] = {}
     for part, folder in FOLDERS.items():
         if index.get(folder) == [None, None]:  # the refiner's first text encoder
             stored[part] = {}
             continue
-        files = [open_tensors(file, mapped=mapped) for file in _component_files(path / folder, prefer_fp16=prefer_fp16)]
+        files = [
+            open_tensors(file, mapped=mapped)
+            for file in _component_files(path / folder, prefer_fp16=prefer_fp16)
+        ]
         stored[part] = {name: (file, name) for file in files for name in file.shapes}
     rename = layouts.unet_name_from_folder(stored["unet"])
     shapes = {rename(name): file.shapes[key] for name, (file, key) in stored["unet"].items()}
@@ -228,7 +247,9 @@ def choose_weights(names: Iterable[str], *, prefer_fp16: bool) -> list[str]:
 def _component_files(folder: Path, *, prefer_fp16: bool) -> list[Path]:
     chosen = choose_weights((file.name for file in folder.glob("*")), prefer_fp16=prefer_fp16)
     if not chosen:
-        raise RunError(f"{folder}: no weights here; expected diffusion_pytorch_model.safetensors or model.safetensors")
+        raise RunError(
+            f"{folder}: no weights here; expected diffusion_pytorch_model.safetensors or model.safetensors"
+        )
     return [folder / name for name in chosen]
 
 
@@ -240,7 +261,11 @@ def open_tensors(path: Path, *, mapped: bool = True) -> OpenTensors:
     with open(path, "rb") as file:
         start = file.read(2)
     is_pickle = start in (b"PK", b"\x80\x02") and path.suffix != ".safetensors"
-    return _PickledTensors(path, mapped=mapped and start == b"PK") if is_pickle else TensorFile(path, mapped=mapped)
+    return (
+        _PickledTensors(path, mapped=mapped and start == b"PK")
+        if is_pickle
+        else TensorFile(path, mapped=mapped)
+    )
 
 
 class _PickledTensors:
@@ -265,7 +290,9 @@ class _PickledTensors:
         loaded = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
         if not isinstance(loaded, Mapping):
             loaded = {}
-        self._tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+        self._tensors = {
+            name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)
+        }
         self.metadata: Mapping[str, str] = {}
 
     @property
@@ -343,6 +370,10 @@ def _from_hub(repo_id: str, *, prefer_fp16: bool) -> Path:
     with hub_errors(repo_id):
         there = hub_files(repo_id)
         for folder in FOLDERS.values():
-            files = [name.removeprefix(f"{folder}/") for name in there if name.startswith(f"{folder}/")]
-            wanted += [f"{folder}/{name}" for name in choose_weights(files, prefer_fp16=prefer_fp16)]
+            files = [
+                name.removeprefix(f"{folder}/") for name in there if name.startswith(f"{folder}/")
+            ]
+            wanted += [
+                f"{folder}/{name}" for name in choose_weights(files, prefer_fp16=prefer_fp16)
+            ]
         return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=wanted))

@@ -25,7 +25,11 @@ SDXL_BASE = UNetConfig(
     ),
     middle_depth=10,
     output_blocks=(
-        *(BlockPlan(2560, 1280, 10), BlockPlan(2560, 1280, 10), BlockPlan(1920, 1280, 10, resample=True)),
+        *(
+            BlockPlan(2560, 1280, 10),
+            BlockPlan(2560, 1280, 10),
+            BlockPlan(1920, 1280, 10, resample=True),
+        ),
         *(BlockPlan(1920, 640, 2), BlockPlan(1280, 640, 2), BlockPlan(960, 640, 2, resample=True)),
         *(BlockPlan(960, 320), BlockPlan(640, 320), BlockPlan(640, 320)),
     ),
@@ -56,14 +60,21 @@ def stand_in(path: Path) -> Checkpoint:
 
     with torch.device("meta"):
         shapes = {
-            "unet": {name: tuple(tensor.shape) for name, tensor in UNet(SDXL_BASE).state_dict().items()},
+            "unet": {
+                name: tuple(tensor.shape) for name, tensor in UNet(SDXL_BASE).state_dict().items()
+            },
             "text_encoder_1": dict(_text_encoder(768, 12)),
-            "text_encoder_2": {**dict(_text_encoder(1280, 32)), "text_projection.weight": (1280, 1280)},
+            "text_encoder_2": {
+                **dict(_text_encoder(1280, 32)),
+                "text_projection.weight": (1280, 1280),
+            },
             "vae": _VAE,
         }
         stored = {}
         for part, own in shapes.items():
-            tensors = layouts.file_from_module(part, {name: torch.empty(shape) for name, shape in own.items()})
+            tensors = layouts.file_from_module(
+                part, {name: torch.empty(shape) for name, shape in own.items()}
+            )
             file = _Sizes(tensors)
             stored[part] = {name: (file, name) for name in tensors}
     return Checkpoint(path, False, SDXL_BASE, None, None, "", stored)

@@ -46,7 +46,9 @@ def save_single_file(
     made: dict[str, Callable[[], Tensor]] = {}
     for part in PARTS:
         for own in _file_tensors(part, checkpoint, changed):
-            made |= {checkpoint.prefixes[part] + name: partial(own.__getitem__, name) for name in own}
+            made |= {
+                checkpoint.prefixes[part] + name: partial(own.__getitem__, name) for name in own
+            }
     marks = {"v_pred": v_prediction, "ztsnr": zero_terminal_snr}
     made |= {name: partial(torch.zeros, 0) for name, is_set in marks.items() if is_set}
     tensors = layouts.LazyTensors(made)
@@ -60,7 +62,9 @@ def save_single_file(
         write_atomically(path, lambda file: torch.save({"state_dict": stored}, file))
 
 
-def _file_tensors(part: str, checkpoint: Checkpoint, changed: ModuleTensors) -> Iterator[Mapping[str, Tensor]]:
+def _file_tensors(
+    part: str, checkpoint: Checkpoint, changed: ModuleTensors
+) -> Iterator[Mapping[str, Tensor]]:
     """What a single file keeps of the part, later ones instead of earlier ones."""
     yield checkpoint.file_tensors(part)
     if part in changed:  # what the live module doesn't hold (logit_scale) stays what it was
@@ -68,7 +72,9 @@ def _file_tensors(part: str, checkpoint: Checkpoint, changed: ModuleTensors) -> 
 
 
 def _dtype_chooser(dtype: torch.dtype | None) -> Callable[[str, Tensor], str | None]:
-    return lambda name, tensor: str(dtype).removeprefix("torch.") if dtype and tensor.is_floating_point() else None
+    return lambda name, tensor: (
+        str(dtype).removeprefix("torch.") if dtype and tensor.is_floating_point() else None
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- Diffusers
@@ -93,14 +99,19 @@ def save_diffusers(
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
         renamed = layouts.folder_from_module(part, tensors[part], checkpoint.unet)
         write_safetensors(
-            folder / name / f"{stem}.safetensors", renamed, {"format": "pt"}, dtype_of=_dtype_chooser(dtype)
+            folder / name / f"{stem}.safetensors",
+            renamed,
+            {"format": "pt"},
+            dtype_of=_dtype_chooser(dtype),
         )
         _write_json(folder / name / "config.json", configs[part])
     index = _model_index(checkpoint.unet)
     for tokenizer, name in zip(tokenizers, ("tokenizer", "tokenizer_2"), strict=True):
         if index[name] != _ABSENT:
             save_tokenizer(tokenizer, folder / name)
-    _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(v_prediction, zero_terminal_snr))
+    _write_json(
+        folder / "scheduler" / "scheduler_config.json", _scheduler(v_prediction, zero_terminal_snr)
+    )
     _write_json(folder / "model_index.json", index)
 
 
@@ -136,7 +147,11 @@ def _model_index(unet: UNetConfig) -> dict[str, Any]:
             "text_encoder": _ABSENT,
             "tokenizer": _ABSENT,
         }
-    return {**_MODEL_INDEX, "_class_name": "StableDiffusionXLInpaintPipeline"} if unet.is_inpainting else _MODEL_INDEX
+    return (
+        {**_MODEL_INDEX, "_class_name": "StableDiffusionXLInpaintPipeline"}
+        if unet.is_inpainting
+        else _MODEL_INDEX
+    )
 
 
 def _scheduler(v_prediction: bool, zero_terminal_snr: bool) -> dict[str, Any]:
@@ -159,12 +174,22 @@ def _configs(tensors: ModuleTensors, unet: UNetConfig) -> Iterator[tuple[str, di
     from library.models.vae import vae_config
 
     yield "unet", unet_folder_config(unet)
-    yield "vae", {"_class_name": "AutoencoderKL", "scaling_factor": LATENT_SCALE, **vae_config(tensors["vae"])}
+    yield (
+        "vae",
+        {
+            "_class_name": "AutoencoderKL",
+            "scaling_factor": LATENT_SCALE,
+            **vae_config(tensors["vae"]),
+        },
+    )
     for number, kind in ((1, "CLIPTextModel"), (2, "CLIPTextModelWithProjection")):
         if f"text_encoder_{number}" not in tensors:
             continue
         config = text_encoder_config(tensors[f"text_encoder_{number}"], number)
-        yield f"text_encoder_{number}", {"architectures": [kind], "model_type": "clip_text_model", **config}
+        yield (
+            f"text_encoder_{number}",
+            {"architectures": [kind], "model_type": "clip_text_model", **config},
+        )
 
 
 def unet_folder_config(unet: UNetConfig) -> dict[str, Any]:
@@ -177,7 +202,9 @@ def unet_folder_config(unet: UNetConfig) -> dict[str, Any]:
         [block.depth for block in unet.output_blocks[i : i + layers + 1]]
         for i in range(0, len(unet.output_blocks), layers + 1)
     ]
-    regular = all(depth == down[-1 - i].depth for i, depths in enumerate(up_depths) for depth in depths)
+    regular = all(
+        depth == down[-1 - i].depth for i, depths in enumerate(up_depths) for depth in depths
+    )
     config = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": 128,
@@ -185,9 +212,15 @@ def unet_folder_config(unet: UNetConfig) -> dict[str, Any]:
         "out_channels": unet.out_channels,
         "block_out_channels": widths,
         "layers_per_block": layers,
-        "down_block_types": ["CrossAttnDownBlock2D" if block.depth else "DownBlock2D" for block in down],
-        "mid_block_type": "UNetMidBlock2D" if unet.middle_depth is None else "UNetMidBlock2DCrossAttn",
-        "up_block_types": ["CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in up_depths],
+        "down_block_types": [
+            "CrossAttnDownBlock2D" if block.depth else "DownBlock2D" for block in down
+        ],
+        "mid_block_type": "UNetMidBlock2D"
+        if unet.middle_depth is None
+        else "UNetMidBlock2DCrossAttn",
+        "up_block_types": [
+            "CrossAttnUpBlock2D" if any(depths) else "UpBlock2D" for depths in up_depths
+        ],
         "transformer_layers_per_block": [max(1, block.depth) for block in down],
         "attention_head_dim": [max(1, width // HEAD_CHANNELS) for width in widths],
         "cross_attention_dim": unet.context_channels,
@@ -197,5 +230,7 @@ def unet_folder_config(unet: UNetConfig) -> dict[str, Any]:
         "projection_class_embeddings_input_dim": unet.vector_channels,
     }
     if not regular:  # SSD-1B and Vega
-        config["reverse_transformer_layers_per_block"] = [depths if any(depths) else 1 for depths in up_depths]
+        config["reverse_transformer_layers_per_block"] = [
+            depths if any(depths) else 1 for depths in up_depths
+        ]
     return config

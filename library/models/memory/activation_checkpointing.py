@@ -60,7 +60,9 @@ class ActivationStore:
             cheap: modules whose outputs are recomputed with "selective".
         """
         self.how = how
-        self._again: MutableMapping[Any, _Recomputed] = WeakKeyDictionary()  # by the storage that the result has
+        self._again: MutableMapping[Any, _Recomputed] = (
+            WeakKeyDictionary()
+        )  # by the storage that the result has
         self._away: MutableMapping[Any, tuple[object, _Offloaded]] = (
             WeakKeyDictionary()
         )  # by storage, with the layout in it
@@ -82,7 +84,9 @@ class ActivationStore:
     @contextmanager
     def saved(self, device: torch.device) -> Iterator[None]:
         """Context manager around a forward pass on this device."""
-        if not torch.is_grad_enabled() or (self.how.policy != "selective" and self.how.home is None):
+        if not torch.is_grad_enabled() or (
+            self.how.policy != "selective" and self.how.home is None
+        ):
             yield
             return
         if self.how.home is not None and (self._stream is None or self._stream.device != device):
@@ -105,7 +109,12 @@ class ActivationStore:
         if (again := self._again.get(storage)) is not None:
             return _Saved(again, layout)
         is_weight = isinstance(tensor._base, nn.Parameter)
-        if self._stream is None or is_weight or tensor.device != self._stream.device or tensor.nbytes < _LEAST_BYTES:
+        if (
+            self._stream is None
+            or is_weight
+            or tensor.device != self._stream.device
+            or tensor.nbytes < _LEAST_BYTES
+        ):
             return tensor.detach()  # the tensor itself would keep its autograd node alive
         known, away = self._away.get(storage, (None, None))
         if away is None or known != layout:
@@ -159,7 +168,9 @@ class _Offloaded(_Absent):
         self._stream, self._before = stream, before
         # The stretch of memory that it occupies, so that it returns with the same layout, which selects kernels.
         self._shape, self._stride = tensor.shape, tensor.stride()
-        reach = 1 + sum((size - 1) * step for size, step in zip(self._shape, self._stride, strict=True))
+        reach = 1 + sum(
+            (size - 1) * step for size, step in zip(self._shape, self._stride, strict=True)
+        )
         stretch = tensor.detach().as_strided((reach,), (1,))
         self._place = stream.empty_on_cpu(stretch)
         stream.offload(stretch, self._place)

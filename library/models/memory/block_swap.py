@@ -29,7 +29,11 @@ class BlockSwapper:
         self._indices = {id(block): index for index, block in enumerate(blocks)}
         # Small tensors stay: they are a thousandth of the weights, and steps within backward handle them together.
         self._tensors = [
-            [tensor for tensor in (*block.parameters(), *block.buffers()) if tensor.numel() >= param_group.SMALL]
+            [
+                tensor
+                for tensor in (*block.parameters(), *block.buffers())
+                if tensor.numel() >= param_group.SMALL
+            ]
             for block in blocks
         ]
         self._coming: dict[int, list[_SwappedTensor]] = {}
@@ -76,7 +80,10 @@ class BlockSwapper:
             self._coming[then] = self._fetch(then)
 
     def _fetch(self, index: int) -> "list[_SwappedTensor]":
-        return [_SwappedTensor(tensor, tensor.data, self._stream.fetch(tensor.data)) for tensor in self._tensors[index]]
+        return [
+            _SwappedTensor(tensor, tensor.data, self._stream.fetch(tensor.data))
+            for tensor in self._tensors[index]
+        ]
 
     def _unload(self, but: int | None = None) -> None:
         """Move the loaded blocks back to RAM, with their changes if they are trained.
@@ -113,7 +120,9 @@ class _SwappedTensor(NamedTuple):
 
 def largest_blocks(blocks: Sequence[nn.Module], count: int) -> list[nn.Module]:
     """Return the `count` largest blocks in their order; of equal ones an evenly spaced selection, so that copies have time."""
-    sizes = [sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers())) for block in blocks]
+    sizes = [
+        sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers())) for block in blocks
+    ]
     selected: list[int] = []
     for size in sorted(set(sizes), reverse=True):
         equal = [i for i, other in enumerate(sizes) if other == size]

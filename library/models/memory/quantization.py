@@ -49,7 +49,9 @@ def quantize_weight(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return torch.ops.bitsandbytes.quantize_4bit(weight, _BLOCK, "nf4", torch.uint8)
 
 
-def dequantize_weight(values: Tensor, scale: Tensor, kind: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def dequantize_weight(
+    values: Tensor, scale: Tensor, kind: str, shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
     """Return the weight that was quantized, up to rounding, in this shape and dtype."""
     if kind == "nf4":
         return torch.ops.bitsandbytes.dequantize_4bit(values, scale, _BLOCK, "nf4", shape, dtype)
@@ -127,7 +129,9 @@ def quantize(module: nn.Module, kind: str, place: Callable[[Tensor], Tensor]) ->
 def large_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield (path, layer) for each layer that `quantize` replaces."""
     for path, layer in module.named_modules():
-        is_inside = ".layers." in path or path.startswith(("input_blocks.", "middle_block.", "output_blocks."))
+        is_inside = ".layers." in path or path.startswith(
+            ("input_blocks.", "middle_block.", "output_blocks.")
+        )
         if isinstance(layer, nn.Linear) and is_inside:
             yield path, layer
 

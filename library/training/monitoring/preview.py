@@ -266,7 +266,9 @@ def _write_png(path: Path, image: Image.Image) -> None:
     write_atomically(path, lambda file: image.save(file, format="PNG"))
 
 
-def read_prompts(options: PreviewOptions, size: Size, *, takes_conditions: bool) -> list[SamplePrompt]:
+def read_prompts(
+    options: PreviewOptions, size: Size, *, takes_conditions: bool
+) -> list[SamplePrompt]:
     """Return the prompts of samples during training. Mistakes in them are logged, and the prompts used without them.
 
     Args:
@@ -282,10 +284,17 @@ def read_prompts(options: PreviewOptions, size: Size, *, takes_conditions: bool)
     num_conditions = sum(prompt.controlnet_image is not None for prompt in prompts)
     if num_conditions and not takes_conditions:
         log.warning(
-            "--sample_prompts: %d controlnet_image (--cn) change nothing: no control net is trained", num_conditions
+            "--sample_prompts: %d controlnet_image (--cn) change nothing: no control net is trained",
+            num_conditions,
         )
     elif takes_conditions and num_conditions < len(prompts):
-        log.warning("--sample_prompts: %d prompts have no condition (--cn FILE)", len(prompts) - num_conditions)
+        log.warning(
+            "--sample_prompts: %d prompts have no condition (--cn FILE)",
+            len(prompts) - num_conditions,
+        )
     if not prompts:
-        log.warning("--sample_prompts %s: no prompts in it; no samples are generated", options.sample_prompts)
+        log.warning(
+            "--sample_prompts %s: no prompts in it; no samples are generated",
+            options.sample_prompts,
+        )
     return [at_size(prompt, size.width, size.height) for prompt in prompts]

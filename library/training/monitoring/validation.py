@@ -131,9 +131,9 @@ class Best:
 
 
 def fixed_timesteps(low: int | None, high: int | None) -> list[int]:
-    """Return the inner points of the trained range, evenly spaced:
+    """Return four evenly spaced inner points of the trained range.
 
-    200, 400, 600, 800 for the complete range.
+    They are 200, 400, 600 and 800 for the complete range.
     """
     low = low or 0
     if high is None:

@@ -17,7 +17,7 @@ ACCELERATE_VARS = (_FSDP, _DEEPSPEED)
 
 @dataclass(frozen=True)
 class ShardingOptions(OptionGroup, affects_result=False):
-    """Sharding over several GPUs"""
+    """Sharding over several GPUs."""
 
     deepspeed: bool = option(
         False,

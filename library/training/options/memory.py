@@ -10,7 +10,7 @@ from library.options import OptionGroup, option
 
 @dataclass(frozen=True)
 class MemoryOptions(OptionGroup):
-    """Memory"""
+    """Memory."""
 
     memory_plan: str | None = option(
         None,
@@ -126,7 +126,7 @@ _BACKENDS = [
 
 @dataclass(frozen=True)
 class CompileOptions(OptionGroup):
-    """torch.compile"""
+    """torch.compile."""
 
     torch_compile: bool = option(
         False,

@@ -9,7 +9,7 @@ from library.options import OptionGroup, option
 
 @dataclass(frozen=True)
 class NoiseOptions(OptionGroup):
-    """Noise"""
+    """Noise."""
 
     noise_offset: float | None = option(
         None,
@@ -79,7 +79,7 @@ class NoiseOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class LossOptions(OptionGroup):
-    """Loss"""
+    """Loss."""
 
     loss_type: str = option(
         "l2", "loss of each element", choices=("l2", "l1", "huber", "smooth_l1")

@@ -23,7 +23,7 @@ SCHEDULERS = (
 
 @dataclass(frozen=True)
 class OptimizerOptions(OptionGroup):
-    """Optimizer"""
+    """Optimizer."""
 
     optimizer_type: str = option(
         "",
@@ -82,7 +82,7 @@ class OptimizerOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class ScheduleOptions(OptionGroup):
-    """Learning-rate schedule (counted in optimizer steps)"""
+    """Learning-rate schedule (counted in optimizer steps)."""
 
     lr_scheduler: str = option(
         "constant",
@@ -183,7 +183,7 @@ def read_arguments(
 
 @dataclass(frozen=True)
 class EmaOptions(OptionGroup):
-    """Exponential moving average of the weights (EMA)"""
+    """Exponential moving average of the weights (EMA)."""
 
     ema_decay: float | None = option(
         None,
@@ -202,7 +202,7 @@ class EmaOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class UpdateOptions(OptionGroup):
-    """16-bit trained weights, and the optimizer in backward"""
+    """16-bit trained weights, and the optimizer in backward."""
 
     full_bf16: bool = option(
         False,

@@ -11,7 +11,7 @@ from library.options import OptionGroup, option
 
 @dataclass(frozen=True)
 class SavingOptions(OptionGroup, affects_result=False):
-    """Saving"""
+    """Saving."""
 
     output_dir: Path | None = option(None, "folder for all output files", private=True)
     output_name: str | None = option(
@@ -68,7 +68,7 @@ class SavingOptions(OptionGroup, affects_result=False):
 
 @dataclass(frozen=True)
 class ResumeOptions(OptionGroup, affects_result=False):
-    """States, and resuming from them"""
+    """States, and resuming from them."""
 
     save_state: bool = option(False, "save a state with each saved model, and at the end")
     save_state_on_train_end: bool = option(False, "save a state at the end")
@@ -172,7 +172,7 @@ def is_plain_name(name: str) -> bool:
 
 @dataclass(frozen=True)
 class PreviewOptions(OptionGroup, affects_result=False):
-    """Sample images during training (OUTPUT_DIR/sample)"""
+    """Sample images during training (OUTPUT_DIR/sample)."""
 
     sample_prompts: Path | None = option(
         None, "file of prompts: .txt with one per line, .toml or .json", private=True
@@ -209,7 +209,7 @@ class PreviewOptions(OptionGroup, affects_result=False):
 
 @dataclass(frozen=True)
 class TrackerOptions(OptionGroup, affects_result=False):
-    """Trackers"""
+    """Trackers."""
 
     logging_dir: Path | None = option(
         None, "folder of the TensorBoard logs; implies --log_with tensorboard", private=True
@@ -256,7 +256,7 @@ class TrackerOptions(OptionGroup, affects_result=False):
 
 @dataclass(frozen=True)
 class UploadOptions(OptionGroup, affects_result=False):
-    """Upload to the Hugging Face hub"""
+    """Upload to the Hugging Face hub."""
 
     huggingface_repo_id: str | None = option(
         None, "repository to which every saved file is uploaded; created if it doesn't exist"
@@ -288,7 +288,7 @@ class UploadOptions(OptionGroup, affects_result=False):
 
 @dataclass(frozen=True)
 class MetadataOptions(OptionGroup, affects_result=False):
-    """Metadata of the saved file (modelspec)"""
+    """Metadata of the saved file (modelspec)."""
 
     metadata_title: str | None = option(None, "title; unset: --output_name")
     metadata_author: str | None = option(None, "author")

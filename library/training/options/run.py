@@ -9,7 +9,7 @@ from library.options import OptionGroup, option
 
 @dataclass(frozen=True)
 class RunOptions(OptionGroup):
-    """Run"""
+    """Run."""
 
     max_train_steps: int = option(1600, "total number of optimizer steps", at_least=1)
     max_train_epochs: int | None = option(
@@ -64,7 +64,7 @@ class RunOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class ValidationOptions(OptionGroup):
-    """Validation (on the images held out by --validation_split)"""
+    """Validation (on the images held out by --validation_split)."""
 
     validate_every_n_steps: int | None = option(
         None, "validate after every N optimizer steps", at_least=1, unset=(0,), affects_result=False

@@ -23,7 +23,7 @@ from networks.options import NetworkOptions, check_weights
 
 @dataclass(frozen=True)
 class FineTuneOptions(OptionGroup):
-    """Fine-tuning"""
+    """Fine-tuning."""
 
     train_text_encoder: bool = option(
         False, "train both text encoders too; excludes --cache_text_encoder_outputs"
@@ -93,7 +93,7 @@ class FineTuneOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class EmbeddingOptions(OptionGroup):
-    """Textual Inversion"""
+    """Textual Inversion."""
 
     token_string: str | None = option(None, "placeholder token; captions contain it")
     init_word: str | None = option(
@@ -128,7 +128,7 @@ class EmbeddingOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class PivotalOptions(OptionGroup):
-    """A placeholder token trained with the network (pivotal tuning)"""
+    """A placeholder token trained with the network (pivotal tuning)."""
 
     train_token: str | None = option(
         None,
@@ -186,7 +186,7 @@ _BLOCK = re.compile(r"(input_blocks|output_blocks)(\.\d)?|middle_block")
 
 @dataclass(frozen=True)
 class LLLiteOptions(OptionGroup):
-    """ControlNet-LLLite"""
+    """ControlNet-LLLite."""
 
     cond_emb_dim: int | None = option(
         None,

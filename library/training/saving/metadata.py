@@ -187,9 +187,9 @@ def modelspec(
 
 
 def _thumbnail(value: str | None) -> str | None:
-    """Return a data:
+    """Return the thumbnail as a data URL.
 
-    URL unchanged, and an image file as one. A missing file is logged and left out.
+    A data URL is returned unchanged. A missing file is logged and left out.
     """
     if value is None or value.startswith("data:"):
         return value

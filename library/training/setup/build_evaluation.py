@@ -36,7 +36,9 @@ def build_validation(plan: RunPlan, cached: CachedData, batches: Batches) -> Val
         _warn_without_samples(cached)
     return Validation(
         dataclasses.replace(batches, samples=samples, seed=seed),
-        validation_batches(group_samples(cached.datasets, samples), total_steps, chosen.max_validation_steps),
+        validation_batches(
+            group_samples(cached.datasets, samples), total_steps, chosen.max_validation_steps
+        ),
         fixed_timesteps(noise.min_timestep, noise.max_timestep),
         seed,
         chosen.validate_every_n_steps,
@@ -47,9 +49,14 @@ def build_validation(plan: RunPlan, cached: CachedData, batches: Batches) -> Val
 def _warn_without_samples(cached: CachedData) -> None:
     split = max(dataset.config.validation_split for dataset in cached.datasets)
     if split:
-        log.warning("there is nothing to validate on: validation_split %g of the images rounds to none", split)
+        log.warning(
+            "there is nothing to validate on: validation_split %g of the images rounds to none",
+            split,
+        )
     else:
-        log.warning("there is nothing to validate on: give --validation_split, or validation_split in the dataset file")
+        log.warning(
+            "there is nothing to validate on: give --validation_split, or validation_split in the dataset file"
+        )
 
 
 def build_preview(plan: RunPlan, cached: CachedData, task: Task[Any]) -> Preview:

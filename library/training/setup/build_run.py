@@ -28,7 +28,9 @@ from library.training.setup.step_plan import training_samples
 from library.training.setup.training_state import build_training_state
 
 
-def build_run(plan: RunPlan, cached: CachedData, accelerator: Accelerator, trackers: Trackers | None) -> Run:
+def build_run(
+    plan: RunPlan, cached: CachedData, accelerator: Accelerator, trackers: Trackers | None
+) -> Run:
     """Load the models, build what is trained, and log what the run is going to do.
 
     Args:
@@ -44,12 +46,14 @@ def build_run(plan: RunPlan, cached: CachedData, accelerator: Accelerator, track
     training = build_training_state(plan, accelerator)
     plan = plan.for_task(training.task)
     options, steps, resume = plan.options, plan.steps, plan.inputs.resume
-    is_main = accelerator.is_main_process
+    is_main, world_size = accelerator.is_main_process, accelerator.num_processes
     session_id, done = str(secrets.randbits(32)), Progress()
     if resume is not None:
         session_id = resume.metadata.session_id
         done = Progress(resume.metadata.epoch, resume.metadata.step)
-    saver = build_saver(plan, training, session_id=session_id, world_size=accelerator.num_processes, is_main=is_main)
+    saver = build_saver(
+        plan, training, session_id=session_id, world_size=world_size, is_main=is_main
+    )
     for line in plan.describe():
         log.info(line)
     states = options[ResumeOptions]
@@ -57,14 +61,15 @@ def build_run(plan: RunPlan, cached: CachedData, accelerator: Accelerator, track
         saver.schedule.check_space(steps.total_steps, done)
         if not states.verify_resume:
             write_run_file(saver.run_file, {**options.changed(), "seed": steps.order.seed})
-    batches = _build_batches(plan, cached)
+    batches, validating = _build_batches(plan, cached), options[ValidationOptions]
     first_step = 0 if resume is not None else plan.first_step
-    validating = options[ValidationOptions]
     return Run(
         accelerator=accelerator,
         trainables=training.task.trainables,
         shards=training.shards,
-        parameters={name: p for group in training.local_groups for name, p in group.parameters.items()},
+        parameters={
+            name: p for group in training.local_groups for name, p in group.parameters.items()
+        },
         optimizer_step=training.optimizer_step,
         ema=training.ema,
         gradient_check=GradientFlowCheck(training.local_groups, max(first_step, done.step)),

@@ -11,7 +11,13 @@ from library.models.options import ModelOptions
 from library.training.optim.optimizers import format_optimizer
 from library.training.options.optimizer import OptimizerOptions, read_arguments
 from library.training.options.output import MetadataOptions, UploadOptions
-from library.training.saving.metadata import RunFacts, at_save, model_metadata, modelspec, training_metadata
+from library.training.saving.metadata import (
+    RunFacts,
+    at_save,
+    model_metadata,
+    modelspec,
+    training_metadata,
+)
 from library.training.saving.saver import MakeMetadata, Saver
 from library.training.saving.uploads import open_uploads
 from library.training.setup.plan import RunPlan
@@ -19,7 +25,9 @@ from library.training.setup.training_state import TrainingState
 from library.training.tasks.base import Task
 
 
-def build_saver(plan: RunPlan, training: TrainingState, *, session_id: str, world_size: int, is_main: bool) -> Saver:
+def build_saver(
+    plan: RunPlan, training: TrainingState, *, session_id: str, world_size: int, is_main: bool
+) -> Saver:
     """Return the run's Saver.
 
     Args:
@@ -34,7 +42,9 @@ def build_saver(plan: RunPlan, training: TrainingState, *, session_id: str, worl
     arguments, _ = read_arguments("--optimizer_args", optimizing.optimizer_args)
     hashes: Callable[[], Mapping[str, str]] = dict
     if is_main and not task.is_terse:
-        hashes = _in_background(lambda: model_metadata(str(model.pretrained_model_name_or_path), model.vae))
+        hashes = _in_background(
+            lambda: model_metadata(str(model.pretrained_model_name_or_path), model.vae)
+        )
     facts = RunFacts(
         datasets=plan.datasets,
         seed=order.seed,

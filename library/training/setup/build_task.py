@@ -85,7 +85,10 @@ def activation_policy(options: MemoryOptions) -> ActivationPolicy:
 
 
 def build_on_meta(
-    kind: type[Task[Any]], models: SdxlModels, settings: TaskSettings, groups: tuple[OptionGroup, ...]
+    kind: type[Task[Any]],
+    models: SdxlModels,
+    settings: TaskSettings,
+    groups: tuple[OptionGroup, ...],
 ) -> Task[Any] | None:
     """Build the task without weights, so that what can't work is reported before hours of caching.
 
@@ -137,7 +140,9 @@ def build_loss_module(
 
     def encode_images(images: Tensor, noise: Tensor) -> Tensor:
         latents = []
-        for pixels, pixel_noise in zip(images.split(vae_batch_size), noise.split(vae_batch_size), strict=True):
+        for pixels, pixel_noise in zip(
+            images.split(vae_batch_size), noise.split(vae_batch_size), strict=True
+        ):
             latents.append(models.encode_images(pixels, pixel_noise))
         return torch.cat(latents)
 

@@ -54,7 +54,9 @@ def report_images(plan: RunPlan, collector: MistakeCollector) -> ImageReport:
             to_decode = _check_cache(caches, "latents", samples, _latent_problem(plan), size)
     rejected = audit(to_decode, plan.inputs.file_index)
     with collector.collected():
-        datasets = without_bad(datasets, rejected, skip=plan.options[DatasetOptions].skip_bad_images)
+        datasets = without_bad(
+            datasets, rejected, skip=plan.options[DatasetOptions].skip_bad_images
+        )
     if cache.text:
         with collector.collected():
             num_tokens = plan.options[ModelOptions].num_tokens
@@ -62,7 +64,9 @@ def report_images(plan: RunPlan, collector: MistakeCollector) -> ImageReport:
             _check_cache(caches, "text", all_samples(datasets), _text_problem(plan), size)
     num_empty = sum(not sample.caption for sample in samples)
     num_held_out = sum(len(dataset.validation) for dataset in plan.datasets)
-    sources = dict.fromkeys(str(subset.source) for dataset in plan.datasets for subset in dataset.config.subsets)
+    sources = dict.fromkeys(
+        str(subset.source) for dataset in plan.datasets for subset in dataset.config.subsets
+    )
     images = [
         ("from", ", ".join(sources)),
         ("images", f"{len(samples)}, {num_held_out} of them held out for validation"),
@@ -73,7 +77,11 @@ def report_images(plan: RunPlan, collector: MistakeCollector) -> ImageReport:
 
 
 def _check_cache(
-    rows: Rows, name: str, samples: Sequence[Sample], problem: Problem, size: Callable[[Sample], int]
+    rows: Rows,
+    name: str,
+    samples: Sequence[Sample],
+    problem: Problem,
+    size: Callable[[Sample], int],
 ) -> list[Sample]:
     """Add a row about a cache, and return the samples that it lacks.
 
@@ -108,7 +116,9 @@ def _latent_problem(plan: RunPlan) -> Problem:
 
 def _any_latents_file(datasets: Sequence[Dataset]) -> bool:
     samples = all_samples(datasets)
-    return any(sample.latents_file.exists() or sample.old_latents_file.exists() for sample in samples)
+    return any(
+        sample.latents_file.exists() or sample.old_latents_file.exists() for sample in samples
+    )
 
 
 def _text_problem(plan: RunPlan) -> Problem:
@@ -149,7 +159,9 @@ def _latent_bytes(*, for_inpainting: bool) -> Callable[[Sample], int]:
     return size
 
 
-def _text_bytes(variants: CaptionVariants, num_tokens: int, models: SdxlModels) -> Callable[[Sample], int]:
+def _text_bytes(
+    variants: CaptionVariants, num_tokens: int, models: SdxlModels
+) -> Callable[[Sample], int]:
     width_1, width_2 = (token_width(models, f"text_encoder_{number}") for number in (1, 2))
     numel = (num_tokens + 2) * (width_1 + width_2) + width_2
     return lambda sample: _FLOAT32_BYTES * len(variants.texts(sample)) * numel

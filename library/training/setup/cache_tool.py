@@ -21,12 +21,18 @@ from networks.options import NetworkOptions
 
 @dataclass(frozen=True)
 class ToolOptions(OptionGroup):
-    """Caching"""
+    """Caching."""
 
-    mixed_precision: str = option("no", "dtype in which the models compute", choices=("no", "fp16", "bf16"))
-    seed: int | None = option(None, "chooses the images that validation_split holds out", at_least=0)
+    mixed_precision: str = option(
+        "no", "dtype in which the models compute", choices=("no", "fp16", "bf16")
+    )
+    seed: int | None = option(
+        None, "chooses the images that validation_split holds out", at_least=0
+    )
     skip_existing: bool = option(
-        False, "old switch", no_effect="valid cache files are always kept, and only the missing ones are made"
+        False,
+        "old switch",
+        no_effect="valid cache files are always kept, and only the missing ones are made",
     )
     sdxl: bool = option(False, "the model is an SDXL model", no_effect="it always is")
 
@@ -45,11 +51,17 @@ def unused_options() -> dict[str, str]:
     ours = {spec.name for group in GROUPS for spec in specs_of(group)}
     theirs = [spec.name for group in (*COMMON_TRAINING, NetworkOptions) for spec in specs_of(group)]
     ours.add("dataset_class")
-    unused = {name: "it is for training" for name in [*theirs, *UNSUPPORTED, *NO_EFFECT] if name not in ours}
+    unused = {
+        name: "it is for training"
+        for name in [*theirs, *UNSUPPORTED, *NO_EFFECT]
+        if name not in ours
+    }
     return unused | dict.fromkeys(_FLUX.split(), "it is for FLUX")
 
 
-def read_tool_options(description: str, argv: list[str] | None, **cache: Any) -> tuple[Options, DatasetDefinition]:
+def read_tool_options(
+    description: str, argv: list[str] | None, **cache: Any
+) -> tuple[Options, DatasetDefinition]:
     """Return the options of a caching tool, and the dataset definition.
 
     Args:
@@ -57,7 +69,6 @@ def read_tool_options(description: str, argv: list[str] | None, **cache: Any) ->
         argv: the words of the command line.
         **cache: the cache options that the tool stands for.
     """
-
     if not cache.get("cache_text_encoder_outputs"):
         cache["text_cache_variants"] = None  # which a run's config file may set
 
@@ -81,7 +92,9 @@ def read_tool_options(description: str, argv: list[str] | None, **cache: Any) ->
 
 def _check_tool(options: DatasetOptions) -> Iterator[Mistake]:
     if options.debug_dataset:
-        yield Mistake("--debug_dataset is for the training scripts; give it to the run that the caches are for")
+        yield Mistake(
+            "--debug_dataset is for the training scripts; give it to the run that the caches are for"
+        )
 
 
 def fill(options: Options, definition: DatasetDefinition) -> None:
@@ -126,5 +139,8 @@ def fill(options: Options, definition: DatasetDefinition) -> None:
         skip_bad_images=data.skip_bad_images,
         audits=False,
     )
-    log.info("done: the caches of %d images are complete", sum(len(dataset.samples) for dataset in cached.datasets))
+    log.info(
+        "done: the caches of %d images are complete",
+        sum(len(dataset.samples) for dataset in cached.datasets),
+    )
     accelerator.end_training()

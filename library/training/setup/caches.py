@@ -92,9 +92,9 @@ def fill_caches(plan: RunPlan, accelerator: Accelerator) -> CachedData:
         models.release("vae")
     if cached.text is not None:
         models.release("text_encoders")
-    return dataclasses.replace(cached, prompts=prompts, prompt_texts=prompt_texts, keeps_vae=keeps_vae)
-
-
+    return dataclasses.replace(
+        cached, prompts=prompts, prompt_texts=prompt_texts, keeps_vae=keeps_vae
+    )
 
 
 def _warn_without_masks(datasets: Sequence[Dataset]) -> None:
@@ -158,7 +158,9 @@ def fill_dataset_caches(
     return CachedData(kept, latents, text)
 
 
-def without_bad(datasets: Sequence[Dataset], rejected: Sequence[RejectedSample], *, skip: bool) -> list[Dataset]:
+def without_bad(
+    datasets: Sequence[Dataset], rejected: Sequence[RejectedSample], *, skip: bool
+) -> list[Dataset]:
     """Return the datasets without rejected samples.
 
     Args:
@@ -187,11 +189,14 @@ def cache_latents(
     cache = latent_cache(models, options, file_index)
     rank, world_size = _rank_and_size(rank_and_size, cache)
     rejected = fill_latents(
-        samples, cache, models.encode_images, options.vae_batch_size, rank=rank, world_size=world_size
+        samples,
+        cache,
+        models.encode_images,
+        options.vae_batch_size,
+        rank=rank,
+        world_size=world_size,
     )
     return cache, rejected
-
-
 
 
 def cache_text(
@@ -217,8 +222,6 @@ def cache_text(
     return cache
 
 
-
-
 def finish_caches(
     samples: Sequence[Sample],
     caches: Sequence[LatentCache | TextCache | None],
@@ -236,7 +239,9 @@ def finish_caches(
             continue
         missing = [sample.file for sample in samples if not cache.has(sample)]
         if missing:
-            raise RunError(f"{len(missing)} images have no cache after caching: {', '.join(missing[:5])}")
+            raise RunError(
+                f"{len(missing)} images have no cache after caching: {', '.join(missing[:5])}"
+            )
         if isinstance(cache, LatentsOnDisk | TextOnDisk):
             cache.record_written()
     if accelerator.is_main_process:
@@ -244,18 +249,16 @@ def finish_caches(
     file_index.forget()
 
 
-
-
-
-
-
-
-def _rank_and_size(rank_and_size: tuple[int, int], cache: LatentCache | TextCache) -> tuple[int, int]:
+def _rank_and_size(
+    rank_and_size: tuple[int, int], cache: LatentCache | TextCache
+) -> tuple[int, int]:
     """Return rank and world size for filling a cache: processes divide files, and each fills its own memory."""
     return (0, 1) if cache.in_memory else rank_and_size
 
 
-def _of_all_processes(rejected: Sequence[RejectedSample], samples: Sequence[Sample]) -> list[RejectedSample]:
+def _of_all_processes(
+    rejected: Sequence[RejectedSample], samples: Sequence[Sample]
+) -> list[RejectedSample]:
     """Return the samples that any process rejected, once each."""
     index = {id(sample): i for i, sample in enumerate(samples)}
     local = [(index[id(bad.sample)], bad.reason) for bad in rejected]

@@ -62,7 +62,9 @@ class Table:
         widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
         lines = [self.title]
         for row in (self.columns, *self.rows):
-            lines.append("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+            lines.append(
+                "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            )
         return "\n".join(lines)
 
 
@@ -75,7 +77,12 @@ def dataset_page(title: str, tables: Iterable[Table], shown: Iterable[Shown], no
         shown: the images.
         note: a line above the images.
     """
-    lines = [f"<h1>{html.escape(title)}</h1>", *map(_table, tables), f"<p>{html.escape(note)}</p>", "<div class=grid>"]
+    lines = [
+        f"<h1>{html.escape(title)}</h1>",
+        *map(_table, tables),
+        f"<p>{html.escape(note)}</p>",
+        "<div class=grid>",
+    ]
     lines += map(_card, shown)
     return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", "\n".join(lines) + "</div>")
 

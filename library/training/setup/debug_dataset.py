@@ -25,7 +25,9 @@ IMAGES_ON_PAGE = 300
 RANDOM_CAPTIONS = 3  # shown of a caption that differs from step to step
 
 
-def show_dataset(inputs: RunInputs, model: ModelOptions, run: RunOptions, page_file: Path, *, augments: bool) -> None:
+def show_dataset(
+    inputs: RunInputs, model: ModelOptions, run: RunOptions, page_file: Path, *, augments: bool
+) -> None:
     """Print tables and captions, and write them with thumbnails to a page.
 
     Args:
@@ -42,7 +44,9 @@ def show_dataset(inputs: RunInputs, model: ModelOptions, run: RunOptions, page_f
         print(table.as_text(), end="\n\n")
     limit, seed, all_shown = model.num_tokens, run.seed or 0, []
     for i, sample in enumerate(training_samples(inputs.datasets)):
-        shown = _show(sample, tokenizer, limit, seed, augments=augments, with_pixels=i < IMAGES_ON_PAGE)
+        shown = _show(
+            sample, tokenizer, limit, seed, augments=augments, with_pixels=i < IMAGES_ON_PAGE
+        )
         all_shown.append(shown)
         print(_format_line(shown))
     summary = _summary(all_shown)
@@ -64,11 +68,22 @@ def _bucket_table(dataset: Dataset) -> Table:
     rows = []
     for bucket, samples in sorted(by_bucket.items()):
         num_samples = sum(sample.repeats for sample in samples)
-        scale = sum(sample.fit.resized.width / sample.size.width for sample in samples) / len(samples)
+        scale = sum(sample.fit.resized.width / sample.size.width for sample in samples) / len(
+            samples
+        )
         lost = sum(map(_lost, samples)) / len(samples)
         num_batches = math.ceil(num_samples / dataset.config.batch_size)
         size = f"{bucket[0]}x{bucket[1]}"
-        rows.append((size, str(len(samples)), str(num_samples), str(num_batches), f"{scale:.2f}", f"{lost:.1%}"))
+        rows.append(
+            (
+                size,
+                str(len(samples)),
+                str(num_samples),
+                str(num_batches),
+                f"{scale:.2f}",
+                f"{lost:.1%}",
+            )
+        )
     columns = ("bucket", "images", "with repeats", "batches", "mean scale", "mean crop loss")
     plan = dataset.config
     title = f"Dataset at {plan.buckets.resolution}, batches of {plan.batch_size}"
@@ -91,7 +106,9 @@ def _steps_table(datasets: Sequence[Dataset], run: RunOptions) -> Table:
         repeats = [sample.repeats for sample in samples if sample.subset is subset]
         kind = "regularization" if subset.is_reg else "training"
         total = sum(repeats)
-        rows.append((str(subset.source), kind, str(len(repeats)), f"{total / len(repeats):g}", str(total)))
+        rows.append(
+            (str(subset.source), kind, str(len(repeats)), f"{total / len(repeats):g}", str(total))
+        )
     title = (
         f"{order.batches_per_epoch} batches / {run.gradient_accumulation_steps} accumulated = {order.steps_per_epoch} steps "
         f"an epoch on one process; {total_steps} steps in all, {num_epochs} epochs"
@@ -99,14 +116,24 @@ def _steps_table(datasets: Sequence[Dataset], run: RunOptions) -> Table:
     return Table(title, ("images from", "kind", "images", "x repeats", "= an epoch"), rows)
 
 
-def _show(sample: Sample, tokenizer: Tokenizer, limit: int, seed: int, *, augments: bool, with_pixels: bool) -> Shown:
+def _show(
+    sample: Sample,
+    tokenizer: Tokenizer,
+    limit: int,
+    seed: int,
+    *,
+    augments: bool,
+    with_pixels: bool,
+) -> Shown:
     """Return an image as the model will see it. Reads the image file only if pixels are wanted."""
     captions = _captions(sample, seed)
     ids = max((tokenizer.ids(caption) for caption in captions), key=len)
     pixels, mask, condition, note = None, None, None, ""
     if with_pixels:
         try:
-            loaded = load_pixels(sample, python_rng(seed, "debug", sample.file) if augments else None)
+            loaded = load_pixels(
+                sample, python_rng(seed, "debug", sample.file) if augments else None
+            )
             pixels, mask = loaded.rgb, _mask(sample, loaded)
             if sample.conditioning is not None and not sample.subset.conditioning_is_mask:
                 condition = load_conditioning(sample, flipped=False)
@@ -135,7 +162,9 @@ def _captions(sample: Sample, seed: int) -> list[str]:
     captions: dict[str, None] = {}
     for i in range(RANDOM_CAPTIONS if settings.random_settings() else 1):
         rng = python_rng(seed, "debug", sample.file, i)
-        captions[process_caption(sample.caption, settings, rng, epoch=1, step=0, max_train_steps=1)] = None
+        captions[
+            process_caption(sample.caption, settings, rng, epoch=1, step=0, max_train_steps=1)
+        ] = None
     return list(captions)
 
 

@@ -20,7 +20,12 @@ from library.files import format_bytes, free_space
 from library.training.monitoring.preview import read_prompts
 from library.training.monitoring.trackers import read_tracker_config
 from library.training.options.optimizer import OptimizerOptions, ScheduleOptions
-from library.training.options.output import PreviewOptions, ResumeOptions, TrackerOptions, UploadOptions
+from library.training.options.output import (
+    PreviewOptions,
+    ResumeOptions,
+    TrackerOptions,
+    UploadOptions,
+)
 from library.training.progress import Progress
 from library.training.setup.cache_report import Rows, report_images
 from library.training.setup.measure import Measurement, measure
@@ -52,7 +57,9 @@ def dry_run(plan: RunPlan, accelerator: Accelerator) -> None:
     page = Page()
     page.add("Model", _model_rows(plan))
     page.add("Images", images.images)
-    page.add("Caches", images.caches or [("", "none: images and captions are encoded in every step")])
+    page.add(
+        "Caches", images.caches or [("", "none: images and captions are encoded in every step")]
+    )
     page.add("Buckets", [("", line) for line in format_buckets(plan.buckets, most=_MOST_BUCKETS)])
     page.add("Plan", [("", line) for line in plan.describe()])
     page.add("Run", _run_rows(plan, collector))
@@ -82,7 +89,9 @@ class Page:
         self._lines.append(title)
         for label, text in rows:
             indent = _LABEL if label else 0
-            lines = textwrap.wrap(text, _WIDTH - 2 - indent, break_long_words=False, break_on_hyphens=False)
+            lines = textwrap.wrap(
+                text, _WIDTH - 2 - indent, break_long_words=False, break_on_hyphens=False
+            )
             for i, line in enumerate(lines):
                 prefix = label if i == 0 else ""
                 self._lines.append(f"  {prefix:{indent}}{line}")
@@ -125,7 +134,11 @@ def _run_rows(plan: RunPlan, collector: MistakeCollector) -> Rows:
     """Return how the run trains, where it begins, and what it generates and sends."""
     options = plan.options
     optimizing, schedule = options[OptimizerOptions], options[ScheduleOptions]
-    upload, tracking, states = options[UploadOptions], options[TrackerOptions], options[ResumeOptions]
+    upload, tracking, states = (
+        options[UploadOptions],
+        options[TrackerOptions],
+        options[ResumeOptions],
+    )
     warmup = f", warm-up {schedule.lr_warmup_steps:g}" if schedule.lr_warmup_steps else ""
     rows = [
         ("optimizer", " ".join([optimizing.name, *(optimizing.optimizer_args or ())])),
@@ -146,7 +159,9 @@ def _run_rows(plan: RunPlan, collector: MistakeCollector) -> Rows:
         rows.append(("logs", ", ".join(tracking.names)))
     if upload.huggingface_repo_id:
         sends_states = states.saves_states and upload.save_state_to_huggingface
-        rows.append(("uploads", f"to {upload.huggingface_repo_id}{', states too' if sends_states else ''}"))
+        rows.append(
+            ("uploads", f"to {upload.huggingface_repo_id}{', states too' if sends_states else ''}")
+        )
     return rows
 
 
@@ -170,7 +185,9 @@ def _first_step(plan: RunPlan) -> str | None:
         return f"not at all: {resume.folder} is the state of a finished run"
     if resume is not None:
         step = resume.metadata.step
-        return f"at step {step}, from {resume.folder}; {plan.steps.total_steps - step} steps are left"
+        return (
+            f"at step {step}, from {resume.folder}; {plan.steps.total_steps - step} steps are left"
+        )
     with suppress(OptionError):  # which the plan has among its mistakes
         return f"at step {plan.first_step}"
     return None
@@ -196,7 +213,9 @@ def _check_writable(folder: Path) -> None:
         raise OptionError(f"--output_dir {folder}: {nearest} can't be written in")
 
 
-def time_rows(plan: RunPlan, collector: MistakeCollector, measured: Callable[[], Measurement]) -> Rows:
+def time_rows(
+    plan: RunPlan, collector: MistakeCollector, measured: Callable[[], Measurement]
+) -> Rows:
     """Return the measured time and memory of a step, and the expected time of the run.
 
     Args:
@@ -213,19 +232,33 @@ def time_rows(plan: RunPlan, collector: MistakeCollector, measured: Callable[[],
         measurement = measured()
     except torch.OutOfMemoryError as error:
         if largest.largest == 1:
-            collector.mistakes.append(Mistake(f"a single image of {largest.size} doesn't fit the GPU's memory"))
-        return [("", f"a batch of {largest.largest} at {largest.size} doesn't fit the GPU: {first_line(error)}")]
+            collector.mistakes.append(
+                Mistake(f"a single image of {largest.size} doesn't fit the GPU's memory")
+            )
+        return [
+            (
+                "",
+                f"a batch of {largest.largest} at {largest.size} doesn't fit the GPU: {first_line(error)}",
+            )
+        ]
     batch = f"batches of {largest.largest} at {largest.size}"
     peak, seconds = format_bytes(measurement.peak), measurement.seconds
     order, total_steps = plan.steps.order, plan.steps.total_steps
-    expected = expected_seconds(seconds, plan.buckets, order.world_size, total_steps / order.steps_per_epoch)
+    expected = expected_seconds(
+        seconds, plan.buckets, order.world_size, total_steps / order.steps_per_epoch
+    )
     return [
         ("measured", f"{batch}: {seconds:.2f} s each, {peak} at the peak"),
-        ("expected", f"{format_duration(expected)}, without caching, samples, validation and saving"),
+        (
+            "expected",
+            f"{format_duration(expected)}, without caching, samples, validation and saving",
+        ),
     ]
 
 
-def expected_seconds(seconds: float, buckets: list[Bucket], world_size: int, epochs: float) -> float:
+def expected_seconds(
+    seconds: float, buckets: list[Bucket], world_size: int, epochs: float
+) -> float:
     """Return the expected time of a run, whose steps take time by their pixels.
 
     Args:

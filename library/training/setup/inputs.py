@@ -59,7 +59,9 @@ class RunInputs:
 
 
 def inspect_inputs(
-    options: Options, definition: DatasetDefinition, change_datasets: ChangeDatasets = lambda datasets: datasets
+    options: Options,
+    definition: DatasetDefinition,
+    change_datasets: ChangeDatasets = lambda datasets: datasets,
 ) -> RunInputs:
     """Open the base model, scan the datasets, and find the state to resume from.
 
@@ -77,7 +79,9 @@ def inspect_inputs(
     """
     run, loss, cache = options[RunOptions], options[LossOptions], options[CacheOptions]
     zero_stage_source = options.where("zero_stage") if options.given("zero_stage") else None
-    _warn_about_sharding(options[ShardingOptions], run, options[OptimizerOptions], zero_stage_source)
+    _warn_about_sharding(
+        options[ShardingOptions], run, options[OptimizerOptions], zero_stage_source
+    )
     checkpoint, model_mistakes = _open_model(options[ModelOptions], run)
     _refuse_to_overwrite(checkpoint.path, options[SavingOptions])
     flags = {}
@@ -85,13 +89,17 @@ def inspect_inputs(
         denied = options.where(name) if options.given(name) else None
         flags[name] = _settle_flag(getattr(options[ModelOptions], name), denied, name, checkpoint)
     v_prediction, zero_terminal_snr = flags["v_parameterization"], flags["zero_terminal_snr"]
-    mistakes = _check_against_model(loss, checkpoint, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr)
+    mistakes = _check_against_model(
+        loss, checkpoint, v_prediction=v_prediction, zero_terminal_snr=zero_terminal_snr
+    )
     if mistakes:
         raise OptionError(*model_mistakes, *mistakes)
     try:
         if not (loss.masked_loss or checkpoint.unet.is_inpainting or model_mistakes):
             check_masks_are_used(definition.configs)
-        scanned, file_index = scan_datasets(definition, options[DatasetOptions], cache.cache_dir, seed=run.seed)
+        scanned, file_index = scan_datasets(
+            definition, options[DatasetOptions], cache.cache_dir, seed=run.seed
+        )
         datasets = change_datasets(scanned)
     except OptionError as error:
         raise OptionError(*model_mistakes, *error.mistakes) from None
@@ -99,7 +107,9 @@ def inspect_inputs(
     values = {spec.name: str(value) for spec, value in options.specs() if spec.affects_result}
     signature = _signature(values, datasets, options[ModelOptions], cache, states)
     resume, collector = None, MistakeCollector(raises=not run.dry_run)
-    if not (run.dry_run and states.resume and uploads.resume_from_huggingface):  # a page downloads no state
+    if not (
+        run.dry_run and states.resume and uploads.resume_from_huggingface
+    ):  # a page downloads no state
         with collector.collected():
             patience = options[ValidationOptions].early_stop_patience
             resume = find_resume_point(
@@ -138,7 +148,10 @@ def _signature(
 
 
 def _warn_about_sharding(
-    sharding: ShardingOptions, run: RunOptions, optimizing: OptimizerOptions, zero_stage_source: str | None
+    sharding: ShardingOptions,
+    run: RunOptions,
+    optimizing: OptimizerOptions,
+    zero_stage_source: str | None,
 ) -> None:
     """Log what the sharding of the launch means for the run's options."""
     notices = sharding_notices(
@@ -168,7 +181,11 @@ def _open_model(model: ModelOptions, run: RunOptions) -> tuple[Checkpoint, tuple
 
 
 def scan_datasets(
-    definition: DatasetDefinition, options: DatasetOptions, cache_dir: Path | None, *, seed: int | None
+    definition: DatasetDefinition,
+    options: DatasetOptions,
+    cache_dir: Path | None,
+    *,
+    seed: int | None,
 ) -> tuple[list[Dataset], FileIndex]:
     """Scan the datasets.
 
@@ -214,7 +231,9 @@ def open_model(model: ModelOptions, *, prefer_fp16: bool) -> Checkpoint:
         if model.vae is not None:
             check_vae(model.vae)
         checkpoint = open_checkpoint(
-            model.pretrained_model_name_or_path, mapped=not model.disable_mmap_load_safetensors, prefer_fp16=prefer_fp16
+            model.pretrained_model_name_or_path,
+            mapped=not model.disable_mmap_load_safetensors,
+            prefer_fp16=prefer_fp16,
         )
         if model.verify_model:
             _verify(checkpoint.path)
@@ -230,7 +249,9 @@ def _verify(path: Path) -> None:
         metadata = read_header(path).metadata
     expected = metadata.get("modelspec.hash_sha256") or metadata.get("sshs_model_hash")
     if expected is None:
-        raise RunError(f"--verify_model: {path} has no sha256 in its metadata to compare with; leave the option out")
+        raise RunError(
+            f"--verify_model: {path} has no sha256 in its metadata to compare with; leave the option out"
+        )
     actual = data_hash(path)
     if actual != expected.lower().removeprefix("0x"):
         raise RunError(
@@ -288,7 +309,9 @@ def _check_against_model(
             "--scale_v_pred_loss_like_noise_pred is for velocity models; give --v_parameterization if this is one"
         )
     if loss.v_pred_like_loss and v_prediction:
-        texts.append(f"--v_pred_like_loss is for models that predict noise; {checkpoint.path.name} predicts velocity")
+        texts.append(
+            f"--v_pred_like_loss is for models that predict noise; {checkpoint.path.name} predicts velocity"
+        )
     weighs_by_snr = loss.min_snr_gamma or loss.debiased_estimation_loss or loss.v_pred_like_loss
     if zero_terminal_snr and not v_prediction and weighs_by_snr:
         texts.append(
@@ -298,7 +321,9 @@ def _check_against_model(
         )
     unet = checkpoint.unet
     if unet.in_channels != 4 and not unet.is_inpainting:
-        texts.append(f"{checkpoint.path}: a U-Net with {unet.in_channels} input channels isn't known here")
+        texts.append(
+            f"{checkpoint.path}: a U-Net with {unet.in_channels} input channels isn't known here"
+        )
     optional = {"text_encoder_1"} if unet.takes_score else set()  # a refiner has one text encoder
     missing = [name for name in PARTS if name not in checkpoint.parts and name not in optional]
     if missing:

@@ -82,7 +82,9 @@ def random_batch(plan: RunPlan, bucket: Bucket) -> Batch:
         latents=torch.randn(count, LATENT_CHANNELS, *latent_size) if cache.latents else None,
         inpaint_masks=masks,
         cached_inpaint_channels=cached_channels,
-        text=_random_text(models, count, plan.options[ModelOptions].num_tokens) if cache.text else None,
+        text=_random_text(models, count, plan.options[ModelOptions].num_tokens)
+        if cache.text
+        else None,
         original_sizes=sizes,
         crop_top_lefts=torch.zeros_like(sizes),
         target_sizes=sizes,
@@ -101,7 +103,9 @@ def _random_text(models: SdxlModels, count: int, num_tokens: int) -> EncodedText
     width_1, width_2 = (token_width(models, f"text_encoder_{number}") for number in (1, 2))
     length = num_tokens + 2  # with the start and end tokens
     return EncodedText(
-        torch.randn(count, length, width_1), torch.randn(count, length, width_2), torch.randn(count, width_2)
+        torch.randn(count, length, width_1),
+        torch.randn(count, length, width_2),
+        torch.randn(count, width_2),
     )
 
 

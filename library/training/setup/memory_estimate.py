@@ -42,9 +42,7 @@ _RESIDUAL, _TRANSFORMER = 10.1, 24.17
 _RESIDUAL_SELECTED, _TRANSFORMER_SELECTED = 4.13, 17.18
 _SKIPS = 0.5  # of the blocks' outputs, kept because later blocks see them too
 _RESIDUAL_INPUTS, _TRANSFORMER_INPUTS = 3.77, 0.99  # where blocks are recomputed
-_TEXT_LAYER = (
-    16.0  # q, k, v, attention, two norms, and the four times wider feed-forward before and after its activation
-)
+_TEXT_LAYER = 16.0  # q, k, v, attention, two norms, and the four times wider feed-forward before and after its activation
 _VAE = 3.0  # a residual block's input, hidden state and output, at the images' full size
 
 _FLOAT32 = 4
@@ -167,7 +165,9 @@ def activation_bytes(work: Work) -> int:
     return int(max(forward, encoding) * work.bytes_each)
 
 
-def unet_activations(unet: UNetConfig, positions: int, policy: str | None, *, offloads: bool = False) -> float:
+def unet_activations(
+    unet: UNetConfig, positions: int, policy: str | None, *, offloads: bool = False
+) -> float:
     """Return the elements that the U-Net keeps on the device for backward, per image.
 
     Args:
@@ -180,11 +180,15 @@ def unet_activations(unet: UNetConfig, positions: int, policy: str | None, *, of
     if policy is None:
         return sum(size * (_RESIDUAL + depth * _TRANSFORMER) for size, depth in blocks)
     if policy == "selective" and not offloads:
-        return sum(size * (_RESIDUAL_SELECTED + depth * _TRANSFORMER_SELECTED) for size, depth in blocks)
+        return sum(
+            size * (_RESIDUAL_SELECTED + depth * _TRANSFORMER_SELECTED) for size, depth in blocks
+        )
     recomputed = max(size * (_TRANSFORMER if depth else _RESIDUAL) for size, depth in blocks)
     if offloads:
         return recomputed + sum(size for size, _ in blocks) * _SKIPS
-    return recomputed + sum(size * (_RESIDUAL_INPUTS + depth * _TRANSFORMER_INPUTS) for size, depth in blocks)
+    return recomputed + sum(
+        size * (_RESIDUAL_INPUTS + depth * _TRANSFORMER_INPUTS) for size, depth in blocks
+    )
 
 
 def _blocks(unet: UNetConfig, positions: int) -> Iterator[tuple[int, int]]:
@@ -277,7 +281,9 @@ def estimate_memory(
     )
 
 
-def optimizer_bytes_in_state(groups: Sequence[ParamGroup], optimizing: OptimizerOptions, update: UpdateOptions) -> int:
+def optimizer_bytes_in_state(
+    groups: Sequence[ParamGroup], optimizing: OptimizerOptions, update: UpdateOptions
+) -> int:
     """Return the approximate bytes of the optimizer in a saved state, the compensation of Kahan's rounding included."""
     parameters = [parameter for group in groups for parameter in group.parameters.values()]
     size = state_bytes(optimizing.name, [parameter.shape for parameter in parameters])
@@ -290,7 +296,10 @@ def _state_on_device(optimizer: str, shapes: Sequence[Sequence[int]], *, is_offl
     """Return the bytes of an optimizer's state on the device; of an offloaded one, what is copied there for a step."""
     if not is_offloaded:
         return state_bytes(optimizer, shapes)
-    return max(FP32_BUCKET_NUMEL * optimizer_bytes(optimizer), *(state_bytes(optimizer, [shape]) for shape in shapes))
+    return max(
+        FP32_BUCKET_NUMEL * optimizer_bytes(optimizer),
+        *(state_bytes(optimizer, [shape]) for shape in shapes),
+    )
 
 
 def _swapped_numel(unet: UNet, count: int) -> int:
@@ -329,7 +338,9 @@ def _numel_stepped_together(groups: Sequence[ParamGroup], update: UpdateOptions)
         return 0
     num_tensors = sum(len(group.parameters) for group in groups)
     buckets = split_groups(groups, update.fused_optimizer_groups or num_tensors)
-    return max(sum(parameter.numel() for parameter in bucket.parameters.values()) for bucket in buckets)
+    return max(
+        sum(parameter.numel() for parameter in bucket.parameters.values()) for bucket in buckets
+    )
 
 
 def frozen_components(
@@ -345,7 +356,11 @@ def frozen_components(
     """
     trained = {name: p for trainable in task.trainables for name, p in trainable.tensors().items()}
     ids = {id(parameter) for parameter in trained.values()}
-    yield "unet", count_parameters(task.unet) - sum(p.numel() for p in task.unet.parameters() if id(p) in ids)
+    yield (
+        "unet",
+        count_parameters(task.unet)
+        - sum(p.numel() for p in task.unet.parameters() if id(p) in ids),
+    )
     absent = set()
     if cache.text:
         absent |= {"text_encoder_1", "text_encoder_2"}
@@ -354,7 +369,11 @@ def frozen_components(
     for component in models.checkpoint.parts:
         if component != "unet" and component not in absent:
             numel = sum(tensor.numel() for tensor in models.stored(component).values())
-            yield component, numel - sum(p.numel() for name, p in trained.items() if name.startswith(f"{component}."))
+            yield (
+                component,
+                numel
+                - sum(p.numel() for name, p in trained.items() if name.startswith(f"{component}.")),
+            )
 
 
 def dtype_of(component: str, models: SdxlModels) -> torch.dtype:
@@ -385,5 +404,7 @@ def format_memory(estimate: MemoryEstimate) -> str:
         "average": "moving average",
         "activations": "activations",
     }
-    terms = [f"{names[name]} {format_bytes(size)}" for name, size in estimate._asdict().items() if size]
+    terms = [
+        f"{names[name]} {format_bytes(size)}" for name, size in estimate._asdict().items() if size
+    ]
     return f"memory: about {format_bytes(estimate.total)} on the device: {', '.join(terms)}"

@@ -85,8 +85,12 @@ def format_memory_options(options: MemoryOptions) -> str:
     return " ".join(words) or "nothing offloaded or recomputed"
 
 
-def _changes_given(candidate: MemoryOptions, options: MemoryOptions, given: Collection[str]) -> bool:
-    return any(getattr(candidate, name) != getattr(options, name) for name in _CHOSEN if name in given)
+def _changes_given(
+    candidate: MemoryOptions, options: MemoryOptions, given: Collection[str]
+) -> bool:
+    return any(
+        getattr(candidate, name) != getattr(options, name) for name in _CHOSEN if name in given
+    )
 
 
 def _candidates(options: MemoryOptions, num_blocks: int) -> Iterator[MemoryOptions]:

@@ -24,11 +24,18 @@ def latent_cache(models: SdxlModels, options: CacheOptions, file_index: FileInde
     fingerprint = ""
     if not options.skip_cache_check:
         fingerprint = _fingerprint(models, ["vae"], models.precision.vae, file_index)
-    return LatentsOnDisk(fingerprint, file_index, trusted=options.skip_cache_check, for_inpainting=for_inpainting)
+    return LatentsOnDisk(
+        fingerprint, file_index, trusted=options.skip_cache_check, for_inpainting=for_inpainting
+    )
 
 
 def text_cache(
-    models: SdxlModels, options: CacheOptions, file_index: FileIndex, *, num_tokens: int, weighted: bool
+    models: SdxlModels,
+    options: CacheOptions,
+    file_index: FileIndex,
+    *,
+    num_tokens: int,
+    weighted: bool,
 ) -> TextCache:
     """Return the cache of text-encoder outputs that the options mean, not filled."""
     variants = CaptionVariants(options.text_cache_variants)
@@ -45,11 +52,18 @@ def text_cache(
         fingerprint += f", with {patch}"
     width_1, width_2 = (token_width(models, component) for component in _TEXT_ENCODERS)
     return TextOnDisk(
-        num_tokens + 2, (width_1, width_2), fingerprint, variants, file_index, trusted=options.skip_cache_check
+        num_tokens + 2,
+        (width_1, width_2),
+        fingerprint,
+        variants,
+        file_index,
+        trusted=options.skip_cache_check,
     )
 
 
-def _fingerprint(models: SdxlModels, components: Sequence[str], dtype: torch.dtype, file_index: FileIndex) -> str:
+def _fingerprint(
+    models: SdxlModels, components: Sequence[str], dtype: torch.dtype, file_index: FileIndex
+) -> str:
     """Return what identifies the encoders of a cache: hashes of their weights, remembered by file, and their dtype."""
     hashes = []
     for component in components:

@@ -15,13 +15,27 @@ from library.models.options import ModelOptions
 from library.models.sdxl import SdxlModels
 from library.options import OptionGroup, Options
 from library.training.optim.build import OptimizerSettings, try_optimizer
-from library.training.options.distributed import ShardingOptions, offloads_optimizer, sharding_config
+from library.training.options.distributed import (
+    ShardingOptions,
+    offloads_optimizer,
+    sharding_config,
+)
 from library.training.options.memory import MemoryOptions
-from library.training.options.optimizer import EmaOptions, OptimizerOptions, ScheduleOptions, UpdateOptions
+from library.training.options.optimizer import (
+    EmaOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+    UpdateOptions,
+)
 from library.training.options.output import ResumeOptions, SavingOptions
 from library.training.options.run import RunOptions, ValidationOptions
 from library.training.saving.resume import initial_step
-from library.training.saving.schedule import SaveSchedule, format_saves, saved_model_bytes, saved_state_bytes
+from library.training.saving.schedule import (
+    SaveSchedule,
+    format_saves,
+    saved_model_bytes,
+    saved_state_bytes,
+)
 from library.training.setup.build_task import build_on_meta, open_models, single_element_groups
 from library.training.setup.inputs import RunInputs
 from library.training.setup.memory_estimate import (
@@ -71,7 +85,9 @@ class RunPlan:
     def for_datasets(self, datasets: Sequence[Dataset]) -> "RunPlan":
         """Return the plan for these datasets, from which unusable images were removed."""
         order = self.steps.order
-        steps = plan_steps(self.options[RunOptions], datasets, world_size=order.world_size, seed=order.seed)
+        steps = plan_steps(
+            self.options[RunOptions], datasets, world_size=order.world_size, seed=order.seed
+        )
         return dataclasses.replace(self, datasets=datasets, steps=steps)
 
     def for_task(self, task: Task[Any]) -> "RunPlan":
@@ -156,7 +172,9 @@ class RunPlan:
         """When the run saves what, and the size of its files."""
         assert self.task is not None
         trainables, groups = self.task.trainables, self.task.param_groups()
-        optimizer_bytes = optimizer_bytes_in_state(groups, self.options[OptimizerOptions], self.options[UpdateOptions])
+        optimizer_bytes = optimizer_bytes_in_state(
+            groups, self.options[OptimizerOptions], self.options[UpdateOptions]
+        )
         has_ema = self.options[EmaOptions].ema_decay is not None
         return SaveSchedule(
             self.options[SavingOptions],

@@ -45,7 +45,9 @@ class Bucket(NamedTuple):
         return min(self.num_samples, self.batch_size)
 
 
-def plan_steps(options: RunOptions, datasets: Sequence[Dataset], *, world_size: int, seed: int) -> StepPlan:
+def plan_steps(
+    options: RunOptions, datasets: Sequence[Dataset], *, world_size: int, seed: int
+) -> StepPlan:
     """Return the steps of a run on these datasets.
 
     Args:
@@ -80,7 +82,9 @@ def buckets_of(order: BatchSampler, datasets: Sequence[Dataset]) -> list[Bucket]
         members = [samples[i] for i in indices]
         are_masked = all(sample.has_mask for sample in members)
         bucket_size = members[0].fit.bucket
-        buckets.append(Bucket(bucket_size, len(set(indices)), len(indices), batch_size, are_masked=are_masked))
+        buckets.append(
+            Bucket(bucket_size, len(set(indices)), len(indices), batch_size, are_masked=are_masked)
+        )
     return buckets
 
 
@@ -132,7 +136,9 @@ def format_buckets(buckets: Sequence[Bucket], *, most: int) -> list[str]:
     lines = [f"{'bucket':>9}    images  with repeats  batches  of at most"]
     for size, num_images, num_samples, batch_size, _ in shown:
         num_batches = math.ceil(num_samples / batch_size)
-        lines.append(f"{size!s:>9}  {num_images:8,}  {num_samples:12,}  {num_batches:7,}  {batch_size:10,}")
+        lines.append(
+            f"{size!s:>9}  {num_images:8,}  {num_samples:12,}  {num_batches:7,}  {batch_size:10,}"
+        )
     if len(buckets) > len(shown):
         lines.append(f"and {len(buckets) - len(shown)} more")
     return lines

@@ -68,7 +68,14 @@ def build_training_state(plan: RunPlan, accelerator: Accelerator) -> TrainingSta
     if sharding.stage:
         # ZeRO-2 and ZeRO-3, and steps within backward, exist to save gradients: full ones would defeat them.
         reduces_microbatches = sharding.stage > 1 or options[UpdateOptions].is_fused
-        shards = Shards(models.unet, groups, device, world_size, sharding, reduces_microbatches=reduces_microbatches)
+        shards = Shards(
+            models.unet,
+            groups,
+            device,
+            world_size,
+            sharding,
+            reduces_microbatches=reduces_microbatches,
+        )
         local_groups = shards.groups
     loss_module: nn.Module = build_loss_module(
         task,
@@ -81,9 +88,17 @@ def build_training_state(plan: RunPlan, accelerator: Accelerator) -> TrainingSta
     if shards is None and world_size > 1:  # a launcher may start one process alone
         loss_module = _wrapped(loss_module, accelerator)
     optimizer_step = build_optimizer_step(
-        loss_module, local_groups, plan.optimizer_settings, total_steps, seed=seed, processes=world_size, shards=shards
+        loss_module,
+        local_groups,
+        plan.optimizer_settings,
+        total_steps,
+        seed=seed,
+        processes=world_size,
+        shards=shards,
     )
-    return TrainingState(task, local_groups, shards, optimizer_step, _build_ema(task, options[EmaOptions]))
+    return TrainingState(
+        task, local_groups, shards, optimizer_step, _build_ema(task, options[EmaOptions])
+    )
 
 
 def _build_ema(task: Task[Any], options: EmaOptions) -> Ema | None:
@@ -98,6 +113,10 @@ def _wrapped(loss_module: nn.Module, accelerator: Accelerator) -> nn.Module:
 
     Frozen weights are left out of what the wrapper synchronizes: all processes read the same file.
     """
-    frozen = [name for name, parameter in loss_module.named_parameters() if not parameter.requires_grad]
+    frozen = [
+        name for name, parameter in loss_module.named_parameters() if not parameter.requires_grad
+    ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss_module, frozen)
-    return accelerator.prepare(loss_module, device_placement=[False])  # everything is on its device already
+    return accelerator.prepare(
+        loss_module, device_placement=[False]
+    )  # everything is on its device already

@@ -128,7 +128,9 @@ class Task(ABC, Generic[G]):
         for group in groups:
             numel = sum(parameter.numel() for parameter in group.parameters.values())
             until = "" if group.last_step is None else f" until step {group.last_step}"
-            lines.append(f"{group.name.ljust(width)}  {len(group.parameters):7d}  {numel:13,}  {group.lr:g}{until}")
+            lines.append(
+                f"{group.name.ljust(width)}  {len(group.parameters):7d}  {numel:13,}  {group.lr:g}{until}"
+            )
         return lines
 
     @cached_property
@@ -155,7 +157,9 @@ class Task(ABC, Generic[G]):
         else:
             with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
                 text = self._models.encode_texts(
-                    batch.captions, self._settings.num_tokens, weighted=self._settings.weighted_captions
+                    batch.captions,
+                    self._settings.num_tokens,
+                    weighted=self._settings.weighted_captions,
                 )
         # Caches are float32, and so are text encoders that are trained.
         return TextConditioning.of(EncodedText(*(part.to(self.compute_dtype) for part in text)))
@@ -176,7 +180,11 @@ class Task(ABC, Generic[G]):
 
     def model_input(self, noisy: NoisedLatents, batch: Batch) -> Tensor:
         """Return the U-Net's input: [B, 4, H/8, W/8], or [B, 9, H/8, W/8] for inpainting models."""
-        seen = noisy.latents if batch.inpaint_channels is None else torch.cat([noisy.latents, batch.inpaint_channels], dim=1)
+        seen = (
+            noisy.latents
+            if batch.inpaint_channels is None
+            else torch.cat([noisy.latents, batch.inpaint_channels], dim=1)
+        )
         return seen.to(self.compute_dtype)
 
     def vector(self, text: TextConditioning, batch: Batch) -> Tensor:
@@ -187,7 +195,9 @@ class Task(ABC, Generic[G]):
             target = batch.aesthetic_scores[:, None]
         return conditioning_vector(text.pooled, batch.original_sizes, batch.crop_top_lefts, target)
 
-    def target(self, noisy: NoisedLatents, text: TextConditioning, batch: Batch, objective: Objective) -> Tensor:
+    def target(
+        self, noisy: NoisedLatents, text: TextConditioning, batch: Batch, objective: Objective
+    ) -> Tensor:
         """Return the training target, [B, 4, H/8, W/8]: the noise, or the velocity for v-prediction."""
         if objective.v_prediction:
             return velocity(noisy.clean, noisy.noise, objective.schedule.at(noisy.timesteps))

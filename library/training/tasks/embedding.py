@@ -64,7 +64,9 @@ def embedding_tensors(token: PlaceholderToken, dtype: torch.dtype | None) -> dic
         token: the token.
         dtype: the dtype of the tensors; None: float32.
     """
-    return {name: rows.detach().to("cpu", dtype or torch.float32) for name, rows in token.rows.items()}
+    return {
+        name: rows.detach().to("cpu", dtype or torch.float32) for name, rows in token.rows.items()
+    }
 
 
 def add_placeholder_token(
@@ -89,7 +91,12 @@ def add_placeholder_token(
     if init_word and models.device.type != "meta":
         num_tokens = len(models.tokenizers[0].ids(init_word))
         if num_tokens != count:
-            log.warning("%r has %d tokens for %d vectors: they are taken in turn", init_word, num_tokens, count)
+            log.warning(
+                "%r has %d tokens for %d vectors: they are taken in turn",
+                init_word,
+                num_tokens,
+                count,
+            )
     rows = first_rows(models.tokenizers, models.text_layers, init_word, count)
     if weights is not None:
         rows = _read_rows(weights, rows)
@@ -105,7 +112,9 @@ def _read_rows(path: Path, initial: list[Tensor]) -> list[Tensor]:
     except RunError as error:
         raise OptionError(f"--weights {error}") from None
     if not saved:
-        raise OptionError(f"--weights {path}: it has neither clip_l nor clip_g, so it is not an embedding for SDXL")
+        raise OptionError(
+            f"--weights {path}: it has neither clip_l nor clip_g, so it is not an embedding for SDXL"
+        )
     rows = []
     for name, start in zip(_NAMES, initial, strict=True):
         row = saved.get(name, start)
@@ -133,7 +142,11 @@ class EmbeddingTask(Task[tuple[EmbeddingOptions]]):
         (options,) = groups
         assert options.token_string is not None
         token = add_placeholder_token(
-            models, options.token_string, options.init_word, options.num_vectors_per_token, options.weights
+            models,
+            options.token_string,
+            options.init_word,
+            options.num_vectors_per_token,
+            options.weights,
         )
         self.trainables = [TrainableToken(token, settings.lr, options.save_model_as)]
 

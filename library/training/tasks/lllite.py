@@ -62,7 +62,9 @@ class LLLiteTask(Task[tuple[LLLiteOptions]]):
         return to_control_inputs(self._net(conditions.to(self.compute_dtype)))
 
 
-def build_lllite(options: LLLiteOptions, unet: UNet, device: torch.device, dtype: torch.dtype) -> ControlNetLLLite:
+def build_lllite(
+    options: LLLiteOptions, unet: UNet, device: torch.device, dtype: torch.dtype
+) -> ControlNetLLLite:
     """Build the control net that the options ask for, and load its weights.
 
     Where the options give neither blocks nor sizes, those of --network_weights are taken.
@@ -85,7 +87,9 @@ def build_lllite(options: LLLiteOptions, unet: UNet, device: torch.device, dtype
         targets = trained_projections(unet, options.lllite_blocks)
     if not targets:
         words = " ".join(options.lllite_blocks or ())
-        raise OptionError(f"--lllite_blocks {words}: this model's blocks with attention are {_blocks(attention_projections(unet))}")
+        raise OptionError(
+            f"--lllite_blocks {words}: this model's blocks with attention are {_blocks(attention_projections(unet))}"
+        )
     shapes = {}
     for target in targets:
         embedding, dim = file_shapes.get(target, (DEFAULT_EMBEDDING, DEFAULT_DIM))

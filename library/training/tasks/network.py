@@ -21,7 +21,11 @@ from library.training.objective.prediction import Objective
 from library.training.options.tasks import PivotalOptions
 from library.training.saving.metadata import BASE_MODEL_VERSION
 from library.training.tasks.base import Task, TaskSettings
-from library.training.tasks.embedding import TrainableToken, add_placeholder_token, embedding_tensors
+from library.training.tasks.embedding import (
+    TrainableToken,
+    add_placeholder_token,
+    embedding_tensors,
+)
 from library.training.trainable import Trainable
 from networks.base import Network
 from networks.base_weights import BaseWeights
@@ -87,14 +91,20 @@ class NetworkTask(Task[Groups]):
             # Another package's network may look for transformers' own classes.
             self._encoders = models.text_encoders
         self.is_terse = self._options.no_metadata
-        self._network = build_network(self._options, self.unet, self._encoders, models.device, models.precision)
+        self._network = build_network(
+            self._options, self.unet, self._encoders, models.device, models.precision
+        )
         network_groups = self._network_groups()
         self._freeze_all_but(network_groups)
         token = self._add_token(pivotal)
         bundled = token if pivotal.bundle_token else None
         options = self._options
         network = TrainableNetwork(
-            self._network, network_groups, options.save_model_as, options.scale_weight_norms, bundled
+            self._network,
+            network_groups,
+            options.save_model_as,
+            options.scale_weight_norms,
+            bundled,
         )
         self.trainables: list[Trainable] = [network]
         if token is not None:
@@ -107,9 +117,13 @@ class NetworkTask(Task[Groups]):
         lr_1, lr_2 = (lr if text_lr is None else text_lr for text_lr in options.text_encoder_lrs)
         groups = []
         for group in self._network.groups(unet_lr, (lr_1, lr_2)):
-            groups.append(replace(group, last_step=last_step) if group.is_of_text_encoders else group)
+            groups.append(
+                replace(group, last_step=last_step) if group.is_of_text_encoders else group
+            )
         if last_step is not None and not any(group.needs_text_gradients for group in groups):
-            log.warning("--stop_text_encoder_training changes nothing: the text encoders aren't trained")
+            log.warning(
+                "--stop_text_encoder_training changes nothing: the text encoders aren't trained"
+            )
         return groups
 
     def _freeze_all_but(self, groups: list[ParamGroup]) -> None:
@@ -121,7 +135,9 @@ class NetworkTask(Task[Groups]):
         """Add the placeholder token to the models, if one is to be trained with the network."""
         if options.train_token is None:
             return None
-        return add_placeholder_token(self._models, options.train_token, options.token_init_word, options.token_vectors)
+        return add_placeholder_token(
+            self._models, options.train_token, options.token_init_word, options.token_vectors
+        )
 
     def _trainable_token(self, token: PlaceholderToken, options: PivotalOptions) -> TrainableToken:
         last_step = None
@@ -146,7 +162,9 @@ class NetworkTask(Task[Groups]):
     def modules(self) -> list[nn.Module]:
         return [self._network.module, self.unet, *self._encoders]
 
-    def target(self, noisy: NoisedLatents, text: TextConditioning, batch: Batch, objective: Objective) -> Tensor:
+    def target(
+        self, noisy: NoisedLatents, text: TextConditioning, batch: Batch, objective: Objective
+    ) -> Tensor:
         """Return the training target; for images with preserve_output, the frozen model's own prediction."""
         target = super().target(noisy, text, batch, objective)
         preserved = [bool(attributes.get(PRESERVE_OUTPUT)) for attributes in batch.attributes]

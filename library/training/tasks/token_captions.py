@@ -8,7 +8,10 @@ from library.errors import OptionError
 from library.log import log
 
 if TYPE_CHECKING:
-    from library.data.samples import Sample, Subset  # imported for types only: --help needs no numpy
+    from library.data.samples import (  # imported for types only: --help needs no numpy
+        Sample,
+        Subset,
+    )
     from library.data.scan import Dataset
 
 OBJECTS = tuple(
@@ -71,7 +74,9 @@ def _check_captions(datasets: "Sequence[Dataset]", word: str) -> None:
         shown = ", ".join(without[:_SHOWN])
         if len(without) > _SHOWN:
             shown += ", …"
-        log.warning("%d of %d captions don't have the token %r: %s", len(without), num_captions, word, shown)
+        log.warning(
+            "%d of %d captions don't have the token %r: %s", len(without), num_captions, word, shown
+        )
 
 
 def _with_templates(dataset: "Dataset", templates: tuple[str, ...]) -> "Dataset":
@@ -88,4 +93,6 @@ def _with_templates(dataset: "Dataset", templates: tuple[str, ...]) -> "Dataset"
             result.append(dataclasses.replace(sample, subset=subsets.get(id(subset), subset)))
         return tuple(result)
 
-    return dataclasses.replace(dataset, samples=replaced(dataset.samples), validation=replaced(dataset.validation))
+    return dataclasses.replace(
+        dataset, samples=replaced(dataset.samples), validation=replaced(dataset.validation)
+    )
