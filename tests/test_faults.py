@@ -35,6 +35,9 @@ def refused(done, output: Path, *claims: Sequence[object], status: int = 2) -> s
     assert done.returncode == status, (done.returncode, done.stderr[-3000:])
     assert "Traceback" not in done.stderr
     for tokens in claims:
+        assert not isinstance(tokens, str), (
+            "a claim is a list of tokens; of a text each letter would be one"
+        )
         assert mentions(done.stderr, *tokens), (tokens, done.stderr[-3000:])
     assert not output.exists() or not list(output.iterdir())
     return done.stderr
